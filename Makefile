@@ -1,0 +1,66 @@
+# Needs Python 3.11 or later, g++ and make; everything else is installed into .venv.
+#   make demo    set up, train the default configuration on the embedded digits, show the table
+#   make test    set up, then formatting, lint, types and all tests
+#   make wheel   dist/ddst-*.whl          make format   rewrite the sources in the project's format
+#   make bench   kernel benchmarks        make clean    remove builds and caches (not .venv, not runs)
+
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
+VENV ?= .venv
+# Pinned: "torch" alone resolves to the newest CUDA build, several GB. Any torch >= 2.11 works: make TORCH=torch==2.11.0
+TORCH ?= torch==2.13.0
+OUT ?= runs/demo
+
+BIN := $(VENV)/bin
+CXX_SOURCES := $(wildcard csrc/*.c csrc/*.cpp csrc/*.hpp csrc/*/*.cpp csrc/*/*.hpp)
+BUILD_FILES := setup.py CMakeLists.txt
+
+.PHONY: demo test lint check-format check-lint check-types format wheel bench clean
+.DELETE_ON_ERROR:
+
+# A run is never overwritten: the second demo goes to runs/demo-2.
+demo: $(VENV)/built
+	@out=$(OUT); n=1; while [ -e "$$out" ]; do n=$$((n + 1)); out=$(OUT)-$$n; done; \
+	echo "$(BIN)/ddst train --out $$out"; exec $(BIN)/ddst train --out "$$out"
+
+test: lint
+	$(BIN)/pytest -q
+
+lint: check-format check-lint check-types
+
+check-format: $(VENV)/built
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+check-lint: $(VENV)/built
+	$(BIN)/ruff check .
+
+check-types: $(VENV)/built
+	$(BIN)/mypy
+
+format: $(VENV)/built
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+wheel: $(VENV)/built
+	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+bench: $(VENV)/built
+	$(BIN)/python -P -m ddst.benchmarks
+
+# torch first, and the build without isolation: an isolated one would download torch a second time.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("ddst needs Python 3.11 or later, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import tomllib; \
+		needs = tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]; \
+		print("$(TORCH)", *(n for n in needs if not n.startswith("torch")), sep="\n")' > $(VENV)/build-requires.txt
+	$(BIN)/pip install -r $(VENV)/build-requires.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(BUILD_FILES) $(CXX_SOURCES)
+	$(BIN)/pip install --no-build-isolation --editable '.[train,bench,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info ddst/_lib/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/built

@@ -1,0 +1,1 @@
+/* Deliberately empty: the linker takes only the SONAME, libtorch_cpu.so (see CMakeLists.txt). */

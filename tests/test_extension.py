@@ -1,0 +1,105 @@
+"""Loading of the compiled library, what it says about itself, and the host module beside its Python twin."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+import ddst
+from ddst import _extension, _host, topology
+
+
+def test_build_info_describes_the_loaded_library() -> None:
+    facts = ddst.build_info()
+    assert Path(facts["library"]) == Path(ddst.__file__).parent / "_lib" / "libddst.so"
+    assert facts["compiler"].startswith(("gcc ", "clang "))
+    assert facts["build_type"] == "Release"
+    assert facts["torch_abi_target"] == "0x020a000000000000"
+    assert tuple(map(int, facts["torch_headers"].split(".")[:2])) >= (2, 11)
+    assert facts["cpu_capability"] in ("portable", "avx2", "avx512")
+    assert facts["cuda"] == "no"
+    assert facts["torch"] == torch.__version__
+    assert facts["host"] == _host.IMPLEMENTATION == _host.build_info()["implementation"]
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.11.0a0+git1", "2.13.0+cpu", "3.0.1"])
+def test_new_enough_torch(version: str) -> None:
+    _extension.check_torch(version)
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.9.0", "2.10.2+cu130"])
+def test_too_old_torch(version: str) -> None:
+    with pytest.raises(ImportError, match="torch >= 2.11, found " + version.replace("+", r"\+")):
+        _extension.check_torch(version)
+
+
+def test_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match=r"no .*libddst\.so.*pip install --no-build-isolation -e"):
+        _extension.load(tmp_path / "libddst.so")
+
+
+def test_broken_library_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "libddst.so"
+    broken.write_bytes(b"not a library")
+    with pytest.raises(ImportError, match=r"libddst\.so does not load into torch"):
+        _extension.load(broken)
+
+
+def test_import_without_the_library_fails(tmp_path: Path) -> None:
+    """Never a silent fallback: unbuilt sources cannot be imported."""
+    sources = Path(ddst.__file__).parent
+    shutil.copytree(sources, tmp_path / "ddst", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import ddst"
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "ImportError: ddst's compiled library is missing" in run.stderr
+
+
+IMPLEMENTATIONS = {_host.build_topology, _host.build_topology_python}
+if _host.IMPLEMENTATION == "pybind11":
+    IMPLEMENTATIONS.add(_host._HOST.build_topology)  # type: ignore[union-attr]
+each_implementation = pytest.mark.parametrize("build", sorted(IMPLEMENTATIONS, key=str))
+
+
+@each_implementation
+@given(mask=npst.arrays(np.bool_, npst.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.booleans()))
+def test_linear_topology_is_the_packages(build, mask: np.ndarray) -> None:
+    built = build(mask)
+    assert built.dtype == np.int32
+    assert built.tolist() == topology.build_topology(torch.from_numpy(mask)).tolist()
+
+
+@each_implementation
+@given(mask=npst.arrays(np.bool_, npst.array_shapes(min_dims=4, max_dims=4, max_side=4), elements=st.booleans()))
+def test_conv_topology_is_the_packages(build, mask: np.ndarray) -> None:
+    assert build(mask).tolist() == topology.build_topology(torch.from_numpy(mask)).tolist()
+
+
+@each_implementation
+def test_mask_of_any_strides(build) -> None:
+    mask = np.random.default_rng(0).random((3, 3, 4, 5)) < 0.4
+    turned = mask.transpose(2, 3, 1, 0)[:, ::-1]
+    assert build(turned).tolist() == build(np.ascontiguousarray(turned)).tolist()
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ([[True]], TypeError, "mask must be a bool array, got list"),
+        (np.ones((2, 2)), TypeError, "mask must be a bool array, got dtype float64"),
+        (np.ones(3, bool), ValueError, r"mask must have the shape \[R, C\] or \[R, C, kH, kW\], got \(3,\)"),
+    ],
+)
+def test_bad_masks(build, mask: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build(mask)

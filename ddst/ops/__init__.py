@@ -1,0 +1,6 @@
+"""Block-sparse operators on packed weights: functions that are differentiable any number of times."""
+
+from .conv2d import conv2d, conv2d_block_scores
+from .linear import linear, linear_block_scores
+
+__all__ = ["conv2d", "conv2d_block_scores", "linear", "linear_block_scores"]

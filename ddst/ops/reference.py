@@ -1,0 +1,81 @@
+"""The dense reference of every operator: unpack the weight, let torch compute. The oracle of all tests.
+
+Selectable as ``backend="reference"``; it saves neither time nor memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from ..topology import as_blocks, grid, split_topology
+from .scores import recorder_of
+
+
+def dense_weight(values: Tensor, topology: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    """The dense weight of packed values, differentiable; an open score recorder receives its gradient."""
+    block = (values.shape[1], values.shape[2])
+    rows, cols, taps = grid(weight_shape, block)
+    expected = rows + cols + 2 + 4 * values.shape[0]
+    if topology.dtype != torch.int32 or topology.dim() != 1 or topology.numel() != expected:
+        raise ValueError(
+            f"topology must be an int32 vector of {expected} entries for values of the shape {tuple(values.shape)}, "
+            f"got {topology.dtype} of the shape {tuple(topology.shape)}"
+        )
+    index = split_topology(topology, rows, cols)
+    flat = (index.block_row.long() * cols + index.block_col) * taps + index.block_tap
+    blocks = values.new_zeros(rows * cols * taps, *block).index_put((flat,), values)
+    tiled = blocks.view(rows, cols, taps, *block).permute(0, 3, 1, 4, 2)
+    padded = tiled.reshape(rows * block[0], cols * block[1], taps)
+    weight = padded[: weight_shape[0], : weight_shape[1]].reshape(tuple(weight_shape))
+    recorder = recorder_of(topology)
+    if recorder is not None and weight.requires_grad:
+        weight.register_hook(recorder.add_dense)
+    return weight
+
+
+def conv2d(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    topology: Tensor,
+    weight_shape: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """:func:`ddst.ops.conv2d` by a dense convolution."""
+    return F.conv2d(input, dense_weight(values, topology, weight_shape), bias, stride, padding, dilation)
+
+
+def linear(input: Tensor, values: Tensor, bias: Tensor | None, topology: Tensor, weight_shape: list[int]) -> Tensor:
+    """:func:`ddst.ops.linear` by a dense matrix product."""
+    return F.linear(input, dense_weight(values, topology, weight_shape), bias)
+
+
+def block_norms_of(gradient: Tensor, block: Sequence[int]) -> Tensor:
+    """L2 norm of every block of a dense weight's gradient, in the shape of the block mask."""
+    return torch.linalg.vector_norm(as_blocks(gradient, (block[0], block[1])), dim=(-2, -1))
+
+
+def conv2d_block_scores(
+    grad_output: Tensor,
+    input: Tensor,
+    weight_shape: list[int],
+    block: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """:func:`ddst.ops.conv2d_block_scores` by the dense weight gradient."""
+    gradient = conv2d_weight(input, weight_shape, grad_output, stride, padding, dilation)
+    return block_norms_of(gradient, block)
+
+
+def linear_block_scores(grad_output: Tensor, input: Tensor, weight_shape: list[int], block: list[int]) -> Tensor:
+    """:func:`ddst.ops.linear_block_scores` by the dense weight gradient."""
+    return block_norms_of(grad_output.t() @ input, block)

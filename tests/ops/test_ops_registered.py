@@ -1,0 +1,162 @@
+"""The eight registered ops called directly: values, layouts, argument checks in C++, and torch.library.opcheck."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers.dense import block_norms, pack_blocks
+from helpers.problems import ConvProblem, LinearProblem, few, sample_conv_problems, sample_linear_problems, sample_problems
+from helpers.sparse import Problem, call, op_arguments
+from helpers.tolerances import assert_close
+
+OP_NAMES = [
+    kind + suffix for kind, suffix in itertools.product(("conv2d", "linear"), ("", "_input_grad", "_weight_grad"))
+] + ["conv2d_block_scores", "linear_block_scores"]
+
+
+def expressible(problems: list[Any]) -> list[Any]:
+    return [p for p in problems if op_arguments(p, p.build()) is not None]
+
+
+@pytest.mark.usefixtures("poison_outputs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("problem", expressible(sample_problems()), ids=str)
+def test_each_pass_against_dense(problem: Problem, dtype: torch.dtype) -> None:
+    for channels_last in (False, True):
+        case = problem.build(dtype, seed=7)
+        arguments = op_arguments(problem, case, channels_last)
+        assert arguments is not None
+        got = {name.partition("_")[2]: call(name, args) for name, args in arguments.items()}
+        bias = None if case.bias is None else case.bias.double()
+        dense_weight_grad = case.dense_weight_grad()
+        expected = {
+            "": case.dense(case.x.double(), case.values.double(), bias),
+            "input_grad": case.dense_grads()[0],
+            "weight_grad": pack_blocks(dense_weight_grad, case.mask, case.block),
+            "block_scores": block_norms(dense_weight_grad, case.block),
+        }
+        assert got.keys() == expected.keys()
+        for name, want in expected.items():
+            assert got[name].dtype == dtype
+            assert_close(got[name], want, f"{name or 'forward'}, channels_last={channels_last}")
+        if case.x.dim() == 4:
+            wanted = torch.channels_last if channels_last else torch.contiguous_format
+            for name in ("", "input_grad"):
+                shape = got[name].shape
+                assert got[name].stride() == torch.empty(shape, memory_format=wanted).stride(), name
+
+
+@pytest.mark.usefixtures("poison_outputs")
+@pytest.mark.parametrize("problem", [ConvProblem(mask="none", bias=b) for b in (True, False)], ids=str)
+def test_no_active_block_gives_bias_and_zeros(problem: ConvProblem) -> None:
+    case = problem.build(torch.float32)
+    arguments = op_arguments(problem, case)
+    assert arguments is not None
+    y = call("conv2d", arguments["conv2d"])
+    bias = torch.zeros(16) if case.bias is None else case.bias
+    assert torch.equal(y, bias[None, :, None, None].expand_as(y))
+    assert torch.equal(call("conv2d_input_grad", arguments["conv2d_input_grad"]), torch.zeros_like(case.x))
+    assert call("conv2d_weight_grad", arguments["conv2d_weight_grad"]).shape == (0, 8, 8)
+    assert (call("conv2d_block_scores", arguments["conv2d_block_scores"]) > 0).all()
+
+
+def _chosen(name: str) -> list[Problem]:
+    if name.startswith("linear"):
+        return few(expressible(sample_linear_problems()), 3)
+    return few(expressible(sample_conv_problems()), 5)
+
+
+@pytest.mark.parametrize("name, problem", [(n, p) for n in OP_NAMES for p in _chosen(n)], ids=str)
+def test_opcheck(name: str, problem: Problem) -> None:
+    dtype = torch.float64
+    case = problem.build(dtype)
+    arguments = op_arguments(problem, case, channels_last=case.x.dim() == 4)
+    assert arguments is not None
+    differentiable = not name.endswith("block_scores")
+    prepared = tuple(
+        a.detach().clone(memory_format=torch.preserve_format).requires_grad_(differentiable)
+        if isinstance(a, torch.Tensor) and a.dtype == dtype
+        else a
+        for a in arguments[name]
+    )
+    torch.library.opcheck(getattr(torch.ops.ddst, name).default, prepared)
+
+
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_fake_kernel_has_shape_dtype_and_strides_of_the_real_one(name: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    problems = sample_linear_problems() if name.startswith("linear") else sample_conv_problems()
+    for problem, channels_last in itertools.product(few(expressible(problems), 12), (False, True)):
+        case = problem.build(torch.float32)
+        arguments = op_arguments(problem, case, channels_last)
+        assert arguments is not None
+        real = call(name, arguments[name])
+        with FakeTensorMode() as mode:
+            fake = call(
+                name, tuple(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments[name])
+            )
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride()), str(problem)
+
+
+def _replaced(arguments: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
+    return (*arguments[:index], value, *arguments[index + 1 :])
+
+
+CONV_MISTAKES = [
+    # op, position, replacement, what the message must name
+    ("conv2d", 0, torch.zeros(2, 7, 6, 7), "input"),
+    ("conv2d", 0, torch.zeros(8, 6, 7), "input"),
+    ("conv2d", 0, torch.zeros(2, 8, 6, 7, dtype=torch.float64), "input|values"),
+    ("conv2d", 0, torch.zeros(2, 8, 6, 7, dtype=torch.int32), "input"),
+    ("conv2d", 1, torch.zeros(1, 8, 8), "values|topology"),
+    ("conv2d", 1, torch.zeros(8, 8), "values"),
+    ("conv2d", 2, torch.zeros(15), "bias"),
+    ("conv2d", 2, torch.zeros(16, dtype=torch.float64), "bias"),
+    ("conv2d", 3, torch.zeros(3, dtype=torch.int32), "topology|values"),
+    ("conv2d", 3, torch.zeros(10, dtype=torch.int64), "topology"),
+    ("conv2d", 4, [16, 8, 3], "weight_shape"),
+    ("conv2d", 5, [0, 1], "stride"),
+    ("conv2d", 6, [-1, 0], "padding"),
+    ("conv2d", 7, [1, 0], "dilation"),
+    ("conv2d", 7, [9, 9], "input|dilation"),
+    ("conv2d_input_grad", 0, torch.zeros(2, 15, 6, 7), "grad_output"),
+    ("conv2d_input_grad", 0, torch.zeros(2, 16, 5, 7), "grad_output|input_size"),
+    ("conv2d_input_grad", 1, torch.zeros(1, 8, 8), "values|topology"),
+    ("conv2d_input_grad", 4, [6], "input_size"),
+    ("conv2d_weight_grad", 0, torch.zeros(3, 16, 6, 7), "grad_output|input"),
+    ("conv2d_weight_grad", 0, torch.zeros(2, 16, 6, 7, dtype=torch.float64), "grad_output|input"),
+    ("conv2d_weight_grad", 1, torch.zeros(2, 9, 6, 7), "input"),
+    ("conv2d_weight_grad", 4, [0, 8], "block"),
+    ("conv2d_weight_grad", 4, [65, 8], "block"),
+    ("conv2d_block_scores", 0, torch.zeros(2, 16, 6, 6), "grad_output"),
+    ("conv2d_block_scores", 3, [8, 0], "block"),
+    ("conv2d_block_scores", 4, [1, 0], "stride"),
+]
+LINEAR_MISTAKES = [
+    ("linear", 0, torch.zeros(5, 15), "input"),
+    ("linear", 0, torch.zeros(5, 2, 16), "input"),
+    ("linear", 0, torch.zeros(5, 16, dtype=torch.float64), "input|values"),
+    ("linear", 1, torch.zeros(1, 8, 8), "values|topology"),
+    ("linear", 2, torch.zeros(23), "bias"),
+    ("linear", 3, torch.zeros(3, dtype=torch.int32), "topology|values"),
+    ("linear", 4, [24], "weight_shape"),
+    ("linear_input_grad", 0, torch.zeros(5, 23), "grad_output"),
+    ("linear_weight_grad", 0, torch.zeros(4, 24), "grad_output|input"),
+    ("linear_weight_grad", 4, [8, 65], "block"),
+    ("linear_block_scores", 1, torch.zeros(5, 17), "input"),
+    ("linear_block_scores", 3, [8], "block"),
+]
+
+
+@pytest.mark.parametrize("name, index, value, named", [*CONV_MISTAKES, *LINEAR_MISTAKES])
+def test_wrong_argument_is_named(name: str, index: int, value: Any, named: str) -> None:
+    problem: Problem = LinearProblem() if name.startswith("linear") else ConvProblem()
+    arguments = op_arguments(problem, problem.build(torch.float32))
+    assert arguments is not None
+    call(name, arguments[name])  # right as it stands
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=named):
+        call(name, _replaced(arguments[name], index, value))

@@ -1,0 +1,110 @@
+"""Which backend runs: what each one supports, what "auto" takes, and that nothing falls back silently."""
+
+from __future__ import annotations
+
+import ddst
+import pytest
+import torch
+from ddst import backends
+from ddst.backends import Problem
+from ddst.nn import explain, set_backend
+
+
+@pytest.mark.parametrize(
+    "backend, device, dtype, block, supported",
+    [
+        ("cpu", "cpu", torch.float32, (16, 16), True),
+        ("cpu", "cpu", torch.float64, (16, 16), True),
+        ("cpu", "cpu", torch.float32, (1, 1), True),
+        ("cpu", "cpu", torch.float32, (64, 64), True),
+        ("cpu", "cpu", torch.float32, None, True),
+        ("cpu", "cuda", torch.float32, (16, 16), False),
+        ("cpu", "cpu", torch.float16, (16, 16), False),
+        ("cpu", "cpu", torch.int32, (16, 16), False),
+        ("reference", "cpu", torch.float32, (3, 5), True),
+        ("reference", "cuda", torch.float64, (16, 16), True),
+    ],
+)
+def test_supports_answers_with_a_reason(
+    backend: str, device: str, dtype: torch.dtype, block: tuple[int, int] | None, supported: bool
+) -> None:
+    ok, reason = backends.supports(backend, Problem(device, dtype, block))
+    assert ok == supported
+    assert reason
+
+
+def test_slow_blocks_say_so() -> None:
+    fast = backends.supports("cpu", Problem("cpu", torch.float32, (16, 8)))[1]
+    slow = backends.supports("cpu", Problem("cpu", torch.float32, (3, 8)))[1]
+    assert "slow" not in fast
+    assert "slow" in slow
+    assert "b_out" in slow
+
+
+def test_auto_takes_the_cpu_kernels_and_never_the_reference() -> None:
+    x = torch.zeros(1)
+    assert backends.choose("auto", x, None) == "cpu"
+    assert backends.choose("cpu", x, torch.zeros(1, 3, 5)) == "cpu"
+    assert backends.choose("reference", x, None) == "reference"
+    with pytest.raises(RuntimeError, match="float16"):
+        backends.choose("auto", x.half(), None)
+    with pytest.raises(RuntimeError, match="meta"):
+        backends.choose("cpu", x.to("meta"), None)
+    with pytest.raises(RuntimeError, match="reference"):
+        backends.choose("auto", x.to("meta"), None)
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "CPU", "triton"])
+def test_unknown_backend_is_an_error_that_lists_the_known_ones(name: str) -> None:
+    for call in (
+        lambda: backends.supports(name, Problem("cpu", torch.float32, None)),
+        lambda: backends.choose(name, torch.zeros(1), None),
+        lambda: backends.check_backend(name),
+        lambda: set_backend(torch.nn.Sequential(ddst.SparseLinear(8, 8, density=1.0)), name),
+    ):
+        with pytest.raises(ValueError, match=r"backend.*auto.*cpu.*reference"):
+            call()
+
+
+def test_set_backend_reaches_nested_layers_and_the_layers_obey(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Sequential(ddst.SparseConv2d(3, 8, 3, density=0.5, block=4)),
+        torch.nn.Flatten(),
+        ddst.SparseLinear(8 * 4 * 4, 5, density=0.5, block=4),
+    )
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    used: list[str] = []
+    asked = backends.choose
+    monkeypatch.setattr(backends, "choose", lambda *args: used.append(asked(*args)) or used[-1])
+    set_backend(model, "reference")
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    set_backend(model, "auto")
+    assert torch.equal(model(x), expected)
+    assert used == ["reference", "reference", "cpu", "cpu"]
+
+
+@pytest.mark.parametrize("asked, chosen, refused", [("auto", "cpu", "reference"), ("reference", "reference", "cpu")])
+def test_explain_says_what_runs_and_why_not_the_others(asked: str, chosen: str, refused: str) -> None:
+    layer = ddst.SparseConv2d(16, 16, 3, density=0.5)
+    layer.backend = asked
+    found = explain(layer, torch.zeros(1, 16, 5, 5))
+    assert found.backend == chosen
+    assert found.reason
+    assert set(found.refused) == {refused}
+    assert found.refused[refused]
+    text = str(found)
+    assert "SparseConv2d" in text
+    assert f"runs on {chosen}" in text
+    assert f"not {refused}" in text
+    assert bool(found.capability) == (chosen == "cpu")
+    assert found.capability in ("", "portable", "avx2", "avx512")
+
+
+def test_explain_refuses_dense_layers_and_unsupported_inputs() -> None:
+    with pytest.raises(TypeError, match="layer"):
+        explain(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    layer = ddst.SparseLinear(16, 16)
+    layer.backend = "cpu"
+    with pytest.raises(RuntimeError, match="meta"):
+        explain(layer, torch.zeros(1, 16, device="meta"))

@@ -1,0 +1,8 @@
+"""Block-sparse layers with the interface of ``torch.nn``."""
+
+from .base import SparseLayer, set_backend, sparse_layers
+from .conv2d import SparseConv2d
+from .explain import Explanation, explain
+from .linear import SparseLinear
+
+__all__ = ["Explanation", "SparseConv2d", "SparseLayer", "SparseLinear", "explain", "set_backend", "sparse_layers"]

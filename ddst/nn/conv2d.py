@@ -1,0 +1,186 @@
+"""Block-sparse ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from .. import ops, topology
+from ..ops.conv2d import pair, resolve_padding
+from .base import SparseLayer, mask_for
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class SparseConv2d(SparseLayer):
+    """``y = x ⋆ W + b`` where ``W`` is block-sparse and stored packed; otherwise :class:`torch.nn.Conv2d`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, padding_mode, device, dtype: as in
+            :class:`torch.nn.Conv2d`; padding modes other than "zeros" pad the input first, by ``F.pad``.
+        groups: 1, nothing else.
+        density: share of blocks that are active, above 0 and at most 1. A block is ``b_out × b_in`` channels at a tap.
+        block: ``(b_out, b_in)`` or one int, entries from 1 to 64. Multiples of 8 are fast.
+
+    Shape: input ``[N, C_in, H, W]`` or ``[C_in, H, W]``; the output's memory format follows ``nn.Conv2d``'s rule.
+    channels_last inputs save two layout changes. float32, float64, bfloat16, float16.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Numerics and cost: those of :func:`ddst.ops.conv2d`; time and weight memory are proportional to density.
+
+    >>> layer = SparseConv2d(64, 32, 3, padding=1, density=0.25)
+    >>> layer(torch.randn(2, 64, 8, 8)).shape, tuple(layer.values.shape)
+    (torch.Size([2, 32, 8, 8]), (18, 16, 16))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float = 0.1,
+        block: Sequence[int] | int = (16, 16),
+    ) -> None:
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if groups != 1:
+            raise ValueError(f"groups must be 1 (block-sparse grouped convolution is not supported), got {groups!r}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
+        kernel = pair(kernel_size, "kernel_size", 1)
+        strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+        paddings, extra = resolve_padding(padding, kernel, strides, dilations)
+        super().__init__((out_channels, in_channels, *kernel), bias, block, density, device, dtype)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
+        self.stride, self.dilation, self.groups, self.padding_mode = strides, dilations, 1, padding_mode
+        self.padding = padding if isinstance(padding, str) else paddings
+        # Left, right, top, bottom, for the modes that F.pad computes.
+        self._border = (paddings[1], paddings[1] + extra[1], paddings[0], paddings[0] + extra[0])
+
+    @classmethod
+    def from_dense(
+        cls,
+        module: nn.Conv2d,
+        *,
+        density: float | None = None,
+        block_mask: Tensor | None = None,
+        block: Sequence[int] | int = (16, 16),
+    ) -> SparseConv2d:
+        """The sparse layer with ``module``'s values at the active blocks; the bias is the same Parameter object.
+
+        Args:
+            module: an :class:`torch.nn.Conv2d` with ``groups=1``.
+            density: keeps this share of the blocks, those of largest L2 norm; 0.1 if nothing is given.
+            block_mask: or keeps exactly these blocks.
+
+        >>> dense = nn.Conv2d(16, 32, 3)
+        >>> sparse = SparseConv2d.from_dense(dense, density=1.0)
+        >>> x = torch.randn(1, 16, 5, 5)
+        >>> torch.allclose(sparse(x), dense(x), atol=1e-5)
+        True
+        """
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"module must be an nn.Conv2d, got {type(module).__name__}")
+        if module.groups != 1:
+            raise ValueError(f"module.groups must be 1, got {module.groups}")
+        mask = mask_for(module.weight, topology.check_block(block), density, block_mask)
+        layer = cls(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            bias=False,
+            padding_mode=module.padding_mode,
+            device=module.weight.device,
+            dtype=module.weight.dtype,
+            density=1 / mask.numel(),
+            block=block,
+        )
+        layer._adopt(module.weight, mask, module.bias)  # type: ignore[arg-type]
+        return layer.train(module.training)
+
+    def to_dense(self) -> nn.Conv2d:
+        """The :class:`torch.nn.Conv2d` with the same raw weight (zeros at inactive blocks) and the same bias object."""
+        weight = self.dense_weight().detach()
+        dense = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,  # type: ignore[arg-type]
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        dense.weight = nn.Parameter(weight.contiguous(), requires_grad=self.values.requires_grad)
+        dense.bias = self.bias
+        return dense.train(self.training)
+
+    def _compute(self, input: Tensor) -> Tensor:
+        padding: str | tuple[int, int] = self.padding
+        if self.padding_mode != "zeros":
+            input = nn.functional.pad(input, self._border, mode=self.padding_mode)
+            padding = (0, 0)
+        return ops.conv2d(
+            input,
+            self.effective_values(),
+            self.bias,
+            self.topology,
+            self.weight_shape,
+            self.stride,
+            padding,
+            self.dilation,
+            backend=self.backend,
+        )
+
+    def _recorded_padding(self) -> tuple[int, int]:
+        # What the operator saw: padding by F.pad, and the odd part of 'same', are already in the recorded input.
+        if self.padding_mode != "zeros":
+            return (0, 0)
+        return resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)[0]
+
+    def _block_scores(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        return ops.conv2d_block_scores(
+            grad_output,
+            input,
+            self.weight_shape,
+            self.block,
+            self.stride,
+            self._recorded_padding(),
+            self.dilation,
+            backend=self.backend,
+        )
+
+    def _dense_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        return conv2d_weight(
+            input, self.weight_shape, grad_output, self.stride, self._recorded_padding(), self.dilation
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        if self.padding not in ((0, 0), "valid"):
+            text += f", padding={self.padding}"
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode}"
+        return f"{text}, {super().extra_repr()}"

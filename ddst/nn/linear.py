@@ -1,0 +1,110 @@
+"""Block-sparse ``nn.Linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, topology
+from .base import SparseLayer, mask_for
+
+
+class SparseLinear(SparseLayer):
+    """``y = x Wᵀ + b`` where ``W`` is block-sparse and stored packed; otherwise :class:`torch.nn.Linear`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`.
+        density: share of blocks that are active, above 0 and at most 1.
+        block: ``(b_out, b_in)`` or one int, entries from 1 to 64. Multiples of 8 are fast.
+
+    Shape: input ``[…, in_features]``, output ``[…, out_features]``; float32, float64, bfloat16, float16.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+
+    Numerics and cost: those of :func:`ddst.ops.linear`; time and weight memory are proportional to density.
+
+    >>> layer = SparseLinear(64, 32, density=0.25)
+    >>> layer(torch.randn(5, 64)).shape, tuple(layer.values.shape)
+    (torch.Size([5, 32]), (2, 16, 16))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float = 0.1,
+        block: Sequence[int] | int = (16, 16),
+    ) -> None:
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        super().__init__((out_features, in_features), bias, block, density, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def from_dense(
+        cls,
+        module: nn.Linear,
+        *,
+        density: float | None = None,
+        block_mask: Tensor | None = None,
+        block: Sequence[int] | int = (16, 16),
+    ) -> SparseLinear:
+        """The sparse layer with ``module``'s values at the active blocks; the bias is the same Parameter object.
+
+        Args:
+            module: an :class:`torch.nn.Linear`.
+            density: keeps this share of the blocks, those of largest L2 norm; 0.1 if nothing is given.
+            block_mask: or keeps exactly these blocks.
+
+        >>> dense = nn.Linear(32, 32)
+        >>> sparse = SparseLinear.from_dense(dense, density=1.0)
+        >>> x = torch.randn(4, 32)
+        >>> torch.allclose(sparse(x), dense(x), atol=1e-5)
+        True
+        """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module must be an nn.Linear, got {type(module).__name__}")
+        mask = mask_for(module.weight, topology.check_block(block), density, block_mask)
+        layer = cls(
+            module.in_features,
+            module.out_features,
+            False,
+            module.weight.device,
+            module.weight.dtype,
+            density=1 / mask.numel(),
+            block=block,
+        )
+        layer._adopt(module.weight, mask, module.bias)
+        return layer.train(module.training)
+
+    def to_dense(self) -> nn.Linear:
+        """The :class:`torch.nn.Linear` with the same raw weight (zeros at inactive blocks) and the same bias object."""
+        weight = self.dense_weight().detach()
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=weight.device, dtype=weight.dtype
+        )
+        dense.weight = nn.Parameter(weight.contiguous(), requires_grad=self.values.requires_grad)
+        dense.bias = self.bias  # type: ignore[assignment]
+        return dense.train(self.training)
+
+    def _compute(self, input: Tensor) -> Tensor:
+        return ops.linear(
+            input, self.effective_values(), self.bias, self.topology, self.weight_shape, backend=self.backend
+        )
+
+    def _block_scores(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        return ops.linear_block_scores(grad_output, input, self.weight_shape, self.block, backend=self.backend)
+
+    def _dense_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        return grad_output.t() @ input
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"

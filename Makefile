@@ -2,7 +2,7 @@
 #   make demo    set up, train the default configuration on the embedded digits, show the table
 #   make test    set up, then formatting, lint, types and all tests
 #   make wheel   dist/ddst-*.whl          make format   rewrite the sources in the project's format
-#   make bench   kernel benchmarks        make clean    remove builds and caches (not .venv, not runs)
+#   make bench   measure against dense    make clean    remove builds and caches (not .venv, not runs)
 
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 VENV ?= .venv
@@ -46,7 +46,8 @@ wheel: $(VENV)/built
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 bench: $(VENV)/built
-	$(BIN)/python -P -m ddst.benchmarks
+	$(BIN)/python -P -m ddst.benchmarks.conv_step
+	$(BIN)/python -P -m ddst.benchmarks.gan_iteration
 
 # torch first, and the build without isolation: an isolated one would download torch a second time.
 $(VENV)/installed: pyproject.toml
@@ -59,7 +60,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(BUILD_FILES) $(CXX_SOURCES)
-	$(BIN)/pip install --no-build-isolation --editable '.[train,bench,dev]'
+	$(BIN)/pip install --no-build-isolation --editable '.[train,dev]'
 	touch $@
 
 clean:

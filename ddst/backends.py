@@ -76,12 +76,14 @@ def choose(backend: str, input: Tensor, values: Tensor | None) -> str:
     """The backend that runs an operator on these tensors.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or values that are no list of blocks.
         RuntimeError: the backend asked for, or with "auto" every one of them, says no; the message holds the reasons.
 
     >>> choose("auto", torch.zeros(1), None)
     'cpu'
     """
+    if values is not None and (values.dim() != 3 or 0 in values.shape[1:]):
+        raise ValueError(f"values must have the shape [nnz, b_out, b_in], got {tuple(values.shape)}")
     block = None if values is None else (values.shape[1], values.shape[2])
     problem = Problem(input.device.type, input.dtype, block)
     refusals = []

@@ -150,7 +150,7 @@ def block_count(density: float, total: int) -> int:
     >>> block_count(0.1, 144), block_count(0.001, 144)
     (14, 1)
     """
-    if not 0 < density <= 1:
+    if not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1, got {density}")
     return max(1, round(density * total))
 
@@ -218,6 +218,8 @@ def unpack(values: Tensor, mask: Tensor, weight_shape: Sequence[int]) -> Tensor:
     """
     block = (values.shape[1], values.shape[2])
     check_mask(mask, mask_shape(weight_shape, block))
+    if values.shape[0] != int(mask.sum()):  # one block would be broadcast
+        raise ValueError(f"values must hold one block for each of the mask's {int(mask.sum())}, got {values.shape[0]}")
     rows, cols, _ = grid(weight_shape, block)
     space = tuple(weight_shape[2:])
     blocks = values.new_zeros(rows, cols, *space, *block)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ddst
 import pytest
 import torch
+
+import ddst
 from ddst import backends
 from ddst.backends import Problem
 from ddst.nn import explain, set_backend

@@ -6,11 +6,12 @@ import importlib
 
 import pytest
 import torch
-from ddst import _host, topology
-from helpers.dense import active_blocks, active_entries, blocks_of, mask_dims, pack_blocks, topology_of, unpack_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from ddst import _host, topology
+from helpers.dense import active_blocks, active_entries, blocks_of, mask_dims, pack_blocks, topology_of, unpack_blocks
 
 modest = settings(max_examples=60, deadline=None)
 pairs = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -55,7 +56,9 @@ def test_topology_is_the_documented_vector(problem: tuple[tuple[int, ...], tuple
     assert torch.equal(index.col_ptr.diff(), mask.transpose(0, 1).reshape(cols, -1).sum(1))
     order = index.col_order.long()
     assert sorted(order.tolist()) == list(range(count))
-    keys = list(zip(*(part[order].tolist() for part in (index.block_col, index.block_row, index.block_tap)), strict=True))
+    keys = list(
+        zip(*(part[order].tolist() for part in (index.block_col, index.block_row, index.block_tap)), strict=True)
+    )
     assert keys == sorted(keys)
 
 

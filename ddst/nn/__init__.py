@@ -4,5 +4,16 @@ from .base import SparseLayer, set_backend, sparse_layers
 from .conv2d import SparseConv2d
 from .explain import Explanation, explain
 from .linear import SparseLinear
+from .spectral_norm import SpectralNorm, spectral_norm
 
-__all__ = ["Explanation", "SparseConv2d", "SparseLayer", "SparseLinear", "explain", "set_backend", "sparse_layers"]
+__all__ = [
+    "Explanation",
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
+    "SpectralNorm",
+    "explain",
+    "set_backend",
+    "sparse_layers",
+    "spectral_norm",
+]

@@ -54,7 +54,7 @@ class SparseLayer(nn.Module):
         total = math.prod(tp.mask_shape(self.weight_shape, self.block))
         mask = tp.random_mask(self.weight_shape, self.block, tp.block_count(density, total))
         self.register_buffer("block_mask", mask.to(device))
-        self.register_buffer("topology", tp.build_topology(self.block_mask), persistent=False)
+        self.register_buffer("topology", tp.build_topology(mask).to(device), persistent=False)
         shape = (self.nnz_of(mask), *self.block)
         self.values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(weight_shape[0], device=device, dtype=dtype)) if bias else None
@@ -92,6 +92,8 @@ class SparseLayer(nn.Module):
         dense layer, applied to the connections that exist), so that the output variance is that of a dense layer of
         that fan-in. Biases likewise; where a row has no block, the bias takes the dense layer's bound.
         """
+        if self.values.is_meta:  # nothing to fill, and a mask without entries
+            return
         index = self._index()
         widths = (self.weight_shape[1] - self.block[1] * torch.arange(self.block_mask.shape[1])).clamp(
             max=self.block[1]
@@ -258,13 +260,10 @@ class SparseLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        # Recording happens in Python, in the backward formulas, which a compiled graph does not call.
+        # Recording happens in Python, in the backward formulas, which a compiled graph does not call. (As a decorator
+        # of a method, disable would import the whole compiler whenever ddst is imported.)
         if self._recorder is not None and torch.compiler.is_compiling():
-            return self._forward_eagerly(input)
-        return self._compute(input)
-
-    @torch.compiler.disable
-    def _forward_eagerly(self, input: Tensor) -> Tensor:
+            return torch.compiler.disable(self._compute)(input)
         return self._compute(input)
 
     def _compute(self, input: Tensor) -> Tensor:
@@ -300,13 +299,18 @@ class SparseLayer(nn.Module):
         bias = "" if self.bias is not None else ", bias=False"
         return f"density={self.density:.3g}, block={self.block}, blocks={self.nnz}/{self.num_blocks}{bias}"
 
-    def _adopt(self, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> None:
-        """Takes over a dense layer's weight at the active blocks of ``mask``, its bias and whether they are trained."""
+    def _adopt(self, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
+        """Copies a dense layer's weight at the active blocks of ``mask``, its bias and whether they are trained."""
         self._replace_topology(mask.to(weight.device))
         self.values = nn.Parameter(
             tp.pack(weight.detach(), self.block_mask, self.block).clone(), requires_grad=weight.requires_grad
         )
-        self.bias = bias
+        self.bias = copy_of(bias)
+
+
+def copy_of(parameter: Tensor | None) -> nn.Parameter | None:
+    """A parameter of its own memory with the same entries and ``requires_grad``."""
+    return None if parameter is None else nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 def mask_for(weight: Tensor, block: tuple[int, int], density: float | None, block_mask: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.grad import conv2d_weight
 
 from .. import ops, topology
 from ..ops.conv2d import pair, resolve_padding
-from .base import SparseLayer, mask_for
+from .base import SparseLayer, copy_of, mask_for
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -81,7 +81,7 @@ class SparseConv2d(SparseLayer):
         block_mask: Tensor | None = None,
         block: Sequence[int] | int = (16, 16),
     ) -> SparseConv2d:
-        """The sparse layer with ``module``'s values at the active blocks; the bias is the same Parameter object.
+        """The sparse layer with ``module``'s values at the active blocks; nothing is shared.
 
         Args:
             module: an :class:`torch.nn.Conv2d` with ``groups=1``.
@@ -113,11 +113,11 @@ class SparseConv2d(SparseLayer):
             density=1 / mask.numel(),
             block=block,
         )
-        layer._adopt(module.weight, mask, module.bias)  # type: ignore[arg-type]
+        layer._adopt(module.weight, mask, module.bias)
         return layer.train(module.training)
 
     def to_dense(self) -> nn.Conv2d:
-        """The :class:`torch.nn.Conv2d` with the same raw weight (zeros at inactive blocks) and the same bias object."""
+        """The :class:`torch.nn.Conv2d` of the same raw weight (zeros at inactive blocks) and bias; nothing is shared."""
         weight = self.dense_weight().detach()
         dense = nn.Conv2d(
             self.in_channels,
@@ -132,7 +132,7 @@ class SparseConv2d(SparseLayer):
             dtype=weight.dtype,
         )
         dense.weight = nn.Parameter(weight.contiguous(), requires_grad=self.values.requires_grad)
-        dense.bias = self.bias
+        dense.bias = copy_of(self.bias)
         return dense.train(self.training)
 
     def _compute(self, input: Tensor) -> Tensor:

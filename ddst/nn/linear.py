@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, topology
-from .base import SparseLayer, mask_for
+from .base import SparseLayer, copy_of, mask_for
 
 
 class SparseLinear(SparseLayer):
@@ -57,7 +57,7 @@ class SparseLinear(SparseLayer):
         block_mask: Tensor | None = None,
         block: Sequence[int] | int = (16, 16),
     ) -> SparseLinear:
-        """The sparse layer with ``module``'s values at the active blocks; the bias is the same Parameter object.
+        """The sparse layer with ``module``'s values at the active blocks; nothing is shared.
 
         Args:
             module: an :class:`torch.nn.Linear`.
@@ -86,13 +86,13 @@ class SparseLinear(SparseLayer):
         return layer.train(module.training)
 
     def to_dense(self) -> nn.Linear:
-        """The :class:`torch.nn.Linear` with the same raw weight (zeros at inactive blocks) and the same bias object."""
+        """The :class:`torch.nn.Linear` of the same raw weight (zeros at inactive blocks) and bias; nothing is shared."""
         weight = self.dense_weight().detach()
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=weight.device, dtype=weight.dtype
         )
         dense.weight = nn.Parameter(weight.contiguous(), requires_grad=self.values.requires_grad)
-        dense.bias = self.bias  # type: ignore[assignment]
+        dense.bias = copy_of(self.bias)  # type: ignore[assignment]
         return dense.train(self.training)
 
     def _compute(self, input: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ def linear(
     >>> linear(torch.ones(2, 32), pack(weight, mask, (16, 16)), None, build_topology(mask), weight.shape)[0, 0].item()
     16.0
     """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
     if len(weight_shape) != 2:
         raise ValueError(f"weight_shape must be (out_features, in_features), got {tuple(weight_shape)}")
     if input.dim() == 0 or input.shape[-1] != weight_shape[1]:

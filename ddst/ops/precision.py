@@ -22,6 +22,8 @@ def in_compute_dtype(
     (torch.float16, torch.float32)
     """
     dtype = input.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"input must be float32, float64, float16 or bfloat16, got {dtype}")
     device = input.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

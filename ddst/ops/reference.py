@@ -54,6 +54,8 @@ def conv2d(
 
 def linear(input: Tensor, values: Tensor, bias: Tensor | None, topology: Tensor, weight_shape: list[int]) -> Tensor:
     """:func:`ddst.ops.linear` by a dense matrix product."""
+    if bias is not None and tuple(bias.shape) != (weight_shape[0],):  # F.linear would broadcast it
+        raise ValueError(f"bias must have the shape ({weight_shape[0]},), got {tuple(bias.shape)}")
     return F.linear(input, dense_weight(values, topology, weight_shape), bias)
 
 

@@ -20,7 +20,7 @@ from helpers.tolerances import TOLERANCES, relative_error
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     failures: list[str] = []
     checked = 0
     for problem in sample_problems():
@@ -29,7 +29,9 @@ def main() -> None:
             y, *grads = forward_and_grads(case, "cpu")
             bias = None if case.bias is None else case.bias.double()
             wanted = [case.dense(case.x.double(), case.values.double(), bias), *case.dense_grads()]
-            results = dict(zip(("output", "input", "values", "bias"), zip([y, *grads], wanted, strict=True), strict=True))
+            results = dict(
+                zip(("output", "input", "values", "bias"), zip([y, *grads], wanted, strict=True), strict=True)
+            )
             arguments = op_arguments(problem, case)
             if arguments is not None:
                 name = "conv2d_block_scores" if isinstance(problem, ConvProblem) else "linear_block_scores"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,11 +26,7 @@ def active_blocks(mask: Tensor) -> list[tuple[int, int, int]]:
     """(row, column, tap) of every active block, by id."""
     flat = as_taps(mask).tolist()
     return [
-        (r, c, t)
-        for r, row in enumerate(flat)
-        for c, taps in enumerate(row)
-        for t, active in enumerate(taps)
-        if active
+        (r, c, t) for r, row in enumerate(flat) for c, taps in enumerate(row) for t, active in enumerate(taps) if active
     ]
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers.dense import active_blocks, inside, mask_dims, topology_of, unpack_blocks
 from torch import Tensor
+
+from helpers.dense import active_blocks, inside, mask_dims, topology_of, unpack_blocks
 
 IntOrPair = int | tuple[int, int]
 
@@ -147,7 +148,9 @@ class ConvProblem:
         values = values.where(inside(mask, self.weight_shape, self.block), torch.zeros((), dtype=dtype))
         bias = _numbers((self.channels[1],), dtype, numbers, g) if self.bias else None
         kwargs = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        grad = lay_out(_numbers((*shape[:-3], self.channels[1], *self.output_size), dtype, numbers, g), self.grad_layout)
+        grad = lay_out(
+            _numbers((*shape[:-3], self.channels[1], *self.output_size), dtype, numbers, g), self.grad_layout
+        )
         return Case(x, values, bias, mask, topology_of(mask), grad, self.weight_shape, self.block, kwargs)
 
     def explicit(self) -> tuple[list[int], list[int], list[int]] | None:
@@ -312,7 +315,7 @@ def sample_problems() -> list[ConvProblem | LinearProblem]:
 
 
 def between_guards(t: Tensor) -> Tensor:
-    """The same tensor in the same layout, in the middle of a memory area that holds NaN (or, for integers, nonsense)."""
+    """The same tensor in the same layout, in the middle of memory that holds NaN (or, for integers, nonsense)."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
     margin = 512
     filler = float("nan") if t.is_floating_point() else -(2**30)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from ddst.ops import conv2d, linear
 from helpers.problems import Case, ConvProblem, LinearProblem
-from torch import Tensor
 
 BACKENDS = ["cpu", "reference"]
 Problem = ConvProblem | LinearProblem

@@ -1,7 +1,7 @@
 """The one table dtype -> tolerance of all tests, and the comparison that uses it.
 
-An error is measured against a float64 reference in two ways: its root mean square relative to that of the reference, and
-its maximum relative to the largest entry of the reference. A reference that is all zero must be met exactly.
+An error is measured against a float64 reference in two ways: its root mean square relative to that of the reference,
+and its maximum relative to the largest entry of the reference. A reference that is all zero must be met exactly.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddst import SparseConv2d, SparseLinear
+from ddst.gan import DDST, StepReport
 from ddst.nn import SparseLayer, set_backend, sparse_layers
 
 
@@ -108,7 +109,9 @@ class ToyGan:
     def d_backward(self) -> Tensor:
         real, fake = self.real(), self.g(torch.randn(16, 16))
         self.opt_d.zero_grad()
-        loss = torch.relu(1 - self.d(real)).mean() + torch.relu(1 + self.d(fake.detach() if self.detach else fake)).mean()
+        loss = (
+            torch.relu(1 - self.d(real)).mean() + torch.relu(1 + self.d(fake.detach() if self.detach else fake)).mean()
+        )
         loss.backward()
         return real
 
@@ -139,3 +142,20 @@ class ToyGan:
             noise, scores = self.g_backward()
             self.opt_g.step()
         return {"real": real, "noise": noise, "fake_scores": scores}
+
+
+TOTAL = 24
+SHORT: dict[str, Any] = {
+    "total_steps": TOTAL, "interval_g": 3, "interval_d": 4, "br_every": 2, "br_window": 4, "warmup": 0,
+}  # fmt: skip
+
+
+def make(gan: ToyGan | None = None, **options: Any) -> tuple[ToyGan, DDST]:
+    """A toy GAN and its scheduler, with intervals for a run of 24 iterations."""
+    gan = gan or ToyGan()
+    return gan, DDST(gan.g, gan.d, gan.opt_g, gan.opt_d, **{**SHORT, **options})
+
+
+def run(gan: ToyGan, scheduler: DDST, steps: int) -> list[StepReport]:
+    """Iterations and what the scheduler did at each."""
+    return [scheduler.step(**gan.iteration()) for _ in range(steps)]

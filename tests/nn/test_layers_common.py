@@ -7,14 +7,15 @@ import io
 import pickle
 from collections.abc import Callable
 
-import ddst
 import pytest
 import torch
+from torch import Tensor, nn
+
+import ddst
 from ddst.nn import SparseLayer, sparse_layers
 from ddst.topology import MaskChange
 from helpers.dense import active_entries, inside, pack_blocks, topology_of, unpack_blocks
 from helpers.tolerances import assert_close
-from torch import Tensor, nn
 
 Make = Callable[[], tuple[SparseLayer, Tensor]]
 
@@ -127,7 +128,12 @@ def test_set_block_mask_refuses_wrong_masks_and_changes_nothing(make: Make) -> N
     layer, _ = make()
     before = (layer.values.clone(), layer.block_mask.clone(), layer.topology.clone())
     good = layer.block_mask
-    for bad, error in ((good.float(), TypeError), (good[:1], ValueError), (good.tolist(), TypeError), (None, TypeError)):
+    for bad, error in (
+        (good.float(), TypeError),
+        (good[:1], ValueError),
+        (good.tolist(), TypeError),
+        (None, TypeError),
+    ):
         with pytest.raises(error, match="mask"):
             layer.set_block_mask(bad)
     after = (layer.values, layer.block_mask, layer.topology)
@@ -260,7 +266,9 @@ def test_moves_take_the_buffers_along_and_leave_their_dtypes(make: Make) -> None
     assert len(list(on_meta.buffers())) == 2
 
 
-@pytest.mark.parametrize("make", [lambda **k: ddst.SparseConv2d(8, 8, 3, **k), lambda **k: ddst.SparseLinear(8, 8, **k)])
+@pytest.mark.parametrize(
+    "make", [lambda **k: ddst.SparseConv2d(8, 8, 3, **k), lambda **k: ddst.SparseLinear(8, 8, **k)]
+)
 def test_a_layer_can_be_made_on_the_meta_device(make: Callable[..., SparseLayer]) -> None:
     layer = make(device="meta", dtype=torch.float64)
     assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
@@ -368,3 +376,17 @@ def test_sparse_layers_lists_a_model_in_order_and_shared_layers_once() -> None:
     assert list(sparse_layers(model)) == ["0", "2.1", "4"]
     assert sparse_layers(model)["2.1"] is shared
     assert sparse_layers(nn.Linear(2, 2)) == {}
+
+
+@both
+def test_conversions_share_nothing(make: Make) -> None:
+    layer, x = make()
+    dense = layer.to_dense()
+    again = type(layer).from_dense(dense, block_mask=layer.block_mask, block=layer.block)
+    want = layer(x)
+    with torch.no_grad():
+        for parameter in dense.double().parameters():
+            parameter.zero_()
+    assert torch.equal(layer(x), want)
+    assert again.bias is not None
+    assert again.bias.abs().sum() > 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import ddst
 import pytest
 import torch
+from torch import nn
+
+import ddst
 from helpers.dense import active_entries, block_norms, unpack_blocks
 from helpers.tolerances import assert_close
-from torch import nn
 
 GEOMETRIES: list[dict[str, Any]] = [
     {"kernel_size": 3},

@@ -7,14 +7,15 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ddst
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ddst
 from ddst.nn import SparseLayer
 from helpers.dense import block_norms, pack_blocks, unpack_blocks
 from helpers.tolerances import assert_close
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 BACKENDS = ["cpu", "reference"]
 

@@ -7,13 +7,14 @@ import pickle
 
 import pytest
 import torch
-from ddst.nn import SparseConv2d, SparseLayer, SparseLinear
-from ddst.nn.spectral_norm import SpectralNorm, spectral_norm
-from helpers.dense import active_entries
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddst.nn import SparseConv2d, SparseLayer, SparseLinear
+from ddst.nn.spectral_norm import spectral_norm
+from helpers.dense import active_entries
 
 BACKENDS = ["cpu", "reference"]
 STYLES = ["hook", "parametrization"]
@@ -164,7 +165,7 @@ def test_eval_mode_changes_nothing_and_repeats_itself() -> None:
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
 
-# --- the estimate -------------------------------------------------------------------------------------------------------
+# --- the estimate ----------------------------------------------------------------------------------------------------
 
 
 def two_parts(noise: float, style: str) -> SparseLinear:
@@ -210,32 +211,30 @@ def move_blocks(layer: SparseLayer, share: float) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_estimate_stays_close_during_training_and_after_every_topology_update(style: str) -> None:
-    """At 10 % density, with a learning rate that lets new blocks become the largest part within few steps."""
-    torch.manual_seed(0)
-    layers = [
-        SparseConv2d(64, 64, 3, padding=1, density=0.1),
-        SparseConv2d(64, 128, 1, density=0.1),
-        SparseLinear(128, 256, density=0.1),
-    ]
-    for layer in layers:
-        spectral_norm(layer, style=style)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=0.02, betas=(0.0, 0.9))
-        worst = 0.0
-        for step in range(120):
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_estimate_stays_close_during_training_and_after_every_topology_update(kind: str, style: str) -> None:
+    """At 10 % density; first one part of the weight grows, then another, while blocks move.
+
+    The learning rate is five times that of SNGAN. Without noise the ratio reaches 1.5 to 1.9 here.
+    """
+    layer: SparseLayer = SparseLinear(128, 256) if kind == "linear" else SparseConv2d(64, 64, 3, padding=1)
+    spectral_norm(layer, style=style)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3, betas=(0.0, 0.9))
+    for phase in range(2):
+        x = torch.randn((8, 128) if kind == "linear" else (8, 64, 4, 4))
+        for _ in range(100):
+            layer.effective_values()  # long enough for u to vanish on all parts but the largest
+        for step in range(100):
             if step % 20 == 19:
-                move_blocks(layer, 0.5)
+                move_blocks(layer, 0.3)
                 optimizer.state.clear()
-                worst = max(worst, ratio(layer))
-            shape = (8, 128) if isinstance(layer, SparseLinear) else (8, 64, 4, 4)
-            x = torch.randn(shape)
-            y = layer(x)
-            worst = max(worst, ratio(layer))
-            loss = (y - y.detach().roll(1, 0).sign()).square().mean()
+                assert ratio(layer) < 1.5, (phase, step, "after the update")
+            y = layer(x)[:, 16 * phase : 16 * phase + 16]
+            if step % 4 == 0:
+                assert ratio(layer) < 1.5, (phase, step)
             optimizer.zero_grad()
-            loss.backward()
+            (y - 1).square().mean().backward()
             optimizer.step()
-        assert worst < 1.5, (layer, worst)
 
 
 def test_a_zero_weight_gives_zeros_and_finite_gradients_and_is_left_again() -> None:
@@ -259,7 +258,7 @@ def test_a_zero_weight_gives_zeros_and_finite_gradients_and_is_left_again() -> N
             assert ratio(layer) < 1.5
 
 
-# --- a module like any other --------------------------------------------------------------------------------------------
+# --- a module like any other -----------------------------------------------------------------------------------------
 
 
 def test_copies_pickles_and_dtypes() -> None:
@@ -304,6 +303,7 @@ def test_compiles_into_one_graph(noise: float) -> None:
     torch.manual_seed(0)
     layer = spectral_norm(make_layer("conv", torch.float32), noise=noise)
     other = copy.deepcopy(layer)
+    start = other.spectral_norm.u.clone()
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     x = input_of(layer)
     for _ in range(3):
@@ -315,7 +315,7 @@ def test_compiles_into_one_graph(noise: float) -> None:
             torch.testing.assert_close(z, y)
         z.sum().backward()
     assert torch.isfinite(other.values.grad).all()
-    assert not torch.equal(layer.spectral_norm.u, SpectralNorm((24, 16, 3, 3), (8, 8), layer.block_mask).u)
+    assert not torch.equal(other.spectral_norm.u, start)
     if noise == 0:
         torch.testing.assert_close(other.spectral_norm.u, layer.spectral_norm.u)
 
@@ -342,7 +342,7 @@ def test_no_tensor_of_the_size_of_the_dense_weight_is_made() -> None:
     assert largest.elements == layer.values.numel()
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

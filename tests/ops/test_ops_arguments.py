@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from ddst.ops import conv2d, linear
 from helpers.problems import ConvProblem, LinearProblem
 from helpers.sparse import BACKENDS

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 
-import ddst
 import pytest
 import torch
-from helpers.tolerances import assert_close
 from torch import Tensor, nn
+
+import ddst
+from helpers.tolerances import assert_close
 
 
 class SmallNet(nn.Module):

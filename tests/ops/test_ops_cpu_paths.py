@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ddst
 import pytest
 import torch
+
+import ddst
 from helpers.problems import ConvProblem, LinearProblem
 from helpers.sparse import Problem, call, op_arguments
 from helpers.tolerances import assert_close
@@ -61,8 +62,6 @@ def test_unknown_instruction_set_is_an_error_that_names_the_variable() -> None:
     assert done.returncode != 0
     assert "DDST_CPU_CAPABILITY" in done.stderr
     assert "mmx" in done.stderr
-
-
 
 
 BUSY: list[Problem] = [

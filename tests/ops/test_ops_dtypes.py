@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from helpers.problems import ConvProblem, LinearProblem
 from helpers.sparse import BACKENDS, Problem, apply, forward_and_grads
 from helpers.tolerances import assert_close
@@ -14,7 +15,7 @@ LONG_CONV = ConvProblem(channels=(64, 32), block=(16, 16), mask="0.8", size=(8, 
 LONG_LINEAR = LinearProblem(batch=(300,), features=(1024, 32), block=(16, 16), mask="0.8")
 
 
-def _positive(problem: Problem, dtype: torch.dtype):  # noqa: ANN202 - the case's type is in its name
+def _positive(problem: Problem, dtype: torch.dtype):
     case = problem.build(torch.float64, seed=2)
     for t in (case.x, case.values, case.bias, case.grad):
         assert t is not None
@@ -86,10 +87,14 @@ def test_autocast_takes_mixed_arguments_and_leaves_float64_alone(problem: Proble
     ],
     ids=str,
 )
-def test_other_dtypes_are_refused(
-    problem: Problem, dtypes: tuple[torch.dtype, ...], named: str, backend: str
-) -> None:
+def test_other_dtypes_are_refused(problem: Problem, dtypes: tuple[torch.dtype, ...], named: str, backend: str) -> None:
     case = problem.build(torch.float32)
     tensors = [t.to(dtype) for t, dtype in zip((case.x, case.values, case.bias), dtypes, strict=True)]
     with pytest.raises(TypeError, match=named):
         apply(case, backend, *tensors)
+
+
+def test_whole_numbers_are_refused_also_under_autocast() -> None:
+    case = ConvProblem().build(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="input"):
+        conv2d(case.x.int(), case.values, None, case.topology, case.weight_shape)

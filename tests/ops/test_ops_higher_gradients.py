@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
 from helpers.dense import pack_blocks, unpack_blocks
 from helpers.problems import Case, ConvProblem, LinearProblem, few, sample_problems
 from helpers.sparse import BACKENDS, Problem, apply
 from helpers.tolerances import assert_close
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 SMALL = ConvProblem(batch=2, channels=(3, 5), kernel=(2, 3), size=(3, 4), block=(2, 2), mask="0.5", padding=(1, 1))
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from helpers.dense import active_entries, inside, pack_blocks, unpack_blocks
 from helpers.problems import Case, ConvProblem, LinearProblem, between_guards, few, sample_problems
 from helpers.sparse import BACKENDS, Problem, forward_and_grads
-from torch import Tensor
 
 # Ragged channels: the lanes beyond the last channel of one pixel are the first channels of the next.
 CONVS = [
@@ -26,7 +27,7 @@ PROBLEMS: list[Problem] = [*CONVS, *LINEARS]
 def _bounds(case: Case, which: str, at: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(must be NaN, may be NaN) of `which` result when one entry, `at`, of the tensor it reads is NaN.
 
-    Dense arithmetic multiplies the NaN by every weight, zero or not: that is the upper bound. The lower bound multiplies
+    Dense arithmetic multiplies the NaN by every weight, zero or not: the upper bound. The lower bound multiplies
     by active weights only. Counted with ones, in float64.
     """
     mark = torch.zeros_like(case.x if which != "input_grad" else case.grad, dtype=torch.float64)

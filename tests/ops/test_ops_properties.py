@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from helpers.dense import active_blocks, block_norms, topology_of
 from helpers.problems import Case, ConvProblem, LinearProblem
 from helpers.sparse import Problem, apply, call, forward_and_grads, op_arguments
 from helpers.tolerances import assert_close
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 modest = settings(max_examples=25, deadline=None)
 blocks = st.tuples(st.integers(1, 20), st.integers(1, 20))
@@ -123,7 +124,9 @@ def test_whole_numbers_are_exact_at_the_remainders_of_tiles(problem: Problem, dt
     case = problem.build(dtype, "whole", seed=4)
     got = forward_and_grads(case, "cpu")
     bias = None if case.bias is None else case.bias.double()
-    for result, want in zip(got, (case.dense(case.x.double(), case.values.double(), bias), *case.dense_grads()), strict=True):
+    for result, want in zip(
+        got, (case.dense(case.x.double(), case.values.double(), bias), *case.dense_grads()), strict=True
+    ):
         assert result is None or torch.equal(result.double(), want)
 
 
@@ -139,7 +142,15 @@ def test_sum_over_two_halves_of_a_mask(problem: Problem, data: st.DataObject) ->
         mask = torch.zeros_like(case.mask)
         mask[case.mask] = half
         part = Case(
-            case.x, case.values[half], None, mask, topology_of(mask), case.grad, case.weight_shape, case.block, case.kwargs
+            case.x,
+            case.values[half],
+            None,
+            mask,
+            topology_of(mask),
+            case.grad,
+            case.weight_shape,
+            case.block,
+            case.kwargs,
         )
         total = total + apply(part)
     assert torch.equal(total, apply(case))

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+
 from helpers.dense import block_norms, pack_blocks
-from helpers.problems import ConvProblem, LinearProblem, few, sample_conv_problems, sample_linear_problems, sample_problems
+from helpers.problems import (
+    ConvProblem,
+    LinearProblem,
+    few,
+    sample_conv_problems,
+    sample_linear_problems,
+    sample_problems,
+)
 from helpers.sparse import Problem, call, op_arguments
 from helpers.tolerances import assert_close
 
@@ -63,6 +72,26 @@ def test_no_active_block_gives_bias_and_zeros(problem: ConvProblem) -> None:
     assert (call("conv2d_block_scores", arguments["conv2d_block_scores"]) > 0).all()
 
 
+@pytest.mark.usefixtures("poison_outputs")
+@pytest.mark.parametrize("block", [(16, 16), (16, 4), (3, 16)])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ConvProblem(channels=(200, 150), kernel=(5, 5), padding=2, size=(4, 5), mask="0.1"),
+        LinearProblem(batch=(9,), features=(1100, 1500), mask="0.1"),
+    ],
+    ids=["conv", "linear"],
+)
+def test_scores_of_a_weight_of_several_megabytes(problem: Problem, block: tuple[int, int]) -> None:
+    # The dense gradient is formed a few block rows at a time; here it takes several such parts, the last one smaller.
+    problem = replace(problem, block=block)
+    case = problem.build(torch.float32)
+    arguments = op_arguments(problem, case)
+    assert arguments is not None
+    name = next(name for name in arguments if name.endswith("block_scores"))
+    assert_close(call(name, arguments[name]), block_norms(case.dense_weight_grad(), block), "scores")
+
+
 def _chosen(name: str) -> list[Problem]:
     if name.startswith("linear"):
         return few(expressible(sample_linear_problems()), 3)
@@ -96,9 +125,7 @@ def test_fake_kernel_has_shape_dtype_and_strides_of_the_real_one(name: str) -> N
         assert arguments is not None
         real = call(name, arguments[name])
         with FakeTensorMode() as mode:
-            fake = call(
-                name, tuple(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments[name])
-            )
+            fake = call(name, tuple(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments[name]))
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride()), str(problem)
 
 

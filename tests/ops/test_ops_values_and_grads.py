@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from helpers.dense import inside
 from helpers.problems import ConvProblem, LinearProblem, sample_conv_problems, sample_linear_problems, sample_problems
 from helpers.sparse import BACKENDS, Problem, apply, forward_and_grads
@@ -104,7 +105,9 @@ def test_auto_gives_the_bits_of_one_backend(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size, padding, kernel", [((5, 4), 1, 3), ((1, 1), 1, 3), ((1, 1), 0, 1), ((1, 6), 0, 1)])
+@pytest.mark.parametrize(
+    "size, padding, kernel", [((5, 4), 1, 3), ((1, 1), 1, 3), ((1, 1), 2, 3), ((1, 1), 0, 1), ((1, 6), 0, 1)]
+)
 @pytest.mark.parametrize("channels", [(6, 10), (1, 10), (6, 1), (1, 1)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
 def test_memory_format_of_the_output_is_that_of_torch(

@@ -1,0 +1,38 @@
+"""ddst: sparse training that is really sparse.
+
+Block-sparse convolution and linear layers whose time and memory fall with density, and DDST, which moves their blocks
+while a GAN trains.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import _extension
+
+_extension.load()  # before anything that registers derivatives of the compiled operators
+
+from ._extension import build_info  # noqa: E402
+from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
+from .nn import SparseConv2d, SparseLinear, explain  # noqa: E402
+from .sparsity import SparseTraining, dense_state_dict, densify, remap_state, sparsify  # noqa: E402
+
+try:
+    __version__ = version("ddst")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+source"
+
+__all__ = [
+    "DDST",
+    "EMA",
+    "BalanceRatio",
+    "DensityController",
+    "SparseConv2d",
+    "SparseLinear",
+    "SparseTraining",
+    "__version__",
+    "build_info",
+    "dense_state_dict",
+    "densify",
+    "explain",
+    "remap_state",
+    "sparsify",
+]

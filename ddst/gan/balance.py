@@ -1,0 +1,159 @@
+"""The balance ratio: how much of the generator's distance to the data one generator step makes up."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+AVERAGES = ("ratio_of_means", "mean_of_ratios")
+
+
+@dataclass(frozen=True)
+class BalanceSample:
+    """One measurement.
+
+    Attributes:
+        alpha: ``E[D(G_post(z))] − E[D(G_pre(z))]``.
+        beta: ``E[D(x)] − E[D(G_pre(z))]``.
+        ratio: ``alpha / beta``, or None where beta is at most ε or something is not finite.
+    """
+
+    alpha: float
+    beta: float
+    ratio: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Plain values that JSON can hold: numbers that are not finite become None."""
+        return {name: value if value is None or math.isfinite(value) else None for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class WindowSummary:
+    """What the controller decides from.
+
+    Attributes:
+        samples: measurements in the window. capacity: how many fill it.
+        mean_alpha, mean_beta: over the window, 0 when it is empty.
+        balance_ratio: the averaged ratio, finite, or None.
+        reason: why ``balance_ratio`` is None; empty otherwise.
+    """
+
+    samples: int
+    capacity: int
+    mean_alpha: float
+    mean_beta: float
+    balance_ratio: float | None
+    reason: str = ""
+
+    @property
+    def full(self) -> bool:
+        """Whether the window holds as many samples as it can."""
+        return self.samples >= self.capacity
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold."""
+        return asdict(self)
+
+
+class BalanceRatio:
+    """``BR = α / β`` over a sliding window: ``mean(α) / mean(β)``, or the mean of the samples' ratios.
+
+    ``α = E[D(G_post(z))] − E[D(G_pre(z))]`` and ``β = E[D(x)] − E[D(G_pre(z))]``, with the same noise z before and
+    after the generator's step and D after its update. Near 1, one step of G makes up its whole distance to the data in
+    the eyes of D: D is too weak. Near 0, G's steps achieve nothing against D: D is too strong.
+
+    A window has a value or a reason why it has none; NaN and infinity never come out:
+
+    * "ratio_of_means" (default): None when ``mean(β) ≤ eps``, that is, when D does not rate data above G's images.
+    * "mean_of_ratios" (the paper's): samples with ``β ≤ eps`` are left out of the mean (their ratio has no meaning, and
+      one of them outweighs the whole window); None when more than half of the window is left out.
+    * A sample whose α or β is not finite is not taken into the window at all, and counted in ``rejected``.
+
+    Args:
+        window: number of samples, at least 1. (The published runs measure every 10 iterations over 1,000.)
+        average: "ratio_of_means" or "mean_of_ratios".
+        eps: ``ε ≥ 0``, the smallest meaningful ``β``, in units of D's scores.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Wang et al., *Balanced Training for Sparse GANs* (2023), balance ratio; the ratio of means is ours.
+
+    >>> meter = BalanceRatio(window=2)
+    >>> meter.add(0.1, 0.5).ratio
+    0.2
+    >>> meter.add(0.3, 0.5).ratio, round(meter.value, 3)
+    (0.6, 0.4)
+    """
+
+    def __init__(self, window: int = 100, average: str = "ratio_of_means", eps: float = 1e-3) -> None:
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            raise ValueError(f"window must be a number of samples, an int of at least 1, got {window!r}")
+        if average not in AVERAGES:
+            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {average!r}")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+        self.window = window
+        self.average = average
+        self.eps = eps
+        self.rejected = 0
+        self._samples: deque[tuple[float, float]] = deque(maxlen=window)
+
+    def add(self, alpha: float, beta: float) -> BalanceSample:
+        """Takes one measurement into the window; the oldest leaves when it is full."""
+        alpha, beta = float(alpha), float(beta)
+        if not (math.isfinite(alpha) and math.isfinite(beta)):
+            self.rejected += 1
+            return BalanceSample(alpha, beta, None)
+        self._samples.append((alpha, beta))
+        return BalanceSample(alpha, beta, self._ratio(alpha, beta))
+
+    @property
+    def value(self) -> float | None:
+        """The window's balance ratio, or None; :meth:`summary` has the reason."""
+        return self.summary().balance_ratio
+
+    @property
+    def full(self) -> bool:
+        """Whether the window holds ``window`` samples."""
+        return len(self._samples) == self.window
+
+    def summary(self) -> WindowSummary:
+        """The window's averages."""
+        count = len(self._samples)
+        if not count:
+            return WindowSummary(0, self.window, 0.0, 0.0, None, "no sample yet")
+        # Divided first: the sum of finite numbers may overflow, their mean cannot.
+        alpha = math.fsum(a / count for a, _ in self._samples)
+        beta = math.fsum(b / count for _, b in self._samples)
+        reason = ""
+        if self.average == "ratio_of_means":
+            value = self._ratio(alpha, beta)
+            if value is None:
+                reason = (
+                    f"mean beta {beta:.3g} is not above {self.eps:.3g}: D does not rate data above generated images"
+                )
+        else:
+            ratios = [r for r in (self._ratio(a, b) for a, b in self._samples) if r is not None]
+            value = math.fsum(r / len(ratios) for r in ratios) if 2 * len(ratios) >= count else None
+            if value is None:
+                reason = f"beta is not above {self.eps:.3g} in {count - len(ratios)} of {count} samples"
+        return WindowSummary(count, self.window, alpha, beta, value, reason)
+
+    def _ratio(self, alpha: float, beta: float) -> float | None:
+        if not beta > self.eps:
+            return None
+        ratio = alpha / beta
+        return ratio if math.isfinite(ratio) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The samples in the window and the count of rejected ones."""
+        return {"samples": list(self._samples), "rejected": self.rejected}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`; when the window is smaller now, the newest samples are kept."""
+        self._samples = deque(((float(a), float(b)) for a, b in state["samples"]), maxlen=self.window)
+        self.rejected = int(state["rejected"])

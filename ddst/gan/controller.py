@@ -1,0 +1,184 @@
+"""The discriminator's density: a pure function from a window of balance ratios to a decision with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ddst.gan.balance import WindowSummary
+
+MODES = ("relaxed", "strict")
+KEEP, GROW, DROP, EXCHANGE = "keep", "grow", "drop", "exchange"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with the discriminator, why, and from what: enough to replay it.
+
+    Attributes:
+        step: generator iteration.
+        action: "keep", "grow", "drop" or "exchange" (drop and grow at a constant density).
+        density: before. new_density: the density asked for; equal to ``density`` for "keep" and "exchange".
+        reason: one sentence.
+        window: the summary the decision was made from.
+        lowest, highest: the densities the discriminator can reach, see :meth:`DensityController.decide`.
+        resolution: the smallest change of density that can be made.
+    """
+
+    step: int
+    action: str
+    density: float
+    new_density: float
+    reason: str
+    window: WindowSummary
+    lowest: float = 0.0
+    highest: float = 1.0
+    resolution: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; :meth:`from_dict` undoes it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> Decision:
+        """The decision that :meth:`as_dict` wrote."""
+        return Decision(**{**fields, "window": WindowSummary(**fields["window"])})
+
+
+@dataclass(frozen=True)
+class DensityController:
+    """``d += Δ`` where ``BR > B+``, ``d −= Δ`` where ``BR < B−``, within ``[d_min, d_max]``.
+
+    | | "relaxed" | "strict" |
+    | --- | --- | --- |
+    | density range | 0.05 … 1 | 0.05 … 0.5 |
+    | BR > B+ | ``d + Δ``, at most d_max | the same; at d_max "exchange": DST at constant density |
+    | BR < B− | ``d − Δ``, at least d_min | the same |
+    | B− ≤ BR ≤ B+ | keep | keep |
+
+    Kept, with the reason: in the first ``warmup`` steps, before the window is full, where the window has no ratio (β
+    near zero or negative), and at the end of the range. A density that starts outside the range is never moved further
+    out, and never jumps: "drop" from above d_max takes Δ at a time.
+
+    Args:
+        mode: "relaxed" or "strict".
+        bounds: ``(B−, B+)``.
+        delta: ``Δ``, above 0.
+        density_range: ``(d_min, d_max)``; None: that of the mode.
+        warmup: steps without a decision.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Wang et al., *Balanced Training for Sparse GANs* (2023), dynamic density adjustment, both settings.
+
+    >>> controller = DensityController("strict")
+    >>> window = WindowSummary(100, 100, 0.3, 0.5, 0.6)
+    >>> controller.decide(window, density=0.5, step=2000).action
+    'exchange'
+    >>> decision = controller.decide(window, density=0.1, step=2000)
+    >>> decision.action, round(decision.new_density, 3), decision.reason
+    ('grow', 0.15, 'balance ratio 0.6 is above 0.55: D is too weak')
+    >>> controller.replay(decision) == decision
+    True
+    """
+
+    mode: str = "relaxed"
+    bounds: tuple[float, float] = (0.45, 0.55)
+    delta: float = 0.05
+    density_range: tuple[float, float] | None = None
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        low, high = check_pair("bounds", self.bounds)
+        if not low <= high:
+            raise ValueError(f"bounds must be (B-, B+) with B- at most B+, got {self.bounds}")
+        if not 0 < self.delta <= 1:
+            raise ValueError(f"delta must be above 0 and at most 1, got {self.delta}")
+        given = (0.05, 1.0 if self.mode == "relaxed" else 0.5) if self.density_range is None else self.density_range
+        d_min, d_max = check_pair("density_range", given)
+        if not 0 <= d_min <= d_max <= 1:
+            raise ValueError(f"density_range must be (d_min, d_max) with 0 <= d_min <= d_max <= 1, got {given}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must not be negative, got {self.warmup}")
+        object.__setattr__(self, "bounds", (low, high))
+        object.__setattr__(self, "density_range", (d_min, d_max))
+
+    def decide(
+        self,
+        window: WindowSummary,
+        density: float,
+        step: int,
+        *,
+        lowest: float = 0.0,
+        highest: float = 1.0,
+        resolution: float = 0.0,
+    ) -> Decision:
+        """The decision for a window, a density and a step; a pure function of its arguments.
+
+        Args:
+            window: summary of the balance ratio.
+            density: of the discriminator, 0 … 1.
+            step: generator iteration, compared with ``warmup``.
+            lowest, highest: the densities the discriminator can reach (one block in every layer; every layer that may
+                change full): the range ends there if that is narrower.
+            resolution: the smallest change that can be made: a density within it of the range's end is at the end.
+        """
+
+        def decision(action: str, new_density: float, reason: str) -> Decision:
+            return Decision(step, action, density, new_density, reason, window, lowest, highest, resolution)
+
+        assert self.density_range is not None
+        d_min, d_max = max(self.density_range[0], lowest), min(self.density_range[1], highest)
+        # Densities are sums of shares: 0.1 + 8 · 0.05 is not 0.5.
+        margin = max(resolution, 1e-9)
+        low, high = self.bounds
+        ratio = window.balance_ratio
+        if step <= self.warmup:
+            return decision(KEEP, density, f"warm-up until step {self.warmup}")
+        if not window.full:
+            return decision(KEEP, density, f"window holds {window.samples} of {window.capacity} samples")
+        if ratio is None or not math.isfinite(ratio):
+            return decision(KEEP, density, f"no balance ratio: {window.reason or 'not finite'}")
+        if ratio > high:
+            why = f"balance ratio {ratio:.3g} is above {high:.3g}: D is too weak"
+            if density < d_max - margin:
+                return decision(GROW, min(density + self.delta, d_max), why)
+            at_end = f"{why}, but its density {density:.3g} is at the upper end {d_max:.3g}"
+            return decision(EXCHANGE if self.mode == "strict" else KEEP, density, at_end)
+        if ratio < low:
+            why = f"balance ratio {ratio:.3g} is below {low:.3g}: D is too strong"
+            if density > d_min + margin:
+                return decision(DROP, max(density - self.delta, d_min), why)
+            return decision(KEEP, density, f"{why}, but its density {density:.3g} is at the lower end {d_min:.3g}")
+        return decision(KEEP, density, f"balance ratio {ratio:.3g} is within {low:.3g} and {high:.3g}")
+
+    def replay(self, decision: Decision) -> Decision:
+        """Decides again from what a logged decision was made from: equal to it if the settings are the same."""
+        return self.decide(
+            decision.window,
+            decision.density,
+            decision.step,
+            lowest=decision.lowest,
+            highest=decision.highest,
+            resolution=decision.resolution,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values; ``DensityController(**fields)`` undoes it."""
+        return asdict(self)
+
+
+def check_pair(name: str, pair: Any) -> tuple[float, float]:
+    """Two finite numbers as floats; an error that names the argument otherwise."""
+    try:
+        low, high = (float(x) for x in pair)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be two numbers, got {pair!r}") from None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} must be finite, got {pair!r}")
+    return (low, high)

@@ -1,0 +1,372 @@
+"""Double dynamic sparse training: G's blocks move, D's density follows the balance ratio."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddst.gan.balance import BalanceRatio, BalanceSample
+from ddst.gan.controller import DROP, EXCHANGE, GROW, Decision, DensityController
+from ddst.gan.ema import EMA
+from ddst.nn import SparseLayer
+from ddst.sparsity.algorithm import SparseTraining, check_steps
+from ddst.sparsity.density import NetworkDensity
+from ddst.sparsity.schedule import make_schedule
+from ddst.sparsity.updater import TopologyUpdater, UpdateReport, has_single_weight_blocks
+
+MODES = ("relaxed", "strict", "sdst")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one call of :meth:`DDST.step` saw and did.
+
+    Attributes:
+        step: generator iteration, from 1.
+        sample: the balance measurement, every ``br_every`` iterations, else None.
+        decision: of the density controller, every ``interval_d`` iterations, else None.
+        generator_update, discriminator_update: what changed in the topology, else None.
+        density_g, density_d: afterwards.
+    """
+
+    step: int
+    sample: BalanceSample | None
+    decision: Decision | None
+    generator_update: UpdateReport | None
+    discriminator_update: UpdateReport | None
+    density_g: float
+    density_d: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold."""
+        parts = (self.sample, self.decision, self.generator_update, self.discriminator_update)
+        names = ("sample", "decision", "generator_update", "discriminator_update")
+        nested = {name: None if part is None else part.as_dict() for name, part in zip(names, parts, strict=True)}
+        return {"step": self.step, **nested, "density_g": self.density_g, "density_d": self.density_d}
+
+
+class DDST:
+    """``d_D ← d_D ± Δ`` by the balance ratio every ``ΔT_D`` iterations, and G's blocks exchanged every ``ΔT_G``.
+
+    One object for every sparse method: DDST relaxed and strict; SDST (``mode="sdst"``: D is never changed) with
+    ``method`` "rigl" or "set"; static (``mode="sdst", method="static"``), which measures only. Sparsify both networks
+    first (DDST starts at ``d_D = d_G``), make the optimizers, then call :meth:`step` once per generator iteration:
+
+        d_loss.backward(); opt_d.step()          # once or several times
+        fake_scores = discriminator(generator(noise))
+        (-fake_scores.mean()).backward(); opt_g.step()
+        ddst.step(real=real, noise=noise, fake_scores=fake_scores)
+
+    Args:
+        generator, discriminator: the networks.
+        opt_g, opt_d: their optimizers.
+        total_steps: generator iterations of the whole run.
+        mode: "relaxed" (``d_D`` up to 1), "strict" (up to ``d_max``, there DST at constant density) or "sdst".
+        method: G's: "rigl", "set" or "static".
+        interval_g: ``ΔT_G``, iterations between updates of G's topology.
+        interval_d: ``ΔT_D``, iterations between decisions about D; None: 1,000 relaxed, 2,000 strict.
+        bounds: ``(B−, B+)``. delta: ``Δ``, a density.
+        density_range: of D; None: (0.05, 1) relaxed, (0.05, 0.5) strict.
+        br_every: iterations between two measurements of the balance ratio.
+        br_window: iterations the ratio is averaged over: ``br_window / br_every`` samples. br_average, br_eps: see
+            :class:`BalanceRatio`.
+        warmup: iterations without a decision; None: 0 for 1×1 blocks in D (the window does it), else an eighth of the
+            run, at most 1,000.
+        drop_fraction, drop_fraction_d: ``ζ0`` of G, and of D's exchanges at ``d_max``; None: 0.5 for 1×1 blocks, else
+            0.3. schedule: of both.
+        scope, ranking, max_norm_share, grown_second_moment: of both, see :class:`ddst.SparseTraining`. Changes of D's
+            density are ranked over the whole of D.
+        exempt_g, exempt_d: names of layers that never change, or "ends" (first and last); None: D's ends for blocks
+            larger than 1×1, none otherwise.
+        ema: averaged generator, updated by every :meth:`step` after the topology.
+        seed: of SET's random growth.
+        generate, score: ``noise → images`` and ``images → scores`` for the measurement, where that is more than
+            ``generator(noise)`` and ``discriminator(images)`` (labels, several outputs).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; no sparse layers where the method would move them.
+
+    Warns:
+        UserWarning: an interval or the window leaves no update in ``total_steps``.
+
+    Numerics: deterministic; resume from :meth:`state_dict` is bit-exact. Measuring changes nothing: buffers (batch
+        norm, spectral norm) and the random state are put back. The gradient that scores D's blocks is that of the last
+        step of ``opt_d``; what G's loss sends through D is kept apart, whether D is frozen then or not.
+    Cost: a measurement is one forward pass of G and two of D, every ``br_every`` iterations.
+    Source: Wang et al., *Balanced Training for Sparse GANs* (2023), both settings; the defaults for blocks larger than
+        1×1 are this library's, see :class:`ddst.SparseTraining`, :class:`BalanceRatio`, :class:`DensityController`.
+
+    >>> import ddst
+    >>> G = nn.Sequential(ddst.SparseLinear(32, 64, density=0.5), nn.ReLU(), ddst.SparseLinear(64, 32, density=0.5))
+    >>> D = nn.Sequential(ddst.SparseLinear(32, 64, density=0.5), nn.ReLU(), nn.Linear(64, 1))
+    >>> opt_g, opt_d = torch.optim.Adam(G.parameters()), torch.optim.Adam(D.parameters())
+    >>> scheduler = DDST(G, D, opt_g, opt_d, total_steps=40, interval_g=10, interval_d=20, br_every=1, br_window=5)
+    >>> for _ in range(40):
+    ...     real, noise = torch.randn(8, 32), torch.randn(8, 32)
+    ...     opt_d.zero_grad()
+    ...     (D(G(noise).detach()).mean() - D(real).mean()).backward()
+    ...     opt_d.step()
+    ...     opt_g.zero_grad()
+    ...     fake_scores = D(G(noise))
+    ...     (-fake_scores.mean()).backward()
+    ...     opt_g.step()
+    ...     report = scheduler.step(real=real, noise=noise, fake_scores=fake_scores)
+    ...     if report.decision is not None:
+    ...         print(report.step, report.decision.action in ("keep", "grow", "drop"))
+    20 True
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        opt_g: Optimizer,
+        opt_d: Optimizer,
+        *,
+        total_steps: int,
+        mode: str = "relaxed",
+        method: str = "rigl",
+        interval_g: int = 500,
+        interval_d: int | None = None,
+        bounds: tuple[float, float] = (0.45, 0.55),
+        delta: float = 0.05,
+        density_range: tuple[float, float] | None = None,
+        br_every: int = 10,
+        br_window: int = 1000,
+        br_average: str = "ratio_of_means",
+        br_eps: float = 1e-3,
+        warmup: int | None = None,
+        drop_fraction: float | None = None,
+        drop_fraction_d: float | None = None,
+        schedule: str | Callable[[int], float] = "cosine",
+        scope: str | None = None,
+        ranking: str | None = None,
+        max_norm_share: float | None = None,
+        grown_second_moment: str | None = None,
+        exempt_g: Sequence[str] | str | None = None,
+        exempt_d: Sequence[str] | str | None = None,
+        ema: EMA | None = None,
+        seed: int = 0,
+        generate: Callable[[Any], Tensor] | None = None,
+        score: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        for name, module in (("generator", generator), ("discriminator", discriminator)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        if ema is not None and ema.model is not generator:
+            raise ValueError("ema must average the generator that is given")
+        self.generator, self.discriminator = generator, discriminator
+        self.mode, self.ema = mode, ema
+        self.total_steps = check_steps("total_steps", total_steps)
+        self.interval_g = check_steps("interval_g", interval_g)
+        default = 2000 if mode == "strict" else 1000
+        self.interval_d = check_steps("interval_d", default if interval_d is None else interval_d)
+        self.br_every = check_steps("br_every", br_every)
+        self.br_window = check_steps("br_window", br_window)
+        if self.br_window < self.br_every:
+            raise ValueError(f"br_window must be at least br_every ({br_every} iterations), got {br_window}")
+        self.balance = BalanceRatio(self.br_window // self.br_every, br_average, br_eps)
+        self._generate, self._score = generate or generator, score or discriminator
+
+        shared: dict[str, Any] = {
+            "scope": scope,
+            "ranking": ranking,
+            "max_norm_share": max_norm_share,
+            "grown_second_moment": grown_second_moment,
+        }
+        self.network_d = NetworkDensity(discriminator)
+        self.updater_d: TopologyUpdater | None = None
+        self.controller: DensityController | None = None
+        if mode != "sdst":
+            if not self.network_d.layers:
+                raise ValueError(f'discriminator has no sparse layers, which mode="{mode}" changes: sparsify it first')
+            single = has_single_weight_blocks(self.network_d.layers)
+            if warmup is None:
+                warmup = 0 if single else min(total_steps // 8, 1000)
+            self.controller = DensityController(mode, bounds, delta, density_range, warmup)
+            initial = (0.5 if single else 0.3) if drop_fraction_d is None else drop_fraction_d
+            self._fraction_d = make_schedule(schedule, initial, total_steps, "drop_fraction_d")
+            exempt = (() if single else "ends") if exempt_d is None else exempt_d
+            self.updater_d = TopologyUpdater(discriminator, opt_d, exempt=exempt, **shared)
+        self.training_g = SparseTraining(
+            generator,
+            opt_g,
+            method=method,
+            total_steps=total_steps,
+            interval=interval_g,
+            drop_fraction=drop_fraction,
+            schedule=schedule,
+            exempt=exempt_g,
+            seed=seed,
+            **shared,
+        )
+        if opt_d is not opt_g:
+            # Each loss runs backward through the other network too.
+            self.training_g.updater.scores.set_aside_at(opt_d)
+            if self.updater_d is not None:
+                self.updater_d.scores.set_aside_at(opt_g)
+        self.steps = 0
+        self._waiting: Decision | None = None
+        self._warn_if_idle()
+
+    @property
+    def density_g(self) -> float:
+        """Active share of the generator's convolution and linear weights."""
+        return self.training_g.density
+
+    @property
+    def density_d(self) -> float:
+        """Active share of the discriminator's convolution and linear weights."""
+        return self.network_d.density
+
+    def is_decision_step(self, step: int) -> bool:
+        """Whether the controller decides at this iteration (counted from 1; never at the first and the last)."""
+        return self.updater_d is not None and 1 < step < self.total_steps and step % self.interval_d == 0
+
+    def step(self, *, real: Tensor, noise: Any, fake_scores: Tensor) -> StepReport:
+        """Counts one generator iteration: measures, moves G's blocks, steers D's density, updates the average.
+
+        Args:
+            real: the iteration's batch of data, as D takes it.
+            noise: what ``fake_scores`` was made from, as G takes it.
+            fake_scores: ``D(G(noise))`` as computed for G's loss, before ``opt_g.step()``; any shape.
+
+        Raises:
+            TypeError: ``fake_scores`` or what D returns is no tensor.
+            RuntimeError: the gradient an update needs did not come in a whole interval.
+        """
+        if not isinstance(fake_scores, Tensor):
+            raise TypeError(f"fake_scores must be a tensor of scores, got {type(fake_scores).__name__}")
+        self.steps += 1
+        step = self.steps
+        sample = self._measure(real, noise, fake_scores) if step % self.br_every == 0 else None
+        generator_update = self.training_g.step()
+        decision, discriminator_update = self._steer(step)
+        if self.ema is not None:
+            self.ema.update()
+        return StepReport(
+            step, sample, decision, generator_update, discriminator_update, self.density_g, self.density_d
+        )
+
+    @torch.no_grad()
+    def _measure(self, real: Tensor, noise: Any, fake_scores: Tensor) -> BalanceSample:
+        with unperturbed(self.generator, self.discriminator):
+            after = self._mean(self._score(self._generate(noise)))
+            data = self._mean(self._score(real))
+        before = self._mean(fake_scores)
+        return self.balance.add(after - before, data - before)
+
+    @staticmethod
+    def _mean(scores: Tensor) -> float:
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"score must return a tensor of scores, got {type(scores).__name__}; give score=...")
+        return scores.detach().to(torch.float64).mean().item()
+
+    def _steer(self, step: int) -> tuple[Decision | None, UpdateReport | None]:
+        if self.updater_d is None or self.controller is None:
+            return None, None
+        updater, decision, update = self.updater_d, None, None
+        if self.is_decision_step(step):
+            if self._waiting is not None:
+                raise RuntimeError(
+                    f"no gradient reached a sparse layer of discriminator from step {self._waiting.step} to {step}: "
+                    "call step() after opt_d.step(), once per generator iteration"
+                )
+            low, high = updater.attainable_density
+            decision = self.controller.decide(
+                self.balance.summary(),
+                updater.density,
+                step,
+                lowest=low,
+                highest=high,
+                resolution=updater.resolution,
+            )
+            if decision.action == DROP:
+                update = updater.change_density(decision.new_density, step)
+            elif decision.action in (GROW, EXCHANGE):
+                self._waiting = decision
+        if self._waiting is not None and step < self.total_steps and updater.scores.arrived:
+            if self._waiting.action == GROW:
+                update = updater.change_density(self._waiting.new_density, step)
+            else:
+                update = updater.exchange(min(max(float(self._fraction_d(step)), 0.0), 1.0), step)
+            self._waiting = None
+        if self._waiting is None:
+            updater.scores.cancel()
+        if self.is_decision_step(step + 1) and step + 1 > self.controller.warmup and not updater.scores.requested:
+            updater.scores.request()
+        return decision, update
+
+    def _warn_if_idle(self) -> None:
+        if self.training_g.method != "static" and self.interval_g >= self.total_steps:
+            self._warn(f"interval_g={self.interval_g}", "G's topology is never updated")
+        if self.controller is not None:
+            last = (self.total_steps - 1) // self.interval_d * self.interval_d
+            ready = max(self.balance.window * self.br_every, self.controller.warmup + 1)
+            if last < max(ready, 2):
+                settings = f"interval_d={self.interval_d}, br_window={self.br_window}, warmup={self.controller.warmup}"
+                self._warn(settings, "D's density is never changed")
+
+    def _warn(self, settings: str, effect: str) -> None:
+        warnings.warn(f"with {settings} and total_steps={self.total_steps} {effect}", stacklevel=4)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, balance window, open requests and random growth; networks, optimizers and ``ema`` have their own."""
+        return {
+            "mode": self.mode,
+            "steps": self.steps,
+            "balance": self.balance.state_dict(),
+            "generator": self.training_g.state_dict(),
+            "discriminator": None if self.updater_d is None else self.updater_d.state_dict(),
+            "waiting": None if self._waiting is None else self._waiting.as_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`. Load the networks first.
+
+        Raises:
+            ValueError: it is the state of another mode.
+        """
+        if state["mode"] != self.mode:
+            raise ValueError(f'state is of mode="{state["mode"]}", this is mode="{self.mode}"')
+        self.balance.load_state_dict(state["balance"])
+        self.training_g.load_state_dict(state["generator"])
+        if self.updater_d is not None:
+            self.updater_d.load_state_dict(state["discriminator"])
+        self.steps = state["steps"]
+        self._waiting = None if state["waiting"] is None else Decision.from_dict(state["waiting"])
+
+    def close(self) -> None:
+        """Ends open requests and removes the hooks from the optimizers."""
+        self.training_g.close()
+        if self.updater_d is not None:
+            self.updater_d.scores.close()
+
+
+@contextmanager
+def unperturbed(*modules: nn.Module) -> Iterator[None]:
+    """Puts buffers and the random state back at the end: forward passes inside leave no trace in the training."""
+    saved = [
+        (module._buffers, name, buffer, buffer.clone())
+        for root in modules
+        for module in root.modules()
+        if not isinstance(module, SparseLayer)  # its buffers are masks and indices, which no forward pass changes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {p.device for root in modules for p in root.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            for owner, name, buffer, copy in saved:
+                owner[name] = buffer.copy_(copy)

@@ -1,0 +1,27 @@
+"""Sparse training: conversion, density distributions, drop and grow criteria, schedules, algorithms, optimizers."""
+
+from ddst.sparsity.algorithm import SparseTraining
+from ddst.sparsity.convert import dense_state_dict, densify, sparsify
+from ddst.sparsity.criterion import choose_drop, choose_grow, relative_keys
+from ddst.sparsity.optimizer import remap_state
+from ddst.sparsity.schedule import DropSchedule
+from ddst.sparsity.stats import FlopCounter, NetworkStats, TrainingFlops, network_stats
+from ddst.sparsity.updater import TopologyUpdater, UpdateReport
+
+__all__ = [
+    "DropSchedule",
+    "FlopCounter",
+    "NetworkStats",
+    "SparseTraining",
+    "TopologyUpdater",
+    "TrainingFlops",
+    "UpdateReport",
+    "choose_drop",
+    "choose_grow",
+    "dense_state_dict",
+    "densify",
+    "network_stats",
+    "relative_keys",
+    "remap_state",
+    "sparsify",
+]

@@ -1,0 +1,185 @@
+"""Static, SET and RigL sparse training of any model: one call after ``optimizer.step()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ddst.sparsity.schedule import make_schedule
+from ddst.sparsity.updater import TopologyUpdater, UpdateReport
+
+METHODS = ("rigl", "set", "static")
+
+
+class SparseTraining:
+    """Every ``ΔT`` steps the share ``ζ(t)`` of the active blocks leaves (smallest norm) and as many enter (value 0).
+
+    RigL lets the blocks in whose dense gradient has the largest norm, SET draws them at random, "static" changes
+    nothing. The dense gradient is computed in the backward pass before an update only, as block norms, one layer at a
+    time, and never stored. Defaults in the table below hold where every block is a single weight (the paper's
+    settings) or where blocks are larger.
+
+    | default of | 1×1 | larger blocks | why |
+    | --- | --- | --- | --- |
+    | drop_fraction | 0.5 | 0.3 | the smaller half of 16×16 blocks holds half of a layer's squared norm |
+    | scope | "global" | "layer" | norms of large blocks differ by layer much more than within one |
+    | ranking | "raw" | "relative" | the same, and edge blocks have fewer weights |
+    | grown_second_moment | "zero" | "score", SET "mean" | see :func:`~ddst.sparsity.remap_state` |
+
+    Args:
+        model: has been through :func:`ddst.sparsify`, or is built of sparse layers.
+        optimizer: holds the model's parameters. Any torch optimizer whose state has the parameter's shape.
+        method: "rigl", "set" or "static".
+        total_steps: ``T``, the number of calls of :meth:`step` of the whole run.
+        interval: ``ΔT``, steps between updates: updates are made at multiples of it.
+        drop_fraction: ``ζ0``, 0 … 1.
+        schedule: "cosine" (to 0.005 at ``T``), "linear" (the same), "constant", or a function from step to fraction.
+        begin, end: updates are made at steps ``begin ≤ t < end`` (``end=None``: ``T``). The first and the last step of
+            the run never make one.
+        seed: of random growth. generator: or the source of it, on the CPU.
+        scope, ranking, max_norm_share, exempt, grown_second_moment: see
+            :class:`~ddst.sparsity.updater.TopologyUpdater`. ``exempt=None``: none, except with ``scope="global"`` and
+            blocks larger than 1×1: "ends", the first and the last weight layer.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; a model without sparse layers (unless "static").
+
+    Numerics: deterministic. Resumed from :meth:`state_dict` (with the model's and the optimizer's) at any step, the
+        run is the same bit for bit.
+    Source: Evci et al., *Rigging the Lottery* (2020), algorithm 1; Mocanu et al., *Scalable training of artificial
+        neural networks with adaptive sparse connectivity* (2018) for SET.
+
+    >>> import torch, ddst
+    >>> model = torch.nn.Sequential(ddst.SparseLinear(64, 64, density=0.5), torch.nn.Linear(64, 2))
+    >>> adam = torch.optim.Adam(model.parameters())
+    >>> training = SparseTraining(model, adam, total_steps=30, interval=10)
+    >>> for _ in range(30):
+    ...     adam.zero_grad()
+    ...     model(torch.randn(8, 64)).square().sum().backward()
+    ...     adam.step()
+    ...     report = training.step()
+    ...     if report is not None:
+    ...         print(report.step, report.kind, round(report.density_after, 3))
+    10 exchange 0.515
+    20 exchange 0.515
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        method: str = "rigl",
+        total_steps: int,
+        interval: int = 100,
+        drop_fraction: float | None = None,
+        schedule: str | Callable[[int], float] = "cosine",
+        scope: str | None = None,
+        ranking: str | None = None,
+        max_norm_share: float | None = None,
+        exempt: Sequence[str] | str | None = None,
+        grown_second_moment: str | None = None,
+        begin: int = 0,
+        end: int | None = None,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        self.method = method
+        self.total_steps = check_steps("total_steps", total_steps)
+        self.interval = check_steps("interval", interval)
+        self.begin = begin
+        self.end = self.total_steps if end is None else end
+        self.updater = TopologyUpdater(
+            model,
+            optimizer,
+            growth="random" if method == "set" else "gradient",
+            scope=scope,
+            ranking=ranking,
+            max_norm_share=max_norm_share,
+            exempt=exempt,
+            grown_second_moment=grown_second_moment,
+            generator=generator or torch.Generator().manual_seed(seed),
+        )
+        if method != "static" and not self.updater.all_layers:
+            raise ValueError("model has no sparse layers: call ddst.sparsify(model, density) first")
+        if drop_fraction is None:
+            drop_fraction = 0.5 if self.updater.single_weights else 0.3
+        self._fraction = make_schedule(schedule, drop_fraction, self.total_steps)
+        self.steps = 0
+        self._due: int | None = None
+
+    @property
+    def density(self) -> float:
+        """Active share of the weights, see :attr:`TopologyUpdater.density`."""
+        return self.updater.density
+
+    def drop_fraction(self, step: int) -> float:
+        """``ζ(t)``, 0 … 1."""
+        return min(max(float(self._fraction(step)), 0.0), 1.0)
+
+    def is_update_step(self, step: int) -> bool:
+        """Whether the topology changes at this step (counted from 1)."""
+        inside = max(self.begin, 2) <= step < min(self.end, self.total_steps)
+        return self.method != "static" and inside and step % self.interval == 0
+
+    def step(self) -> UpdateReport | None:
+        """Counts one step and updates the topology when it is due. Call it after ``optimizer.step()``.
+
+        Returns:
+            What the update did, or None when there was none.
+
+        Raises:
+            RuntimeError: RigL got no gradient in a whole interval. (An update whose step brought none, because a
+                gradient scaler skipped it for instance, is made up for at the next step that does.)
+        """
+        self.steps += 1
+        step, report = self.steps, None
+        if self.is_update_step(step) and self._due is None:
+            self._due = step
+        if self._due is not None and step < min(self.end, self.total_steps):
+            if self.method == "set" or self.updater.scores.arrived:
+                report = self.updater.exchange(self.drop_fraction(step), step)
+                self._due = None
+            elif step - self._due >= self.interval:
+                raise RuntimeError(
+                    f"no gradient reached a sparse layer from step {self._due} to {step}. Call step() after "
+                    "optimizer.step() of the optimizer that was given, once per step, with the model in training"
+                )
+        if self.is_update_step(step + 1) or (self._due is not None and step + 1 < self.end):
+            if report is not None or not self.updater.scores.requested:
+                self.updater.scores.request()
+        else:
+            self.updater.scores.cancel()
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step counter, scores asked for and taken, generator; with the model's and the optimizer's the whole state.
+
+        Gradients of a backward pass whose ``optimizer.step()`` has not run yet are not part of it.
+        """
+        return {"steps": self.steps, "due": self._due, "updater": self.updater.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`. Load the model first."""
+        self.updater.load_state_dict(state["updater"])
+        self.steps = state["steps"]
+        self._due = state["due"]
+
+    def close(self) -> None:
+        """Ends an open request and removes the hook from the optimizer."""
+        self.updater.scores.close()
+
+
+def check_steps(name: str, value: int) -> int:
+    """A count of steps: an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value

@@ -1,0 +1,231 @@
+"""Which layers of a model can become sparse, and why the others cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import (
+    SpectralNorm,
+    SpectralNormLoadStateDictPreHook,
+    SpectralNormStateDictHook,
+)
+
+from ..nn import SparseLayer
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class DenseNorm:
+    """torch's spectral norm on a dense layer: its style ("hook" or "parametrization"), settings and vectors."""
+
+    style: str
+    n_power_iterations: int
+    eps: float
+    u: Tensor
+    v: Tensor
+
+
+@dataclass
+class Candidate:
+    """A convolution or linear layer of a model.
+
+    Attributes:
+        names: every dotted name it is reached by; more than one if the module is shared.
+        slots: the parents and the attributes that hold it.
+        kind: name of its class.
+        shape: of its weight.
+        weight: its raw weight, before spectral norm; None where there is no single parameter.
+        norm: its spectral norm, if any.
+        reason: why it cannot be sparse, or None.
+        counted: whether a density over all layers counts it: a Conv2d or Linear that is not excluded.
+    """
+
+    module: nn.Module
+    kind: str
+    shape: tuple[int, ...]
+    names: list[str] = field(default_factory=list)
+    slots: list[tuple[nn.Module, str]] = field(default_factory=list)
+    weight: Tensor | None = None
+    norm: DenseNorm | None = None
+    reason: str | None = None
+    counted: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """``(dotted name, parent, attribute, module)`` of every place below ``model`` that holds a module.
+
+    A module held in two places comes twice; the model itself does not come.
+    """
+    named = dict(model.named_modules(remove_duplicate=False))
+    for name, module in named.items():
+        if name:
+            above, _, attribute = name.rpartition(".")
+            yield name, named[above], attribute, module
+
+
+def find_candidates(model: nn.Module, exclude: Iterable[str | nn.Module | type] = ()) -> list[Candidate]:
+    """Every convolution, linear and sparse layer below ``model``, in module order, and why some stay as they are.
+
+    Args:
+        model: any module; it is not changed, and no power iteration is run.
+        exclude: names, modules or classes; each also excludes everything inside it.
+
+    Raises:
+        TypeError: ``exclude`` is no sequence of such.
+        ValueError: a name or module that the model does not have.
+
+    >>> for c in find_candidates(nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Linear(8, 8))):
+    ...     print(c.name, c.kind, c.reason)
+    0 Conv2d groups=2
+    2 Linear None
+    """
+    excluded = _excluded(model, exclude)
+    owners = _owners(model)
+    found: dict[int, Candidate] = {}
+    for name, parent, attribute, module in places(model):
+        if not isinstance(module, _ConvNd | nn.Linear | SparseLayer):
+            continue
+        if id(module) not in found:
+            found[id(module)] = _examine(module, id(module) in excluded, owners)
+        candidate = found[id(module)]
+        candidate.names.append(name)
+        candidate.slots.append((parent, attribute))
+        if isinstance(parent, nn.TransformerEncoderLayer) and candidate.reason is None:
+            candidate.reason = "nn.TransformerEncoderLayer reads its weight directly"
+    return list(found.values())
+
+
+def _excluded(model: nn.Module, exclude: Iterable[str | nn.Module | type]) -> set[int]:
+    if isinstance(exclude, str | nn.Module | type) or not isinstance(exclude, Iterable):
+        raise TypeError(f"exclude must be a sequence of names, modules or classes, got {exclude!r}")
+    named = dict(model.named_modules(remove_duplicate=False))
+    present = {id(module) for module in named.values()}
+    roots: list[nn.Module] = []
+    for item in exclude:
+        if isinstance(item, str):
+            if item not in named:
+                raise ValueError(f"exclude names {item!r}, which the model does not have")
+            roots.append(named[item])
+        elif isinstance(item, type) and issubclass(item, nn.Module):
+            roots.extend(module for module in named.values() if isinstance(module, item))
+        elif isinstance(item, nn.Module):
+            if id(item) not in present:
+                raise ValueError(f"exclude holds a {type(item).__name__} that is not part of the model")
+            roots.append(item)
+        else:
+            raise TypeError(f"exclude must hold names, modules or classes of modules, got {item!r}")
+    return {id(module) for root in roots for module in root.modules()}
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """``id(parameter) -> names``, one for every module attribute that holds it; a shared module counts once."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{name}.{attribute}" if name else attribute)
+    return owners
+
+
+def _examine(module: nn.Module, excluded: bool, owners: dict[int, list[str]]) -> Candidate:
+    if isinstance(module, SparseLayer):
+        return Candidate(module, type(module).__name__, module.weight_shape, reason="already sparse")
+    kind = parametrize.type_before_parametrizations(module)
+    candidate = Candidate(module, kind.__name__, _shape(module))
+    candidate.counted = isinstance(module, nn.Conv2d | nn.Linear) and not excluded
+    candidate.weight, candidate.norm, candidate.reason = _raw_weight(module)
+    if excluded:
+        candidate.reason = "excluded"
+    elif kind not in (nn.Conv2d, nn.Linear):
+        known = kind.__module__.startswith("torch.nn.modules.conv")
+        candidate.reason = f"{kind.__name__} is not supported" if known else "a subclass with code of its own"
+    elif isinstance(module, nn.Conv2d) and module.groups != 1:
+        candidate.reason = f"groups={module.groups}"
+    elif candidate.weight is not None and candidate.reason is None:
+        others = owners[id(candidate.weight)]
+        if len(others) > 1:
+            candidate.reason = f"weight is shared: {', '.join(others)}"
+        elif candidate.weight.dtype not in DTYPES or candidate.weight.is_meta:
+            candidate.reason = f"weight is {candidate.weight.dtype} on {candidate.weight.device}"
+    return candidate
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Weight shape from the layer's settings: reading a parametrized weight would run its power iteration."""
+    if isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features)
+    assert isinstance(module, _ConvNd)
+    first, second = module.out_channels, module.in_channels
+    if isinstance(module, _ConvTransposeNd):
+        first, second = second, first
+    return (first, second // module.groups, *module.kernel_size)
+
+
+def _raw_weight(module: nn.Module) -> tuple[Tensor | None, DenseNorm | None, str | None]:
+    """``(raw weight, spectral norm, reason)``: the reason is that something else hangs on the layer."""
+    norm = None
+    if parametrize.is_parametrized(module):
+        lists: Any = module.parametrizations
+        steps = [(name, type(step).__name__) for name, chain in lists.items() for step in chain]
+        if [name for name, _ in steps] != ["weight"] or not isinstance(lists["weight"][0], _SpectralNorm):
+            return None, None, "parametrized: " + ", ".join(f"{name} by {step}" for name, step in steps)
+        step = lists["weight"][0]
+        if step.dim != 0:
+            return None, None, f"spectral norm over dim={step.dim}"
+        weight, expected = lists["weight"].original, {"bias"}
+        norm = DenseNorm("parametrization", step.n_power_iterations, step.eps, step._u, step._v)
+    else:
+        hook = spectral_hook(module)
+        suffix = "" if hook is None else "_orig"
+        weight, expected = module._parameters.get("weight" + suffix), {"weight" + suffix, "bias"}
+        if hook is not None:
+            if hook.dim != 0:
+                return None, None, f"spectral norm over dim={hook.dim}"
+            expected |= {"weight_u", "weight_v"}
+            u, v = module.get_buffer("weight_u"), module.get_buffer("weight_v")
+            norm = DenseNorm("hook", hook.n_power_iterations, hook.eps, u, v)
+    extra = sorted((set(module._parameters) | set(module._buffers)) - expected)
+    extra += [name for name in module._modules if name != "parametrizations"]
+    if extra or weight is None:
+        return None, None, f"re-parametrized or extended: has {', '.join(extra) or 'no weight parameter'}"
+    if _foreign_state_hooks(module):
+        return None, None, "has state-dict hooks"
+    return weight, norm, None
+
+
+def spectral_hook(module: nn.Module) -> SpectralNorm | None:
+    """The hook of :func:`torch.nn.utils.spectral_norm` on ``module.weight``, if there is one."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook
+    return None
+
+
+def _foreign_state_hooks(module: nn.Module) -> bool:
+    """Whether there are state-dict hooks other than those of torch's spectral norm: they speak of dense weights."""
+    hooks = [
+        *module._state_dict_hooks.values(),
+        *module._state_dict_pre_hooks.values(),
+        *module._load_state_dict_pre_hooks.values(),
+        *module._load_state_dict_post_hooks.values(),
+    ]
+    own = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
+    return any(not isinstance(getattr(hook, "hook", hook), own) for hook in hooks)

@@ -1,0 +1,353 @@
+"""Dense models to sparse ones and back: ``sparsify``, ``densify``, ``dense_state_dict``."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as hooked_spectral_norm
+
+from .. import topology as tp
+from ..backends import check_backend
+from ..nn import SparseConv2d, SparseLayer, SparseLinear
+from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
+from .candidates import Candidate, find_candidates, places, spectral_hook
+from .conversion_report import LayerReport, SparsifyReport
+from .distribution import block_counts, check_density, erk_densities, smallest_density, uniform_densities
+from .initial_masks import KINDS, initial_masks
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def sparsify(
+    model: nn.Module,
+    density: float,
+    *,
+    block: tuple[int, int] | int = (16, 16),
+    distribution: str | Mapping[str, float] = "erk",
+    exclude: Iterable[str | nn.Module | type] = (),
+    backend: str = "auto",
+    generator: torch.Generator | None = None,
+    mask: str = "random",
+) -> SparsifyReport:
+    """``Σ active / Σ weights = density``: swaps ``nn.Conv2d`` and ``nn.Linear`` for block-sparse layers in place.
+
+    The density is met to within one block. Each new layer keeps device, dtype, training mode, ``requires_grad``, hooks,
+    spectral norm (both kinds) and the weight's values at the active blocks; its bias is the same Parameter object. Its
+    weight is a new Parameter, ``values``, so **create the optimizer afterwards**. A module used in several places is
+    swapped once and stays shared. References held outside the module tree (a plain list) keep the old layer.
+
+    Left as they are, with the reason in the report: excluded layers; transposed, 1-D, 3-D and grouped convolutions;
+    subclasses; layers with fewer channels than the block (they would store several times their weight); layers whose
+    ERK density reaches 1; weights shared between modules; parametrizations other than spectral norm.
+
+    Args:
+        model: a module that contains the layers.
+        density: share of active weights, above 0 and at most 1.
+        block: ``(b_out, b_in)``, or one int for a square block.
+        distribution: "erk" (:func:`~ddst.sparsity.distribution.erk_densities`): small layers stay denser; the density
+            is that of all Conv2d and Linear layers which are not excluded, those left dense counting as 1. "uniform":
+            every swapped layer has the density. ``{name: density}``: these layers have theirs, all other swapped layers
+            ``density``; a layer named here is swapped even if it has fewer channels than the block.
+        exclude: names, modules or classes to leave alone, with everything inside them.
+        backend: of the new layers: "auto", "cpu" or "reference".
+        generator: of random masks; torch's default generator by default.
+        mask: "random" blocks (every block row and column covered where the count allows) or those of largest
+            "magnitude" (L2 norm).
+
+    Returns:
+        A report that prints as a table.
+
+    Raises:
+        ValueError: an argument out of range, an unknown name, a model that is itself a layer or has none to swap, or a
+            density that cannot be met, with the smallest that can. Nothing has been changed then.
+        TypeError: an argument of another type.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1))
+    >>> print(sparsify(model, 0.25))
+    layer  kind    weight     density  blocks
+    -------------------------------------------------------------------------------------------------------
+    0      Conv2d  64x3x3x3    1.0000       -  left as it is: 3 to 64 channels, fewer than a block of 16x16
+    2      Conv2d  64x64x3x3   0.1319  19/144
+    3      Conv2d  64x64x1x1   1.0000       -  left as it is: its ERK density is 1
+    1 of 3 layers sparse; density 0.2504, of all convolution and linear weights 0.2504
+    """
+    check_density(density)
+    block = tp.check_block(block)
+    check_backend(backend)
+    if mask not in KINDS:
+        raise ValueError(f"mask must be one of {KINDS}, got {mask!r}")
+    if isinstance(model, nn.Conv2d | nn.Linear | SparseLayer):
+        kind = "SparseLinear" if isinstance(model, nn.Linear | SparseLinear) else "SparseConv2d"
+        raise ValueError(
+            f"model is itself a {type(model).__name__}, which cannot be swapped in place: use ddst.{kind}.from_dense"
+        )
+    candidates = find_candidates(model, exclude)
+    densities = _share_out(candidates, density, block, distribution)
+    chosen = {c.name: c for c in candidates if c.name in densities}
+    counts = block_counts({name: c.shape for name, c in chosen.items()}, densities, block)
+    weights = {name: c.weight for name, c in chosen.items() if c.weight is not None}
+    masks = initial_masks(weights, counts, densities, block, mask, generator)
+    layers = {name: _sparse_twin(c, masks[name], block, backend) for name, c in chosen.items()}
+    report = SparsifyReport(tuple(_report(c, layers.get(c.name)) for c in candidates))
+    wanted = sum(densities.get(c.name, 1.0) * c.size for c in candidates if c.counted)
+    if distribution == "erk":
+        wanted = density * sum(c.size for c in candidates if c.counted)
+    _check_met(report, wanted, block)
+
+    for name, candidate in chosen.items():
+        for parent, attribute in candidate.slots:
+            parent._modules[attribute] = layers[name]
+        _carry_hooks(candidate.module, layers[name])
+    return report
+
+
+def _share_out(
+    candidates: list[Candidate], density: float, block: tuple[int, int], distribution: str | Mapping[str, float]
+) -> dict[str, float]:
+    """The density of every layer to be swapped; writes into the others why not, and which layers the density counts."""
+    named: dict[str, float] = {}
+    if isinstance(distribution, Mapping):
+        named = _named_densities(candidates, distribution)
+    elif distribution not in ("erk", "uniform"):
+        raise ValueError(f"distribution must be 'erk', 'uniform' or {{name: density}}, got {distribution!r}")
+    for c in candidates:
+        c_out, c_in = c.shape[:2]
+        if c.reason is None and c.name not in named and (c_out < block[0] or c_in < block[1]):
+            c.reason = f"{c_in} to {c_out} channels, fewer than a block of {block[0]}x{block[1]}"
+    free = {c.name: c.shape for c in candidates if c.reason is None}
+    if distribution == "erk":
+        counted = {c.name: c.shape for c in candidates if c.counted}
+        dense = counted.keys() - free.keys()
+    else:
+        counted, dense = free, set()
+    if not counted:
+        reasons = ", ".join(f"{c.name}: {c.reason}" for c in candidates)
+        raise ValueError(f"model has no layer to swap ({reasons or 'no convolution or linear layer'})")
+    if distribution != "erk":
+        for c in candidates:
+            c.counted = c.name in free
+        return {**uniform_densities(free, density), **named}
+    # Below the smallest density there is no distribution; what is reached then is compared with what was asked for.
+    shares = erk_densities(counted, max(density, smallest_density(counted, block, dense)), dense)
+    for c in candidates:
+        if c.reason is None and shares[c.name] == 1.0:
+            c.reason = "its ERK density is 1"
+    return {c.name: shares[c.name] for c in candidates if c.reason is None}
+
+
+def _named_densities(candidates: list[Candidate], distribution: Mapping[str, float]) -> dict[str, float]:
+    """The densities of a ``{name: density}``, by each layer's first name."""
+    by_name = {name: c for c in candidates for name in c.names}
+    named: dict[str, float] = {}
+    for name, share in distribution.items():
+        if name not in by_name:
+            raise ValueError(f"distribution names {name!r}, which is no convolution or linear layer of the model")
+        candidate = by_name[name]
+        if candidate.reason is not None:
+            raise ValueError(f"distribution names {name!r}, which cannot be sparse: {candidate.reason}")
+        if named.setdefault(candidate.name, share) != share:
+            raise ValueError(f"distribution gives two densities to one layer: {', '.join(candidate.names)}")
+        check_density(share, f"distribution[{name!r}]")
+    return named
+
+
+def _check_met(report: SparsifyReport, wanted: float, block: tuple[int, int]) -> None:
+    counted = [layer for layer in report.layers if layer.counted]
+    reached, total = sum(layer.active for layer in counted), sum(layer.size for layer in counted)
+    if abs(reached - wanted) > block[0] * block[1]:
+        smallest = math.ceil(reached / total * 1e4) / 1e4
+        raise ValueError(
+            f"density {wanted / total:.6g} cannot be met with blocks of {block[0]}x{block[1]}: "
+            "the smallest that can is "
+            f"{smallest} (layers left dense, and one block in each other); exclude layers or use smaller blocks"
+        )
+
+
+def _report(candidate: Candidate, layer: SparseLayer | None) -> LayerReport:
+    c = candidate
+    sparse = c.module if isinstance(c.module, SparseLayer) else layer
+    if sparse is None:
+        return LayerReport(c.name, c.kind, c.shape, c.size, c.size, 0, 0, c.reason, c.counted)
+    return LayerReport(
+        c.name, c.kind, c.shape, sparse.active_weights, c.size, sparse.nnz, sparse.num_blocks, c.reason, c.counted
+    )
+
+
+def _sparse_twin(candidate: Candidate, mask: Tensor, block: tuple[int, int], backend: str) -> SparseLayer:
+    module, weight = candidate.module, candidate.weight
+    assert weight is not None
+    # A shell around the raw weight: the layer's own attribute may be a product of its spectral norm.
+    shell: nn.Conv2d | nn.Linear
+    layer: SparseLayer
+    if isinstance(module, nn.Linear):
+        shell = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    else:
+        assert isinstance(module, nn.Conv2d)
+        shell = nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,  # type: ignore[arg-type]
+            module.stride,  # type: ignore[arg-type]
+            module.padding,  # type: ignore[arg-type]
+            module.dilation,  # type: ignore[arg-type]
+            bias=False,
+            padding_mode=module.padding_mode,
+            device="meta",
+        )
+    assert isinstance(weight, nn.Parameter)
+    shell.weight = weight
+    shell.train(module.training)
+    if isinstance(shell, nn.Linear):
+        layer = SparseLinear.from_dense(shell, block_mask=mask, block=block)
+    else:
+        layer = SparseConv2d.from_dense(shell, block_mask=mask, block=block)
+    # The same object, as references to it elsewhere expect.
+    layer.bias = module.bias  # type: ignore[assignment]
+    layer.backend = backend
+    if candidate.norm is not None:
+        layer.spectral_norm = _sparse_norm(layer, candidate)
+    return layer
+
+
+def _sparse_norm(layer: SparseLayer, candidate: Candidate) -> SpectralNorm:
+    dense = candidate.norm
+    assert dense is not None
+    norm = SpectralNorm(
+        layer.weight_shape,
+        layer.block,
+        layer.block_mask,
+        dense.n_power_iterations,
+        dense.eps,
+        style=dense.style,
+        device=layer.values.device,
+        dtype=layer.values.dtype,
+    )
+    norm.u.copy_(dense.u)
+    norm.v.copy_(dense.v)
+    norm.train(layer.training)
+    norm.after_topology_change(layer)
+    return norm
+
+
+def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hands the user's hooks over, in the same dictionaries, so that the handles which remove them keep working."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    own = spectral_hook(new)
+    for key in [key for key, hook in new._forward_pre_hooks.items() if hook is own and own is not None]:
+        del new._forward_pre_hooks[key]
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Puts the dense layer with the same weight in the place of every sparse one: the inverse of :func:`sparsify`.
+
+    Outputs stay equal to rounding (with spectral norm: in eval mode, or without noise). Device, dtype, training mode,
+    ``requires_grad``, hooks and the kind of spectral norm with its vectors are kept; biases are the same objects,
+    weights new Parameters.
+
+    Args:
+        model: a module that contains sparse layers; changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is itself a sparse layer.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    >>> report = sparsify(model, 0.5)
+    >>> x = torch.randn(4, 64)
+    >>> y = model(x)
+    >>> torch.allclose(densify(model)(x), y, atol=1e-5), type(model[0]).__name__
+    (True, 'Linear')
+    """
+    if isinstance(model, SparseLayer):
+        raise ValueError(
+            f"model is itself a {type(model).__name__}, which cannot be swapped in place: use its to_dense()"
+        )
+    twins: dict[int, nn.Module] = {}
+    for _, parent, attribute, module in list(places(model)):
+        if isinstance(module, SparseLayer):
+            if id(module) not in twins:
+                twins[id(module)] = _dense_twin(module)
+            parent._modules[attribute] = twins[id(module)]
+    return model
+
+
+def _dense_twin(layer: SparseLayer) -> nn.Module:
+    device = layer.values.device
+    # A new layer and its spectral norm draw numbers that are replaced at once: nothing random is seen from outside.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with_class: Any = layer  # to_dense is that of SparseConv2d or SparseLinear
+        dense = with_class.to_dense()
+        dense.bias = layer.bias
+        _carry_hooks(layer, dense)
+        norm = layer.spectral_norm
+        if norm is not None:
+            attach: Any = hooked_spectral_norm if norm.style == "hook" else parametrizations.spectral_norm
+            attach(dense, n_power_iterations=norm.n_power_iterations, eps=norm.eps)
+            state = dense.state_dict()
+            _, u, v = DENSE_KEYS[norm.style]
+            state[u].copy_(norm.u)
+            state[v].copy_(norm.v)
+    return dense.train(layer.training)
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Any]:
+    """``densify(model).state_dict()`` without changing the model: it loads strictly into the dense model.
+
+    Weights are unpacked (zeros at inactive blocks) and named ``weight``, or as torch's spectral norm names its raw
+    weight and vectors. The other direction needs no function: ``sparse_model.load_state_dict(dense_state)`` keeps the
+    weights at active blocks.
+
+    Args:
+        model: a module with sparse layers, or a sparse layer.
+
+    Returns:
+        Keys in the dense model's order. Entries that are not a sparse layer's weight share memory with the model.
+
+    >>> dense = nn.Sequential(nn.Linear(32, 32))
+    >>> model = nn.Sequential(nn.Linear(32, 32))
+    >>> report = sparsify(model, 0.5)
+    >>> dense.load_state_dict(dense_state_dict(model))
+    <All keys matched successfully>
+    """
+    state = model.state_dict()
+    renamed: dict[str, str | None] = {}
+    weights: dict[str, Tensor] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, SparseLayer):
+            continue
+        prefix = f"{name}." if name else ""
+        values, mask = state[prefix + "values"], state[prefix + "block_mask"]
+        weight = tp.unpack(values, mask, layer.weight_shape).contiguous()
+        if layer.spectral_norm is None:
+            renamed |= {prefix + "values": prefix + "weight", prefix + "block_mask": None}
+            weights[prefix + "values"] = weight
+        else:
+            # The raw weight of a dense layer with spectral norm comes after its bias.
+            keys = [prefix + key for key in DENSE_KEYS[layer.spectral_norm.style]]
+            packed = [prefix + key for key in ("block_mask", "spectral_norm.u", "spectral_norm.v")]
+            renamed |= {prefix + "values": None, **dict(zip(packed, keys, strict=True))}
+            weights[prefix + "block_mask"] = weight
+    dense: OrderedDict[str, Any] = OrderedDict()
+    for key, value in state.items():
+        new = renamed.get(key, key)
+        if new is not None:
+            dense[new] = weights.get(key, value)
+    return dense

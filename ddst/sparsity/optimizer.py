@@ -1,0 +1,115 @@
+"""Optimizer state across a change of the block mask: moments of dropped blocks leave, grown ones start at zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ddst.topology import MaskChange
+
+# Running means of squared gradients: the ones for which a start at zero makes a grown block's first step too long.
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+
+def check_state(optimizer: Optimizer, param: Tensor) -> None:
+    """Raises unless every state tensor of ``param`` has its shape or is a scalar.
+
+    Args:
+        optimizer: any torch optimizer.
+        param: ``[nnz, b_out, b_in]``, a layer's ``values``.
+
+    Raises:
+        ValueError: the state is factored (Adafactor), flat over all parameters (LBFGS) or of another shape.
+
+    >>> param = torch.nn.Parameter(torch.zeros(3, 2, 2))
+    >>> check_state(torch.optim.Adam([param]), param)
+    """
+    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.Adafactor):
+        raise ValueError(
+            f"optimizer is {type(optimizer).__name__}, whose state is not one number per weight: it cannot follow a "
+            "change of topology. Use one whose state has the parameter's shape, such as Adam, RMSprop or SGD"
+        )
+    _check_shapes(optimizer, optimizer.state.get(param, {}), param.shape)
+
+
+def remap_state(
+    optimizer: Optimizer, param: Tensor, change: MaskChange, second_moment: Tensor | float | str | None = None
+) -> None:
+    """``state[id_new] = state[source[id_new]]`` for kept blocks, 0 for grown ones: every state of the old shape.
+
+    Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, ASGD, Rprop and SGD with momentum keep such states.
+    Scalars (step counters) are left alone. ``param`` itself and its gradient are the layer's
+    (:meth:`ddst.nn.base.SparseLayer.set_block_mask`); this function may be called before or after it.
+
+    Args:
+        optimizer: the optimizer that holds ``param``; without a state for it nothing happens.
+        param: a layer's ``values``, ``[nnz, b_out, b_in]`` before or after the change.
+        change: what :meth:`~ddst.nn.base.SparseLayer.set_block_mask` returned.
+        second_moment: what the running mean of squared gradients (``exp_avg_sq``, ``max_exp_avg_sq``, ``square_avg``)
+            of a grown block starts from. None: zero, as every other state. A tensor ``[nnz_new]`` (entries of kept
+            blocks are not read), or a number: that value at each of the block's weights; negative or not finite
+            counts as zero. ``"mean"``: the mean of the state over the blocks that stay.
+
+    Raises:
+        ValueError: the state is factored or flat (before anything is changed), or ``second_moment`` has a wrong shape.
+
+    Numerics: copies, exact. Started at zero, the first step of a grown block under Adam is ``lr / √(1 − β2)``: 3.2
+        times ``lr`` at β2 = 0.9, 32 times at 0.999. Its squared gradient per weight is the natural start.
+
+    >>> param = torch.nn.Parameter(torch.ones(2, 1, 1))
+    >>> adam = torch.optim.Adam([param])
+    >>> param.grad = torch.tensor([3.0, 4.0]).view(2, 1, 1)
+    >>> adam.step()
+    >>> change = MaskChange.between(torch.tensor([[True, False, True]]), torch.tensor([[False, True, True]]))
+    >>> remap_state(adam, param, change)
+    >>> [round(x, 4) for x in adam.state[param]["exp_avg"].flatten().tolist()]
+    [0.0, 0.4]
+    """
+    state = optimizer.state.get(param)
+    if not state:
+        return
+    old_shape = torch.Size([int(change.old_mask.sum()), *param.shape[1:]])
+    _check_shapes(optimizer, state, old_shape)
+    nnz = change.source.numel()
+    if isinstance(second_moment, str) and second_moment != "mean":
+        raise ValueError(f'second_moment must be a tensor, a number, "mean" or None, got {second_moment!r}')
+    if isinstance(second_moment, Tensor) and second_moment.shape != (nnz,):
+        raise ValueError(f"second_moment must have the shape ({nnz},), got {tuple(second_moment.shape)}")
+    grown = change.grown
+    for key, old in state.items():
+        if not isinstance(old, Tensor) or old.shape != old_shape:
+            continue
+        new = change.apply(old)
+        if key in SECOND_MOMENTS and second_moment is not None and bool(grown.any()):
+            _start(new, grown, second_moment)
+        state[key] = new
+
+
+def _check_shapes(optimizer: Optimizer, state: dict[str, Any], shape: torch.Size) -> None:
+    """Raises unless every tensor of a parameter's state has this shape or is a scalar."""
+    kind = type(optimizer).__name__
+    for key, entry in state.items():
+        tensors = [s for s in entry if isinstance(s, Tensor)] if isinstance(entry, list | tuple) else []
+        if isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape != shape:
+            tensors = [entry]
+        if tensors:
+            raise ValueError(
+                f"optimizer {kind} keeps a state {key!r} of shape {tuple(tensors[0].shape)} for a parameter of shape "
+                f"{tuple(shape)}: a factored or flat state cannot follow a change of topology"
+            )
+
+
+def _start(state: Tensor, grown: Tensor, second_moment: Tensor | float | str) -> None:
+    """Fills the grown blocks of a remapped second moment, in place."""
+    if isinstance(second_moment, str):
+        kept = state[~grown]
+        start = kept.mean() if kept.numel() else state.new_zeros(())
+    else:
+        start = torch.as_tensor(second_moment, dtype=state.dtype, device=state.device)
+        start = torch.where(start.isfinite() & (start > 0), start, 0)
+        if start.dim():
+            start = start[grown].view(-1, *[1] * (state.dim() - 1))
+    state[grown] = start.expand_as(state[grown])

@@ -1,0 +1,76 @@
+"""How large a share of the active blocks an update exchanges, as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+FINAL_FRACTION = 0.005
+SHAPES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class DropSchedule:
+    """``ζ(t) = ζ1 + (ζ0 − ζ1) · s(t / T)``: the drop fraction from ``ζ0`` at step 0 to ``ζ1`` at step ``T``.
+
+    ``s(u)`` is ``(1 + cos πu) / 2`` for "cosine", ``1 − u`` for "linear" and 1 for "constant". Steps outside
+    ``0 … T`` get the value at the nearer end.
+
+    Args:
+        initial: ``ζ0``, a share of the active blocks, 0 … 1.
+        total_steps: ``T``, at least 1.
+        shape: "cosine", "linear" or "constant".
+        final: ``ζ1``; where ``initial`` is smaller, ``initial`` is used, so that a schedule never rises.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Evci et al., *Rigging the Lottery* (2020), section 3 (cosine); ``ζ1 = 0.005`` is the paper's of DDST.
+
+    >>> schedule = DropSchedule(0.5, 1000)
+    >>> [round(schedule(t), 4) for t in (0, 500, 1000)]
+    [0.5, 0.2525, 0.005]
+    """
+
+    initial: float
+    total_steps: int
+    shape: str = "cosine"
+    final: float = FINAL_FRACTION
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.initial <= 1:
+            raise ValueError(f"initial must be from 0 to 1 (a share of the active blocks), got {self.initial}")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must be from 0 to 1 (a share of the active blocks), got {self.final}")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+
+    def __call__(self, step: int) -> float:
+        """The drop fraction at a step."""
+        final = min(self.final, self.initial)
+        done = min(max(step / self.total_steps, 0.0), 1.0)
+        if self.shape == "constant":
+            return self.initial
+        left = (1 + math.cos(math.pi * done)) / 2 if self.shape == "cosine" else 1 - done
+        # Both ends exactly, without the rounding of a product and a sum.
+        return self.initial if left == 1 else final if left == 0 else final + (self.initial - final) * left
+
+
+def make_schedule(
+    schedule: str | Callable[[int], float], initial: float, total_steps: int, name: str = "drop_fraction"
+) -> Callable[[int], float]:
+    """A schedule from its name, or the user's own function of the step.
+
+    >>> make_schedule("linear", 0.3, 10)(10), make_schedule(lambda step: 0.1, 0.3, 10)(3)
+    (0.005, 0.1)
+    """
+    if callable(schedule):
+        return schedule
+    if schedule not in SHAPES:
+        raise ValueError(f"schedule must be a function of the step or one of {', '.join(SHAPES)}, got {schedule!r}")
+    if not 0 <= initial <= 1:
+        raise ValueError(f"{name} must be from 0 to 1 (a share of the active blocks), got {initial}")
+    return DropSchedule(initial, total_steps, schedule)

@@ -1,0 +1,260 @@
+"""What sparsity saves, counted: parameters, bytes of weight state, floating-point operations of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddst.nn import SparseLayer
+from ddst.sparsity.density import NetworkDensity
+
+
+@dataclass(frozen=True)
+class WeightMemory:
+    """Bytes a network's trainable state takes, and would take if all its layers were dense.
+
+    Attributes:
+        values: parameters (packed values, biases, normalisation). gradients: allocated ones.
+        optimizer: state tensors with a parameter's shape. average: parameters of the averaged copy.
+        index: masks and topology vectors, which a dense network does not have; not part of :attr:`total`.
+        dense: values + gradients + optimizer + average of the same network with dense layers.
+    """
+
+    values: int
+    gradients: int
+    optimizer: int
+    average: int
+    index: int
+    dense: int
+
+    @property
+    def total(self) -> int:
+        """``values + gradients + optimizer + average``."""
+        return self.values + self.gradients + self.optimizer + self.average
+
+    @property
+    def relative(self) -> float:
+        """:attr:`total` over :attr:`dense`."""
+        return self.total / self.dense if self.dense else 1.0
+
+
+@dataclass(frozen=True)
+class NetworkStats:
+    """Density and size of one network.
+
+    Attributes:
+        density: over all convolution and linear weights. sparse_density: over the sparse layers only.
+        parameters: trainable numbers held. dense_parameters: of the same network with dense layers.
+        memory: bytes.
+    """
+
+    density: float
+    sparse_density: float
+    parameters: int
+    dense_parameters: int
+    memory: WeightMemory
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold."""
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+
+
+def network_stats(
+    model: nn.Module, optimizer: Optimizer | None = None, average: nn.Module | None = None
+) -> NetworkStats:
+    """Density, parameter count and weight-state bytes of a network, by counting what it holds now.
+
+    Args:
+        model: the network.
+        optimizer: of its parameters; its state counts.
+        average: an averaged copy (:attr:`ddst.EMA.module`); its parameters count.
+
+    Numerics: bytes are those of the allocated storages, so a small view of a large tensor counts with the large one.
+
+    >>> import ddst
+    >>> stats = network_stats(ddst.SparseLinear(64, 64, bias=False, density=0.25))
+    >>> stats.parameters, stats.dense_parameters, stats.memory.values
+    (1024, 4096, 4096)
+    """
+    network = NetworkDensity(model)
+    grow = {id(layer.values): math.prod(layer.weight_shape) for layer in network.layers.values()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    held = {id(p): p for p in parameters}
+    states: list[Tensor] = []
+    dense = 0
+    for parameter in parameters:
+        # Weights of the dense twin for each number this tensor holds one of.
+        size = grow.get(id(parameter), parameter.numel()) * parameter.element_size()
+        own = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        mine = [s for s in own.values() if isinstance(s, Tensor) and s.shape == parameter.shape and s.dim()]
+        states += mine
+        copies = 1 + (parameter.grad is not None) + len(mine) + (average is not None)
+        dense += copies * size
+    memory = WeightMemory(
+        values=storage_bytes(parameters),
+        gradients=storage_bytes(p.grad for p in parameters if p.grad is not None),
+        optimizer=storage_bytes(states),
+        average=0 if average is None else storage_bytes(average.parameters()),
+        index=storage_bytes(b for layer in network.layers.values() for b in (layer.block_mask, layer.topology)),
+        dense=dense,
+    )
+    sparse_total = sum(int(s.sum()) for s in network.sizes.values())
+    sparse_active = sum(network.layer_weights(name) for name in network.layers)
+    return NetworkStats(
+        density=network.density,
+        sparse_density=sparse_active / sparse_total if sparse_total else 1.0,
+        parameters=sum(p.numel() for p in held.values()),
+        dense_parameters=sum(grow.get(i, p.numel()) for i, p in held.items()),
+        memory=memory,
+    )
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind some tensors; a storage that several of them share counts once.
+
+    >>> storage_bytes([torch.zeros(4)])
+    16
+    """
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class FlopCounter:
+    """``2 · active weights · output positions`` per image: the operations of one forward pass, at the present masks.
+
+    Convolution and linear layers count, sparse and dense; a backward pass costs twice as much again (input and weight
+    gradient). One forward pass at construction finds the number of positions each layer is applied at.
+
+    Args:
+        model: the network.
+        sample: an input batch. forward: how to apply the model to it; ``model(sample)`` when None.
+
+    Cost: one forward pass at construction, without gradients, in evaluation mode; then a sum over the layers.
+
+    >>> import ddst
+    >>> counter = FlopCounter(ddst.SparseLinear(64, 64, density=0.25), torch.zeros(2, 64))
+    >>> counter.forward, counter.dense
+    (2048.0, 8192.0)
+    """
+
+    def __init__(self, model: nn.Module, sample: Any, forward: Callable[[Any], Any] | None = None) -> None:
+        self._network = NetworkDensity(model)
+        names = {id(layer): name for name, layer in self._network.layers.items()}
+        positions: dict[int, float] = {}
+        dense: dict[int, int] = {}
+        batch = _batch_size(sample)
+
+        def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            layer: Any = module
+            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+            channels = layer.weight_shape[0] if isinstance(module, SparseLayer) else _channels(layer)[0]
+            at = inputs[0].numel() / _channels(layer)[1] if transposed else output.numel() / channels
+            positions[id(module)] = positions.get(id(module), 0.0) + at / batch
+            if not isinstance(module, SparseLayer):
+                dense[id(module)] = _weights(layer)
+
+        kinds = (SparseLayer, nn.Linear, nn.modules.conv._ConvNd)
+        hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            with torch.no_grad():
+                (forward or model)(sample)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes:
+                module.training = training
+        self._positions = {names[i]: at for i, at in positions.items() if i in names}
+        self._dense_layers = 2.0 * sum(weights * positions[i] for i, weights in dense.items())
+        full = sum(int(self._network.sizes[name].sum()) * at for name, at in self._positions.items())
+        self._dense = 2.0 * full + self._dense_layers
+
+    @property
+    def forward(self) -> float:
+        """Operations of one forward pass per image at the present masks."""
+        active = sum(self._network.layer_weights(name) * at for name, at in self._positions.items())
+        return 2.0 * active + self._dense_layers
+
+    @property
+    def dense(self) -> float:
+        """Operations of one forward pass per image if every layer were dense."""
+        return self._dense
+
+
+class TrainingFlops:
+    """Operations of GAN training, counted iteration by iteration at the masks of the moment, and relative to dense.
+
+    Per iteration of ``n`` discriminator steps: ``G · (n + 3) + D · (3n + 1)`` forward passes, per image. G counts one
+    pass per D batch and three (forward, two backward) per G batch, D three per D batch and one per G batch.
+
+    Args:
+        generator, discriminator: their counters. d_steps: ``n``, at least 1.
+
+    Source: the count of the published figures for DDST, which takes one of D's two batches.
+
+    >>> import ddst
+    >>> g = FlopCounter(ddst.SparseLinear(64, 64, density=0.25), torch.zeros(1, 64))
+    >>> d = FlopCounter(nn.Linear(64, 64), torch.zeros(1, 64))
+    >>> flops = TrainingFlops(g, d, d_steps=2)
+    >>> flops.update()
+    >>> flops.relative
+    0.6875
+    """
+
+    def __init__(self, generator: FlopCounter, discriminator: FlopCounter, d_steps: int = 1) -> None:
+        if d_steps < 1:
+            raise ValueError(f"d_steps must be at least 1, got {d_steps}")
+        self.generator, self.discriminator, self.d_steps = generator, discriminator, d_steps
+        self.counted = 0.0
+        self.counted_dense = 0.0
+
+    def iteration(self) -> tuple[float, float]:
+        """Operations of one iteration per image at the present masks, and of the dense networks."""
+        g, d = self.d_steps + 3, 3 * self.d_steps + 1
+        now = g * self.generator.forward + d * self.discriminator.forward
+        return now, g * self.generator.dense + d * self.discriminator.dense
+
+    def update(self) -> None:
+        """Counts one iteration."""
+        now, dense = self.iteration()
+        self.counted += now
+        self.counted_dense += dense
+
+    @property
+    def relative(self) -> float:
+        """Counted so far over what dense training would have taken; 1.0 before the first update."""
+        return self.counted / self.counted_dense if self.counted_dense else 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        """The two sums."""
+        return {"counted": self.counted, "counted_dense": self.counted_dense}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.counted, self.counted_dense = state["counted"], state["counted_dense"]
+
+
+def _batch_size(sample: Any) -> int:
+    first = sample[0] if isinstance(sample, tuple | list) else sample
+    if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[0] < 1:
+        raise TypeError("sample must be a batch, a tensor of at least two dimensions (or a tuple that starts with one)")
+    return first.shape[0]
+
+
+def _channels(layer: Any) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels
+
+
+def _weights(layer: Any) -> int:
+    # From the settings: reading a parametrized weight would compute it.
+    out, into = _channels(layer)
+    return out * into if isinstance(layer, nn.Linear) else out * into // layer.groups * math.prod(layer.kernel_size)

@@ -1,0 +1,311 @@
+"""Moves blocks of a model's sparse layers: exchange at a constant count, or a change of the density.
+
+:class:`TopologyUpdater` does one update when it is told to. *When*, and with which drop fraction, is the business of
+:class:`ddst.SparseTraining` and :class:`ddst.DDST`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddst.nn import SparseLayer
+from ddst.sparsity.candidates import find_candidates
+from ddst.sparsity.criterion import choose_drop, choose_grow, exchange_count, random_scores, relative_keys
+from ddst.sparsity.density import NetworkDensity, flat_mask
+from ddst.sparsity.optimizer import check_state, remap_state
+from ddst.sparsity.scores import ScoreCollector
+
+SCOPES = ("layer", "global")
+RANKINGS = ("relative", "raw")
+GROWTHS = ("gradient", "random")
+SECOND_MOMENTS = ("score", "mean", "zero")
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What one topology update did.
+
+    Attributes:
+        step: the step it belongs to.
+        kind: "exchange" (drop and grow at a constant count), "grow" or "drop".
+        fraction: the drop fraction asked for ("exchange"), or the asked change of density.
+        dropped, grown: blocks that left and entered, by layer; layers without a change are not listed. A block that
+            was dropped and grown back in one update stayed, and counts as neither.
+        density_before, density_after: active share of the weights of all convolution and linear layers.
+    """
+
+    step: int
+    kind: str
+    fraction: float
+    dropped: dict[str, int]
+    grown: dict[str, int]
+    density_before: float
+    density_after: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold."""
+        return asdict(self)
+
+
+class TopologyUpdater:
+    """One topology update at a time for all sparse layers of a model, with the optimizer's state carried along.
+
+    Args:
+        model: the model; its :class:`~ddst.nn.SparseLayer` modules take part.
+        optimizer: holds the layers' values.
+        growth: "gradient" (RigL: the largest block norms of the dense gradient) or "random" (SET).
+        scope: "layer" ranks blocks within their layer in :meth:`exchange`, "global" over the network. None: "layer"
+            for blocks larger than 1×1, "global" (the paper's) for 1×1. :meth:`change_density` is always global.
+        ranking: "raw" ranks norms (the paper's), "relative" a block's RMS over its layer's RMS (see
+            :func:`~ddst.sparsity.criterion.relative_keys`). None: "relative" for blocks larger than 1×1.
+        max_norm_share: cap on the share of squared norm that may be dropped at once, of each layer or, in a global
+            ranking, of the network; None for no cap.
+        exempt: names of layers that never change, or "ends": the first and the last weight layer of the model (sparse
+            or dense, in module order; when no sparse layer is left between them, none is exempt). None: no layer,
+            except "ends" with ``scope="global"`` and blocks larger than 1×1.
+        grown_second_moment: what the running mean of squared gradients of a grown block starts from: "score" (its
+            squared score per weight), "mean" (the layer's mean over kept blocks) or "zero" (the paper's). None:
+            "zero" for 1×1 blocks, else "score" where there are scores and "mean" where there are none.
+        generator: source of random growth, on the CPU; a new one with seed 0 when None.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; a layer's values are not in the optimizer; the
+            optimizer's state cannot follow a change of topology.
+
+    Numerics: deterministic. What an update drops it may grow back (as in RigL's published algorithm): such a block
+        stays as it is, with its values and its optimizer state.
+    Cost: an exchange costs one backward pass with block scores (a dense weight gradient, one layer at a time) and a
+        sort of the blocks' keys. Steps without a request cost nothing. Scores take one number per block: with 1×1
+        blocks as many as the dense weights have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        growth: str = "gradient",
+        scope: str | None = None,
+        ranking: str | None = None,
+        max_norm_share: float | None = None,
+        exempt: Sequence[str] | str | None = None,
+        grown_second_moment: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if max_norm_share is not None and not 0 <= max_norm_share <= 1:
+            raise ValueError(f"max_norm_share must be from 0 to 1 or None, got {max_norm_share}")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
+        self.network = NetworkDensity(model)
+        self.all_layers = self.network.layers
+        self.single_weights = has_single_weight_blocks(self.all_layers)
+        single = self.single_weights
+        self.growth = _one_of("growth", growth, GROWTHS)
+        self.scope = _one_of("scope", scope or ("global" if single else "layer"), SCOPES)
+        self.ranking = _one_of("ranking", ranking or ("raw" if single else "relative"), RANKINGS)
+        if exempt is None:
+            exempt = "ends" if self.scope == "global" and not single else ()
+        self.exempt = resolve_exempt(model, self.all_layers, exempt)
+        self.layers = {name: layer for name, layer in self.all_layers.items() if name not in self.exempt}
+        start = "zero" if single else "score" if growth == "gradient" else "mean"
+        self.grown_second_moment = _one_of("grown_second_moment", grown_second_moment or start, SECOND_MOMENTS)
+        if self.grown_second_moment == "score" and growth == "random":
+            raise ValueError('grown_second_moment="score" needs growth="gradient": random growth has no scores')
+        self.max_norm_share = max_norm_share
+        self.generator = generator or torch.Generator().manual_seed(0)
+        self.optimizer = optimizer
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, layer in self.layers.items():
+            if id(layer.values) not in held:
+                raise ValueError(
+                    f"optimizer does not hold {name}.values. Call sparsify(model, ...) before making the optimizer, "
+                    "and give it model.parameters(); or name the layer in exempt"
+                )
+            check_state(optimizer, layer.values)
+        self._sizes = self.network.sizes
+        self.scores = ScoreCollector(self.layers if growth == "gradient" else {}, optimizer)
+
+    # -- density -------------------------------------------------------------------------------------------------
+
+    @property
+    def density(self) -> float:
+        """Share of active weights, see :class:`~ddst.sparsity.density.NetworkDensity`."""
+        return self.network.density
+
+    @property
+    def attainable_density(self) -> tuple[float, float]:
+        """Lowest and highest density in reach: one block in every layer that may change, or all of them full."""
+        network = self.network
+        if not network.total_weights:
+            return (1.0, 1.0)
+        fixed = network.dense_weights + sum(network.layer_weights(name) for name in self.exempt)
+        low = fixed + sum(int(self._sizes[name].min()) for name in self.layers)
+        high = fixed + sum(int(self._sizes[name].sum()) for name in self.layers)
+        return (low / network.total_weights, high / network.total_weights)
+
+    @property
+    def resolution(self) -> float:
+        """Half the largest block's share of all weights: smaller changes of density cannot be made."""
+        largest = max((int(self._sizes[name].max()) for name in self.layers), default=0)
+        return largest / self.network.total_weights / 2 if largest else 0.0
+
+    # -- updates -------------------------------------------------------------------------------------------------
+
+    def exchange(self, fraction: float, step: int = 0) -> UpdateReport:
+        """``nnz`` stays: drops the share ``fraction`` of the active blocks and grows as many.
+
+        By layer: ``⌊ζ · nnz⌋`` blocks each, at most ``nnz − 1``. Globally: blocks that hold the share ``ζ`` of the
+        active weights, and growth of as many weights anywhere, no layer losing its last block.
+        Layers that recorded no gradient are left alone.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction must be from 0 to 1 (a share of the active blocks), got {fraction}")
+        names = self._ready()
+        groups = [[name] for name in names] if self.scope == "layer" else [names]
+        masks: dict[str, Tensor] = {}
+        for group in groups:
+            old = {name: flat_mask(self.layers[name]) for name in group}
+            by_block = self.scope == "layer"
+            amount: float
+            if by_block:
+                amount = exchange_count(int(old[group[0]].sum()), fraction)
+            else:
+                amount = fraction * sum(int(self._sizes[n][old[n]].sum()) for n in group)
+            kept = self._drop(old, amount, by_block)
+            weights = {n: torch.ones_like(s) if by_block else s for n, s in self._sizes.items()}
+            lost = sum(float(weights[n][old[n] & ~kept[n]].sum()) for n in group)
+            masks.update(self._grow(old, kept, lost, by_block))
+        return self._apply(masks, "exchange", fraction, step)
+
+    def change_density(self, target: float, step: int = 0) -> UpdateReport:
+        """``d → target`` to within one block: global growth by gradient score, or global drop by magnitude.
+
+        Full layers cannot grow, layers with one block cannot drop, exempt ones do neither: where that leaves too few
+        blocks, the density comes as near as it can (:attr:`attainable_density`).
+        """
+        if not 0 <= target <= 1:
+            raise ValueError(f"target must be a density from 0 to 1, got {target}")
+        amount = target * self.network.total_weights - self.network.active_weights
+        names = self._ready() if amount > 0 else list(self.layers)
+        old = {name: flat_mask(self.layers[name]) for name in names}
+        change = amount / max(self.network.total_weights, 1)
+        if amount > 0:
+            return self._apply(self._grow(old, old, amount, by_block=False), "grow", change, step)
+        return self._apply(self._drop(old, -amount, by_block=False), "drop", change, step)
+
+    def _ready(self) -> list[str]:
+        """Layers that may grow now: all for random growth, else those with scores."""
+        if self.growth == "random":
+            return list(self.layers)
+        if not self.scores.arrived and self.layers:
+            raise RuntimeError("no gradient scores: call scores.request() before the backward pass of the update")
+        return [name for name in self.layers if name in self.scores.latest]
+
+    def _drop(self, masks: Mapping[str, Tensor], amount: float, by_block: bool) -> dict[str, Tensor]:
+        norms, keys, sizes = [], [], []
+        for name, mask in masks.items():
+            size = self._sizes[name][mask]
+            norms.append(self.layers[name].block_norms().detach().cpu())
+            keys.append(relative_keys(norms[-1], size) if self.ranking == "relative" else norms[-1])
+            sizes.append(size)
+        share = self.max_norm_share
+        dropped = choose_drop(norms, amount, keys=keys, sizes=None if by_block else sizes, max_norm_share=share)
+        return {n: _without(mask, gone) for (n, mask), gone in zip(masks.items(), dropped, strict=True)}
+
+    def _grow(
+        self, old: Mapping[str, Tensor], kept: Mapping[str, Tensor], amount: float, by_block: bool
+    ) -> dict[str, Tensor]:
+        free = {name: ~mask for name, mask in kept.items()}
+        if self.growth == "random":
+            scores = random_scores([int(f.sum()) for f in free.values()], self.generator)
+        else:
+            scores = []
+            for name, where in free.items():
+                score = self.scores.latest[name].reshape(-1).cpu()
+                if self.ranking == "relative":
+                    score = relative_keys(score, self._sizes[name], old[name])
+                scores.append(score[where])
+        sizes = None if by_block else [self._sizes[n][f] for n, f in free.items()]
+        grown = choose_grow(scores, amount, sizes=sizes)
+        return {n: ~_without(f, new) for (n, f), new in zip(free.items(), grown, strict=True)}
+
+    def _apply(self, masks: Mapping[str, Tensor], kind: str, fraction: float, step: int) -> UpdateReport:
+        before = self.density
+        for layer in self.layers.values():
+            check_state(self.optimizer, layer.values)
+        dropped, grown = {}, {}
+        for name, flat in masks.items():
+            layer = self.layers[name]
+            mask = flat.view(layer.block_mask.shape).to(layer.block_mask.device)
+            if torch.equal(mask, layer.block_mask):
+                continue
+            change = layer.set_block_mask(mask)
+            remap_state(self.optimizer, layer.values, change, self._second_moment(name, flat))
+            entered = int(change.grown.sum())
+            left = int(change.old_mask.sum()) - (change.source.numel() - entered)
+            if left:
+                dropped[name] = left
+            if entered:
+                grown[name] = entered
+        return UpdateReport(step, kind, fraction, dropped, grown, before, self.density)
+
+    def _second_moment(self, name: str, flat_mask: Tensor) -> Tensor | str | None:
+        if self.grown_second_moment != "score":
+            return "mean" if self.grown_second_moment == "mean" else None
+        if name not in self.scores.latest:
+            return None
+        score = self.scores.latest[name].reshape(-1).cpu().to(torch.float64)
+        return (score.square() / self._sizes[name])[flat_mask]
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores asked for or taken and not yet used, generator. Masks and values are the model's own state."""
+        return {"scores": self.scores.state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`. Load the model first."""
+        self.scores.load_state_dict(state["scores"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+def has_single_weight_blocks(layers: Mapping[str, SparseLayer]) -> bool:
+    """Whether every layer's blocks are single weights, for which the paper's own settings are the defaults."""
+    return bool(layers) and all(tuple(layer.block) == (1, 1) for layer in layers.values())
+
+
+def resolve_exempt(model: nn.Module, layers: Mapping[str, SparseLayer], exempt: Sequence[str] | str) -> tuple[str, ...]:
+    """Names of the layers that never change, in module order."""
+    if isinstance(exempt, str):
+        if exempt != "ends":
+            raise ValueError(f'exempt must be a list of layer names or "ends", got {exempt!r}')
+        weights = [candidate.module for candidate in find_candidates(model)]
+        names = tuple(n for n, layer in layers.items() if weights and (layer is weights[0] or layer is weights[-1]))
+        return names if len(names) < len(layers) else ()
+    unknown = [name for name in exempt if name not in layers]
+    if unknown:
+        raise ValueError(f"exempt names no sparse layer of the model: {unknown[0]!r}; there are {', '.join(layers)}")
+    return tuple(name for name in layers if name in set(exempt))
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def _without(mask: Tensor, gone: Tensor) -> Tensor:
+    """``mask`` with those of its True entries cleared that ``gone`` (one entry per True) marks."""
+    left = mask.clone()
+    left[mask] = ~gone
+    return left

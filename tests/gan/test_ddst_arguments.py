@@ -1,0 +1,78 @@
+"""DDST's defaults by mode and block, its warnings, and errors that name the argument."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from ddst.gan import DDST, EMA
+from helpers.training import SHORT, ToyGan, make
+
+
+def test_warns_when_nothing_would_ever_happen():
+    with pytest.warns(UserWarning, match=r"interval_g=500 and total_steps=100 G's topology is never updated"):
+        make(total_steps=100, interval_g=500)
+    with pytest.warns(UserWarning, match=r"interval_d=1000.*total_steps=900 D's density is never changed"):
+        make(total_steps=900, interval_d=1000)
+    with pytest.warns(UserWarning, match=r"br_window=1000.*D's density is never changed"):
+        make(total_steps=900, br_window=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make()
+
+
+def test_defaults_of_the_modes_and_blocks():
+    long = {"total_steps": 100_000}
+
+    def built(block, **options):
+        gan = ToyGan(block=block)
+        return DDST(gan.g, gan.d, gan.opt_g, gan.opt_d, **{**long, **options})
+
+    relaxed, strict, single = built((8, 8)), built((8, 8), mode="strict"), built((1, 1), mode="strict")
+    assert (relaxed.interval_g, relaxed.interval_d, strict.interval_d) == (500, 1000, 2000)
+    assert (relaxed.controller.density_range, strict.controller.density_range) == ((0.05, 1.0), (0.05, 0.5))
+    assert relaxed.controller.bounds == (0.45, 0.55)
+    assert relaxed.balance.window == 100
+    assert (relaxed.controller.warmup, single.controller.warmup) == (1000, 0)
+    assert (relaxed.training_g.drop_fraction(0), single.training_g.drop_fraction(0)) == (0.3, 0.5)
+    assert (strict._fraction_d(0), single._fraction_d(0)) == (0.3, 0.5)
+    assert (single.updater_d.exempt, single.updater_d.ranking) == ((), "raw")
+    assert (strict.updater_d.exempt, strict.updater_d.ranking) == (("0", "7"), "relative")
+
+
+@pytest.mark.parametrize(
+    "options, error, named",
+    [
+        ({"mode": "loose"}, ValueError, "mode"),
+        ({"method": "snip"}, ValueError, "method"),
+        ({"interval_d": 0}, ValueError, "interval_d"),
+        ({"br_window": 1}, ValueError, "br_window"),
+        ({"bounds": (0.6, 0.4)}, ValueError, "bounds"),
+        ({"delta": 0}, ValueError, "delta"),
+        ({"density_range": (0.5, 0.1)}, ValueError, "density_range"),
+        ({"drop_fraction_d": 2.0}, ValueError, "drop_fraction_d"),
+        ({"exempt_d": ["nowhere"]}, ValueError, "exempt"),
+        ({"br_average": "median"}, ValueError, "average"),
+        ({"ema": EMA(nn.Linear(1, 1))}, ValueError, "ema"),
+    ],
+)
+def test_errors_name_the_argument(options, error, named):
+    with pytest.raises(error, match=named):
+        make(**options)
+
+
+def test_errors_of_networks_and_scores():
+    gan = ToyGan()
+    with pytest.raises(TypeError, match="generator"):
+        DDST("g", gan.d, gan.opt_g, gan.opt_d, **SHORT)
+    dense = nn.Linear(16, 1)
+    with pytest.raises(ValueError, match="discriminator has no sparse layers"):
+        DDST(gan.g, dense, gan.opt_g, torch.optim.SGD(dense.parameters(), lr=0.1), **SHORT)
+    gan, scheduler = make()
+    arguments = gan.iteration()
+    with pytest.raises(TypeError, match="fake_scores"):
+        scheduler.step(**{**arguments, "fake_scores": 0.5})
+    gan, other = make(mode="sdst")
+    with pytest.raises(ValueError, match='state is of mode="relaxed"'):
+        other.load_state_dict(scheduler.state_dict())

@@ -1,0 +1,35 @@
+"""The example programs run as a user would run them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ddst
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+# Where the package was imported from, whether installed or in a source tree; also for the program.
+SOURCE = Path(ddst.__file__).resolve().parents[1]
+
+
+def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_own_gan_trains_sparse(tmp_path):
+    done = run("own_gan.py", "--steps", "20", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("2 of 4 layers sparse; density 0.") == 2
+    decisions = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert len(decisions) == 9
+    assert any("warm-up" not in line for line in decisions)
+    assert all("d_D 0." in line or "d_D 1." in line for line in decisions)
+
+
+def test_own_gan_is_short_and_adds_about_five_lines():
+    lines = (EXAMPLES / "own_gan.py").read_text().splitlines()
+    assert len(lines) < 80
+    assert sum("# sparse" in line for line in lines) == 5

@@ -1,0 +1,137 @@
+// Activations between torch and the kernels: every kernel reads and writes dense NHWC memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include "../topology.hpp"
+#include "kernels.hpp"
+
+namespace ddst::cpu {
+
+// Uninitialised memory aligned to a cache line.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    if (!data_) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// How many tasks are worth their start, for work of so many multiply-adds.
+inline int64_t task_count(int64_t multiply_adds) {
+  constexpr int64_t kWorthATask = 200000;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t worth = multiply_adds / kWorthATask;
+  return worth < 1 ? 1 : (worth < threads ? worth : threads);
+}
+
+// f(i) for i in [0, count), on torch's threads.
+template <typename F>
+void run_tasks(int64_t count, const F& f) {
+  if (count == 1) return f(0);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+struct ImageShape {
+  int64_t images, channels, h, w;
+  int64_t pixels() const { return images * h * w; }
+};
+
+// dst[n][c][r] = src[n][r][c] over images of rows x cols, in parallel.
+template <typename T>
+void transpose_images(const Kernels<T>& kernels, int64_t images, int64_t rows, int64_t cols, const T* src, T* dst) {
+  constexpr int64_t kRows = 64;
+  const int64_t strips = ceil_div(rows, kRows);
+  const int64_t total = images * strips;
+  const int64_t tasks = std::min<int64_t>(total, task_count(images * rows * cols * 4));
+  run_tasks(tasks, [&](int64_t task) {
+    for (int64_t i = total * task / tasks; i < total * (task + 1) / tasks; ++i) {
+      const int64_t image = i / strips * rows * cols;
+      const int64_t first = i % strips * kRows;
+      kernels.transpose(src + image + first * cols, std::min(kRows, rows - first), cols, cols, dst + image + first,
+                        rows);
+    }
+  });
+}
+
+inline bool has_strides(const Tensor& t, const int64_t (&expected)[4]) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  for (int i = 0; i < 4; ++i) {
+    if (sizes[i] != 1 && strides[i] != expected[i]) return false;  // the stride of a dimension of one says nothing
+  }
+  return true;
+}
+
+// An input activation as NHWC: its own memory where that is its layout, else a packed copy.
+template <typename T>
+class NhwcInput {
+ public:
+  NhwcInput(const Tensor& t, const ImageShape& s, const Kernels<T>& kernels) : owner_(t) {
+    if (has_strides(t, {s.h * s.w * s.channels, 1, s.w * s.channels, s.channels})) {
+      data_ = t.const_data_ptr<T>();
+      return;
+    }
+    owner_ = torch::stable::contiguous(t);
+    copy_ = Buffer<T>(s.pixels() * s.channels);
+    transpose_images<T>(kernels, s.images, s.channels, s.h * s.w, owner_.const_data_ptr<T>(), copy_.get());
+    data_ = copy_.get();
+  }
+  const T* data() const { return data_; }
+
+ private:
+  Tensor owner_;
+  Buffer<T> copy_;
+  const T* data_;
+};
+
+// An output activation: kernels write NHWC, finish() gives the tensor in the wanted memory format.
+template <typename T>
+class NhwcOutput {
+ public:
+  NhwcOutput(const Tensor& like, const ImageShape& s, bool channels_last) : shape_(s) {
+    const int64_t sizes[4] = {s.images, s.channels, s.h, s.w};
+    const auto format =
+        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+    result_ = torch::stable::empty({sizes, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+    direct_ = channels_last || s.channels == 1 || s.h * s.w == 1;
+    if (!direct_) copy_ = Buffer<T>(s.pixels() * s.channels);
+    data_ = direct_ ? result_.template mutable_data_ptr<T>() : copy_.get();
+  }
+  T* data() const { return data_; }
+
+  Tensor finish(const Kernels<T>& kernels) {
+    if (!direct_) {
+      transpose_images<T>(kernels, shape_.images, shape_.h * shape_.w, shape_.channels, data_,
+                          result_.template mutable_data_ptr<T>());
+    }
+    return result_;
+  }
+
+ private:
+  ImageShape shape_;
+  Tensor result_;
+  Buffer<T> copy_;
+  bool direct_;
+  T* data_;
+};
+
+}  // namespace ddst::cpu

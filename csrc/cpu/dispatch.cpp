@@ -1,0 +1,54 @@
+// Chooses the kernel set at run time.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.hpp"
+
+namespace ddst::cpu {
+namespace {
+
+bool supports_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+bool supports_avx512() {
+#if defined(__x86_64__)
+  return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+const KernelSet& choose() {
+  const char* forced = std::getenv("DDST_CPU_CAPABILITY");
+  const std::string name = forced == nullptr ? "" : forced;
+  if (name == "portable") return kernels_portable();
+#if defined(__x86_64__)
+  if (name == "avx512" && supports_avx512()) return kernels_avx512();
+  if (name == "avx2" && supports_avx2()) return kernels_avx2();
+  if (name.empty()) {
+    if (supports_avx512()) return kernels_avx512();
+    if (supports_avx2()) return kernels_avx2();
+  }
+#endif
+  if (name.empty()) return kernels_portable();
+  const bool known = name == "avx2" || name == "avx512";
+  throw std::invalid_argument("ddst: environment variable DDST_CPU_CAPABILITY is '" + name + "', " +
+                              (known ? "which this processor does not support" : "expected portable, avx2 or avx512"));
+}
+
+}  // namespace
+
+const KernelSet& active_kernels() {
+  // Not cached when choose() throws: the error then comes with every call, not only with the first.
+  static const KernelSet& set = choose();
+  return set;
+}
+
+}  // namespace ddst::cpu

@@ -1,0 +1,272 @@
+// The gather kernel: forward and input gradient of conv and linear. Included only by kernels_*.cpp.
+#pragma once
+
+#include "kernels.hpp"
+#include "microkernel.hpp"
+
+namespace ddst::cpu {
+namespace {
+
+// What one tile needs beside its pixels: one output block's slice.
+template <typename T>
+struct TileWork {
+  const Entry* begin;
+  const Entry* full_end;  // entries up to here reduce over block_k channels, the others over block_k_cut
+  const Entry* end;
+  const char* weights;
+  const T* init;
+  int k_groups;  // steps of the kernel (its unrolling, or its lanes) in block_k
+  int k_cut;
+  int block_k;
+  int64_t out_channel;
+  int channels;  // channels to store, at most the slice's width
+};
+
+// P pixels x (NV * N) channels stay in registers while the whole entry list streams past.
+template <typename T, int N, int NV, int P, int kUnroll>
+__attribute__((noinline)) void gather_tile(const char* const* pixels, T* const* outs, const TileWork<T>& work) {
+  using S = Simd<T, N>;
+  compiler_barrier();
+  typename S::V acc[P][NV];
+  const char* pixel[P];
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) {
+    pixel[p] = pixels[p];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[p][v] = S::load(work.init + v * N);
+  }
+  const Entry* entry = work.begin;
+  const Entry* const full_end = work.full_end;
+  const char* const weights = work.weights;
+#pragma GCC unroll 1
+  for (; entry != full_end; ++entry) {
+    int64_t offset = entry->source;
+    const char* w = weights + entry->weight;
+    int groups = work.k_groups;
+    do {
+      multiply_steps<T, N, NV, P, 0, kUnroll>(acc, pixel, offset, w);
+      offset += kUnroll * static_cast<int64_t>(sizeof(T));
+      w += kUnroll * NV * S::kBytes;
+    } while (--groups > 0);
+  }
+  const Entry* const end = work.end;
+#pragma GCC unroll 1
+  for (; entry != end; ++entry) {
+    int64_t offset = entry->source;
+    const char* w = weights + entry->weight;
+#pragma GCC unroll 1
+    for (int k = work.k_cut; k > 0; --k) {
+      multiply_step<T, N, NV, P, 0>(acc, pixel, offset, w);
+      offset += sizeof(T);
+      w += NV * S::kBytes;
+    }
+  }
+  if (work.channels == NV * N) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+      T* out = outs[p] + work.out_channel;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) S::store(out + v * N, acc[p][v]);
+    }
+  } else {  // channels past the end belong to the next pixel: only the real ones are written
+    T lanes[P][NV * N];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) S::store(&lanes[p][v * N], acc[p][v]);
+    }
+    for (int p = 0; p < P; ++p)
+      for (int c = 0; c < work.channels; ++c) outs[p][work.out_channel + c] = lanes[p][c];
+  }
+}
+
+template <typename T>
+using TileFunction = void (*)(const char* const*, T* const*, const TileWork<T>&);
+
+// The functions for 1 .. kMax pixels, as a table.
+template <typename T, int N, int NV, int kMax, int kUnroll, int P = 1>
+DDST_INLINE void fill_tiles(TileFunction<T>* table) {
+  table[P] = &gather_tile<T, N, NV, P, kUnroll>;
+  if constexpr (P < kMax) fill_tiles<T, N, NV, kMax, kUnroll, P + 1>(table);
+}
+
+// Returns the unrolling chosen for block_k.
+template <typename T, int N, int NV, int kMax>
+DDST_INLINE int choose_tiles(TileFunction<T>* table, int block_k) {
+  if (block_k % 16 == 0) return fill_tiles<T, N, NV, kMax, 16>(table), 16;
+  if (block_k % 8 == 0) return fill_tiles<T, N, NV, kMax, 8>(table), 8;
+  if (block_k % 4 == 0) return fill_tiles<T, N, NV, kMax, 4>(table), 4;
+  return fill_tiles<T, N, NV, kMax, 1>(table), 1;
+}
+
+constexpr int kMaxTilePixels = 16;
+constexpr int kMaxGroupTiles = 48;
+// Bytes of source that one group of tiles may touch: it is read again for every output block, from L2.
+constexpr int64_t kGroupBytes = 80 * 1024;
+
+// Fetches memory ahead of its use, a few lines at a time, so that the next group's pixels arrive while this one is
+// computed: rows of `bytes` bytes at the given addresses.
+struct Prefetcher {
+  const char* const* address;
+  int64_t count;
+  int64_t bytes;
+  int64_t shift;
+  int64_t index = 0;
+  int64_t position = 0;
+
+  template <int kWrite>
+  DDST_INLINE void advance(int64_t lines) {
+    for (; lines > 0 && index < count; --lines) {
+      __builtin_prefetch(address[index] + shift + position, kWrite, 2);
+      position += 64;
+      if (position >= bytes) {
+        position = 0;
+        ++index;
+      }
+    }
+  }
+};
+
+// Addresses of the pixels of some consecutive tiles of one class.
+template <typename T>
+struct TileGroup {
+  const PixelClass* cls;
+  int64_t tiles = 0;
+  int first[kMaxGroupTiles + 1];
+  const char* pixel[kMaxGroupTiles * kMaxTilePixels];
+  T* out[kMaxGroupTiles * kMaxTilePixels];
+
+  void fill(const GatherJob<T>& job, const PixelClass& c, int64_t begin, int64_t end) {
+    cls = &c;
+    tiles = end - begin;
+    const int64_t first_pixel = c.pixels * begin / c.tiles;
+    const int64_t per_image = static_cast<int64_t>(c.n_rows) * c.n_cols;
+    int64_t image = first_pixel / per_image;
+    int64_t row = first_pixel % per_image / c.n_cols;
+    int64_t col = first_pixel % c.n_cols;
+    for (int64_t t = 0; t < tiles; ++t) first[t] = static_cast<int>(c.pixels * (begin + t) / c.tiles - first_pixel);
+    first[tiles] = static_cast<int>(c.pixels * end / c.tiles - first_pixel);
+    const int n = first[tiles];
+    for (int i = 0; i < n;) {
+      const int64_t source_line = image * job.source_image + job.row_base[c.rows[row]] * job.source_row;
+      T* const out_line = job.out + image * job.out_image + c.rows[row] * job.out_row;
+      for (; col < c.n_cols && i < n; ++col, ++i) {
+        const int64_t source = source_line + job.col_base[c.cols[col]] * job.source_pixel;
+        // An integer sum: the base of a border pixel may lie outside the tensor (no entry then reads there).
+        pixel[i] = reinterpret_cast<const char*>(reinterpret_cast<intptr_t>(job.source) +
+                                                 source * static_cast<int64_t>(sizeof(T)));
+        out[i] = out_line + c.cols[col] * job.out_pixel;
+      }
+      if (col == c.n_cols) {
+        col = 0;
+        if (++row == c.n_rows) {
+          row = 0;
+          ++image;
+        }
+      }
+    }
+  }
+};
+
+// Walks over the tiles of a range in groups that stay inside one class.
+template <typename T>
+struct GroupWalk {
+  const GatherJob<T>& job;
+  int64_t tile;
+  int64_t tile_end;
+  int64_t group_tiles;
+  int64_t cls = 0;
+
+  bool next(TileGroup<T>& group) {
+    if (tile >= tile_end) return false;
+    while (tile >= job.classes[cls].first_tile + job.classes[cls].tiles) ++cls;
+    const PixelClass& c = job.classes[cls];
+    const int64_t class_end = c.first_tile + c.tiles;
+    int64_t end = tile + group_tiles;
+    if (end > tile_end) end = tile_end;
+    if (end > class_end) end = class_end;
+    group.fill(job, c, tile - c.first_tile, end - c.first_tile);
+    tile = end;
+    return true;
+  }
+};
+
+// A kernel form for one job: functions for 1 .. tile_pixels pixels, and the channels that one step of it reduces.
+template <typename T>
+struct TileTable {
+  TileFunction<T> tile[kMaxTilePixels + 1];
+  int tile_pixels;
+  int step;
+};
+
+// Runs over tiles in groups; within a group all output blocks one after the other, so that the group's source pixels
+// stay in L2 and one block's weights in L1.
+template <typename T>
+void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_begin, int64_t tile_end,
+               int64_t block_begin, int64_t block_end) {
+  const int64_t source_bytes = job.source_channels * static_cast<int64_t>(sizeof(T));
+  int64_t group_tiles = kGroupBytes / (source_bytes * table.tile_pixels);
+  if (group_tiles < 1) group_tiles = 1;
+  if (group_tiles > kMaxGroupTiles) group_tiles = kMaxGroupTiles;
+
+  TileGroup<T> groups[2];
+  GroupWalk<T> walk{job, tile_begin, tile_end, group_tiles};
+  int current = 0;
+  bool more = walk.next(groups[0]);
+  while (more) {
+    const TileGroup<T>& group = groups[current];
+    more = walk.next(groups[1 - current]);
+    const TileGroup<T>& next = groups[1 - current];
+    const int64_t ahead = more ? next.first[next.tiles] : 0;
+    const int64_t out_first = block_begin * job.block_out;
+    int64_t out_channels = (block_end - block_begin) * job.block_out;
+    if (out_channels > job.out_channels - out_first) out_channels = job.out_channels - out_first;
+    Prefetcher read{next.pixel, ahead, source_bytes, more ? next.cls->newest_source : 0};
+    Prefetcher write{reinterpret_cast<const char* const*>(next.out), ahead,
+                     out_channels * static_cast<int64_t>(sizeof(T)), out_first * static_cast<int64_t>(sizeof(T))};
+    const int64_t calls = (block_end - block_begin) * job.slices * group.tiles;
+    const int64_t read_lines = (ahead * ((read.bytes + 63) / 64) + calls - 1) / calls;
+    const int64_t write_lines = (ahead * ((write.bytes + 63) / 64) + calls - 1) / calls;
+
+    const PixelClass& c = *group.cls;
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      TileWork<T> work;
+      work.begin = job.entries + c.list_begin[block];
+      work.full_end = job.entries + c.list_full[block];
+      work.end = job.entries + c.list_begin[block + 1];
+      work.k_groups = job.block_k / table.step;
+      work.block_k = job.block_k;
+      work.k_cut = job.block_k_cut;
+      for (int slice = 0; slice < job.slices; ++slice) {
+        const int64_t in_block = static_cast<int64_t>(slice) * job.slice;
+        work.out_channel = block * job.block_out + in_block;
+        int64_t channels = job.slice;
+        if (channels > job.block_out - in_block) channels = job.block_out - in_block;
+        if (channels > job.out_channels - work.out_channel) channels = job.out_channels - work.out_channel;
+        if (channels <= 0) break;
+        work.channels = static_cast<int>(channels);
+        work.weights = reinterpret_cast<const char*>(job.weights + slice * job.weights_slice);
+        work.init = job.init + (block * job.slices + slice) * job.slice;
+        for (int64_t t = 0; t < group.tiles; ++t) {
+          read.template advance<0>(read_lines);
+          write.template advance<1>(write_lines);
+          const int i = group.first[t];
+          table.tile[group.first[t + 1] - i](group.pixel + i, group.out + i, work);
+        }
+      }
+    }
+    current = 1 - current;
+  }
+}
+
+template <typename T, int N, int NV, int kTile>
+void gather_slices(const GatherJob<T>& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin,
+                   int64_t block_end) {
+  TileTable<T> table;
+  table.tile_pixels = kTile;
+  table.step = choose_tiles<T, N, NV, kTile>(table.tile, job.block_k);
+  run_tiles(job, table, tile_begin, tile_end, block_begin, block_end);
+}
+
+}  // namespace
+}  // namespace ddst::cpu

@@ -1,0 +1,258 @@
+// Forward and input gradient as one pass: plans which taps reach which pixels, then runs the gather kernel.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "activation.hpp"
+
+namespace ddst::cpu {
+
+// Along one axis: for every output coordinate the source coordinate of shift 0, and groups of output coordinates for
+// which the same kernel positions lie inside the source.
+struct AxisPlan {
+  struct Group {
+    std::vector<int32_t> coords;
+    std::vector<char> inside;    // [kernel size]
+    std::vector<int64_t> shift;  // [kernel size]: source coordinate minus base
+  };
+  std::vector<int64_t> base;
+  std::vector<Group> groups;
+
+  void add(int32_t coord, int64_t base_coord, const std::vector<char>& inside, const std::vector<int64_t>& shift) {
+    base[coord] = base_coord;
+    for (Group& group : groups) {
+      if (group.inside == inside) {
+        group.coords.push_back(coord);
+        return;
+      }
+    }
+    groups.push_back({{coord}, inside, shift});
+  }
+};
+
+// Forward: output coordinate o reads source o * stride - padding + k * dilation.
+inline AxisPlan forward_axis(int64_t out, int64_t source, int64_t kernel, int64_t stride, int64_t padding,
+                             int64_t dilation) {
+  AxisPlan plan;
+  plan.base.resize(out);
+  std::vector<char> inside(kernel);
+  std::vector<int64_t> shift(kernel);
+  for (int64_t k = 0; k < kernel; ++k) shift[k] = k * dilation;
+  for (int64_t o = 0; o < out; ++o) {
+    const int64_t base = o * stride - padding;
+    for (int64_t k = 0; k < kernel; ++k) inside[k] = base + shift[k] >= 0 && base + shift[k] < source;
+    plan.add(static_cast<int32_t>(o), base, inside, shift);
+  }
+  return plan;
+}
+
+// Input gradient: coordinate i of the input reads grad_output (i + padding - k * dilation) / stride where that is
+// whole. Kernel positions that divide for one i differ by multiples of the stride, so within a group all shifts are
+// equal.
+inline AxisPlan input_grad_axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding,
+                                int64_t dilation) {
+  AxisPlan plan;
+  plan.base.resize(in);
+  std::vector<char> inside(kernel);
+  std::vector<int64_t> shift(kernel);
+  for (int64_t i = 0; i < in; ++i) {
+    int64_t base = 0;
+    bool found = false;
+    for (int64_t k = 0; k < kernel; ++k) {
+      const int64_t scaled = i + padding - k * dilation;
+      inside[k] = scaled >= 0 && scaled % stride == 0 && scaled / stride < out;
+      shift[k] = 0;
+      if (!inside[k]) continue;
+      if (!found) base = scaled / stride;
+      found = true;
+      shift[k] = scaled / stride - base;
+    }
+    plan.add(static_cast<int32_t>(i), base, inside, shift);
+  }
+  return plan;
+}
+
+// The active blocks from the output's side: those of output block r are ids[ptr[r]] .. (identity without ids).
+struct BlockLists {
+  int64_t out_blocks;
+  int64_t nnz;
+  const int32_t* ptr;
+  const int32_t* ids;
+  const int32_t* k_block;  // reduction block of each id
+  const int32_t* tap;
+};
+
+struct GatherShape {
+  ImageShape source, out;
+  int64_t kernel_w;
+  int64_t block_out, block_k;
+};
+
+inline SliceShape choose_slice(const SliceShape* shapes, int64_t block) {
+  SliceShape best = *shapes;
+  float best_cost = 1e30f;
+  for (const SliceShape* s = shapes; s->width != 0; ++s) {
+    const float cost = static_cast<float>(ceil_div(block, s->width)) * s->cost;
+    if (cost < best_cost) {
+      best = *s;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// The first dot kernel for blocks of so many channels whose lanes divide the reduction, or null.
+inline const DotShape* choose_dot(const DotShape* shapes, int64_t block_out, int64_t block_k) {
+  for (const DotShape* s = shapes; s->channels != 0; ++s) {
+    if (s->channels == block_out && block_k % s->lanes == 0) return s;
+  }
+  return nullptr;
+}
+
+// Entry lists of every pixel class, one after the other.
+struct GatherPlan {
+  std::vector<PixelClass> classes;
+  std::vector<Entry> entries;
+  std::vector<int64_t> list_begin, list_full;
+  int64_t tiles = 0;
+  int64_t multiply_adds = 0;
+};
+
+inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists, const AxisPlan& rows,
+                              const AxisPlan& cols, int64_t tile_pixels, int64_t element, int64_t weight_block_bytes) {
+  GatherPlan plan;
+  const int64_t n_classes = static_cast<int64_t>(rows.groups.size() * cols.groups.size());
+  plan.classes.reserve(n_classes);
+  plan.entries.reserve(n_classes * lists.nnz);
+  plan.list_begin.resize(n_classes * (lists.out_blocks + 1));
+  plan.list_full.resize(n_classes * lists.out_blocks);
+  const bool cut = shape.source.channels % shape.block_k != 0;
+  const int64_t last_k_block = ceil_div(shape.source.channels, shape.block_k) - 1;
+  const int64_t taps = shape.kernel_w * static_cast<int64_t>(rows.groups[0].inside.size());
+  std::vector<int64_t> tap_offset(taps);
+  std::vector<char> tap_inside(taps);
+  int64_t at = 0;
+  for (const AxisPlan::Group& row : rows.groups) {
+    for (const AxisPlan::Group& col : cols.groups) {
+      int64_t newest = INT64_MIN;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t kh = tap / shape.kernel_w, kw = tap % shape.kernel_w;
+        tap_inside[tap] = row.inside[kh] && col.inside[kw];
+        tap_offset[tap] = (row.shift[kh] * shape.source.w + col.shift[kw]) * shape.source.channels * element;
+        if (tap_inside[tap]) newest = std::max(newest, tap_offset[tap]);
+      }
+      int64_t* const begin = plan.list_begin.data() + at * (lists.out_blocks + 1);
+      int64_t* const full = plan.list_full.data() + at * lists.out_blocks;
+      const int64_t class_first = static_cast<int64_t>(plan.entries.size());
+      for (int64_t r = 0; r < lists.out_blocks; ++r) {
+        begin[r] = static_cast<int64_t>(plan.entries.size());
+        full[r] = -1;
+        for (int64_t i = lists.ptr[r]; i < lists.ptr[r + 1]; ++i) {
+          const int64_t id = lists.ids == nullptr ? i : lists.ids[i];
+          if (!tap_inside[lists.tap[id]]) continue;
+          // Both list orders put the last reduction block last, so the cut entries are a tail.
+          if (cut && full[r] < 0 && lists.k_block[id] == last_k_block) {
+            full[r] = static_cast<int64_t>(plan.entries.size());
+          }
+          plan.entries.push_back(
+              {tap_offset[lists.tap[id]] + lists.k_block[id] * shape.block_k * element, id * weight_block_bytes});
+        }
+        if (full[r] < 0) full[r] = static_cast<int64_t>(plan.entries.size());
+      }
+      begin[lists.out_blocks] = static_cast<int64_t>(plan.entries.size());
+      PixelClass c;
+      c.first_tile = plan.tiles;
+      c.rows = row.coords.data();
+      c.cols = col.coords.data();
+      c.n_rows = static_cast<int32_t>(row.coords.size());
+      c.n_cols = static_cast<int32_t>(col.coords.size());
+      c.pixels = shape.out.images * c.n_rows * c.n_cols;
+      c.tiles = ceil_div(c.pixels, tile_pixels);
+      c.list_begin = begin;
+      c.list_full = full;
+      c.newest_source = newest == INT64_MIN ? 0 : newest;
+      plan.tiles += c.tiles;
+      plan.multiply_adds += c.pixels * (begin[lists.out_blocks] - class_first) * shape.block_out * shape.block_k;
+      plan.classes.push_back(c);
+      ++at;
+    }
+  }
+  return plan;
+}
+
+// out = bias + gathered products. transposed: the vector runs over b_out (forward), else over b_in (input gradient).
+template <typename T>
+void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const BlockLists& lists, const AxisPlan& rows,
+                 const AxisPlan& cols, bool transposed, const T* values, const T* bias, const T* source, T* out) {
+  const DotShape* dot = choose_dot(kernels.gather_dots, shape.block_out, shape.block_k);
+  SliceShape slice = choose_slice(kernels.gather_slices, shape.block_out);
+  if (dot != nullptr) slice = {static_cast<int>(shape.block_out), dot->tile_pixels, 0};
+  const int64_t slices = ceil_div(shape.block_out, slice.width);
+  const int64_t weights_block = slices * slice.width * shape.block_k;
+  const GatherPlan plan =
+      plan_gather(shape, lists, rows, cols, slice.tile_pixels, sizeof(T), weights_block * sizeof(T));
+
+  // Values that are in streaming order already are not copied: [k][channel] with one slice for the whole block, or
+  // [channel][k] for a dot.
+  const bool whole_slice = slice.width == shape.block_out;
+  const bool direct = dot != nullptr ? transposed || shape.block_out == 1 : !transposed && whole_slice;
+  Buffer<T> packed;
+  if (!direct) {
+    packed = Buffer<T>(lists.nnz * weights_block);
+    const int b_out = static_cast<int>(transposed ? shape.block_out : shape.block_k);
+    const int b_in = static_cast<int>(transposed ? shape.block_k : shape.block_out);
+    const int64_t tasks = task_count(lists.nnz * weights_block * 4);
+    run_tasks(tasks, [&](int64_t task) {
+      kernels.pack_weights(values, b_out, b_in, dot != nullptr ? b_out : slice.width, transposed || dot != nullptr,
+                           lists.nnz * task / tasks, lists.nnz * (task + 1) / tasks, packed.get());
+    });
+  }
+
+  const int64_t init_size = lists.out_blocks * slices * slice.width;
+  std::vector<T> init(init_size, T(0));
+  if (bias != nullptr) {
+    for (int64_t c = 0; c < shape.out.channels; ++c) {
+      init[c / shape.block_out * slices * slice.width + c % shape.block_out] = bias[c];
+    }
+  }
+
+  GatherJob<T> job;
+  job.source = source;
+  job.out = out;
+  job.source_pixel = shape.source.channels;
+  job.source_row = shape.source.w * job.source_pixel;
+  job.source_image = shape.source.h * job.source_row;
+  job.out_pixel = shape.out.channels;
+  job.out_row = shape.out.w * job.out_pixel;
+  job.out_image = shape.out.h * job.out_row;
+  job.row_base = rows.base.data();
+  job.col_base = cols.base.data();
+  job.classes = plan.classes.data();
+  job.n_classes = static_cast<int64_t>(plan.classes.size());
+  job.entries = plan.entries.data();
+  job.weights = direct ? values : packed.get();
+  job.weights_slice = slice.width * shape.block_k;
+  job.init = init.data();
+  job.out_blocks = lists.out_blocks;
+  job.out_channels = shape.out.channels;
+  job.source_channels = shape.source.channels;
+  job.block_out = static_cast<int>(shape.block_out);
+  job.slice = slice.width;
+  job.slices = static_cast<int>(slices);
+  job.block_k = static_cast<int>(shape.block_k);
+  job.block_k_cut = static_cast<int>(shape.source.channels % shape.block_k);
+  job.dot_lanes = dot == nullptr ? 0 : dot->lanes;
+
+  // Tiles are shared out first; output blocks too where there are fewer tiles than threads.
+  const int64_t tasks = task_count(plan.multiply_adds);
+  const int64_t tile_tasks = std::min(tasks, plan.tiles);
+  const int64_t block_tasks = std::min(std::max<int64_t>(1, tasks / tile_tasks), lists.out_blocks);
+  run_tasks(tile_tasks * block_tasks, [&](int64_t task) {
+    const int64_t t = task / block_tasks, b = task % block_tasks;
+    kernels.gather(job, plan.tiles * t / tile_tasks, plan.tiles * (t + 1) / tile_tasks,
+                   lists.out_blocks * b / block_tasks, lists.out_blocks * (b + 1) / block_tasks);
+  });
+}
+
+}  // namespace ddst::cpu

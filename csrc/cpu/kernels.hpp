@@ -1,0 +1,154 @@
+// The interface between the glue (which knows torch) and the instruction-set specific kernels (which do not).
+// Everything here is a plain struct of raw pointers: the files compiled with -mavx2 or -mavx512f must not emit any
+// inline function that another file could pick up at link time, so neither torch nor the STL appears on this border.
+#pragma once
+
+#include <cstdint>
+
+namespace ddst::cpu {
+
+// ---- gather: forward and input gradient ---------------------------------------------------------------------------
+// out[pixel, output block] = init + sum over the block's entries of source[pixel + shift(tap), input channels] *
+// weight. "Source" and "out" are the two NHWC activations; for the input gradient they are grad_output and grad_input.
+
+// One active block as one tile sees it: byte offsets from the pixel's base address and from the weights' base address.
+struct Entry {
+  int64_t source;
+  int64_t weight;
+};
+
+// Output pixels whose taps lie inside the source image for exactly the same set of taps. All pixels of a class share
+// one entry list, so taps outside the image cost nothing and no padding is ever read.
+struct PixelClass {
+  int64_t first_tile;   // index of the class's first tile among all tiles
+  int64_t tiles;        // number of tiles, each of at most `tile_pixels` pixels
+  int64_t pixels;       // number of pixels
+  const int32_t* rows;  // output rows of the class, ascending
+  const int32_t* cols;  // output columns of the class, ascending
+  int32_t n_rows;
+  int32_t n_cols;
+  const int64_t* list_begin;  // [out_blocks + 1]: entries[list_begin[r]] .. are those of output block r
+  const int64_t* list_full;   // [out_blocks]: end of the entries with a whole reduction block; the rest are cut
+  int64_t newest_source;      // byte offset of the entry furthest ahead in memory: what to prefetch
+};
+
+template <typename T>
+struct GatherJob {
+  const T* source;
+  T* out;
+  int64_t source_image, source_row, source_pixel;  // strides in elements; channels have stride 1
+  int64_t out_image, out_row, out_pixel;
+  const int64_t* row_base;  // [out rows]: source row of shift 0 (may lie outside the image; then no entry uses it)
+  const int64_t* col_base;  // [out columns]
+  const PixelClass* classes;
+  int64_t n_classes;
+  const Entry* entries;
+  const T* weights;       // [block][slice][k][slice width]
+  int64_t weights_slice;  // elements from one slice of a block to the next
+  const T* init;          // [out_blocks][slices][slice width]: the bias, or zeros
+  int64_t out_blocks;
+  int64_t out_channels;
+  int64_t source_channels;
+  int block_out;    // channels of an output block
+  int slice;        // channels a tile holds in registers (one of the kernel's slice widths)
+  int slices;       // slices of an output block
+  int block_k;      // channels of a reduction block
+  int block_k_cut;  // channels of the last reduction block when the channel count is no multiple, else 0
+  int dot_lanes;    // 0: the vector runs over output channels; else over so many channels of the reduction
+};
+
+// A width the gather kernel can hold in registers, with the pixels per tile and its cost per pixel and k step
+// (in units of one 256-bit multiply-add), by which the glue chooses how to cut an output block.
+struct SliceShape {
+  int width;
+  int tile_pixels;
+  float cost;
+};
+
+// A narrow output block whose kernel runs the vector over the reduction: its channels, lanes and pixels per tile.
+// Weights are then [block][channel][k].
+struct DotShape {
+  int channels;
+  int lanes;
+  int tile_pixels;
+};
+
+// ---- weight gradient and block scores -----------------------------------------------------------------------------
+// dW[block][o][i] = sum over output pixels of grad_output[pixel, o] * input[pixel * stride + tap, i].
+
+struct ConvGeometry {
+  int64_t images, in_h, in_w, in_channels, out_h, out_w, out_channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+// A stretch of pixels that is contiguous in the packed input and in the packed output gradient.
+struct Run {
+  int64_t in;
+  int64_t out;
+  int64_t length;
+};
+
+template <typename T>
+struct WeightGradJob {
+  const T* input;        // NHWC
+  const T* grad_output;  // NHWC
+  ConvGeometry geometry;
+  int block_out, block_in;
+  int64_t n_blocks;
+  int64_t first_row;  // added to every block_row (block scores work on one group of block rows at a time)
+  const int32_t *block_row, *block_col, *block_tap;
+  const int32_t* order;  // [n_blocks]: block ids in processing order (rows ascending)
+  bool vector_over_in;   // registers hold input channels (partial is [id][b_out][b_in]) ...
+  int slice;             // ... or output channels (partial is [id][b_in][padded b_out]); channels per vector group
+  int slices;            // groups per block
+  int64_t chunk_images;  // pixels are processed in chunks of some images ...
+  int64_t chunk_rows;    // ... and some output rows
+  int64_t row_chunks;    // chunks per image group
+};
+
+template <typename T>
+struct Kernels {
+  const SliceShape* gather_slices;  // ends with width 0
+  const DotShape* gather_dots;      // in order of preference, ends with channels 0
+  const int* weight_grad_slices;    // descending, ends with 0
+  int vector_width;                 // lanes of the widest register
+  // Computes tiles [tile_begin, tile_end) of output blocks [block_begin, block_end).
+  void (*gather)(const GatherJob<T>& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
+  // packed[id][slice][k][width] for ids [begin, end): transposed (vector over b_out) or straight (vector over b_in).
+  void (*pack_weights)(const T* values, int block_out, int block_in, int slice, bool transposed, int64_t begin,
+                       int64_t end, T* packed);
+  // dst[c * dst_stride + r] = src[r * src_stride + c].
+  void (*transpose)(const T* src, int64_t rows, int64_t cols, int64_t src_stride, T* dst, int64_t dst_stride);
+  // Adds the pixels of chunks [chunk_begin, chunk_end) to the partial gradients of order[block_begin .. block_end).
+  void (*weight_grad)(const WeightGradJob<T>& job, int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
+                      int64_t block_end, T* partial, T* input_scratch, T* grad_scratch, Run* runs, int64_t* run_begin);
+};
+
+struct KernelSet {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+const KernelSet& kernels_portable();
+#if defined(__x86_64__)
+const KernelSet& kernels_avx2();
+const KernelSet& kernels_avx512();
+#endif
+
+// The set chosen for this machine, or forced by the environment variable DDST_CPU_CAPABILITY.
+// Throws std::invalid_argument where that names an unknown or unsupported one.
+const KernelSet& active_kernels();
+
+template <typename T>
+const Kernels<T>& kernels_for(const KernelSet& set);
+template <>
+inline const Kernels<float>& kernels_for<float>(const KernelSet& set) {
+  return set.f32;
+}
+template <>
+inline const Kernels<double>& kernels_for<double>(const KernelSet& set) {
+  return set.f64;
+}
+
+}  // namespace ddst::cpu

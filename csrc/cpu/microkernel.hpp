@@ -1,0 +1,142 @@
+// Vector registers under one name for every instruction set, and the two instruction forms the kernels are made of:
+// a load of weights, and a multiply-add with one broadcast number. Included only by kernels_*.cpp; all of it has
+// internal linkage, because the same names mean other instructions in each of those files.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define DDST_INLINE inline __attribute__((always_inline))
+
+namespace ddst::cpu {
+namespace {
+
+template <typename T, int N>
+struct Simd {
+  typedef T V __attribute__((vector_size(N * sizeof(T))));
+  static constexpr int kBytes = N * sizeof(T);
+
+  static DDST_INLINE V load(const T* p) {
+    V v;
+    std::memcpy(&v, p, kBytes);
+    return v;
+  }
+  static DDST_INLINE void store(T* p, V v) { std::memcpy(p, &v, kBytes); }
+
+  // The loads are written in assembly on x86: GCC otherwise folds each weight load into the multiply-adds that use
+  // it, which doubles the loads and halves the speed. The kernels start with a compiler barrier, so that these
+  // loads (whose memory the compiler does not see) cannot move above earlier stores.
+  template <int kDisp>
+  static DDST_INLINE V load_at(const char* p) {
+#if defined(__AVX2__)
+    V v;
+    asm volatile("vmovups %c2(%1), %0" : "=v"(v) : "r"(p), "i"(kDisp));
+    return v;
+#else
+    V v;
+    std::memcpy(&v, p + kDisp, kBytes);
+    return v;
+#endif
+  }
+
+  template <int kDisp>
+  static DDST_INLINE V broadcast_at(const char* base, int64_t offset) {
+#if defined(__AVX2__)
+    V v;
+    if constexpr (sizeof(T) == 4) {
+      asm volatile("vbroadcastss %c3(%1,%2), %0" : "=v"(v) : "r"(base), "r"(offset), "i"(kDisp));
+    } else {
+      static_assert(sizeof(T) == 4 || N >= 4, "vbroadcastsd has no 128-bit form");
+      asm volatile("vbroadcastsd %c3(%1,%2), %0" : "=v"(v) : "r"(base), "r"(offset), "i"(kDisp));
+    }
+    return v;
+#else
+    T value;
+    std::memcpy(&value, base + offset + kDisp, sizeof(T));
+    V v;
+    for (int i = 0; i < N; ++i) v[i] = value;
+    return v;
+#endif
+  }
+
+  static DDST_INLINE void fma(V& acc, V a, V b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      if constexpr (N == 16) acc = _mm512_fmadd_ps(a, b, acc);
+      if constexpr (N == 8) acc = _mm256_fmadd_ps(a, b, acc);
+      if constexpr (N == 4) acc = _mm_fmadd_ps(a, b, acc);
+    } else {
+      if constexpr (N == 8) acc = _mm512_fmadd_pd(a, b, acc);
+      if constexpr (N == 4) acc = _mm256_fmadd_pd(a, b, acc);
+    }
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+      if constexpr (N == 8) acc = _mm256_fmadd_ps(a, b, acc);
+      if constexpr (N == 4) acc = _mm_fmadd_ps(a, b, acc);
+    } else {
+      if constexpr (N == 4) acc = _mm256_fmadd_pd(a, b, acc);
+    }
+#else
+    acc += a * b;
+#endif
+  }
+
+  // acc += w * broadcast(*(base + offset + kDisp)); one instruction with AVX-512.
+  template <int kDisp>
+  static DDST_INLINE void fma_broadcast(V& acc, V w, const char* base, int64_t offset) {
+#if defined(__AVX512F__)
+#define DDST_FMA_BROADCAST(op, lanes) \
+  asm volatile(op " %c4(%2,%3)%{1to" lanes "%}, %1, %0" : "+v"(acc) : "v"(w), "r"(base), "r"(offset), "i"(kDisp))
+    if constexpr (sizeof(T) == 4) {
+      if constexpr (N == 16) DDST_FMA_BROADCAST("vfmadd231ps", "16");
+      if constexpr (N == 8) DDST_FMA_BROADCAST("vfmadd231ps", "8");
+      if constexpr (N == 4) DDST_FMA_BROADCAST("vfmadd231ps", "4");
+    } else {
+      if constexpr (N == 8) DDST_FMA_BROADCAST("vfmadd231pd", "8");
+      if constexpr (N == 4) DDST_FMA_BROADCAST("vfmadd231pd", "4");
+    }
+#undef DDST_FMA_BROADCAST
+#else
+    fma(acc, broadcast_at<kDisp>(base, offset), w);
+#endif
+  }
+};
+
+DDST_INLINE void compiler_barrier() { asm volatile("" ::: "memory"); }
+
+// acc[p][v] += w[v] * source of pixel p, for one step of the reduction.
+template <typename T, int N, int NV, int P, int kStep>
+DDST_INLINE void multiply_step(typename Simd<T, N>::V (&acc)[P][NV], const char* const (&pixel)[P], int64_t offset,
+                               const char* w) {
+  using S = Simd<T, N>;
+  constexpr int kSource = kStep * static_cast<int>(sizeof(T));
+  constexpr int kWeight = kStep * NV * S::kBytes;
+  if constexpr (NV == 1) {
+    const typename S::V w0 = S::template load_at<kWeight>(w);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) S::template fma_broadcast<kSource>(acc[p][0], w0, pixel[p], offset);
+  } else {
+    static_assert(NV == 2, "one or two vectors");
+    const typename S::V w0 = S::template load_at<kWeight>(w);
+    const typename S::V w1 = S::template load_at<kWeight + S::kBytes>(w);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+      const typename S::V x = S::template broadcast_at<kSource>(pixel[p], offset);
+      S::fma(acc[p][0], x, w0);
+      S::fma(acc[p][1], x, w1);
+    }
+  }
+}
+
+template <typename T, int N, int NV, int P, int kStep, int kSteps>
+DDST_INLINE void multiply_steps(typename Simd<T, N>::V (&acc)[P][NV], const char* const (&pixel)[P], int64_t offset,
+                                const char* w) {
+  multiply_step<T, N, NV, P, kStep>(acc, pixel, offset, w);
+  if constexpr (kStep + 1 < kSteps) multiply_steps<T, N, NV, P, kStep + 1, kSteps>(acc, pixel, offset, w);
+}
+
+}  // namespace
+}  // namespace ddst::cpu

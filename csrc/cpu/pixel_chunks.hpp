@@ -1,0 +1,196 @@
+// Chunks of pixels as the weight-gradient kernel reads them. Included only by kernels_*.cpp.
+//
+// Both activations are packed chunk by chunk: channels in groups, each group [pixel][lanes], with the pixels in the
+// order (row, column, image). With the images innermost a tap's products form few long contiguous runs even where
+// images are tiny, and a run covers just the pixels whose tap lies inside the image: no padding is multiplied.
+// Input columns are sorted by their remainder modulo the stride, which makes runs contiguous at any stride.
+#pragma once
+
+#include "kernels.hpp"
+#include "microkernel.hpp"
+
+namespace ddst::cpu {
+namespace {
+
+template <typename T>
+struct ChunkView {
+  int64_t image_begin, images;
+  int64_t out_row_begin, out_rows;
+  int64_t in_row_begin, in_rows;  // clipped to the image
+};
+
+DDST_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+DDST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+template <typename T>
+DDST_INLINE ChunkView<T> chunk_view(const WeightGradJob<T>& job, int64_t chunk) {
+  const auto& g = job.geometry;
+  ChunkView<T> view;
+  view.image_begin = chunk / job.row_chunks * job.chunk_images;
+  view.images = g.images - view.image_begin < job.chunk_images ? g.images - view.image_begin : job.chunk_images;
+  view.out_row_begin = chunk % job.row_chunks * job.chunk_rows;
+  view.out_rows = g.out_h - view.out_row_begin < job.chunk_rows ? g.out_h - view.out_row_begin : job.chunk_rows;
+  int64_t begin = view.out_row_begin * g.stride_h - g.pad_h;
+  int64_t end = (view.out_row_begin + view.out_rows - 1) * g.stride_h - g.pad_h + (g.kernel_h - 1) * g.dilation_h + 1;
+  if (begin < 0) begin = 0;
+  if (end > g.in_h) end = g.in_h;
+  view.in_row_begin = begin;
+  view.in_rows = end > begin ? end - begin : 0;
+  return view;
+}
+
+// Position of input column `col` when columns are sorted by their remainder modulo the stride.
+DDST_INLINE int64_t phase_position(int64_t col, int64_t width, int64_t stride) {
+  const int64_t phase = col % stride;
+  const int64_t longer = width % stride;  // so many phases have one column more
+  const int64_t before = phase * (width / stride) + (phase < longer ? phase : longer);
+  return before + col / stride;
+}
+
+// How an activation's channels are cut into packed groups.
+struct Grouping {
+  int block;   // channels of a block
+  int width;   // lanes of a group
+  int groups;  // groups of a block
+};
+
+// Pixels from one packed group to the next: odd, because groups a multiple of 4 KB apart would all compete for the same
+// few lines of the L1 cache while one pixel is spread over them.
+DDST_INLINE int64_t padded_pixels(int64_t pixels) { return pixels | 1; }
+
+// The activation rows that a chunk needs.
+template <typename T>
+struct PixelRows {
+  const T* source;  // NHWC
+  int64_t image_rows, cols, channels;
+  int64_t image_begin, images, row_begin, rows;
+
+  DDST_INLINE const T* first() const { return source + (image_begin * image_rows + row_begin) * cols * channels; }
+  DDST_INLINE int64_t pixels() const { return images * rows * cols; }
+  // From the first to the last byte; with several images it spans what lies between their rows, too.
+  DDST_INLINE int64_t bytes() const {
+    return ((images - 1) * image_rows + rows) * cols * channels * static_cast<int64_t>(sizeof(T));
+  }
+};
+
+template <typename T, int kWidth>
+DDST_INLINE void spread_pixel(const T* src, int64_t groups, T* dst, int64_t group_stride) {
+  for (int64_t g = 0; g < groups; ++g) std::memcpy(dst + g * group_stride, src + g * kWidth, sizeof(T) * kWidth);
+}
+
+// packed[(block - block_begin) * groups + group][pixel][width]; lanes without a channel are zero.
+template <typename T>
+void pack_pixels(const PixelRows<T>& from, int64_t stride, Grouping grouping, int64_t block_begin, int64_t block_end,
+                 T* packed) {
+  const int width = grouping.width;
+  const int64_t group_stride = padded_pixels(from.pixels()) * width;
+  const int64_t first_channel = block_begin * grouping.block;
+  int64_t channels = (block_end - block_begin) * grouping.block;
+  if (channels > from.channels - first_channel) channels = from.channels - first_channel;
+  const bool whole = grouping.block % width == 0 && channels % width == 0;
+  const int64_t whole_groups = channels / width;
+  for (int64_t n = 0; n < from.images; ++n) {
+    for (int64_t r = 0; r < from.rows; ++r) {
+      const T* src = from.first() + (n * from.image_rows + r) * from.cols * from.channels;
+      for (int64_t c = 0; c < from.cols; ++c, src += from.channels) {
+        const int64_t position = stride == 1 ? c : phase_position(c, from.cols, stride);
+        T* dst = packed + ((r * from.cols + position) * from.images + n) * width;
+        if (whole && width == 32) {
+          spread_pixel<T, 32>(src + first_channel, whole_groups, dst, group_stride);
+        } else if (whole && width == 16) {
+          spread_pixel<T, 16>(src + first_channel, whole_groups, dst, group_stride);
+        } else if (whole && width == 8) {
+          spread_pixel<T, 8>(src + first_channel, whole_groups, dst, group_stride);
+        } else {
+          for (int64_t block = block_begin; block < block_end; ++block) {
+            for (int group = 0; group < grouping.groups; ++group, dst += group_stride) {
+              const int64_t in_block = static_cast<int64_t>(group) * width;
+              const int64_t first = block * grouping.block + in_block;
+              int64_t lanes = width;
+              if (lanes > grouping.block - in_block) lanes = grouping.block - in_block;
+              if (lanes > from.channels - first) lanes = from.channels - first;
+              int64_t i = 0;
+              for (; i < lanes; ++i) dst[i] = src[first + i];
+              for (; i < width; ++i) dst[i] = T(0);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// runs[run_begin[tap] .. run_begin[tap + 1]): the pixels of the chunk whose tap lies inside the image.
+template <typename T>
+void build_runs(const WeightGradJob<T>& job, const ChunkView<T>& view, Run* runs, int64_t* run_begin) {
+  const auto& g = job.geometry;
+  int64_t count = 0;
+  for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
+    for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
+      const int64_t tap_first = count;
+      run_begin[kh * g.kernel_w + kw] = count;
+      const int64_t shift_h = kh * g.dilation_h - g.pad_h;
+      const int64_t shift_w = kw * g.dilation_w - g.pad_w;
+      int64_t col_begin = ceil_div(-shift_w, g.stride_w);
+      int64_t col_end = floor_div(g.in_w - 1 - shift_w, g.stride_w) + 1;
+      if (col_begin < 0) col_begin = 0;
+      if (col_end > g.out_w) col_end = g.out_w;
+      if (col_begin >= col_end) continue;
+      for (int64_t r = 0; r < view.out_rows; ++r) {
+        const int64_t in_row = (view.out_row_begin + r) * g.stride_h + shift_h;
+        if (in_row < 0 || in_row >= g.in_h) continue;
+        const int64_t in_col = phase_position(col_begin * g.stride_w + shift_w, g.in_w, g.stride_w);
+        const Run run{((in_row - view.in_row_begin) * g.in_w + in_col) * view.images,
+                      (r * g.out_w + col_begin) * view.images, (col_end - col_begin) * view.images};
+        Run& last = runs[count - 1];
+        if (count > tap_first && last.in + last.length == run.in && last.out + last.length == run.out) {
+          last.length += run.length;
+        } else {
+          runs[count++] = run;
+        }
+      }
+    }
+  }
+  run_begin[g.kernel_h * g.kernel_w] = count;
+}
+
+// Rows of the input and of grad_output that a chunk needs.
+template <typename T>
+struct ChunkRows {
+  PixelRows<T> in, out;
+};
+
+template <typename T>
+DDST_INLINE ChunkRows<T> chunk_rows(const WeightGradJob<T>& job, const ChunkView<T>& view) {
+  const auto& g = job.geometry;
+  return {{job.input, g.in_h, g.in_w, g.in_channels, view.image_begin, view.images, view.in_row_begin, view.in_rows},
+          {job.grad_output, g.out_h, g.out_w, g.out_channels, view.image_begin, view.images, view.out_row_begin,
+           view.out_rows}};
+}
+
+// Fetches the next chunk's activations, a few lines at each step, while this chunk is computed.
+struct ChunkPrefetcher {
+  const char* address[2] = {nullptr, nullptr};
+  const char* end[2] = {nullptr, nullptr};
+  int64_t lines[2] = {0, 0};
+
+  template <typename T>
+  DDST_INLINE void start(const WeightGradJob<T>& job, int64_t chunk, int64_t chunk_end, int64_t steps) {
+    if (chunk >= chunk_end) return;
+    const ChunkRows<T> rows = chunk_rows(job, chunk_view(job, chunk));
+    const PixelRows<T>* const sources[2] = {&rows.in, &rows.out};
+    for (int i = 0; i < 2; ++i) {
+      address[i] = reinterpret_cast<const char*>(sources[i]->first());
+      end[i] = address[i] + sources[i]->bytes();
+      lines[i] = (sources[i]->bytes() / 64 + steps - 1) / steps;
+    }
+  }
+  DDST_INLINE void step() {
+    for (int i = 0; i < 2; ++i)
+      for (int64_t n = lines[i]; n > 0 && address[i] < end[i]; --n, address[i] += 64)
+        __builtin_prefetch(address[i], 0, 2);
+  }
+};
+
+}  // namespace
+}  // namespace ddst::cpu

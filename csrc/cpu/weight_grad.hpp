@@ -1,0 +1,222 @@
+// The weight-gradient kernel (and block scores, which are norms of it). Included only by kernels_*.cpp.
+#pragma once
+
+#include "kernels.hpp"
+#include "microkernel.hpp"
+#include "pixel_chunks.hpp"
+
+namespace ddst::cpu {
+namespace {
+
+// acc[j][v] += scalar[pixel][j] * vector[pixel][v], the scalars being neighbours in memory.
+template <typename T, int N, int NV, int J, int kFirst = 0>
+DDST_INLINE void outer_step(typename Simd<T, N>::V (&acc)[J][NV], const typename Simd<T, N>::V (&x)[NV],
+                            const char* scalars) {
+  using S = Simd<T, N>;
+  constexpr int kDisp = kFirst * static_cast<int>(sizeof(T));
+  if constexpr (NV == 1) {
+    S::template fma_broadcast<kDisp>(acc[kFirst][0], x[0], scalars, 0);
+  } else {
+    const typename S::V y = S::template broadcast_at<kDisp>(scalars, 0);
+    S::fma(acc[kFirst][0], y, x[0]);
+    S::fma(acc[kFirst][1], y, x[1]);
+  }
+  if constexpr (kFirst + 1 < J) outer_step<T, N, NV, J, kFirst + 1>(acc, x, scalars);
+}
+
+// Form 1, the vector over input channels: J neighbouring output channels of one block.
+template <typename T, int N, int NV, int J>
+__attribute__((noinline)) void outer_tile(const Run* run, const Run* end, const T* vectors, const T* scalars,
+                                          int64_t scalar_stride, T* grad, int64_t grad_stride) {
+  using S = Simd<T, N>;
+  compiler_barrier();
+  typename S::V acc[J][NV];
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[j][v] = S::load(grad + j * grad_stride + v * N);
+  }
+  const int64_t step = scalar_stride * static_cast<int64_t>(sizeof(T));
+  for (; run != end; ++run) {
+    const char* x = reinterpret_cast<const char*>(vectors + run->in * (NV * N));
+    const char* y = reinterpret_cast<const char*>(scalars + run->out * scalar_stride);
+#pragma GCC unroll 2
+    for (int64_t i = run->length; i > 0; --i) {
+      typename S::V xv[NV];
+      xv[0] = S::template load_at<0>(x);
+      if constexpr (NV > 1) xv[1] = S::template load_at<S::kBytes>(x);
+      outer_step<T, N, NV, J>(acc, xv, y);
+      x += NV * S::kBytes;
+      y += step;
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) S::store(grad + j * grad_stride + v * N, acc[j][v]);
+  }
+}
+
+// Form 2, the vector over output channels: J input channels, from as many blocks as it takes.
+template <typename T, int N, int J>
+__attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end, const T* vectors,
+                                                 const char* const* scalars, int64_t scalar_stride, T* const* grads) {
+  using S = Simd<T, N>;
+  compiler_barrier();
+  typename S::V acc[J];
+  const char* scalar[J];
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j) {
+    acc[j] = S::load(grads[j]);
+    scalar[j] = scalars[j];
+  }
+  const int64_t step = scalar_stride * static_cast<int64_t>(sizeof(T));
+  for (; run != end; ++run) {
+    const char* y = reinterpret_cast<const char*>(vectors + run->out * N);
+    int64_t offset = run->in * step;
+    for (int64_t i = run->length; i > 0; --i) {
+      const typename S::V yv = S::template load_at<0>(y);
+#pragma GCC unroll 16
+      for (int j = 0; j < J; ++j) S::template fma_broadcast<0>(acc[j], yv, scalar[j], offset);
+      y += S::kBytes;
+      offset += step;
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j) S::store(grads[j], acc[j]);
+}
+
+template <typename T>
+using OuterFunction = void (*)(const Run*, const Run*, const T*, const T*, int64_t, T*, int64_t);
+template <typename T>
+using GatherOuterFunction = void (*)(const Run*, const Run*, const T*, const char* const*, int64_t, T* const*);
+
+template <typename T, int N, int NV, int kMax, int J = 1>
+DDST_INLINE void fill_outer(OuterFunction<T>* table) {
+  table[J] = &outer_tile<T, N, NV, J>;
+  if constexpr (J < kMax) fill_outer<T, N, NV, kMax, J + 1>(table);
+}
+template <typename T, int N, int kMax, int J = 1>
+DDST_INLINE void fill_gather_outer(GatherOuterFunction<T>* table) {
+  table[J] = &gather_outer_tile<T, N, J>;
+  if constexpr (J < kMax) fill_gather_outer<T, N, kMax, J + 1>(table);
+}
+
+constexpr int kMaxOuter = 16;
+// Lanes of a packed group of single channels (form 2's scalars).
+constexpr int kScalarGroup = 16;
+
+template <typename T, int N, int NV, int kMaxJ>
+void weight_grad_over_in(const WeightGradJob<T>& job, int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
+                         int64_t block_end, T* partial, T* input_scratch, T* grad_scratch, Run* runs,
+                         int64_t* run_begin) {
+  const auto& g = job.geometry;
+  OuterFunction<T> table[kMaxOuter + 1];
+  fill_outer<T, N, NV, kMaxJ>(table);
+  const int64_t row_begin = job.first_row + job.block_row[job.order[block_begin]];
+  const int64_t row_end = job.first_row + job.block_row[job.order[block_end - 1]] + 1;
+  const Grouping in{job.block_in, job.slice, job.slices};
+  const Grouping out{job.block_out, job.block_out, 1};
+  const int64_t in_blocks = (g.in_channels + in.block - 1) / in.block;
+  for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
+    const ChunkView<T> view = chunk_view(job, chunk);
+    const ChunkRows<T> rows = chunk_rows(job, view);
+    pack_pixels(rows.in, g.stride_w, in, 0, in_blocks, input_scratch);
+    pack_pixels(rows.out, 1, out, row_begin, row_end, grad_scratch);
+    build_runs(job, view, runs, run_begin);
+    const int64_t in_pixels = padded_pixels(rows.in.pixels());
+    const int64_t out_pixels = padded_pixels(rows.out.pixels());
+    ChunkPrefetcher prefetcher;
+    prefetcher.start(job, chunk + 1, chunk_end, block_end - block_begin);
+    for (int64_t position = block_begin; position < block_end; ++position) {
+      prefetcher.step();
+      const int64_t id = job.order[position];
+      const int64_t row = job.first_row + job.block_row[id];
+      const Run* begin = runs + run_begin[job.block_tap[id]];
+      const Run* end = runs + run_begin[job.block_tap[id] + 1];
+      if (begin == end) continue;
+      const T* scalars = grad_scratch + (row - row_begin) * out_pixels * job.block_out;
+      int64_t channels = g.out_channels - row * job.block_out;
+      if (channels > job.block_out) channels = job.block_out;
+      const int64_t parts = (channels + kMaxJ - 1) / kMaxJ;
+      for (int slice = 0; slice < job.slices; ++slice) {
+        const T* vectors = input_scratch + (job.block_col[id] * job.slices + slice) * in_pixels * job.slice;
+        T* grad = partial + id * job.block_out * job.block_in + slice * job.slice;
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t j0 = channels * part / parts, j1 = channels * (part + 1) / parts;
+          table[j1 - j0](begin, end, vectors, scalars + j0, job.block_out, grad + j0 * job.block_in, job.block_in);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int N, int kMaxJ>
+void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
+                          int64_t block_end, T* partial, T* input_scratch, T* grad_scratch, Run* runs,
+                          int64_t* run_begin) {
+  const auto& g = job.geometry;
+  GatherOuterFunction<T> table[kMaxOuter + 1];
+  fill_gather_outer<T, N, kMaxJ>(table);
+  const int64_t row_begin = job.first_row + job.block_row[job.order[block_begin]];
+  const int64_t row_end = job.first_row + job.block_row[job.order[block_end - 1]] + 1;
+  const Grouping in{kScalarGroup, kScalarGroup, 1};
+  const Grouping out{job.block_out, job.slice, job.slices};
+  const int64_t in_blocks = (g.in_channels + in.block - 1) / in.block;
+  const int64_t padded_out = static_cast<int64_t>(job.slices) * job.slice;
+  for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
+    const ChunkView<T> view = chunk_view(job, chunk);
+    const ChunkRows<T> rows = chunk_rows(job, view);
+    pack_pixels(rows.in, g.stride_w, in, 0, in_blocks, input_scratch);
+    pack_pixels(rows.out, 1, out, row_begin, row_end, grad_scratch);
+    build_runs(job, view, runs, run_begin);
+    const int64_t in_pixels = padded_pixels(rows.in.pixels());
+    const int64_t out_pixels = padded_pixels(rows.out.pixels());
+    ChunkPrefetcher prefetcher;
+    prefetcher.start(job, chunk + 1, chunk_end, block_end - block_begin);
+    for (int64_t position = block_begin; position < block_end;) {
+      // All blocks of one row and tap share the vectors: their input channels fill the registers together.
+      const int32_t block_row = job.block_row[job.order[position]], tap = job.block_tap[job.order[position]];
+      const int64_t row = job.first_row + block_row;
+      int64_t group_end = position + 1;
+      while (group_end < block_end && job.block_row[job.order[group_end]] == block_row &&
+             job.block_tap[job.order[group_end]] == tap)
+        ++group_end;
+      const Run* begin = runs + run_begin[tap];
+      const Run* end = runs + run_begin[tap + 1];
+      if (begin == end) {
+        position = group_end;
+        continue;
+      }
+      int64_t channel = 0;
+      while (position < group_end) {
+        const char* scalars[kMaxOuter];
+        T* grads[kMaxOuter];
+        int count = 0;
+        while (count < kMaxJ && position < group_end) {
+          const int64_t id = job.order[position];
+          const int64_t c = job.block_col[id] * job.block_in + channel;
+          if (channel == job.block_in || c >= g.in_channels) {
+            channel = 0;
+            ++position;
+            prefetcher.step();
+            continue;
+          }
+          scalars[count] = reinterpret_cast<const char*>(input_scratch + c / kScalarGroup * in_pixels * kScalarGroup +
+                                                         c % kScalarGroup);
+          grads[count] = partial + (id * job.block_in + channel) * padded_out;
+          ++count;
+          ++channel;
+        }
+        for (int slice = 0; slice < job.slices && count > 0; ++slice) {
+          const T* vectors = grad_scratch + ((row - row_begin) * job.slices + slice) * out_pixels * job.slice;
+          table[count](begin, end, vectors, scalars, kScalarGroup, grads);
+          for (int j = 0; j < count; ++j) grads[j] += job.slice;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ddst::cpu

@@ -117,7 +117,7 @@ class SparseConv2d(SparseLayer):
         return layer.train(module.training)
 
     def to_dense(self) -> nn.Conv2d:
-        """The :class:`torch.nn.Conv2d` of the same raw weight (zeros at inactive blocks) and bias; nothing is shared."""
+        """The :class:`torch.nn.Conv2d` of the same raw weight (zeros where inactive) and bias; nothing is shared."""
         weight = self.dense_weight().detach()
         dense = nn.Conv2d(
             self.in_channels,

@@ -86,7 +86,7 @@ class SparseLinear(SparseLayer):
         return layer.train(module.training)
 
     def to_dense(self) -> nn.Linear:
-        """The :class:`torch.nn.Linear` of the same raw weight (zeros at inactive blocks) and bias; nothing is shared."""
+        """The :class:`torch.nn.Linear` of the same raw weight (zeros where inactive) and bias; nothing is shared."""
         weight = self.dense_weight().detach()
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=weight.device, dtype=weight.dtype

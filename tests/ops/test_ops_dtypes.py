@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ddst.ops import conv2d
 from helpers.problems import ConvProblem, LinearProblem
 from helpers.sparse import BACKENDS, Problem, apply, forward_and_grads
 from helpers.tolerances import assert_close

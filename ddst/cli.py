@@ -1,0 +1,109 @@
+"""The command line: `ddst train --out DIR ...`, and `ddst info` for what this installation can do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line with exit code 2, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _converter(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`kind` as argparse wants it: its error says what came and what was expected."""
+    names: dict[Any, str] = {int: "a whole number", float: "a number"}
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            expected = f"expected {names[kind]}, got {text!r}" if kind in names else str(error)
+            raise argparse.ArgumentTypeError(expected) from None
+
+    return convert
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser. `train` puts only the options that were given into its namespace."""
+    from ddst import __version__
+    from ddst.train.config import OPTIONS
+    from ddst.train.options import flag, shown_value
+
+    parser = _Parser(prog="ddst", description="Sparse GAN training on packed block-sparse layers.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ddst {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    train = commands.add_parser(
+        "train",
+        help="train a GAN",
+        description="Train an SNGAN, dense or sparse. Exit code 0: done (or ended by --stop-after); 2: a setting, a "
+        "folder or a checkpoint is wrong, nothing was written; 130, 143: ended by Ctrl-C or SIGTERM after the current "
+        "step, with a checkpoint; 1: training broke off.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name, declared in OPTIONS.items():
+        if declared.kind is bool:
+            train.add_argument(flag(name), action="store_true", help=declared.help)
+            continue
+        default = declared.shown or (None if declared.default is None else shown_value(declared.default))
+        more: dict[str, Any] = {}
+        if declared.words > 1:
+            more["nargs"] = declared.words
+        if declared.choices:
+            more["choices"] = declared.choices
+        elif declared.metavar:
+            more["metavar"] = declared.metavar
+        text = declared.help + (f" (default: {default})" if default else "")
+        train.add_argument(flag(name), type=_converter(declared.kind), help=text.replace("%", "%%"), **more)
+    commands.add_parser("info", help="show version, libraries and instruction sets", allow_abbrev=False)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (argparse exits by itself for --help and wrong options)."""
+    try:
+        given = vars(build_parser().parse_args(arguments))
+        if given.pop("command") == "info":
+            return _info()
+        return _train({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except ModuleNotFoundError as error:
+        print(f"ddst: error: {error.name} is missing: pip install 'ddst[train]'", file=sys.stderr)
+        return 2
+
+
+def _info() -> int:
+    from ddst import build_info
+
+    print(json.dumps(build_info(), indent=2, default=str))
+    return 0
+
+
+def _train(given: dict[str, Any]) -> int:
+    from ddst.data import DataError
+    from ddst.train.checkpoint import CheckpointError
+    from ddst.train.job import run
+    from ddst.train.loop import TrainingError
+    from ddst.train.options import ConfigError
+
+    try:
+        return run(given)
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+        print(f"ddst train: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingError) else 2
+    except OSError as error:  # A full disk, a folder that is gone: the last whole checkpoint stays.
+        print(f"ddst train: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # Outside the training loop, which ends in order.
+        print("ddst train: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

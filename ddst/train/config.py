@@ -1,0 +1,227 @@
+"""Every setting of a training run: name, default of its method and preset, range, and which may change on resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ddst.models import generator_plan
+from ddst.train.options import (
+    BELOW_ONE,
+    BOUNDS,
+    COUNT,
+    DENSITY,
+    NATURAL,
+    PAIR_BELOW_ONE,
+    POSITIVE,
+    SHARE,
+    TWO,
+    ConfigError,
+    Known,
+    flag,
+    option,
+    option_of,
+    parse_block,
+    shown_value,
+)
+
+METHODS = ("dense", "static", "sdst-set", "sdst-rigl", "ddst-relaxed", "ddst-strict")
+PRESETS = ("demo", "sngan32", "sngan48")
+
+# Settings of where and how long a process runs: a resumed run may be given others and is still the same run.
+FREE_ON_RESUME = ("out", "resume", "stop_after", "checkpoint_every", "sample_every", "compare_steps", "fd_samples")
+
+
+def _published(demo: Any, published: Any) -> Callable[[Known], Any]:
+    return lambda known: demo if known["preset"] == "demo" else published
+
+
+def _preset(demo: Any, sngan32: Any, sngan48: Any) -> Callable[[Known], Any]:
+    return lambda known: {"demo": demo, "sngan32": sngan32, "sngan48": sngan48}[known["preset"]]
+
+
+def _blocks(single: Any, larger: Any) -> Callable[[Known], Any]:
+    """A default that is the paper's for single weights and another for larger blocks."""
+    return lambda known: single if known["block"] == (1, 1) else larger
+
+
+def _strict(other: Any, strict: Any) -> Callable[[Known], Any]:
+    return lambda known: strict if known["method"] == "ddst-strict" else other
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run, resolved and checked; made by `resolve`. `ddst train --help` explains each."""
+
+    # fmt: off
+    preset: str = option("demo", str, "sizes, lengths and rates: 'demo' is minutes on two cores, 'sngan32' and "
+                         "'sngan48' are the published runs (100,000 steps)", choices=PRESETS)
+    method: str = option("ddst-relaxed", str, "training method", choices=METHODS)
+    data: str = option("digits", str, "'digits' (1,797 real images, part of scikit-learn) or a folder of image files",
+                       metavar="{digits,FOLDER}")
+    out: str = option(None, str, "folder for everything the run writes; required", metavar="DIR")
+    steps: int = option(_published(1000, 100_000), int, "generator iterations", shown="demo 1000, published 100000",
+                        range=COUNT, metavar="N")
+    seed: int = option(0, int, "of weights, masks, noise and the order of images", range=NATURAL, metavar="S")
+    resume: bool = option(False, bool, "continue the run in --out; settings not given are the run's own")
+    stop_after: int | None = option(None, int, "end at step K as an interruption would, to be resumed", shown="never",
+                                    range=COUNT, metavar="K")
+
+    # The two networks.
+    resolution: int = option(_preset(16, 32, 48), int, "side of the images in pixels: 8, 16, 32, ... or 12, 24, ...",
+                             shown="demo 16, sngan32 32, sngan48 48", range=COUNT, metavar="PIXELS")
+    width_g: int = option(_preset(128, 256, 512), int, "channels of G's first feature map",
+                          shown="demo 128, sngan32 256, sngan48 512", range=COUNT, metavar="CHANNELS")
+    width_d: int = option(_published(64, 128), int, "channels of D's blocks", shown="demo 64, published 128",
+                          range=COUNT, metavar="CHANNELS")
+    latent: int = option(128, int, "length of the noise vector", range=COUNT, metavar="N")
+
+    # Sparsity.
+    density: float = option(0.1, float, "share of G's weights that are active", range=DENSITY, metavar="D")
+    density_d: float = option(lambda known: known["density"], float, "the same for D, at the start",
+                              shown="that of G", range=DENSITY, metavar="D")
+    block: tuple[int, int] = option((16, 16), parse_block, "block of weights that is active or not: output x input "
+                                    "channels, 1x1 to 64x64", metavar="ROWSxCOLUMNS")
+    distribution: str = option("erk", str, "how the density is shared out over layers", choices=("erk", "uniform"))
+    sn_noise: float = option(_blocks(0.0, 0.05), float, "share of noise in D's power iteration, which keeps the "
+                             "spectral norm of few blocks from getting stuck", shown="1x1 blocks 0, larger 0.05",
+                             range=NATURAL,
+                             metavar="SHARE")
+    backend: str = option("auto", str, "'reference' computes with dense weights and masks, for comparison",
+                          choices=("auto", "reference"))
+
+    # Moving G's blocks.
+    interval_g: int = option(_published(25, 500), int, "steps between G's topology updates",
+                             shown="demo 25, published 500", range=COUNT, metavar="STEPS")
+    drop_fraction: float = option(_blocks(0.5, 0.3), float, "share of G's active blocks exchanged at the first update",
+                                  shown="1x1 blocks 0.5, larger 0.3", range=SHARE, metavar="SHARE")
+    drop_schedule: str = option("cosine", str, "how that share falls over the run (to 0.005)",
+                                choices=("cosine", "linear", "constant"))
+    scope: str = option(_blocks("global", "layer"), str, "G's blocks are ranked within each layer or over the network",
+                        shown="1x1 blocks global, larger layer", choices=("layer", "global"))
+    ranking: str = option(_blocks("raw", "relative"), str, "blocks are ranked by their norm, or by their RMS relative "
+                          "to the layer's", shown="1x1 blocks raw, larger relative",
+                          choices=("relative", "raw"))
+    max_norm_share: float | None = option(None, float, "most of a layer's squared norm that one update may drop",
+                                          shown="no limit", range=SHARE, metavar="SHARE")
+    grown_second_moment: str | None = option(None, str, "where Adam's second moment of a grown block starts",
+                                             shown="1x1 blocks zero, larger score, with random growth mean",
+                                             choices=("zero", "mean", "score"))
+
+    # The balance ratio and D's density.
+    interval_d: int = option(
+        lambda known: (40 if known["preset"] == "demo" else 1000) * (2 if known["method"] == "ddst-strict" else 1),
+        int, "steps between decisions on D's density", shown="relaxed: demo 40, published 1000; strict: twice that",
+        range=COUNT, metavar="STEPS")
+    bounds: tuple[float, float] = option((0.45, 0.55), float, "D grows where the balance ratio is above HI and shrinks "
+                                         "where it is below LO", words=2, range=BOUNDS, metavar=("LO", "HI"))
+    delta: float = option(0.05, float, "change of D's density per decision", range=DENSITY, metavar="D")
+    density_d_min: float = option(0.05, float, "lowest density of D", range=SHARE, metavar="D")
+    density_d_max: float = option(_strict(1.0, 0.5), float, "highest density of D", shown="relaxed 1, strict 0.5",
+                                  range=DENSITY, metavar="D")
+    drop_fraction_d: float = option(_blocks(0.5, 0.3), float, "strict: share of D's active blocks exchanged at its "
+                                    "highest density", shown="1x1 blocks 0.5, larger 0.3", range=SHARE,
+                                    metavar="SHARE")
+    br_every: int = option(_published(2, 10), int, "steps between measurements of the balance ratio",
+                           shown="demo 2, published 10", range=COUNT, metavar="STEPS")
+    br_window: int = option(_published(40, 1000), int, "steps the balance ratio is averaged over",
+                            shown="demo 40, published 1000", range=COUNT, metavar="STEPS")
+    br_average: str = option(_blocks("mean_of_ratios", "ratio_of_means"), str, "average of the balance ratio",
+                             shown="1x1 blocks mean_of_ratios, larger ratio_of_means",
+                             choices=("ratio_of_means", "mean_of_ratios"))
+    br_eps: float = option(1e-3, float, "smallest meaningful denominator of the balance ratio", range=NATURAL,
+                           metavar="EPS")
+    warmup: int = option(lambda known: 0 if known["preset"] != "demo" else known["steps"] // 8, int,
+                         "steps without a decision on D's density", shown="demo an eighth of the run, published 0",
+                         range=NATURAL, metavar="STEPS")
+
+    # Optimisation.
+    batch: int = option(_published(32, 64), int, "images per batch, real and generated", shown="demo 32, published 64",
+                        range=COUNT, metavar="N")
+    d_steps: int = option(_published(2, 5), int, "D steps per G step", shown="demo 2, published 5", range=COUNT,
+                          metavar="N")
+    lr: float = option(_published(5e-4, 2e-4), float, "learning rate of Adam", shown="demo 0.0005, published 0.0002",
+                       range=POSITIVE, metavar="RATE")
+    lr_d: float = option(lambda known: known["lr"], float, "the same for D", shown="that of --lr", range=POSITIVE,
+                         metavar="RATE")
+    betas: tuple[float, float] = option((0.0, 0.9), float, "betas of Adam", words=2, range=PAIR_BELOW_ONE,
+                                        metavar=("B1", "B2"))
+    ema: float = option(_published(0.98, 0.999), float, "decay of G's moving average, which makes the samples",
+                        shown="demo 0.98, published 0.999", range=BELOW_ONE, metavar="DECAY")
+    threads: int = option(0, int, "threads of torch; results are the same bit for bit only with the same number",
+                          shown="torch's own choice", range=NATURAL, metavar="N")
+
+    # What is written.
+    sample_every: int = option(_published(100, 1000), int, "steps between sample grids",
+                               shown="demo 100, published 1000", range=COUNT, metavar="STEPS")
+    checkpoint_every: int = option(_published(50, 500), int, "steps between checkpoints",
+                                   shown="demo 50, published 500", range=COUNT, metavar="STEPS")
+    fd_samples: int = option(1797, int, "generated images for the Fréchet distance", range=TWO, metavar="N")
+    compare_steps: int = option(5, int, "iterations timed beside a dense twin at the end (0: none)", range=NATURAL,
+                                metavar="N")
+
+    # fmt: on
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, of which `resolve` makes an equal config."""
+        return asdict(self)
+
+
+OPTIONS = {f.name: option_of(f) for f in fields(TrainConfig)}
+
+
+def resolve(given: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a run: those given, the others by the defaults of its preset and method; all checked.
+
+    Raises:
+        ConfigError: an unknown name, a value outside its range, or settings that do not fit together.
+
+    Example:
+        >>> config = resolve({"out": "runs/x", "method": "ddst-strict"})
+        >>> config.density_d, config.density_d_max, config.interval_d
+        (0.1, 0.5, 80)
+    """
+    unknown = set(given) - set(OPTIONS)
+    if unknown:
+        raise ConfigError(f"unknown setting {flag(min(unknown))}")
+    known: dict[str, Any] = {}
+    for name, declared in OPTIONS.items():
+        known[name] = given[name] if name in given else declared.resolve(known)
+        declared.check(name, known[name])
+    config = TrainConfig(**known)
+    _check_together(config)
+    return config
+
+
+def _check_together(config: TrainConfig) -> None:
+    if not config.out:
+        raise ConfigError("--out DIR is required: the folder for everything the run writes")
+    try:
+        generator_plan(config.resolution, config.width_g)
+    except ValueError as error:
+        raise ConfigError("--" + str(error).replace("width must", "width-g must", 1)) from None
+    if config.density_d_min > config.density_d_max:
+        limits = f"{config.density_d_min} and {config.density_d_max}"
+        raise ConfigError(f"--density-d-min must not be above --density-d-max, got {limits}")
+    if config.br_window < config.br_every:
+        raise ConfigError(f"--br-window must be at least --br-every ({config.br_every}), got {config.br_window}")
+
+
+def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings to resume with: the saved run's, and the given ones that are free to change.
+
+    Args:
+        saved: `TrainConfig.as_dict()` of the run in the checkpoint.
+        given: settings given now.
+
+    Raises:
+        ConfigError: a given setting differs from the saved run's; names the first, in the order of `--help`.
+    """
+    merged = {name: value for name, value in saved.items() if name not in ("resume", "stop_after")}
+    for name in OPTIONS:
+        if name in given and name not in FREE_ON_RESUME and given[name] != saved.get(name):
+            mine, theirs = shown_value(saved.get(name)), shown_value(given[name])
+            raise ConfigError(f"cannot resume with {flag(name)} {theirs}: the run in --out has {flag(name)} {mine}")
+    merged.update({name: value for name, value in given.items() if name in FREE_ON_RESUME})
+    return merged

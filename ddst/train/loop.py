@@ -1,0 +1,320 @@
+"""The training loop: SNGAN by any of the methods, logged line by line, stopped and continued without a trace."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddst.data import ImageSet, Sampler
+from ddst.gan import DDST, EMA, StepReport
+from ddst.sparsity.stats import FlopCounter, TrainingFlops
+from ddst.train.checkpoint import CheckpointError, save_checkpoint, truncate_log
+from ddst.train.config import TrainConfig
+from ddst.train.log import RunLog
+from ddst.train.options import ConfigError, flag
+from ddst.train.players import build_networks, gan_iteration, make_sparse, with_optimizers
+from ddst.train.samples import generate, save_grid
+
+CHECKPOINT, LOG, SAMPLES, REPORT, SUMMARY = "checkpoint.pt", "log.jsonl", "samples", "report.png", "summary.json"
+GRID = 100  # Images in a sample grid.
+
+# (mode, method) of ddst.gan.DDST for each method of the command line.
+_SCHEDULER = {
+    "dense": ("sdst", "static"),
+    "static": ("sdst", "static"),
+    "sdst-set": ("sdst", "set"),
+    "sdst-rigl": ("sdst", "rigl"),
+    "ddst-relaxed": ("relaxed", "rigl"),
+    "ddst-strict": ("strict", "rigl"),
+}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line that says why and what is left."""
+
+
+class StopFlag:
+    """Set by Ctrl-C or SIGTERM: the loop ends after the current step. A second Ctrl-C ends at once, as usual."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catches both signals inside the block (where the platform lets this thread)."""
+        old: dict[int, Any] = {}
+        try:
+            for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+                old[number] = signal.signal(number, self._caught)
+        except ValueError:
+            pass  # Not the main thread: signals stay with whoever runs it.
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+
+class Trainer:
+    """A run's whole state, one step of it, and its checkpoints.
+
+    Args:
+        config: all settings.
+        images: what it trains on, at the config's resolution.
+
+    Attributes:
+        step: generator iterations done. seconds: time they took.
+        flops: counted operations of the steps done. forward_flops: of them, sums of the two networks' single forward
+            passes per image.
+
+    Raises:
+        ConfigError: settings that these networks and images cannot have.
+    """
+
+    def __init__(self, config: TrainConfig, images: ImageSet) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config, self.images = config, images
+        self.out = Path(config.out)
+        generator, discriminator = build_networks(config, images.channels)
+        make_sparse(config, generator, discriminator)
+        self.players = with_optimizers(config, generator, discriminator)
+        self.ema = EMA(generator, decay=config.ema)
+        self.warnings: list[str] = []
+        self.scheduler = self._make_scheduler()
+        self.sampler = Sampler(len(images), config.batch, config.seed)
+        self._noise = torch.Generator().manual_seed(config.seed + 1)
+        self.grid_noise = torch.randn(GRID, config.latent, generator=torch.Generator().manual_seed(config.seed + 2))
+        shape = (1, images.channels, config.resolution, config.resolution)
+        counters = FlopCounter(generator, torch.zeros(1, config.latent)), FlopCounter(discriminator, torch.zeros(shape))
+        self.flops = TrainingFlops(*counters, d_steps=config.d_steps)
+        self.forward_flops = (0.0, 0.0)
+        self.step, self.seconds = 0, 0.0
+
+    def _make_scheduler(self) -> DDST:
+        c = self.config
+        mode, method = _SCHEDULER[c.method]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scheduler = DDST(
+                self.players.generator,
+                self.players.discriminator,
+                self.players.optimizer_g,
+                self.players.optimizer_d,
+                total_steps=c.steps,
+                mode=mode,
+                method=method,
+                interval_g=c.interval_g,
+                interval_d=c.interval_d,
+                bounds=c.bounds,
+                delta=c.delta,
+                density_range=(c.density_d_min, c.density_d_max),
+                br_every=c.br_every,
+                br_window=c.br_window,
+                br_average=c.br_average,
+                br_eps=c.br_eps,
+                warmup=c.warmup,
+                drop_fraction=c.drop_fraction,
+                drop_fraction_d=c.drop_fraction_d,
+                schedule=c.drop_schedule,
+                scope=c.scope,
+                ranking=c.ranking,
+                max_norm_share=c.max_norm_share,
+                grown_second_moment=c.grown_second_moment,
+                ema=self.ema,
+                seed=c.seed,
+            )
+        self.warnings = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+        return scheduler
+
+    def _draw_noise(self) -> Tensor:
+        return torch.randn(self.config.batch, self.config.latent, generator=self._noise)
+
+    def train_step(self) -> tuple[float, float, StepReport]:
+        """One GAN iteration and what the scheduler does after it: loss of D, loss of G, report.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        started = time.perf_counter()
+        self.flops.update()
+        g, d = self.forward_flops
+        self.forward_flops = g + self.flops.generator.forward, d + self.flops.discriminator.forward
+        reals = [self.images.batch(self.sampler.next()) for _ in range(self.config.d_steps)]
+        mean_d, mean_g, noise, scores = gan_iteration(self.players, reals, self._draw_noise)
+        loss_d, loss_g = mean_d.item(), mean_g.item()
+        if not (math.isfinite(loss_d) and math.isfinite(loss_g)):
+            raise TrainingError(f"loss is not finite at step {self.step + 1} (D {loss_d}, G {loss_g})")
+        report = self.scheduler.step(real=reals[-1], noise=noise, fake_scores=scores)
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        return loss_d, loss_g, report
+
+    def save_samples(self) -> Path:
+        """The fixed-noise grid of the averaged generator as `samples/step_NNNNNN.png`."""
+        path = self.out / SAMPLES / f"step_{self.step:06d}.png"
+        save_grid(path, generate(self.ema.module, self.grid_noise))
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a continuation needs, as tensors and plain values."""
+        players = self.players
+        return {
+            "config": self.config.as_dict(),
+            "images": self.images.fingerprint(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "flops": {**self.flops.state_dict(), "forward": self.forward_flops},
+            "generator": players.generator.state_dict(),
+            "discriminator": players.discriminator.state_dict(),
+            "optimizer_g": players.optimizer_g.state_dict(),
+            "optimizer_d": players.optimizer_d.state_dict(),
+            "ema": self.ema.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "noise": self._noise.get_state(),
+            "torch": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: the images are not those of the run.
+        """
+        if state["images"] != self.images.fingerprint():
+            raise CheckpointError(f"cannot resume: the images of {flag('data')} {self.images.name} have changed")
+        players = self.players
+        players.generator.load_state_dict(state["generator"])
+        players.discriminator.load_state_dict(state["discriminator"])
+        players.optimizer_g.load_state_dict(state["optimizer_g"])
+        players.optimizer_d.load_state_dict(state["optimizer_d"])
+        self.ema.load_state_dict(state["ema"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.sampler.load_state_dict(state["sampler"])
+        self._noise.set_state(state["noise"])
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.flops.load_state_dict(state["flops"])
+        self.forward_flops = state["flops"]["forward"]
+        # Last: building and loading networks may draw random numbers.
+        torch.set_rng_state(state["torch"])
+
+    def checkpoint(self, log: RunLog) -> None:
+        """Write the checkpoint, whole or not at all, together with the length of the log it belongs to."""
+        save_checkpoint(self.out / CHECKPOINT, {**self.state_dict(), "log_bytes": log.sync()})
+
+
+def check_folder(out: Path) -> None:
+    """Raises ConfigError if a new run in `out` would overwrite something, or `out` is no folder."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is not a folder")
+    for name in (CHECKPOINT, LOG, SAMPLES, REPORT, SUMMARY):
+        if (out / name).exists():
+            raise ConfigError(
+                f"--out {out} already holds a run ({name}): add --resume to continue it, or choose another"
+            )
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of a new run; ConfigError if it holds one already or cannot be made."""
+    check_folder(out)
+    try:
+        (out / SAMPLES).mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror or error}") from error
+
+
+def train(trainer: Trainer, saved: dict[str, Any] | None) -> int | None:
+    """Train to the last step, to --stop-after, or to a signal, with a checkpoint at the end.
+
+    Args:
+        trainer: a new one.
+        saved: the checkpoint to continue from, or None for a new run, whose folder is made here.
+
+    Returns:
+        The signal that ended it before its last step, or None.
+
+    Raises:
+        ConfigError, CheckpointError: nothing has been written or changed then.
+        TrainingError: a loss is not finite; the last checkpoint stays.
+    """
+    config, stop = trainer.config, StopFlag()
+    log_path = trainer.out / LOG
+    if saved is None:
+        make_folder(trainer.out)
+    else:
+        trainer.load_state_dict(saved)
+        truncate_log(log_path, saved["log_bytes"])
+        (trainer.out / SAMPLES).mkdir(exist_ok=True)
+    last = config.steps if config.stop_after is None else min(config.steps, config.stop_after)
+    with RunLog(log_path) as log, stop.listening():
+        if saved is None:
+            settings = {k: v for k, v in config.as_dict().items() if k not in ("out", "resume", "stop_after")}
+            log.write(event="start", settings=settings, images=len(trainer.images), warnings=trainer.warnings)
+            trainer.save_samples()
+            trainer.checkpoint(log)  # So that even a run killed in its first steps can be continued.
+        with _progress(config.steps, trainer.step) as bar:
+            try:
+                while trainer.step < last and stop.signal is None:
+                    loss_d, loss_g, report = trainer.train_step()
+                    _log_step(log, trainer, loss_d, loss_g, report)
+                    _show(bar, trainer, loss_d, loss_g, report)
+                    if trainer.step % config.sample_every == 0 or trainer.step == config.steps:
+                        trainer.save_samples()
+                    if trainer.step % config.checkpoint_every == 0 and trainer.step < last:
+                        trainer.checkpoint(log)
+            except KeyboardInterrupt:
+                raise TrainingError(f"ended at once, without a checkpoint of step {trainer.step}") from None
+        trainer.checkpoint(log)
+    return stop.signal if trainer.step < config.steps else None
+
+
+def _progress(steps: int, done: int) -> Any:
+    # Where nobody watches (a file, a pipe), a line every half minute instead of ten a second.
+    every = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(total=steps, initial=done, unit=" steps", file=sys.stderr, dynamic_ncols=True, mininterval=every)
+
+
+def _log_step(log: RunLog, trainer: Trainer, loss_d: float, loss_g: float, report: StepReport) -> None:
+    log.write(
+        step=report.step,
+        loss_d=loss_d,
+        loss_g=loss_g,
+        balance_ratio=trainer.scheduler.balance.value,
+        sample=None if report.sample is None else report.sample.as_dict(),
+        density_g=report.density_g,
+        density_d=report.density_d,
+        seconds=round(trainer.seconds, 4),
+    )
+    if report.decision is not None:
+        log.write(event="decision", **report.decision.as_dict())
+    for network, update in (("generator", report.generator_update), ("discriminator", report.discriminator_update)):
+        if update is not None:
+            log.write(event="update", network=network, **update.as_dict())
+
+
+def _show(bar: Any, trainer: Trainer, loss_d: float, loss_g: float, report: StepReport) -> None:
+    ratio = trainer.scheduler.balance.value
+    bar.set_postfix_str(
+        f"D {loss_d:.3f} G {loss_g:+.3f} BR {'-' if ratio is None else f'{ratio:.2f}'} "
+        f"d_G {report.density_g:.3f} d_D {report.density_d:.3f}",
+        refresh=False,
+    )
+    bar.update()

@@ -1,0 +1,113 @@
+"""Generator, discriminator and their optimizers, and the two halves of one GAN iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from ddst.models import Discriminator, Generator
+from ddst.nn.spectral_norm import SpectralNorm
+from ddst.sparsity import sparsify
+from ddst.train.config import TrainConfig
+from ddst.train.options import ConfigError, flag
+
+
+@dataclass
+class Players:
+    """The two networks and what trains them."""
+
+    generator: Generator
+    discriminator: Discriminator
+    optimizer_g: Adam
+    optimizer_d: Adam
+
+
+def build_networks(config: TrainConfig, channels: int) -> tuple[Generator, Discriminator]:
+    """Dense networks of a config laid out channels_last, from its seed (torch's default generator is set to it)."""
+    torch.manual_seed(config.seed)
+    generator = Generator(config.resolution, config.width_g, channels, config.latent)
+    discriminator = Discriminator(config.resolution, config.width_d, channels)
+    for net in (generator, discriminator):
+        for parameter in net.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return generator.train(), discriminator.train()
+
+
+def make_sparse(config: TrainConfig, generator: Generator, discriminator: Discriminator) -> None:
+    """Swap the layers of both networks for block-sparse ones, as the config says; nothing for the method "dense".
+
+    Raises:
+        ConfigError: a density that these networks and blocks cannot have.
+    """
+    if config.method == "dense":
+        return
+    for name, net, density in (
+        ("density", generator, config.density),
+        ("density_d", discriminator, config.density_d),
+    ):
+        try:
+            sparsify(net, density, block=config.block, distribution=config.distribution, backend=config.backend)
+        except ValueError as error:
+            raise ConfigError(f"{flag(name)} {density}: {' '.join(str(error).split())}") from error
+    for module in discriminator.modules():
+        if isinstance(module, SpectralNorm):
+            module.noise = config.sn_noise
+
+
+def with_optimizers(config: TrainConfig, generator: Generator, discriminator: Discriminator) -> Players:
+    """The networks with an Adam each. Call it after `make_sparse`, which replaces parameters."""
+
+    def adam(net: nn.Module, lr: float) -> Adam:
+        return Adam(net.parameters(), lr=lr, betas=config.betas)
+
+    return Players(generator, discriminator, adam(generator, config.lr), adam(discriminator, config.lr_d))
+
+
+def discriminator_step(players: Players, real: Tensor, noise: Tensor) -> Tensor:
+    """loss_D = E[max(0, 1 − D(x))] + E[max(0, 1 + D(G(z)))], one Adam step of D; returns the loss.
+
+    Real and generated images pass D as one batch (it has no batch norm, so the scores are the same).
+    """
+    with torch.no_grad():
+        fake = players.generator(noise)
+    scores = players.discriminator(torch.cat([real, fake]))
+    loss = F.relu(1.0 - scores[: len(real)]).mean() + F.relu(1.0 + scores[len(real) :]).mean()
+    players.optimizer_d.zero_grad(set_to_none=True)
+    loss.backward()
+    players.optimizer_d.step()
+    return loss.detach()
+
+
+def generator_step(players: Players, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """loss_G = −E[D(G(z))], one Adam step of G; returns the loss and the scores D(G(z)) from before the step."""
+    # D only passes the gradient on: its own weights need none here, which saves a third of the work in D.
+    players.discriminator.requires_grad_(False)
+    try:
+        scores = players.discriminator(players.generator(noise))
+        loss = -scores.mean()
+        players.optimizer_g.zero_grad(set_to_none=True)
+        loss.backward()
+    finally:
+        players.discriminator.requires_grad_(True)
+    players.optimizer_g.step()
+    return loss.detach(), scores.detach()
+
+
+def gan_iteration(
+    players: Players, reals: Iterable[Tensor], draw_noise: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One D step per batch of `reals`, then one G step.
+
+    Returns:
+        Mean loss of D over its steps, loss of G, the noise of G's step and the scores of its images before the step.
+    """
+    losses = [discriminator_step(players, real, draw_noise()) for real in reals]
+    noise = draw_noise()
+    loss_g, scores = generator_step(players, noise)
+    return torch.stack(losses).mean(), loss_g, noise, scores

@@ -1,0 +1,194 @@
+"""The end of a run: its numbers, the table that shows them, and the picture of how it went."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ddst.metrics import Quality, evaluate_digits
+from ddst.sparsity.stats import network_stats
+from ddst.train.checkpoint import replacing
+from ddst.train.compare import Timing, compare_with_dense
+from ddst.train.log import read_log
+from ddst.train.loop import LOG, REPORT, SUMMARY, Trainer
+from ddst.train.samples import generate
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """One network at the end of a run; `dense_` is its dense twin.
+
+    Attributes:
+        density: share of active weights of its convolution and linear layers.
+        parameters, dense_parameters: with biases and batch norm.
+        state_bytes, dense_state_bytes: weights, gradients, Adam's moments, for G the moving average, and (sparse) the
+            masks and index vectors.
+        flops_ratio: counted operations over the whole run, relative to dense.
+    """
+
+    density: float
+    parameters: int
+    dense_parameters: int
+    state_bytes: int
+    dense_state_bytes: int
+    flops_ratio: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All numbers of the final table."""
+
+    method: str
+    steps: int
+    generator: NetworkCost
+    discriminator: NetworkCost
+    flops_ratio: float
+    seconds_per_step: float
+    timing: Timing | None
+    quality: Quality | None
+    fd_samples: int
+
+
+def summarize(trainer: Trainer) -> Summary:
+    """Count, time and judge a finished run; nothing of it is changed."""
+    config, players, flops = trainer.config, trainer.players, trainer.flops
+    steps = max(trainer.step, 1)
+
+    def cost(
+        net: nn.Module, optimizer: Optimizer, average: nn.Module | None, forward: float, dense: float
+    ) -> NetworkCost:
+        stats = network_stats(net, optimizer, average)
+        memory = stats.memory
+        return NetworkCost(
+            stats.density,
+            stats.parameters,
+            stats.dense_parameters,
+            memory.total + memory.index,
+            memory.dense,
+            forward / (steps * dense),
+        )
+
+    forward_g, forward_d = trainer.forward_flops
+    timing = None
+    if config.method != "dense" and config.compare_steps:
+        timing = compare_with_dense(trainer, config.compare_steps)
+    return Summary(
+        config.method,
+        trainer.step,
+        cost(players.generator, players.optimizer_g, trainer.ema.module, forward_g, flops.generator.dense),
+        cost(players.discriminator, players.optimizer_d, None, forward_d, flops.discriminator.dense),
+        flops.relative,
+        trainer.seconds / steps,
+        timing,
+        _quality(trainer),
+        config.fd_samples,
+    )
+
+
+def _quality(trainer: Trainer) -> Quality | None:
+    if trainer.images.labels is None:
+        return None
+    noise = torch.Generator().manual_seed(trainer.config.seed + 3)
+    z = torch.randn(trainer.config.fd_samples, trainer.config.latent, generator=noise)
+    return evaluate_digits(trainer.images.batch(slice(None)), generate(trainer.ema.module, z))
+
+
+def table(summary: Summary) -> str:
+    """The final table, ready to print."""
+    g, d = summary.generator, summary.discriminator
+
+    def row(name: str, *cells: str) -> str:
+        return f"{name:<34}" + "".join(f"{cell:>14}" for cell in cells)
+
+    def megabytes(count: int) -> str:
+        return f"{count / 1e6:.2f} MB"
+
+    memory, dense_memory = g.state_bytes + d.state_bytes, g.dense_state_bytes + d.dense_state_bytes
+    lines = [
+        f"{summary.method}, {summary.steps} steps",
+        row("", "generator", "discriminator", "together"),
+        row("density at the end", f"{g.density:.4f}", f"{d.density:.4f}", ""),
+        row("parameters", f"{g.parameters:,}", f"{d.parameters:,}", f"{g.parameters + d.parameters:,}"),
+        row("  of the dense twin", f"{g.dense_parameters:,}", f"{d.dense_parameters:,}",
+            f"{g.dense_parameters + d.dense_parameters:,}"),
+        row("weight state (weights, gradients,", megabytes(g.state_bytes), megabytes(d.state_bytes), megabytes(memory)),
+        row("  Adam, average) | relative", f"{g.state_bytes / g.dense_state_bytes:.3f}",
+            f"{d.state_bytes / d.dense_state_bytes:.3f}", f"{memory / dense_memory:.3f}"),
+        row("counted training FLOPs, relative", f"{g.flops_ratio:.3f}", f"{d.flops_ratio:.3f}",
+            f"{summary.flops_ratio:.3f}"),
+    ]  # fmt: skip
+    lines.append(f"whole run: {summary.seconds_per_step:.4f} seconds per step")
+    timing = summary.timing
+    if timing is not None:
+        lines.append(
+            f"measured beside a dense twin (median of {timing.pairs} iterations each, final masks): "
+            f"{timing.seconds:.4f} s, dense {timing.dense:.4f} s: {timing.speedup:.2f}x as fast"
+        )
+    quality = summary.quality
+    if quality is None:
+        lines.append("Fréchet distance: only for digits (its classifier knows nothing else)")
+    else:
+        lines.append(
+            f"Fréchet distance of {summary.fd_samples} samples: {quality.distance:.1f} (real against real "
+            f"{quality.floor:.1f}, one digit missing about 20; classifier of {quality.resolution}x{quality.resolution})"
+        )
+        shares = "  ".join(f"{digit}: {share:.1%}" for digit, share in enumerate(quality.shares))
+        lines.append(f"class shares  {shares}")
+    return "\n".join(lines)
+
+
+def write_summary(out: Path, summary: Summary) -> Path:
+    """The numbers of the table as `summary.json`."""
+    path = out / SUMMARY
+    with replacing(path) as file:
+        file.write(json.dumps(asdict(summary), indent=2).encode() + b"\n")
+    return path
+
+
+def plot_report(out: Path, bounds: tuple[float, float]) -> Path:
+    """`report.png` from the log: balance ratio with its bounds, both densities, both losses, over steps."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    entries = list(read_log(out / LOG))
+    steps = [e for e in entries if "event" not in e]
+    decisions = [e for e in entries if e.get("event") == "decision" and e["action"] != "keep"]
+    x = [e["step"] for e in steps]
+
+    def series(name: str) -> list[Any]:
+        return [float("nan") if e[name] is None else e[name] for e in steps]
+
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(8, 8))
+        figure.subplots_adjust(left=0.09, right=0.98, top=0.98, bottom=0.06, hspace=0.08)
+        ratio, density, losses = figure.subplots(3, sharex=True)
+        single = [(e["step"], e["sample"]["ratio"]) for e in steps if e["sample"] and e["sample"]["ratio"] is not None]
+        ratio.plot(
+            *zip(*single, strict=True) if single else ([], []), ".", ms=2, color="0.7", label="single measurement"
+        )
+        ratio.plot(x, series("balance_ratio"), color="C0", label="window")
+        ratio.axhspan(*bounds, color="C2", alpha=0.2, label="bounds")
+        ratio.set(ylabel="balance ratio", ylim=(-0.25, 1.5))
+        density.plot(x, series("density_g"), color="C1", lw=3, alpha=0.6, label="generator")
+        density.plot(x, series("density_d"), color="C0", label="discriminator")
+        for action, marker in (("grow", "^"), ("drop", "v"), ("exchange", "o")):
+            at = [(e["step"], e["new_density"]) for e in decisions if e["action"] == action]
+            if at:
+                density.plot(*zip(*at, strict=True), marker, ms=5, color="C3", ls="", label=f"decision: {action}")
+        density.set(ylabel="density", ylim=(0, 1.05))
+        losses.plot(x, series("loss_g"), lw=0.8, color="C1", label="generator")
+        losses.plot(x, series("loss_d"), lw=0.8, color="C0", label="discriminator")
+        losses.set(ylabel="hinge loss", xlabel="step")
+        for axes in (ratio, density, losses):
+            axes.legend(loc="upper right", fontsize=8)
+            axes.grid(alpha=0.3)
+        path = out / REPORT
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=110)
+    return path

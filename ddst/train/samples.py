@@ -1,0 +1,51 @@
+"""Images from the averaged generator, and grids of them as PNG files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ddst.train.checkpoint import replacing
+
+
+@torch.no_grad()
+def generate(generator: nn.Module, noise: Tensor, batch: int = 128) -> Tensor:
+    """Images `[N, C, H, W]` in [-1, 1] of a generator in eval mode, `batch` at a time; its mode is put back."""
+    training = generator.training
+    generator.eval()
+    try:
+        return torch.cat([generator(part) for part in noise.split(batch)])
+    finally:
+        generator.train(training)
+
+
+def to_pixels(images: Tensor, columns: int, gap: int = 1, smallest: int = 48) -> Tensor:
+    """One uint8 picture `[H, W, 3]` of images `[N, C, h, w]` in [-1, 1], row by row, enlarged to at least `smallest`.
+
+    Enlarging repeats pixels, so what is seen is what was made. Values outside [-1, 1] are clipped.
+
+    Example:
+        >>> to_pixels(torch.zeros(6, 1, 8, 8), columns=3, gap=2, smallest=8).shape
+        torch.Size([22, 32, 3])
+    """
+    n, channels, height, width = images.shape
+    scale = math.ceil(smallest / height)
+    tiles = (images.float().clamp(-1, 1).add(1).mul(127.5)).round().to(torch.uint8)
+    tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3).expand(n, max(channels, 3), -1, -1)[:, :3]
+    rows = math.ceil(n / columns)
+    height, width = height * scale + gap, width * scale + gap
+    picture = torch.full((gap + rows * height, gap + columns * width, 3), 96, dtype=torch.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = gap + (i // columns) * height, gap + (i % columns) * width
+        picture[top : top + height - gap, left : left + width - gap] = tile.permute(1, 2, 0)
+    return picture
+
+
+def save_grid(path: Path, images: Tensor, columns: int = 10) -> None:
+    """Write the images as one PNG, whole or not at all."""
+    with replacing(path) as file:
+        Image.fromarray(to_pixels(images, columns).numpy()).save(file, format="PNG")

@@ -1,0 +1,201 @@
+"""The command line: one clear line and code 2 for everything wrong, nothing overwritten, help with all defaults."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddst import cli
+from ddst.train.config import OPTIONS
+from ddst.train.options import flag
+from helpers.runs import TINY, checkpoint_of
+
+# The settings of helpers.runs as words of the command line.
+WORDS = [
+    word
+    for name, value in TINY.items()
+    for word in (flag(name), "x".join(map(str, value)) if isinstance(value, tuple) else str(value))
+]
+
+
+def code_of(arguments):
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as leaving:  # How argparse ends.
+        return leaving.code
+
+
+def assert_one_line(capsys, *contains):
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1, said.err
+    assert said.err.startswith("ddst")
+    for words in contains:
+        assert words in said.err
+    assert "Traceback" not in said.err
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run stopped after its second step."""
+    out = tmp_path / "finished"
+    assert code_of(["train", *WORDS, "--out", out, "--stop-after", 2]) == 0
+    return out
+
+
+def test_whole_words_reach_the_run(tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["--method", "ddst-strict", "--bounds", "0.4", "0.7", "--betas", "0.1", "0.8", "--steps", "3"]
+    assert code_of(["train", *WORDS, *words, "--out", out]) == 0
+    said = capsys.readouterr()
+    assert "ddst-strict, 3 steps" in said.out
+    assert "3/3" in said.err  # The progress bar.
+    config = checkpoint_of(out)["config"]
+    assert (config["bounds"], config["betas"], config["block"]) == ((0.4, 0.7), (0.1, 0.8), (8, 8))
+    first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert first["settings"]["method"] == "ddst-strict"
+
+
+@pytest.mark.parametrize(
+    ("words", "contains"),
+    [
+        (["--speed", "11"], "--speed"),
+        (["--metho", "static"], "--metho"),
+        (["--steps", "many"], "--steps: expected a whole number, got 'many'"),
+        (["--steps", "-3"], "--steps must be at least 1, got -3"),
+        (["--density", "1.5"], "--density must be above 0 and at most 1, got 1.5"),
+        (["--density", "0.001"], "--density 0.001: "),
+        (["--density", "half"], "--density: expected a number, got 'half'"),
+        (["--method", "magic"], "--method"),
+        (["--block", "16"], "--block: expected ROWSxCOLUMNS such as 16x16"),
+        (["--bounds", "0.5"], "--bounds"),
+        (["--bounds", "0.6", "0.5"], "--bounds must be LO not above HI"),
+        (["--resolution", "20"], "--resolution must be"),
+        (["--data", "no/such/folder"], "data folder no/such/folder does not exist"),
+    ],
+)
+def test_wrong_settings_are_one_line_with_code_2(tmp_path, capsys, words, contains):
+    out = tmp_path / "run"
+    assert code_of(["train", *WORDS, "--out", out, *words]) == 2
+    assert_one_line(capsys, contains)
+    assert not out.exists()
+
+
+def test_out_is_required(capsys):
+    assert code_of(["train"]) == 2
+    assert_one_line(capsys, "--out DIR is required")
+    assert code_of(["train", "--resume"]) == 2
+    assert_one_line(capsys, "--out DIR is required")
+    assert code_of([]) == 2
+    assert_one_line(capsys, "COMMAND")
+
+
+def test_wrong_folders_are_one_line_with_code_2(tmp_path, capsys):
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    broken.mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(broken / "a.png")
+    (broken / "b.jpg").write_bytes(b"no image at all")
+    before = contents(tmp_path)
+    for folder, words in ((empty, "holds no image file"), (broken, "cannot read image")):
+        assert code_of(["train", *WORDS, "--data", folder, "--out", tmp_path / "run"]) == 2
+        assert_one_line(capsys, words, str(folder))
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_run_is_not_overwritten(finished, capsys):
+    before = contents(finished)
+    capsys.readouterr()
+    assert code_of(["train", *WORDS, "--out", finished]) == 2
+    assert_one_line(capsys, "already holds a run", "--resume")
+    assert contents(finished) == before
+
+
+def test_out_that_is_a_file_or_cannot_be_made(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out, words in ((file, "is not a folder"), (file / "below", "--out")):
+        assert code_of(["train", *WORDS, "--out", out]) == 2
+        assert_one_line(capsys, words)
+    assert file.read_text() == "mine"
+
+
+def test_resume_with_other_settings_names_the_setting(finished, capsys):
+    before = contents(finished)
+    capsys.readouterr()
+    for words, contains in (
+        (["--density", "0.5"], "--density 0.5: the run in --out has --density 0.3"),
+        (["--method", "static"], "--method static: the run in --out has --method ddst-relaxed"),
+        (["--block", "4x4"], "--block 4x4: the run in --out has --block 8x8"),
+    ):
+        assert code_of(["train", "--resume", "--out", finished, *words]) == 2
+        assert_one_line(capsys, contains)
+    assert contents(finished) == before
+
+
+def test_resume_without_or_with_a_damaged_checkpoint(finished, tmp_path, capsys):
+    capsys.readouterr()
+    assert code_of(["train", "--resume", "--out", tmp_path / "nothing"]) == 2
+    assert_one_line(capsys, "no checkpoint to resume from")
+    assert not (tmp_path / "nothing").exists()
+    checkpoint = finished / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    before = contents(finished)
+    assert code_of(["train", "--resume", "--out", finished]) == 2
+    assert_one_line(capsys, "cannot read checkpoint")
+    assert contents(finished) == before
+
+
+def test_resume_whose_log_is_gone_changes_nothing(finished, capsys):
+    (finished / "log.jsonl").unlink()
+    before = contents(finished)
+    capsys.readouterr()
+    assert code_of(["train", "--resume", "--out", finished]) == 2
+    assert_one_line(capsys, "log.jsonl does not belong to its checkpoint")
+    assert contents(finished) == before
+
+
+def test_loss_that_is_not_finite_ends_with_code_1(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert code_of(["train", *WORDS, "--lr", "1e30", "--out", out]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("ddst train: error: loss is not finite at step")
+    assert checkpoint_of(out)["step"] == 0  # The last whole state is still there.
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    assert code_of(["train", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for name, declared in OPTIONS.items():
+        assert flag(name) in said
+        if declared.shown:
+            assert f"(default: {declared.shown})" in said
+    for default in ("(default: 0.45 0.55)", "(default: 16x16)", "(default: relaxed 1, strict 0.5)"):
+        assert default in said
+
+
+def test_version_and_info(capsys):
+    assert code_of(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("ddst ")
+    assert code_of(["info"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+
+
+def test_runs_as_a_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "ddst.cli", "train", "--density", "7", "--out", str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "ddst train: error: --density must be above 0 and at most 1, got 7.0\n"
+    assert done.stdout == ""

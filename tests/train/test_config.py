@@ -1,0 +1,100 @@
+"""Settings: defaults by method and block, ranges, what may differ on resume, and one line for everything wrong."""
+
+import pytest
+
+from ddst.train.config import FREE_ON_RESUME, OPTIONS, check_same_run, resolve
+from ddst.train.options import ConfigError, Option, parse_block, shown_value
+
+
+def test_defaults_depend_on_method_block_and_preset():
+    relaxed, strict = resolve({"out": "x"}), resolve({"out": "x", "method": "ddst-strict"})
+    assert (relaxed.method, relaxed.density, relaxed.density_d, relaxed.block) == ("ddst-relaxed", 0.1, 0.1, (16, 16))
+    assert (relaxed.density_d_max, strict.density_d_max) == (1.0, 0.5)
+    assert strict.interval_d == 2 * relaxed.interval_d
+    single = resolve({"out": "x", "block": (1, 1)})
+    assert (single.drop_fraction, single.scope, single.ranking, single.br_average, single.sn_noise) == (
+        *(0.5, "global", "raw"),
+        *("mean_of_ratios", 0.0),
+    )
+    assert (relaxed.drop_fraction, relaxed.scope, relaxed.ranking, relaxed.br_average, relaxed.sn_noise) == (
+        *(0.3, "layer", "relative"),
+        *("ratio_of_means", 0.05),
+    )
+
+
+def test_published_settings():
+    c = resolve({"out": "x", "preset": "sngan32"})
+    assert (c.steps, c.resolution, c.width_g, c.width_d, c.batch, c.d_steps) == (100_000, 32, 256, 128, 64, 5)
+    assert (c.lr, c.betas, c.ema) == (2e-4, (0.0, 0.9), 0.999)
+    assert (c.interval_g, c.interval_d, c.bounds, c.delta) == (500, 1000, (0.45, 0.55), 0.05)
+    assert (c.br_every, c.br_window, c.density_d_min, c.warmup) == (10, 1000, 0.05, 0)
+    strict = resolve({"out": "x", "preset": "sngan48", "method": "ddst-strict"})
+    assert (strict.interval_d, strict.density_d_max, strict.resolution, strict.width_g) == (2000, 0.5, 48, 512)
+
+
+def test_given_density_is_that_of_the_discriminator_unless_it_has_its_own():
+    assert resolve({"out": "x", "density": 0.3}).density_d == 0.3
+    assert resolve({"out": "x", "density": 0.3, "density_d": 1.0}).density_d == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "--out DIR is required"),
+        ({"density": 0.0}, "--density must be above 0 and at most 1, got 0.0"),
+        ({"density_d": 1.5}, "--density-d must be above 0"),
+        ({"method": "magic"}, "--method must be one of dense, static, .* got magic"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"lr": float("nan")}, "--lr must be above 0, got nan"),
+        ({"bounds": (0.6, 0.5)}, "--bounds must be LO not above HI, got 0.6 0.5"),
+        ({"betas": (0.0, 1.0)}, "--betas must be two numbers of at least 0 and below 1"),
+        ({"resolution": 20}, "--resolution must be 8, 16, .* got 20"),
+        ({"resolution": 48, "width_g": 20}, "--width-g must be divisible by 8"),
+        ({"density_d_min": 0.6, "density_d_max": 0.5}, "--density-d-min must not be above --density-d-max"),
+        ({"br_every": 10, "br_window": 5}, "--br-window must be at least --br-every"),
+        ({"colour": 1}, "unknown setting --colour"),
+    ],
+)
+def test_impossible_settings_give_one_line(given, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve({"out": "x", **given} if given else {})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["16", "16x", "x16", "0x4", "65x1", "4x4x4", "ax4", "-4x4"])
+def test_bad_block_is_refused(text):
+    with pytest.raises(ValueError, match="expected ROWSxCOLUMNS"):
+        parse_block(text)
+
+
+def test_resume_takes_the_saved_settings_and_names_the_one_that_differs():
+    saved = resolve({"out": "old", "method": "static", "density": 0.2, "stop_after": 5}).as_dict()
+    merged = check_same_run(saved, {"out": "new", "resume": True, "density": 0.2, "checkpoint_every": 7})
+    config = resolve(merged)
+    assert (config.method, config.out, config.checkpoint_every, config.stop_after) == ("static", "new", 7, None)
+    message = r"cannot resume with --density 0\.3: the run in --out has --density 0\.2"
+    with pytest.raises(ConfigError, match=message):
+        check_same_run(saved, {"out": "new", "resume": True, "density": 0.3})
+    with pytest.raises(ConfigError, match=r"--block 8x8: .* --block 16x16"):
+        check_same_run(saved, {"block": (8, 8)})
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIONS if n not in FREE_ON_RESUME])
+def test_every_other_setting_is_pinned_on_resume(name):
+    saved = resolve({"out": "x"}).as_dict()
+    with pytest.raises(ConfigError, match="cannot resume"):
+        check_same_run(saved, {name: "something else"})
+
+
+def test_every_option_says_what_it_means_and_shows_its_default():
+    for name, declared in OPTIONS.items():
+        assert isinstance(declared, Option)
+        assert len(declared.help) > 10, name
+        if callable(declared.default):
+            assert declared.shown, f"the default of {name} depends on others: say how"
+
+
+def test_values_are_shown_as_they_are_typed():
+    assert shown_value((16, 8)) == "16x8"
+    assert shown_value((0.0, 0.9)) == "0.0 0.9"
+    assert shown_value(None) == "none"

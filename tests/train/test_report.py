@@ -1,0 +1,132 @@
+"""The end of a run: its files, its counted costs, and that judging a run changes nothing of it."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ddst.data import load_images
+from ddst.train import Trainer, resolve, run
+from ddst.train.compare import Timing, compare_with_dense
+from ddst.train.report import summarize, table
+from ddst.train.samples import generate, to_pixels
+from helpers.runs import TINY, differences
+
+
+def trainer_for(tmp_path, **settings):
+    config = resolve({**TINY, "out": str(tmp_path / "run"), **settings})
+    return Trainer(config, load_images(config.data, config.resolution))
+
+
+def test_finished_run_writes_what_it_says(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run({**TINY, "out": str(out), "compare_steps": 2}) == 0
+    said = capsys.readouterr().out
+    for name in ("log.jsonl", "checkpoint.pt", "report.png", "summary.json", "samples/step_000014.png"):
+        assert (out / name).is_file()
+        assert str(out / name) in said
+    for words in ("density", "parameters", "weight state", "FLOPs", "seconds per step", "dense twin", "Fréchet", "9:"):
+        assert words in said
+    with Image.open(out / "report.png") as picture:
+        assert picture.width > 500
+    with Image.open(out / "samples" / "step_000014.png") as picture:
+        assert picture.size == (491, 491)  # 10 x 10 tiles of 8 x 8 pixels enlarged six times, with lines between.
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 14
+    assert summary["timing"]["pairs"] == 2
+    assert sum(summary["quality"]["shares"]) == pytest.approx(1)
+
+
+def test_folder_run_says_that_there_is_no_distance(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 10), (80 * i, 10, 200)).save(folder / f"{i}.png")
+    assert run({**TINY, "steps": 2, "data": str(folder), "out": str(tmp_path / "run")}) == 0
+    said = capsys.readouterr().out
+    assert "3 images of" in said
+    assert "Fréchet distance: only for digits" in said
+    assert "class shares" not in said
+
+
+def test_judging_a_run_changes_nothing_of_it(tmp_path):
+    trainer = trainer_for(tmp_path, compare_steps=2)
+    trainer.train_step()
+    before = trainer.state_dict()
+    frozen = torch.get_rng_state()
+    summarize(trainer)
+    assert torch.equal(frozen, torch.get_rng_state())
+    assert differences(before, trainer.state_dict()) == []
+
+
+def test_dense_run_has_no_twin_and_costs_one(tmp_path):
+    trainer = trainer_for(tmp_path, method="dense", compare_steps=2)
+    trainer.train_step()
+    summary = summarize(trainer)
+    assert summary.timing is None
+    for cost in (summary.generator, summary.discriminator):
+        assert cost.density == cost.flops_ratio == 1
+        assert cost.parameters == cost.dense_parameters
+        assert cost.state_bytes == cost.dense_state_bytes
+    assert "dense twin (median" not in table(summary)
+
+
+def test_counted_costs_follow_the_masks_of_every_step(tmp_path):
+    trainer = trainer_for(tmp_path, bounds=(-2e9, -1e9))  # D grows at step 5.
+    expected_g, expected_d, total = 0.0, 0.0, 0.0
+    for _ in range(7):
+        g, d = trainer.flops.generator.forward, trainer.flops.discriminator.forward
+        expected_g, expected_d, total = expected_g + g, expected_d + d, total + 5 * g + 7 * d  # Two D steps.
+        trainer.train_step()
+    assert d > 1.05 * expected_d / 7  # Grown.
+    summary = summarize(trainer)
+    dense_g, dense_d = trainer.flops.generator.dense, trainer.flops.discriminator.dense
+    assert summary.generator.flops_ratio == pytest.approx(expected_g / (7 * dense_g))
+    assert summary.discriminator.flops_ratio == pytest.approx(expected_d / (7 * dense_d))
+    assert summary.flops_ratio == pytest.approx(total / (7 * (5 * dense_g + 7 * dense_d)))
+
+
+def test_weight_state_follows_density(tmp_path):
+    # Wide enough that the layers ERK keeps dense weigh little.
+    trainer = trainer_for(tmp_path, width_g=128, width_d=128, density=0.1, method="static")
+    trainer.train_step()
+    summary = summarize(trainer)
+    for cost in (summary.generator, summary.discriminator):
+        assert 0.1 < cost.state_bytes / cost.dense_state_bytes < 0.125
+        assert cost.density == pytest.approx(0.1, abs=0.002)
+
+
+def test_timing_is_of_as_many_pairs_as_asked_within_the_limit(tmp_path):
+    trainer = trainer_for(tmp_path)
+    timing = compare_with_dense(trainer, pairs=3)
+    assert timing.pairs == 3
+    assert timing.seconds > 0 < timing.dense
+    assert compare_with_dense(trainer, pairs=50, limit=0.0).pairs == 1
+    assert Timing(0.5, 2.0, 3).speedup == 4
+
+
+def test_grid_repeats_pixels_and_keeps_colours():
+    images = torch.full((3, 3, 8, 8), -1.0)
+    images[1, 0] = 1.0
+    images[2] = 5.0  # Clipped.
+    picture = to_pixels(images, columns=2, gap=1, smallest=16)
+    assert picture.shape == (35, 35, 3)
+    assert picture[1:17, 1:17].max() == 0
+    assert picture[1:17, 18:34].unique(dim=0).tolist()
+    assert picture[5, 20].tolist() == [255, 0, 0]
+    assert picture[20, 5].tolist() == [255, 255, 255]
+    assert picture[20, 25].tolist() == [96, 96, 96]  # No fourth image.
+
+
+def test_generating_does_not_disturb_the_generator():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    noise = torch.randn(10, 4)
+    running = net[1].running_mean.clone()
+    images = generate(net, noise, batch=3)
+    assert net.training
+    assert torch.equal(net[1].running_mean, running)
+    assert not math.isclose(float(images.std()), 1.0, rel_tol=1e-6)  # Running statistics, not the batch's.
+    torch.testing.assert_close(images, generate(net, noise))

@@ -1,0 +1,149 @@
+"""A run that was stopped and continued is the same run, bit for bit, for every method."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from ddst.train import run
+from ddst.train.loop import Trainer
+from ddst.train.options import ConfigError
+from helpers.runs import TINY, checkpoint_of, differences, log_without_seconds
+
+# Bounds that make the controller act at every decision, whatever is measured.
+ALWAYS_GROW, ALWAYS_DROP = (-2e9, -1e9), (1e9, 2e9)
+# Settings, the decisions they lead to, and the steps at which G's topology moves.
+CASES = {
+    "dense": ({"method": "dense"}, [], []),
+    "static": ({"method": "static"}, [], []),
+    "sdst-set": ({"method": "sdst-set"}, [], [4, 8, 12]),
+    "sdst-rigl": ({"method": "sdst-rigl"}, [], [4, 8, 12]),
+    "ddst-relaxed grows": ({"method": "ddst-relaxed", "bounds": ALWAYS_GROW}, ["grow"] * 2, [4, 8, 12]),
+    "ddst-relaxed drops": (
+        {"method": "ddst-relaxed", "bounds": ALWAYS_DROP, "density_d": 0.5},
+        ["drop"] * 2,
+        [4, 8, 12],
+    ),
+    "ddst-strict": (
+        {"method": "ddst-strict", "bounds": ALWAYS_GROW, "delta": 0.1, "density_d_max": 0.4, "interval_d": 3},
+        ["grow", "exchange", "exchange", "exchange"],
+        [4, 8, 12],
+    ),
+    "single weights": (
+        {"method": "ddst-relaxed", "block": (1, 1), "bounds": ALWAYS_GROW},
+        ["grow"] * 2,
+        [4, 8, 12],
+    ),
+}
+
+
+@pytest.fixture
+def _without_report(monkeypatch):
+    """The end of a run (table, plot) is tested elsewhere and takes as long as the run."""
+    monkeypatch.setattr("ddst.train.job._finish", lambda trainer: None)
+
+
+@pytest.mark.usefixtures("_without_report")
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_and_resumed_is_the_same_run(tmp_path, case):
+    changes, decisions, updates = CASES[case]
+    settings, whole = {**TINY, **changes}, tmp_path / "whole"
+    assert run({**settings, "out": str(whole)}) == 0
+    log = log_without_seconds(whole)
+    assert [e["step"] for e in log if "event" not in e] == list(range(1, 15))
+    assert [e["action"] for e in log if e.get("event") == "decision"] == decisions
+    moved = [e["step"] for e in log if e.get("event") == "update" and e["network"] == "generator"]
+    assert moved == updates
+    # Stopped right before an update, when its scores are asked for; right after one, and once more.
+    for stops in ((7,), (8, 11)):
+        parts = tmp_path / f"stopped at {stops}"
+        for i, stop in enumerate(stops):
+            again = {"resume": True} if i else settings
+            assert run({**again, "out": str(parts), "stop_after": stop}) == 0
+            torch.manual_seed(i)  # A new process would have another random state.
+        assert run({"out": str(parts), "resume": True}) == 0
+        assert differences(checkpoint_of(whole), checkpoint_of(parts)) == []
+        assert log == log_without_seconds(parts)
+        for picture in sorted((whole / "samples").iterdir()):
+            assert picture.read_bytes() == (parts / "samples" / picture.name).read_bytes()
+
+
+@pytest.mark.usefixtures("_without_report")
+def test_run_killed_between_checkpoints_is_the_same_after_resume(tmp_path, monkeypatch):
+    """The log has lines the checkpoint does not know; they are cut off and written again."""
+    settings = {**TINY, "method": "ddst-relaxed", "bounds": ALWAYS_GROW}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run({**settings, "out": str(whole)})
+    real_step = Trainer.train_step
+
+    def killed_at_9(self):
+        if self.step == 8:
+            raise SystemExit("killed")
+        return real_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", killed_at_9)
+    with pytest.raises(SystemExit):
+        run({**settings, "out": str(parts)})
+    monkeypatch.undo()
+    assert checkpoint_of(parts)["step"] == 5
+    assert log_without_seconds(parts)[-1]["step"] == 8
+    assert run({"out": str(parts), "resume": True}) == 0
+    assert differences(checkpoint_of(whole), checkpoint_of(parts)) == []
+    assert log_without_seconds(whole) == log_without_seconds(parts)
+
+
+@pytest.mark.usefixtures("_without_report")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_ends_after_the_current_step_with_a_checkpoint(tmp_path, monkeypatch, capsys, number, code):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run({**TINY, "out": str(whole)})
+    real_step, before = Trainer.train_step, signal.getsignal(number)
+
+    def signalled_in_step_7(self):
+        if self.step == 6:
+            os.kill(os.getpid(), number)
+        return real_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", signalled_in_step_7)
+    assert run({**TINY, "out": str(parts)}) == code
+    monkeypatch.undo()
+    assert signal.getsignal(number) is before
+    assert "stopped after step 7 of 14; go on with: ddst train --resume --out" in capsys.readouterr().out
+    assert checkpoint_of(parts)["step"] == 7
+    assert run({"out": str(parts), "resume": True}) == 0
+    assert differences(checkpoint_of(whole), checkpoint_of(parts)) == []
+
+
+def test_finished_run_resumes_to_its_report_only(tmp_path):
+    out = tmp_path / "run"
+    run({**TINY, "out": str(out), "stop_after": 14})
+    before = checkpoint_of(out)
+    (out / "report.png").unlink()
+    assert run({"out": str(out), "resume": True}) == 0
+    assert (out / "report.png").exists()
+    assert differences(before, checkpoint_of(out)) == []
+
+
+def test_changed_images_are_refused(tmp_path):
+    from PIL import Image
+
+    from ddst.train.checkpoint import CheckpointError
+
+    folder, out = tmp_path / "images", tmp_path / "run"
+    folder.mkdir()
+    for i in range(5):
+        Image.new("RGB", (8, 8), (i * 40, 0, 0)).save(folder / f"{i}.png")
+    run({**TINY, "data": str(folder), "out": str(out), "stop_after": 2})
+    before = (out / "log.jsonl").read_bytes()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "3.png")
+    with pytest.raises(CheckpointError, match=r"the images of --data .* have changed"):
+        run({"out": str(out), "resume": True})
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+def test_density_the_networks_cannot_have_is_a_setting_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"--density 0\.001: ") as caught:
+        run({**TINY, "density": 0.001, "out": str(tmp_path / "x")})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()

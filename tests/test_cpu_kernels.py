@@ -264,6 +264,7 @@ def test_outside_of_edge_blocks_is_zero_even_next_to_nan() -> None:
         ({"weight_shape": [48, 32, 3]}, "weight_shape has 3 numbers, expected 4"),
         ({"stride": [0, 1]}, r"stride is \[0, 1\], expected two ints of at least 1"),
         ({"dilation": [9, 9]}, "is smaller than the kernel"),
+        ({"padding": [0, 1_200_000_000]}, "makes an output of .* expected at most 2\\^31 - 1"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:

@@ -71,6 +71,10 @@ ConvGeometry make_geometry(const char* op, const WeightGrid& grid, const Window&
          "] is smaller than the kernel of ", g.kernel_h, " x ", g.kernel_w, " with dilation [", w.dilation_h, ", ",
          w.dilation_w, "]");
   }
+  if (g.out_h > INT32_MAX || g.out_w > INT32_MAX) {
+    fail(op, "padding [", w.pad_h, ", ", w.pad_w, "] makes an output of ", g.out_h, " x ", g.out_w,
+         " pixels, expected at most 2^31 - 1 rows and columns");
+  }
   return g;
 }
 

@@ -124,7 +124,6 @@ inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists,
   GatherPlan plan;
   const int64_t n_classes = static_cast<int64_t>(rows.groups.size() * cols.groups.size());
   plan.classes.reserve(n_classes);
-  plan.entries.reserve(n_classes * lists.nnz);
   plan.list_begin.resize(n_classes * (lists.out_blocks + 1));
   plan.list_full.resize(n_classes * lists.out_blocks);
   const bool cut = shape.source.channels % shape.block_k != 0;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import topology as tp
 from ..backends import check_backend
 from ..ops.reference import block_norms_of
-from ..ops.scores import ScoreRecorder, close_recorder, open_recorder
+from ..ops.scores import GradientRecord, ScoreRecorder
 from .spectral_norm import SpectralNorm, rename_dense_keys
 
 
@@ -53,6 +53,8 @@ class SparseLayer(nn.Module):
         self._recorder: ScoreRecorder | None = None
         total = math.prod(tp.mask_shape(self.weight_shape, self.block))
         mask = tp.random_mask(self.weight_shape, self.block, tp.block_count(density, total))
+        device = torch.empty(0, device=device).device  # None: the default one, "with torch.device(...)" included
+        self._active_weights = self._count(mask)
         self.register_buffer("block_mask", mask.to(device))
         self.register_buffer("topology", tp.build_topology(mask).to(device), persistent=False)
         shape = (self.nnz_of(mask), *self.block)
@@ -82,9 +84,10 @@ class SparseLayer(nn.Module):
     @property
     def active_weights(self) -> int:
         """Number of weights inside active blocks, without the parts of edge blocks that lie outside the weight."""
-        sizes = tp.block_sizes(self.weight_shape, self.block)
-        per_pair = self.block_mask.flatten(2).sum(2) if self.block_mask.dim() == 4 else self.block_mask.long()
-        return int((per_pair.cpu() * sizes).sum())
+        return self._active_weights
+
+    def _count(self, mask: Tensor) -> int:
+        return int(tp.mask_sizes(self.weight_shape, self.block)[mask.cpu()].sum())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -165,16 +168,15 @@ class SparseLayer(nn.Module):
         return change
 
     def _replace_topology(self, mask: Tensor) -> None:
-        if self._recorder is not None:
-            close_recorder(self.topology)
-            self._recorder.clear()
-        self.block_mask = mask.clone()
-        self.topology = tp.build_topology(mask)
+        topology = tp.build_topology(mask)
+        self.block_mask, self.topology = mask.clone(), topology
+        self._active_weights = self._count(mask)
         self.mask_version += 1
         if self.spectral_norm is not None:
             self.spectral_norm.set_block_mask(mask)
         if self._recorder is not None:
-            open_recorder(self.topology, self._recorder)
+            self._recorder.take()
+            self._recorder.open(topology)
 
     def _replace_values(self, values: Tensor) -> None:
         # Autograd remembers the shape of a leaf for as long as a graph that uses it lives (a kept loss, say), and would
@@ -194,20 +196,25 @@ class SparseLayer(nn.Module):
     @property
     def scores_recorded(self) -> bool:
         """Whether :meth:`take_scores` would find something: a backward pass since the request or the last take."""
-        return self._recorder is not None and not self._recorder.empty
+        return self._recorder is not None and not self._recorder.record.empty
 
-    def request_scores(self) -> None:
-        """From now on backward passes keep what :meth:`take_scores` needs: the layer's inputs and output gradients."""
+    def request_scores(self, on_first: Callable[[], None] | None = None) -> None:
+        """From now on backward passes keep what :meth:`take_scores` needs: the layer's inputs and output gradients.
+
+        Args:
+            on_first: called in a backward pass before something is kept while nothing is.
+        """
         if self._recorder is None:
             self._recorder = ScoreRecorder()
-        open_recorder(self.topology, self._recorder)
+        self._recorder.on_first = on_first
+        self._recorder.open(self.topology)
 
     def cancel_scores(self) -> None:
         """Ends a request and frees what was recorded."""
-        close_recorder(self.topology)
+        if self._recorder is not None:
+            self._recorder.close()
         self._recorder = None
 
-    @torch.no_grad()
     def take_scores(self) -> Tensor:
         """``scores[block] = ‖∂L/∂W[block]‖₂`` of the dense gradient since the request or the last take.
 
@@ -219,7 +226,8 @@ class SparseLayer(nn.Module):
             Shape of ``block_mask``, dtype of the computation. Blocks that got no gradient score zero.
 
         Raises:
-            RuntimeError: no request is open, or no backward pass has reached the layer since.
+            RuntimeError: no request is open, no backward pass has reached the layer since, or an input of one has been
+                changed in place since.
 
         Cost: the operations of one dense weight gradient of this layer.
 
@@ -230,24 +238,31 @@ class SparseLayer(nn.Module):
         >>> layer.take_scores().shape
         torch.Size([2, 2])
         """
+        return self.scores_of(self.take_record())
+
+    def take_record(self) -> GradientRecord:
+        """What :meth:`scores_of` makes :meth:`take_scores` of, for later: holds the activations and gradients."""
         if self._recorder is None:
             raise RuntimeError("take_scores() needs request_scores() before the backward pass")
-        if self._recorder.empty:
+        if self._recorder.record.empty:
             raise RuntimeError("take_scores() found no gradient: no backward pass has reached this layer's values")
-        recorder = self._recorder
-        if recorder.dense is not None or len({(g.shape[1:], x.shape[1:]) for g, x in recorder.factors}) > 1:
-            scores = self._scores_by_dense_gradient(recorder)
-        else:
-            grads, inputs = zip(*recorder.factors, strict=True)
-            one = len(grads) == 1
-            scores = self._block_scores(grads[0] if one else torch.cat(grads), inputs[0] if one else torch.cat(inputs))
-        recorder.clear()
-        return scores
+        return self._recorder.take()
 
-    def _scores_by_dense_gradient(self, recorder: ScoreRecorder) -> Tensor:
+    @torch.no_grad()
+    def scores_of(self, record: GradientRecord) -> Tensor:
+        """The scores of what :meth:`take_record` returned; the same whatever became of the layer since."""
+        if not record.intact:
+            raise RuntimeError("an input of this layer was changed in place after the backward pass that scores it")
+        if record.dense is not None or len({(g.shape[1:], x.shape[1:]) for g, x in record.factors}) > 1:
+            return self._scores_by_dense_gradient(record)
+        grads, inputs = zip(*record.factors, strict=True)
+        one = len(grads) == 1
+        return self._block_scores(grads[0] if one else torch.cat(grads), inputs[0] if one else torch.cat(inputs))
+
+    def _scores_by_dense_gradient(self, record: GradientRecord) -> Tensor:
         """For the reference backend, and for calls on inputs of different sizes: one dense gradient of this layer."""
-        total = recorder.dense
-        for grad_output, input in recorder.factors:
+        total = record.dense
+        for grad_output, input in record.factors:
             part = self._dense_gradient(grad_output, input)
             total = part if total is None else total.add_(part)
         assert total is not None
@@ -269,13 +284,24 @@ class SparseLayer(nn.Module):
     def _compute(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
-    # --- copies and state dicts -------------------------------------------------------------------------------------
+    # --- moves, copies and state dicts -------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self._recorder is not None:  # which knows the topology by its address
+            self._recorder.open(self.topology)
+            self._recorder.record.to(self.topology.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recorder": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also takes a dense layer's ``weight``, keeping the active blocks, and packed values of another mask."""
+        """Also takes a dense layer's ``weight``, keeping the active blocks, and packed values of another mask.
+
+        A mask that comes with the checkpoint is taken over, so load the optimizer's state as well: what it holds has the
+        shape of the old values.
+        """
         norm = self.spectral_norm
         if norm is not None:
             rename_dense_keys(state_dict, prefix)
@@ -306,6 +332,21 @@ class SparseLayer(nn.Module):
             tp.pack(weight.detach(), self.block_mask, self.block).clone(), requires_grad=weight.requires_grad
         )
         self.bias = copy_of(bias)
+
+
+def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises unless ``module`` is exactly a ``kind`` whose weight is a plain parameter.
+
+    A spectral norm or another parametrization makes ``weight`` a product that changes with every look at it, and a
+    subclass has a forward pass of its own.
+    """
+    if not isinstance(module, kind):
+        raise TypeError(f"module must be an nn.{kind.__name__}, got {type(module).__name__}")
+    if type(module) is not kind or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            f"module must be a plain nn.{kind.__name__}, got {type(module).__name__} with a computed weight or a forward "
+            "pass of its own; ddst.sparsify carries spectral norm over"
+        )
 
 
 def copy_of(parameter: Tensor | None) -> nn.Parameter | None:

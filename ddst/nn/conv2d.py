@@ -10,7 +10,7 @@ from torch.nn.grad import conv2d_weight
 
 from .. import ops, topology
 from ..ops.conv2d import pair, resolve_padding
-from .base import SparseLayer, copy_of, mask_for
+from .base import SparseLayer, check_plain, copy_of, mask_for
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -94,8 +94,7 @@ class SparseConv2d(SparseLayer):
         >>> torch.allclose(sparse(x), dense(x), atol=1e-5)
         True
         """
-        if not isinstance(module, nn.Conv2d):
-            raise TypeError(f"module must be an nn.Conv2d, got {type(module).__name__}")
+        check_plain(module, nn.Conv2d)
         if module.groups != 1:
             raise ValueError(f"module.groups must be 1, got {module.groups}")
         mask = mask_for(module.weight, topology.check_block(block), density, block_mask)
@@ -117,7 +116,17 @@ class SparseConv2d(SparseLayer):
         return layer.train(module.training)
 
     def to_dense(self) -> nn.Conv2d:
-        """The :class:`torch.nn.Conv2d` of the same raw weight (zeros where inactive) and bias; nothing is shared."""
+        """The :class:`torch.nn.Conv2d` of equal outputs, with zeros at inactive blocks, and of the same spectral norm.
+
+        Nothing is shared.
+        """
+        dense = self._plain_dense()
+        if self.spectral_norm is not None:
+            self.spectral_norm.attach_to_dense(dense)
+        return dense
+
+    def _plain_dense(self) -> nn.Conv2d:
+        """:meth:`to_dense` without the spectral norm."""
         weight = self.dense_weight().detach()
         dense = nn.Conv2d(
             self.in_channels,
@@ -128,8 +137,7 @@ class SparseConv2d(SparseLayer):
             self.dilation,
             bias=self.bias is not None,
             padding_mode=self.padding_mode,  # type: ignore[arg-type]
-            device=weight.device,
-            dtype=weight.dtype,
+            device="meta",
         )
         dense.weight = nn.Parameter(weight.contiguous(), requires_grad=self.values.requires_grad)
         dense.bias = copy_of(self.bias)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, topology
-from .base import SparseLayer, copy_of, mask_for
+from .base import SparseLayer, check_plain, copy_of, mask_for
 
 
 class SparseLinear(SparseLayer):
@@ -70,8 +70,7 @@ class SparseLinear(SparseLayer):
         >>> torch.allclose(sparse(x), dense(x), atol=1e-5)
         True
         """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"module must be an nn.Linear, got {type(module).__name__}")
+        check_plain(module, nn.Linear)
         mask = mask_for(module.weight, topology.check_block(block), density, block_mask)
         layer = cls(
             module.in_features,
@@ -86,11 +85,19 @@ class SparseLinear(SparseLayer):
         return layer.train(module.training)
 
     def to_dense(self) -> nn.Linear:
-        """The :class:`torch.nn.Linear` of the same raw weight (zeros where inactive) and bias; nothing is shared."""
+        """The :class:`torch.nn.Linear` of equal outputs, with zeros at inactive blocks, and of the same spectral norm.
+
+        Nothing is shared.
+        """
+        dense = self._plain_dense()
+        if self.spectral_norm is not None:
+            self.spectral_norm.attach_to_dense(dense)
+        return dense
+
+    def _plain_dense(self) -> nn.Linear:
+        """:meth:`to_dense` without the spectral norm."""
         weight = self.dense_weight().detach()
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=weight.device, dtype=weight.dtype
-        )
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(weight.contiguous(), requires_grad=self.values.requires_grad)
         dense.bias = copy_of(self.bias)  # type: ignore[assignment]
         return dense.train(self.training)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from .. import backends
 from .. import topology as tp
@@ -238,6 +240,19 @@ class SpectralNorm(nn.Module):
             self.v.copy_(v)
             self.settle(values.to(self.u), backend)
             state_dict[prefix + "u"], state_dict[prefix + "v"] = self.u.clone(), self.v.clone()
+
+    def attach_to_dense(self, dense: nn.Module) -> None:
+        """Gives a dense layer torch's spectral norm of this style, with these settings and vectors."""
+        attach: Any = hooked_spectral_norm if self.style == "hook" else parametrizations.spectral_norm
+        device = self.u.device
+        # torch draws vectors that are replaced at once: nothing random is seen from outside.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            attach(dense, n_power_iterations=self.n_power_iterations, eps=self.eps)
+        state = dense.state_dict()
+        _, u, v = DENSE_KEYS[self.style]
+        state[u].copy_(self.u)
+        state[v].copy_(self.v)
+        dense.train(dense.training)  # what was attached follows the layer
 
     @staticmethod
     def _wide_dtype(values: Tensor) -> torch.dtype:

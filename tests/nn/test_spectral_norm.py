@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,9 @@ def input_of(layer: SparseLayer) -> Tensor:
 
 def dense_twin(layer: SparseLayer, style: str) -> nn.Module:
     """torch's own spectral norm on the masked dense weight, with the same vectors."""
+    norm, layer.spectral_norm = layer.spectral_norm, None
     dense = layer.to_dense()
-    dense.bias = copy.deepcopy(dense.bias)
-    norm = layer.spectral_norm
+    layer.spectral_norm = norm
     if style == "hook":
         hooked_spectral_norm(dense, n_power_iterations=norm.n_power_iterations)
         u, v = dense.weight_u, dense.weight_v
@@ -367,3 +368,35 @@ def test_attached_once_and_to_sparse_layers_only() -> None:
         spectral_norm(layer)
     with pytest.raises(TypeError, match="Linear"):
         spectral_norm(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_to_dense_has_equal_outputs_and_shares_nothing(kind: str, style: str) -> None:
+    layer = spectral_norm(make_layer(kind), style=style).eval()
+    x = input_of(layer)
+    want = layer(x)
+    state = torch.get_rng_state()
+    dense = layer.to_dense()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(dense(x), want)
+    dense.train()(x)
+    torch.testing.assert_close(layer(x), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("attach", [hooked_spectral_norm, parametrizations.spectral_norm])
+def test_from_dense_refuses_a_computed_weight(attach: Any) -> None:
+    dense = attach(nn.Linear(32, 32))
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    with pytest.raises(ValueError, match="sparsify"):
+        SparseLinear.from_dense(dense)
+    assert all(torch.equal(before[key], value) for key, value in dense.state_dict().items())
+
+
+def test_from_dense_refuses_a_subclass() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(ValueError, match="module"):
+        SparseLinear.from_dense(Scaled(32, 32))

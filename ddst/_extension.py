@@ -33,8 +33,8 @@ def load(library: Path = LIBRARY) -> None:
     check_torch(torch.__version__)
     if not library.is_file():
         raise ImportError(
-            f"ddst's compiled library is missing: no {library}. In a source checkout, build it with `make demo`, or "
-            "with torch, setuptools, pybind11, cmake and ninja installed, `pip install --no-build-isolation -e .`; "
+            f"ddst's compiled library is missing: no {library}. In a source checkout, build it: with torch, "
+            "setuptools, pybind11, cmake and ninja installed, `pip install --no-build-isolation -e .`; "
             "if ddst is installed as a wheel, a checkout in the working directory hides it: run from another directory."
         )
     try:

@@ -84,15 +84,25 @@ def mask_shape(weight_shape: Sequence[int], block: tuple[int, int]) -> tuple[int
 
 
 def block_sizes(weight_shape: Sequence[int], block: tuple[int, int]) -> Tensor:
-    """``[R, C]``: number of a block's entries that lie inside the weight; edge blocks have fewer.
+    """``[R, C]`` on the CPU: number of a block's entries that lie inside the weight; edge blocks have fewer.
 
     >>> block_sizes((20, 16), (16, 16)).tolist()
     [[256], [64]]
     """
     rows, cols, _ = grid(weight_shape, block)
-    height = (weight_shape[0] - block[0] * torch.arange(rows)).clamp(max=block[0])
-    width = (weight_shape[1] - block[1] * torch.arange(cols)).clamp(max=block[1])
+    height = (weight_shape[0] - block[0] * torch.arange(rows, device="cpu")).clamp(max=block[0])
+    width = (weight_shape[1] - block[1] * torch.arange(cols, device="cpu")).clamp(max=block[1])
     return height[:, None] * width[None, :]
+
+
+def mask_sizes(weight_shape: Sequence[int], block: tuple[int, int]) -> Tensor:
+    """:func:`block_sizes` in the shape of the block mask: ``[R, C, kH, kW]``, a linear weight's ``[R, C]``. A view.
+
+    >>> mask_sizes((20, 16, 1, 2), (16, 16)).tolist()
+    [[[[256, 256]]], [[[64, 64]]]]
+    """
+    sizes = block_sizes(weight_shape, block)
+    return sizes.view(*sizes.shape, *[1] * (len(weight_shape) - 2)).expand(mask_shape(weight_shape, block))
 
 
 def build_topology(mask: Tensor) -> Tensor:
@@ -107,6 +117,8 @@ def build_topology(mask: Tensor) -> Tensor:
     [0, 1, 3, 0, 2, 3, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 2]
     """
     check_mask(mask)
+    if mask.is_meta:
+        raise ValueError("mask must have entries, got one on the meta device")
     rows, cols = mask.shape[:2]
     taps = mask.shape[2:].numel()
     flat = mask.reshape(-1).nonzero()[:, 0]
@@ -178,15 +190,16 @@ def random_mask(
 
     def cycle(count: int) -> Tensor:
         repeats = -(-cover // count) if cover else 0
-        shuffles = [torch.randperm(count, generator=generator) for _ in range(repeats)]
-        return torch.cat(shuffles)[:cover] if shuffles else torch.zeros(0, dtype=torch.int64)
+        shuffles = [torch.randperm(count, generator=generator, device="cpu") for _ in range(repeats)]
+        return torch.cat(shuffles)[:cover] if shuffles else torch.zeros(0, dtype=torch.int64, device="cpu")
 
-    flat = torch.zeros(total, dtype=torch.bool)
-    tap = torch.randint(taps, (cover,), generator=generator)
+    # Named, because "with torch.device(...)" changes where tensors are made by default.
+    flat = torch.zeros(total, dtype=torch.bool, device="cpu")
+    tap = torch.randint(taps, (cover,), generator=generator, device="cpu")
     flat[(cycle(rows) * cols + cycle(cols)) * taps + tap] = True
     free = (~flat).nonzero()[:, 0]
     missing = nnz - int(flat.sum())
-    flat[free[torch.randperm(free.numel(), generator=generator)[:missing]]] = True
+    flat[free[torch.randperm(free.numel(), generator=generator, device="cpu")[:missing]]] = True
     return flat.view(mask_shape(weight_shape, block))
 
 
@@ -198,6 +211,14 @@ def as_blocks(weight: Tensor, block: tuple[int, int]) -> Tensor:
     padded = torch.nn.functional.pad(weight, pad) if any(pad) else weight
     tiled = padded.reshape(rows, block[0], cols, block[1], *space)
     return tiled.permute(0, 2, *range(4, 4 + len(space)), 1, 3)
+
+
+def from_blocks(blocks: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    """The dense weight of ``[R, C, kH, kW, b_out, b_in]``: the inverse of :func:`as_blocks`, without the padding."""
+    rows, cols, *space, height, width = blocks.shape
+    inner = 2 + len(space)
+    tiled = blocks.permute(0, inner, 1, inner + 1, *range(2, inner))
+    return tiled.reshape(rows * height, cols * width, *space)[: weight_shape[0], : weight_shape[1]]
 
 
 def pack(weight: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:
@@ -220,14 +241,7 @@ def unpack(values: Tensor, mask: Tensor, weight_shape: Sequence[int]) -> Tensor:
     check_mask(mask, mask_shape(weight_shape, block))
     if values.shape[0] != int(mask.sum()):  # one block would be broadcast
         raise ValueError(f"values must hold one block for each of the mask's {int(mask.sum())}, got {values.shape[0]}")
-    rows, cols, _ = grid(weight_shape, block)
-    space = tuple(weight_shape[2:])
-    blocks = values.new_zeros(rows, cols, *space, *block)
-    blocks = blocks.index_put((mask,), values)
-    inner = 2 + len(space)
-    tiled = blocks.permute(0, inner, 1, inner + 1, *range(2, inner))
-    padded = tiled.reshape(rows * block[0], cols * block[1], *space)
-    return padded[: weight_shape[0], : weight_shape[1]]
+    return from_blocks(values.new_zeros(*mask.shape, *block).index_put((mask,), values), weight_shape)
 
 
 def inside(mask: Tensor, weight_shape: Sequence[int], block: tuple[int, int]) -> Tensor:

@@ -68,7 +68,7 @@ def test_whole_words_reach_the_run(tmp_path, capsys):
         (["--speed", "11"], "--speed"),
         (["--metho", "static"], "--metho"),
         (["--steps", "many"], "--steps: expected a whole number, got 'many'"),
-        (["--steps", "-3"], "--steps must be at least 1, got -3"),
+        (["--steps", "-3"], "--steps must be at least 1 and at most 2147483647, got -3"),
         (["--density", "1.5"], "--density must be above 0 and at most 1, got 1.5"),
         (["--density", "0.001"], "--density 0.001: "),
         (["--density", "half"], "--density: expected a number, got 'half'"),
@@ -77,6 +77,17 @@ def test_whole_words_reach_the_run(tmp_path, capsys):
         (["--bounds", "0.5"], "--bounds"),
         (["--bounds", "0.6", "0.5"], "--bounds must be LO not above HI"),
         (["--resolution", "20"], "--resolution must be"),
+        (["--density", "1"], "--density must be below 1 with --method ddst-relaxed"),
+        (["--method", "sdst-rigl", "--density", "1.0"], "--density must be below 1 with --method sdst-rigl"),
+        (["--method", "sdst-set", "--grown-second-moment", "score"], "--grown-second-moment score needs gradient"),
+        (["--br-eps", "inf"], "--br-eps must be at least 0 and finite, got inf"),
+        (["--lr", "inf"], "--lr must be above 0 and finite, got inf"),
+        (["--sn-noise", "inf"], "--sn-noise must be from 0 to 1, got inf"),
+        (["--seed", "99999999999999999999"], "--seed must be at least 0 and below 2**63, got 99999999999999999999"),
+        (["--br-window", "9" * 20], "--br-window must be at least 1 and at most 2147483647"),
+        (["--threads", "99999"], "--threads must be at least 0 and at most 1024"),
+        (["--width-g", "2000000000"], "--width-g, --width-d and --latent do not fit"),
+        (["--block", "64x64"], "--density 0.3: density 0.3 cannot be met with blocks of 64x64"),
         (["--data", "no/such/folder"], "data folder no/such/folder does not exist"),
     ],
 )
@@ -85,6 +96,28 @@ def test_wrong_settings_are_one_line_with_code_2(tmp_path, capsys, words, contai
     assert code_of(["train", *WORDS, "--out", out, *words]) == 2
     assert_one_line(capsys, contains)
     assert not out.exists()
+
+
+def test_what_only_the_library_refuses_is_one_line_that_names_the_option(tmp_path, capsys, monkeypatch):
+    def refuses(*args, **kwargs):
+        raise TypeError("drop_fraction must be\nsomething else")
+
+    monkeypatch.setattr("ddst.train.loop.DDST", refuses)
+    assert code_of(["train", *WORDS, "--out", tmp_path / "run"]) == 2
+    assert_one_line(capsys, "error: --drop-fraction must be something else")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["ddst-relaxed", "ddst-strict", "sdst-rigl"])
+def test_discriminator_may_start_dense(tmp_path, method):
+    """And shrinks where the method steers its density."""
+    out = tmp_path / "run"
+    words = ["--method", method, "--density-d", "1.0", "--bounds", "2", "3", "--steps", "6", "--fd-samples", "2"]
+    assert code_of(["train", *WORDS, *words, "--out", out, "--stop-after", "6"]) == 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    densities = [e["density_d"] for e in log if "loss_d" in e]
+    assert densities[0] == 1
+    assert densities[-1] == (1 if method == "sdst-rigl" else pytest.approx(0.95, abs=0.02))
 
 
 def test_out_is_required(capsys):
@@ -177,6 +210,12 @@ def test_help_shows_every_option_with_its_default(capsys):
         assert flag(name) in said
         if declared.shown:
             assert f"(default: {declared.shown})" in said
+    for text in (
+        "ranks them within each layer or over the network",
+        "of a layer or, with --scope global and changes of D's density, of the network",
+        "mean_of_ratios leaves out samples whose denominator is not above --br-eps",
+    ):
+        assert text in said
     for default in ("(default: 0.45 0.55)", "(default: 16x16)", "(default: relaxed 1, strict 0.5)"):
         assert default in said
 

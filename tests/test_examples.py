@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ddst
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -26,7 +28,14 @@ def test_own_gan_trains_sparse(tmp_path):
     decisions = [line for line in done.stdout.splitlines() if line.startswith("step ")]
     assert len(decisions) == 9
     assert any("warm-up" not in line for line in decisions)
-    assert all("d_D 0." in line or "d_D 1." in line for line in decisions)
+    densities = [float(line.rpartition("d_D ")[2]) for line in decisions]
+    assert densities[0] == pytest.approx(0.2, abs=0.02)
+    actions = [line.split(": ")[1].partition(",")[0] for line in decisions]
+    for action, before, after in zip(actions[1:], densities, densities[1:], strict=False):
+        change = after - before
+        assert {"grow": change > 0, "drop": change < 0, "keep": change == 0}[action], decisions
+        assert abs(change) < 0.07, decisions
+    assert set(actions) > {"keep"}
 
 
 def test_own_gan_is_short_and_adds_about_five_lines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -125,6 +126,9 @@ def test_mask_shape_and_block_sizes(problem: tuple[tuple[int, ...], tuple[int, i
     counted = blocks_of(torch.ones(shape), block)[:, :, 0].sum((-2, -1)).long()
     assert torch.equal(topology.block_sizes(shape, block), counted)
     assert topology.block_sizes(shape, block).sum() == shape[0] * shape[1]
+    sizes = topology.mask_sizes(shape, block)
+    assert sizes.shape == mask_dims(shape, block)
+    assert torch.equal(sizes.flatten(2).sum(2) if sizes.dim() == 4 else sizes, counted * math.prod(shape[2:]))
 
 
 @modest
@@ -203,6 +207,7 @@ def test_mask_change_refuses_a_tensor_of_another_mask_and_keeps_copies_of_the_ma
         (lambda: topology.build_topology(torch.ones(2, 2)), TypeError, "bool"),
         (lambda: topology.build_topology(torch.ones(2, 2, 2, dtype=torch.bool)), ValueError, "mask"),
         (lambda: topology.build_topology(torch.ones(4, dtype=torch.bool)), ValueError, "mask"),
+        (lambda: topology.build_topology(torch.ones(2, 2, dtype=torch.bool, device="meta")), ValueError, "meta"),
         (lambda: topology.pack(torch.ones(4, 4), torch.ones(2, 1, dtype=torch.bool), (2, 2)), ValueError, "mask"),
         (lambda: topology.unpack(torch.ones(1, 2, 2), torch.ones(1, 1, dtype=torch.bool), (4, 4)), ValueError, "mask"),
         (lambda: topology.random_mask((4, 4), (2, 2), 5), ValueError, "nnz"),

@@ -18,7 +18,7 @@ from ddst.gan.ema import EMA
 from ddst.nn import SparseLayer
 from ddst.sparsity.algorithm import SparseTraining, check_steps
 from ddst.sparsity.density import NetworkDensity
-from ddst.sparsity.schedule import make_schedule
+from ddst.sparsity.schedule import FINAL_FRACTION, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport, has_single_weight_blocks
 
 MODES = ("relaxed", "strict", "sdst")
@@ -75,12 +75,13 @@ class DDST:
         bounds: ``(B−, B+)``. delta: ``Δ``, a density.
         density_range: of D; None: (0.05, 1) relaxed, (0.05, 0.5) strict.
         br_every: iterations between two measurements of the balance ratio.
-        br_window: iterations the ratio is averaged over: ``br_window / br_every`` samples. br_average, br_eps: see
-            :class:`BalanceRatio`.
+        br_window: iterations the ratio is averaged over: ``br_window / br_every`` samples.
+        br_average: of the window: "mean_of_ratios" (the paper's) or "ratio_of_means"; None: the first for 1×1 blocks in
+            D, else the second. br_eps: ``ε``. See :class:`BalanceRatio`.
         warmup: iterations without a decision; None: 0 for 1×1 blocks in D (the window does it), else an eighth of the
             run, at most 1,000.
         drop_fraction, drop_fraction_d: ``ζ0`` of G, and of D's exchanges at ``d_max``; None: 0.5 for 1×1 blocks, else
-            0.3. schedule: of both.
+            0.3. drop_fraction_end, schedule: of both.
         scope, ranking, max_norm_share, grown_second_moment: of both, see :class:`ddst.SparseTraining`. Changes of D's
             density are ranked over the whole of D.
         exempt_g, exempt_d: names of layers that never change, or "ends" (first and last); None: D's ends for blocks
@@ -99,7 +100,9 @@ class DDST:
     Numerics: deterministic; resume from :meth:`state_dict` is bit-exact. Measuring changes nothing: buffers (batch
         norm, spectral norm) and the random state are put back. The gradient that scores D's blocks is that of the last
         step of ``opt_d``; what G's loss sends through D is kept apart, whether D is frozen then or not.
-    Cost: a measurement is one forward pass of G and two of D, every ``br_every`` iterations.
+    Cost: a measurement is one forward pass of G and two of D, every ``br_every`` iterations. Before an update of G and
+        a decision about D, the activations and gradients of one step of theirs stay in memory until :meth:`step`; the
+        block scores are computed from them only if blocks are to grow. See :class:`ddst.SparseTraining` for updates.
     Source: Wang et al., *Balanced Training for Sparse GANs* (2023), both settings; the defaults for blocks larger than
         1×1 are this library's, see :class:`ddst.SparseTraining`, :class:`BalanceRatio`, :class:`DensityController`.
 
@@ -140,11 +143,12 @@ class DDST:
         density_range: tuple[float, float] | None = None,
         br_every: int = 10,
         br_window: int = 1000,
-        br_average: str = "ratio_of_means",
+        br_average: str | None = None,
         br_eps: float = 1e-3,
         warmup: int | None = None,
         drop_fraction: float | None = None,
         drop_fraction_d: float | None = None,
+        drop_fraction_end: float = FINAL_FRACTION,
         schedule: str | Callable[[int], float] = "cosine",
         scope: str | None = None,
         ranking: str | None = None,
@@ -174,6 +178,10 @@ class DDST:
         self.br_window = check_steps("br_window", br_window)
         if self.br_window < self.br_every:
             raise ValueError(f"br_window must be at least br_every ({br_every} iterations), got {br_window}")
+        self.network_d = NetworkDensity(discriminator)
+        single = has_single_weight_blocks(self.network_d.layers)
+        if br_average is None:
+            br_average = "mean_of_ratios" if single else "ratio_of_means"
         self.balance = BalanceRatio(self.br_window // self.br_every, br_average, br_eps)
         self._generate, self._score = generate or generator, score or discriminator
 
@@ -183,18 +191,16 @@ class DDST:
             "max_norm_share": max_norm_share,
             "grown_second_moment": grown_second_moment,
         }
-        self.network_d = NetworkDensity(discriminator)
         self.updater_d: TopologyUpdater | None = None
         self.controller: DensityController | None = None
         if mode != "sdst":
             if not self.network_d.layers:
                 raise ValueError(f'discriminator has no sparse layers, which mode="{mode}" changes: sparsify it first')
-            single = has_single_weight_blocks(self.network_d.layers)
             if warmup is None:
                 warmup = 0 if single else min(total_steps // 8, 1000)
             self.controller = DensityController(mode, bounds, delta, density_range, warmup)
             initial = (0.5 if single else 0.3) if drop_fraction_d is None else drop_fraction_d
-            self._fraction_d = make_schedule(schedule, initial, total_steps, "drop_fraction_d")
+            self._fraction_d = make_schedule(schedule, initial, total_steps, "drop_fraction_d", drop_fraction_end)
             exempt = (() if single else "ends") if exempt_d is None else exempt_d
             self.updater_d = TopologyUpdater(discriminator, opt_d, exempt=exempt, **shared)
         self.training_g = SparseTraining(
@@ -204,6 +210,7 @@ class DDST:
             total_steps=total_steps,
             interval=interval_g,
             drop_fraction=drop_fraction,
+            drop_fraction_end=drop_fraction_end,
             schedule=schedule,
             exempt=exempt_g,
             seed=seed,

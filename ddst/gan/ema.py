@@ -15,8 +15,9 @@ from ddst.nn import sparse_layers
 class EMA:
     """``w̄ ← γ w̄ + (1 − γ) w``, on active blocks: what the model drops leaves the average, what it grows enters as 0.
 
-    :attr:`module` is a copy of the model to generate images with. Its masks are brought to the model's before each
-    update, so it is as sparse as the model. Buffers (batch norm's statistics) are copied, not averaged.
+    :attr:`module` is a copy of the model to generate images with. Its masks, dtypes and devices are brought to the
+    model's before each update, so it is as sparse as the model. Buffers (batch norm's statistics) are copied, not
+    averaged.
 
     Args:
         model: the model that is trained.
@@ -71,7 +72,10 @@ class EMA:
 
     @torch.no_grad()
     def follow_topology(self) -> None:
-        """Brings the masks to the model's: dropped blocks leave, grown ones enter with the value 0."""
+        """Brings the masks to the model's: dropped blocks leave, grown ones enter with the value 0. Likewise dtypes and
+        devices, where the model has been converted or moved.
+        """
+        self._follow_moves()
         for i, (layer, shadow) in enumerate(self._pairs):
             if self._versions[i] != layer.mask_version:
                 if not torch.equal(layer.block_mask, shadow.block_mask):
@@ -83,6 +87,17 @@ class EMA:
                     if norm is not None:
                         norm.set_block_mask(layer.block_mask)
                 self._versions[i] = layer.mask_version
+
+    def _follow_moves(self) -> None:
+        for module, shadow in zip(self.model.modules(), self.module.modules(), strict=True):
+            for name, weight in module._parameters.items():
+                mine = shadow._parameters[name]
+                if weight is not None and mine is not None:
+                    mine.data = mine.data.to(weight.device, weight.dtype)
+            for name, buffer in module._buffers.items():
+                held = shadow._buffers[name]
+                if buffer is not None and held is not None:
+                    shadow._buffers[name] = held.to(buffer.device, buffer.dtype)
 
     def _copy_buffers(self) -> None:
         buffers = dict(self.module.named_buffers())

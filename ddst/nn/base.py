@@ -98,11 +98,10 @@ class SparseLayer(nn.Module):
         if self.values.is_meta:  # nothing to fill, and a mask without entries
             return
         index = self._index()
-        widths = (self.weight_shape[1] - self.block[1] * torch.arange(self.block_mask.shape[1])).clamp(
-            max=self.block[1]
-        )
+        columns = torch.arange(self.block_mask.shape[1], device="cpu")
+        widths = (self.weight_shape[1] - self.block[1] * columns).clamp(max=self.block[1])
         row = index.block_row.long()
-        fan_in = torch.zeros(self.block_mask.shape[0], dtype=torch.float64)
+        fan_in = torch.zeros(self.block_mask.shape[0], dtype=torch.float64, device="cpu")
         fan_in.index_add_(0, row.cpu(), widths.double()[index.block_col.long().cpu()])
         dense_fan_in = math.prod(self.weight_shape[1:])
         bound = torch.where(fan_in > 0, fan_in, max(dense_fan_in, 1)).rsqrt().to(self.values)
@@ -213,6 +212,7 @@ class SparseLayer(nn.Module):
         """Ends a request and frees what was recorded."""
         if self._recorder is not None:
             self._recorder.close()
+            self._recorder.on_first = None  # a graph of before may still write into it
         self._recorder = None
 
     def take_scores(self) -> Tensor:
@@ -284,7 +284,7 @@ class SparseLayer(nn.Module):
     def _compute(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
-    # --- moves, copies and state dicts -------------------------------------------------------------------------------------
+    # --- moves, copies and state dicts ------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -299,8 +299,8 @@ class SparseLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Also takes a dense layer's ``weight``, keeping the active blocks, and packed values of another mask.
 
-        A mask that comes with the checkpoint is taken over, so load the optimizer's state as well: what it holds has the
-        shape of the old values.
+        A mask that comes with the checkpoint is taken over, so load the optimizer's state as well: what it holds
+        has the shape of the old values.
         """
         norm = self.spectral_norm
         if norm is not None:
@@ -344,8 +344,8 @@ def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
         raise TypeError(f"module must be an nn.{kind.__name__}, got {type(module).__name__}")
     if type(module) is not kind or not isinstance(module._parameters.get("weight"), nn.Parameter):
         raise ValueError(
-            f"module must be a plain nn.{kind.__name__}, got {type(module).__name__} with a computed weight or a forward "
-            "pass of its own; ddst.sparsify carries spectral norm over"
+            f"module must be a plain nn.{kind.__name__}, got {type(module).__name__} with a computed weight or "
+            "a forward pass of its own; ddst.sparsify carries spectral norm over"
         )
 
 

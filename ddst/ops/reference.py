@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..topology import as_blocks, grid, split_topology
+from ..topology import as_blocks, from_blocks, grid, split_topology
 from .scores import recorder_of
 
 
@@ -29,9 +29,7 @@ def dense_weight(values: Tensor, topology: Tensor, weight_shape: Sequence[int]) 
     index = split_topology(topology, rows, cols)
     flat = (index.block_row.long() * cols + index.block_col) * taps + index.block_tap
     blocks = values.new_zeros(rows * cols * taps, *block).index_put((flat,), values)
-    tiled = blocks.view(rows, cols, taps, *block).permute(0, 3, 1, 4, 2)
-    padded = tiled.reshape(rows * block[0], cols * block[1], taps)
-    weight = padded[: weight_shape[0], : weight_shape[1]].reshape(tuple(weight_shape))
+    weight = from_blocks(blocks.view(rows, cols, *weight_shape[2:], *block), weight_shape)
     recorder = recorder_of(topology)
     if recorder is not None and weight.requires_grad:
         weight.register_hook(recorder.add_dense)

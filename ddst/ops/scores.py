@@ -17,48 +17,112 @@ import torch
 from torch import Tensor
 
 
-class ScoreRecorder:
-    """Collects the factors of one layer's dense weight gradient; on the reference backend, that gradient itself."""
+class GradientRecord:
+    """The factors of one layer's dense weight gradient; on the reference backend, that gradient itself.
+
+    Nothing is copied: the factors are the activations of the backward pass, kept alive.
+    """
 
     def __init__(self) -> None:
         self.factors: list[tuple[Tensor, Tensor]] = []
         self.dense: Tensor | None = None
+        self._versions: list[tuple[int, int]] = []
+        self._spoilt = False
 
     def add_factors(self, grad_output: Tensor, input: Tensor) -> None:
         self.factors.append((grad_output.detach(), input.detach()))
+        self._versions.append((_version(grad_output), _version(input)))
 
     def add_dense(self, gradient: Tensor) -> None:
         detached = gradient.detach()
         self.dense = detached.clone() if self.dense is None else self.dense + detached
 
-    def clear(self) -> None:
-        self.factors = []
-        self.dense = None
-
     @property
     def empty(self) -> bool:
         return not self.factors and self.dense is None
+
+    @property
+    def intact(self) -> bool:
+        """Whether the factors are still what they were in the backward pass."""
+        return not self._spoilt and self._versions == [(_version(g), _version(x)) for g, x in self.factors]
+
+    def to(self, device: torch.device) -> None:
+        """Takes the record along when its layer moves."""
+        self._spoilt = not self.intact
+        self.factors = [(g.to(device), x.to(device)) for g, x in self.factors]
+        self._versions = [(_version(g), _version(x)) for g, x in self.factors]
+        self.dense = None if self.dense is None else self.dense.to(device)
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the changes in place of a tensor's memory."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class ScoreRecorder:
+    """Where the formulas put what they compute for one topology vector.
+
+    Attributes:
+        record: what has come since the last :meth:`take`.
+        topology: the vector, held so that its address belongs to nothing else while the recorder is open.
+        on_first: called before something comes into an empty record.
+    """
+
+    def __init__(self) -> None:
+        self.record = GradientRecord()
+        self.topology: Tensor | None = None
+        self.on_first: Callable[[], None] | None = None
+        self._address = 0
+
+    def add_factors(self, grad_output: Tensor, input: Tensor) -> None:
+        self._announce()
+        self.record.add_factors(grad_output, input)
+
+    def add_dense(self, gradient: Tensor) -> None:
+        self._announce()
+        self.record.add_dense(gradient)
+
+    def _announce(self) -> None:
+        if self.on_first is not None and self.record.empty:
+            self.on_first()
+
+    def take(self) -> GradientRecord:
+        """The record, which begins anew."""
+        taken, self.record = self.record, GradientRecord()
+        return taken
+
+    def open(self, topology: Tensor) -> None:
+        """Directs here what the formulas compute for this topology, and no other. The caller keeps the recorder alive.
+
+        A vector without memory (on the meta device) has no address to be known by, and nothing is computed with it.
+        """
+        self.close()
+        self.topology = topology
+        self._address = topology.data_ptr()
+        if self._address:
+            _open[self._address] = self
+
+    def close(self) -> None:
+        """Ends what :meth:`open` began; nothing happens when nothing is open."""
+        if _open.get(self._address) is self:
+            del _open[self._address]
+        self.topology, self._address = None, 0
 
 
 # The key is the address of the topology vector: autograd hands the formulas the same storage the layer holds.
 _open: weakref.WeakValueDictionary[int, ScoreRecorder] = weakref.WeakValueDictionary()
 
 
-def open_recorder(topology: Tensor, recorder: ScoreRecorder) -> None:
-    """Directs to ``recorder`` what the formulas compute for this topology. The caller keeps it alive."""
-    _open[topology.data_ptr()] = recorder
-
-
-def close_recorder(topology: Tensor) -> None:
-    """Ends what :func:`open_recorder` began; nothing happens when nothing is open."""
-    _open.pop(topology.data_ptr(), None)
-
-
 def recorder_of(topology: Tensor) -> ScoreRecorder | None:
     """The recorder open for a topology, if any. Under tracing there is none: a layer that records runs eagerly."""
     if not _open or type(topology) not in (Tensor, torch.nn.Parameter):
         return None
-    return _open.get(topology.data_ptr())
+    address = topology.data_ptr()
+    recorder = _open.get(address)
+    # Memory can move under a tensor (share_memory_), and its former address can become another layer's.
+    if recorder is None or recorder.topology is None or recorder.topology.data_ptr() != address:
+        return None
+    return recorder
 
 
 def gradient_is_wanted(tensor: Tensor) -> bool:
@@ -69,6 +133,11 @@ def gradient_is_wanted(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or not tensor.requires_grad:
         return tensor.requires_grad
+    return backward_reaches(tensor)
+
+
+def backward_reaches(tensor: Tensor) -> bool:
+    """Whether the backward pass under way will compute a gradient of ``tensor``, which requires one."""
     node = tensor.grad_fn or torch.autograd.graph.get_gradient_edge(tensor).node
     try:
         return torch._C._will_engine_execute_node(node)

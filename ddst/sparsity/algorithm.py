@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ddst.sparsity.schedule import make_schedule
+from ddst.sparsity.schedule import FINAL_FRACTION, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport
 
 METHODS = ("rigl", "set", "static")
@@ -19,9 +19,10 @@ class SparseTraining:
     """Every ``ΔT`` steps the share ``ζ(t)`` of the active blocks leaves (smallest norm) and as many enter (value 0).
 
     RigL lets the blocks in whose dense gradient has the largest norm, SET draws them at random, "static" changes
-    nothing. The dense gradient is computed in the backward pass before an update only, as block norms, one layer at a
-    time, and never stored. Defaults in the table below hold where every block is a single weight (the paper's
-    settings) or where blocks are larger.
+    nothing. The dense gradient is computed at an update only, as block norms, one layer at a time, and never stored;
+    for it the layers' inputs and output gradients are kept from the backward pass before the update until then.
+    Defaults in the table below hold where every block is a single weight (the paper's settings) or where blocks are
+    larger.
 
     | default of | 1×1 | larger blocks | why |
     | --- | --- | --- | --- |
@@ -37,7 +38,8 @@ class SparseTraining:
         total_steps: ``T``, the number of calls of :meth:`step` of the whole run.
         interval: ``ΔT``, steps between updates: updates are made at multiples of it.
         drop_fraction: ``ζ0``, 0 … 1.
-        schedule: "cosine" (to 0.005 at ``T``), "linear" (the same), "constant", or a function from step to fraction.
+        drop_fraction_end: the fraction at ``T``, for "cosine" and "linear".
+        schedule: "cosine", "linear", "constant", or a function from step to fraction.
         begin, end: updates are made at steps ``begin ≤ t < end`` (``end=None``: ``T``). The first and the last step of
             the run never make one.
         seed: of random growth. generator: or the source of it, on the CPU.
@@ -77,6 +79,7 @@ class SparseTraining:
         total_steps: int,
         interval: int = 100,
         drop_fraction: float | None = None,
+        drop_fraction_end: float = FINAL_FRACTION,
         schedule: str | Callable[[int], float] = "cosine",
         scope: str | None = None,
         ranking: str | None = None,
@@ -110,7 +113,7 @@ class SparseTraining:
             raise ValueError("model has no sparse layers: call ddst.sparsify(model, density) first")
         if drop_fraction is None:
             drop_fraction = 0.5 if self.updater.single_weights else 0.3
-        self._fraction = make_schedule(schedule, drop_fraction, self.total_steps)
+        self._fraction = make_schedule(schedule, drop_fraction, self.total_steps, final=drop_fraction_end)
         self.steps = 0
         self._due: int | None = None
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
-from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from .. import topology as tp
 from ..backends import check_backend
@@ -20,6 +18,9 @@ from .candidates import Candidate, find_candidates, places, spectral_hook
 from .conversion_report import LayerReport, SparsifyReport
 from .distribution import block_counts, check_density, erk_densities, smallest_density, uniform_densities
 from .initial_masks import KINDS, initial_masks
+
+#: Of spectral norms on blocks larger than single weights.
+NOISE = 0.05
 
 _HOOKS = (
     "_forward_hooks",
@@ -43,6 +44,7 @@ def sparsify(
     backend: str = "auto",
     generator: torch.Generator | None = None,
     mask: str = "random",
+    spectral_norm_noise: float | None = None,
 ) -> SparsifyReport:
     """``Σ active / Σ weights = density``: swaps ``nn.Conv2d`` and ``nn.Linear`` for block-sparse layers in place.
 
@@ -68,6 +70,8 @@ def sparsify(
         generator: of random masks; torch's default generator by default.
         mask: "random" blocks (every block row and column covered where the count allows) or those of largest
             "magnitude" (L2 norm).
+        spectral_norm_noise: ``noise`` of the spectral norms (:class:`~ddst.nn.spectral_norm.SpectralNorm`). None: 0 for
+            1×1 blocks (torch's spectral norm of the masked weight, as in the paper), else 0.05.
 
     Returns:
         A report that prints as a table.
@@ -87,6 +91,8 @@ def sparsify(
     1 of 3 layers sparse; density 0.2504, of all convolution and linear weights 0.2504
     """
     check_density(density)
+    if spectral_norm_noise is not None and not spectral_norm_noise >= 0:
+        raise ValueError(f"spectral_norm_noise must be at least 0 or None, got {spectral_norm_noise!r}")
     block = tp.check_block(block)
     check_backend(backend)
     if mask not in KINDS:
@@ -102,7 +108,10 @@ def sparsify(
     counts = block_counts({name: c.shape for name, c in chosen.items()}, densities, block)
     weights = {name: c.weight for name, c in chosen.items() if c.weight is not None}
     masks = initial_masks(weights, counts, densities, block, mask, generator)
-    layers = {name: _sparse_twin(c, masks[name], block, backend) for name, c in chosen.items()}
+    noise = spectral_norm_noise
+    if noise is None:
+        noise = 0.0 if block == (1, 1) else NOISE
+    layers = {name: _sparse_twin(c, masks[name], block, backend, noise) for name, c in chosen.items()}
     report = SparsifyReport(tuple(_report(c, layers.get(c.name)) for c in candidates))
     wanted = sum(densities.get(c.name, 1.0) * c.size for c in candidates if c.counted)
     if distribution == "erk":
@@ -188,7 +197,7 @@ def _report(candidate: Candidate, layer: SparseLayer | None) -> LayerReport:
     )
 
 
-def _sparse_twin(candidate: Candidate, mask: Tensor, block: tuple[int, int], backend: str) -> SparseLayer:
+def _sparse_twin(candidate: Candidate, mask: Tensor, block: tuple[int, int], backend: str, noise: float) -> SparseLayer:
     module, weight = candidate.module, candidate.weight
     assert weight is not None
     # A shell around the raw weight: the layer's own attribute may be a product of its spectral norm.
@@ -220,11 +229,11 @@ def _sparse_twin(candidate: Candidate, mask: Tensor, block: tuple[int, int], bac
     layer.bias = module.bias  # type: ignore[assignment]
     layer.backend = backend
     if candidate.norm is not None:
-        layer.spectral_norm = _sparse_norm(layer, candidate)
+        layer.spectral_norm = _sparse_norm(layer, candidate, noise)
     return layer
 
 
-def _sparse_norm(layer: SparseLayer, candidate: Candidate) -> SpectralNorm:
+def _sparse_norm(layer: SparseLayer, candidate: Candidate, noise: float) -> SpectralNorm:
     dense = candidate.norm
     assert dense is not None
     norm = SpectralNorm(
@@ -233,7 +242,8 @@ def _sparse_norm(layer: SparseLayer, candidate: Candidate) -> SpectralNorm:
         layer.block_mask,
         dense.n_power_iterations,
         dense.eps,
-        style=dense.style,
+        noise,
+        dense.style,
         device=layer.values.device,
         dtype=layer.values.dtype,
     )
@@ -290,22 +300,13 @@ def densify(model: nn.Module) -> nn.Module:
 
 
 def _dense_twin(layer: SparseLayer) -> nn.Module:
-    device = layer.values.device
-    # A new layer and its spectral norm draw numbers that are replaced at once: nothing random is seen from outside.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        with_class: Any = layer  # to_dense is that of SparseConv2d or SparseLinear
-        dense = with_class.to_dense()
-        dense.bias = layer.bias
-        _carry_hooks(layer, dense)
-        norm = layer.spectral_norm
-        if norm is not None:
-            attach: Any = hooked_spectral_norm if norm.style == "hook" else parametrizations.spectral_norm
-            attach(dense, n_power_iterations=norm.n_power_iterations, eps=norm.eps)
-            state = dense.state_dict()
-            _, u, v = DENSE_KEYS[norm.style]
-            state[u].copy_(norm.u)
-            state[v].copy_(norm.v)
-    return dense.train(layer.training)
+    with_class: Any = layer  # _plain_dense is that of SparseConv2d or SparseLinear
+    dense: nn.Module = with_class._plain_dense()
+    dense.bias = layer.bias  # type: ignore[assignment]
+    _carry_hooks(layer, dense)
+    if layer.spectral_norm is not None:
+        layer.spectral_norm.attach_to_dense(dense)
+    return dense
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:

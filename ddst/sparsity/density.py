@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ddst.nn import SparseLayer, sparse_layers
 from ddst.sparsity.candidates import find_candidates
-from ddst.topology import block_sizes
+from ddst.topology import mask_sizes
 
 
 class NetworkDensity:
@@ -19,7 +18,11 @@ class NetworkDensity:
     Args:
         model: its layers are looked up once; their masks may change afterwards.
 
-    Cost: nothing while no mask changes; else one sum over the changed mask.
+    Attributes:
+        layers: the sparse layers by name. dense_weights: of the layers that are dense. total_weights: of all.
+        sizes: per sparse layer int64 ``[R · C · T]``, weights in each block, in the order of :func:`flat_mask`.
+
+    Cost: none to speak of; every layer keeps count of its weights.
 
     >>> import ddst
     >>> model = nn.Sequential(ddst.SparseLinear(64, 64, density=0.25), nn.Linear(64, 16))
@@ -30,18 +33,14 @@ class NetworkDensity:
     def __init__(self, model: nn.Module) -> None:
         self.layers: dict[str, SparseLayer] = dict(sparse_layers(model))
         self.dense_weights = sum(c.size for c in find_candidates(model) if c.counted)
-        self.sizes: dict[str, Tensor] = {name: _flat_sizes(layer) for name, layer in self.layers.items()}
+        self.sizes: dict[str, Tensor] = {
+            name: mask_sizes(layer.weight_shape, layer.block).reshape(-1) for name, layer in self.layers.items()
+        }
         self.total_weights = self.dense_weights + sum(int(size.sum()) for size in self.sizes.values())
-        self._known: dict[str, tuple[int, int]] = {}
 
     def layer_weights(self, name: str) -> int:
         """Active weights of a sparse layer."""
-        layer = self.layers[name]
-        version, active = self._known.get(name, (-1, 0))
-        if version != layer.mask_version:
-            active = int(self.sizes[name][flat_mask(layer)].sum())
-            self._known[name] = (layer.mask_version, active)
-        return active
+        return self.layers[name].active_weights
 
     @property
     def active_weights(self) -> int:
@@ -57,9 +56,3 @@ class NetworkDensity:
 def flat_mask(layer: SparseLayer) -> Tensor:
     """bool ``[R · C · T]`` on the CPU: the block mask in the order of block ids."""
     return layer.block_mask.detach().reshape(-1).cpu()
-
-
-def _flat_sizes(layer: SparseLayer) -> Tensor:
-    """int64 ``[R · C · T]``: weights in each block, in the order of :func:`flat_mask`."""
-    sizes = block_sizes(layer.weight_shape, layer.block).to(torch.int64)
-    return sizes.view(*sizes.shape, *[1] * (layer.block_mask.dim() - 2)).expand(layer.block_mask.shape).reshape(-1)

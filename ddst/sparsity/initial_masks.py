@@ -82,8 +82,7 @@ def initial_masks(
     drafts: dict[str, _Draft] = {}
     for name, weight in weights.items():
         shape = tuple(weight.shape)
-        sizes = tp.block_sizes(shape, block)
-        sizes = sizes.reshape(*sizes.shape, *[1] * (len(shape) - 2)).expand(tp.mask_shape(shape, block))
+        sizes = tp.mask_sizes(shape, block)
         if kind == "magnitude":
             rank = block_norms_of(weight.detach().cpu().double(), block)
             mask = torch.zeros(rank.numel(), dtype=torch.bool)

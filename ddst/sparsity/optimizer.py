@@ -1,4 +1,4 @@
-"""Optimizer state across a change of the block mask: moments of dropped blocks leave, grown ones start at zero."""
+"""Optimizer state across a change of the block mask: it leaves with dropped blocks, and begins anew for grown ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def check_state(optimizer: Optimizer, param: Tensor) -> None:
 def remap_state(
     optimizer: Optimizer, param: Tensor, change: MaskChange, second_moment: Tensor | float | str | None = None
 ) -> None:
-    """``state[id_new] = state[source[id_new]]`` for kept blocks, 0 for grown ones: every state of the old shape.
+    """``state[id_new] = state[source[id_new]]`` for kept blocks, a new weight's state for grown ones.
+
+    That is zero, except where the optimizer itself begins otherwise: Rprop's ``step_size`` at the learning rate,
+    Adagrad's ``sum`` at ``initial_accumulator_value``.
 
     Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, ASGD, Rprop and SGD with momentum keep such states.
     Scalars (step counters) are left alone. ``param`` itself and its gradient are the layer's
@@ -49,7 +52,7 @@ def remap_state(
         param: a layer's ``values``, ``[nnz, b_out, b_in]`` before or after the change.
         change: what :meth:`~ddst.nn.base.SparseLayer.set_block_mask` returned.
         second_moment: what the running mean of squared gradients (``exp_avg_sq``, ``max_exp_avg_sq``, ``square_avg``)
-            of a grown block starts from. None: zero, as every other state. A tensor ``[nnz_new]`` (entries of kept
+            of a grown block starts from. None: zero. A tensor ``[nnz_new]`` (entries of kept
             blocks are not read), or a number: that value at each of the block's weights; negative or not finite
             counts as zero. ``"mean"``: the mean of the state over the blocks that stay.
 
@@ -79,12 +82,15 @@ def remap_state(
     if isinstance(second_moment, Tensor) and second_moment.shape != (nnz,):
         raise ValueError(f"second_moment must have the shape ({nnz},), got {tuple(second_moment.shape)}")
     grown = change.grown
+    starts = _own_starts(optimizer, param)
     for key, old in state.items():
         if not isinstance(old, Tensor) or old.shape != old_shape:
             continue
         new = change.apply(old)
         if key in SECOND_MOMENTS and second_moment is not None and bool(grown.any()):
             _start(new, grown, second_moment)
+        elif key in starts:
+            new[grown] = starts[key]
         state[key] = new
 
 
@@ -100,6 +106,17 @@ def _check_shapes(optimizer: Optimizer, state: dict[str, Any], shape: torch.Size
                 f"optimizer {kind} keeps a state {key!r} of shape {tuple(tensors[0].shape)} for a parameter of shape "
                 f"{tuple(shape)}: a factored or flat state cannot follow a change of topology"
             )
+
+
+def _own_starts(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
+    """The states of a new weight that are not zero, by the settings of the parameter's group."""
+    group: dict[str, Any] = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), {})
+    starts = {}
+    if "step_sizes" in group:  # Rprop
+        starts["step_size"] = group["lr"]
+    if "initial_accumulator_value" in group:  # Adagrad
+        starts["sum"] = group["initial_accumulator_value"]
+    return starts
 
 
 def _start(state: Tensor, grown: Tensor, second_moment: Tensor | float | str) -> None:

@@ -60,7 +60,11 @@ class DropSchedule:
 
 
 def make_schedule(
-    schedule: str | Callable[[int], float], initial: float, total_steps: int, name: str = "drop_fraction"
+    schedule: str | Callable[[int], float],
+    initial: float,
+    total_steps: int,
+    name: str = "drop_fraction",
+    final: float = FINAL_FRACTION,
 ) -> Callable[[int], float]:
     """A schedule from its name, or the user's own function of the step.
 
@@ -73,4 +77,6 @@ def make_schedule(
         raise ValueError(f"schedule must be a function of the step or one of {', '.join(SHAPES)}, got {schedule!r}")
     if not 0 <= initial <= 1:
         raise ValueError(f"{name} must be from 0 to 1 (a share of the active blocks), got {initial}")
-    return DropSchedule(initial, total_steps, schedule)
+    if not 0 <= final <= 1:
+        raise ValueError(f"drop_fraction_end must be from 0 to 1 (a share of the active blocks), got {final}")
+    return DropSchedule(initial, total_steps, schedule, final)

@@ -10,15 +10,45 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ddst.nn import SparseLayer
+from ddst.ops.scores import GradientRecord, backward_reaches
+
+
+class _Pending:
+    """One layer's scores of one step: what they are computed from, or the scores."""
+
+    def __init__(self, layer: SparseLayer, record: GradientRecord | None, scores: Tensor | None = None) -> None:
+        self._layer, self._record, self._scores = layer, record, scores
+        # The layer scores the weight it computes with, W / σ; the optimizer steps W. σ is that of the step.
+        norm = layer.spectral_norm
+        self._sigma = None if norm is None or record is None else norm.sigma(layer)
+
+    @property
+    def scores(self) -> Tensor:
+        """Computed when first asked for; what they are computed from is freed then."""
+        if self._scores is None:
+            assert self._record is not None
+            scores = self._layer.scores_of(self._record)
+            if self._sigma is not None:
+                scores = scores / torch.where(self._sigma > 0, self._sigma, 1)
+            self._scores, self._record = scores, None
+        return self._scores
 
 
 class ScoreCollector:
     """Block scores of the gradient that an optimizer's last step consumed.
 
-    While a request is open, a pre-hook of ``optimizer.step()`` takes each layer's scores, one layer at a time, in
-    place of the former ones: with several steps between two topology updates (the discriminator's), those of the last
-    step count. Without a request nothing is recorded and the hook does nothing. Every backward pass into a layer's
-    values since the former step counts, as it does in ``.grad``; ``zero_grad()`` in between is not seen.
+    While a request is open, a pre-hook of ``optimizer.step()`` takes what each layer's scores are computed from (its
+    inputs and output gradients of that step), in place of the former step's: with several steps between two topology
+    updates (the discriminator's), the last one counts. The scores are computed when :attr:`latest` is asked for, one
+    layer at a time, so a decision that needs none costs none. Without a request nothing is recorded and the hook does
+    nothing. Every backward pass into a layer's values since the former step counts, as it does in ``.grad``;
+    ``zero_grad()`` in between is not seen.
+
+    Memory: while a request is open, the layers' inputs and output gradients of one step, which are let go when the
+    backward pass of the next one begins to record. A backward pass that also reaches the parameters of another
+    network's optimizer (:meth:`set_aside_at`) may be that network's: what it records is held in addition until one of
+    the two optimizers steps. Freezing the network in the other's backward pass (``requires_grad_(False)``) avoids it.
+    The inputs are not copied: one that is changed in place before the scores are computed is an error then.
 
     Args:
         layers: by name; empty for methods that need no gradient.
@@ -28,6 +58,7 @@ class ScoreCollector:
         latest: per layer ``[R, C, kH, kW]`` (linear ``[R, C]``), the L2 norm of each block of the dense gradient with
             respect to the weight; layers that no backward pass reached are missing. With spectral norm, of the raw
             weight without σ's own dependence on it (a rank-one term).
+        requested: whether a request is open.
 
     >>> import ddst
     >>> layer = ddst.SparseLinear(32, 32, density=0.5)
@@ -42,8 +73,9 @@ class ScoreCollector:
 
     def __init__(self, layers: Mapping[str, SparseLayer], optimizer: Optimizer) -> None:
         self.layers = dict(layers)
-        self.latest: dict[str, Tensor] = {}
-        self._aside: dict[str, Tensor] = {}
+        self._taken: dict[str, _Pending] = {}
+        self._aside: dict[str, _Pending] = {}
+        self._others: list[Optimizer] = []
         self.requested = False
         self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._collect())]
 
@@ -55,6 +87,7 @@ class ScoreCollector:
         next step finds nothing newer (a loop that runs both backward passes before both optimizer steps), and never
         replaces scores taken at this optimizer's own step.
         """
+        self._others.append(other)
         self._hooks.append(other.register_step_pre_hook(lambda *_: self._set_aside()))
 
     def request(self) -> None:
@@ -62,11 +95,11 @@ class ScoreCollector:
         self.cancel()
         self.requested = bool(self.layers)
         for layer in self.layers.values():
-            layer.request_scores()
+            layer.request_scores(self._begin)
 
     def cancel(self) -> None:
         """Ends the request and drops the scores."""
-        self.latest, self._aside, self.requested = {}, {}, False
+        self._taken, self._aside, self.requested = {}, {}, False
         for layer in self.layers.values():
             if layer.scores_requested:
                 layer.cancel_scores()
@@ -74,39 +107,46 @@ class ScoreCollector:
     @property
     def arrived(self) -> bool:
         """Whether the gradient asked for has come."""
-        if self.requested and not self.latest:
+        if self.requested and not self._taken:
             # An optimizer that runs a closure computes the gradient after its pre-hook.
             self._collect()
-        return bool(self.latest)
+        return bool(self._taken)
+
+    @property
+    def latest(self) -> dict[str, Tensor]:
+        """The scores by layer, computed when first asked for."""
+        return {name: pending.scores for name, pending in self._taken.items()}
+
+    def _begin(self) -> None:
+        """A backward pass is about to record something: if it is one of this network's loss, former records go."""
+        if not (self._taken or self._aside):
+            return
+        parameters = [p for other in self._others for group in other.param_groups for p in group["params"]]
+        if not any(p.requires_grad and backward_reaches(p) for p in parameters):
+            self._taken, self._aside = {}, {}
 
     def _collect(self) -> None:
         if self.requested:
             taken = self._take()
             if taken or self._aside:
-                self.latest, self._aside = taken or self._aside, {}
+                self._taken, self._aside = taken or self._aside, {}
 
     def _set_aside(self) -> None:
         if self.requested:
-            self._aside = self._take() or self._aside
+            taken = self._take()
+            # With a step's own scores at hand, what another loss sent through is of no use.
+            self._aside = {} if self._taken else taken or self._aside
 
-    def _take(self) -> dict[str, Tensor]:
-        taken = {}
-        for name, layer in self.layers.items():
-            if layer.scores_recorded:
-                scores = layer.take_scores().detach()
-                if layer.spectral_norm is not None:
-                    # The layer scores the weight it computes with, W / σ; the optimizer steps W.
-                    sigma = layer.spectral_norm.sigma(layer)
-                    scores = scores / torch.where(sigma > 0, sigma, 1)
-                taken[name] = scores
-        return taken
+    def _take(self) -> dict[str, _Pending]:
+        layers = {name: layer for name, layer in self.layers.items() if layer.scores_recorded}
+        return {name: _Pending(layer, layer.take_record()) for name, layer in layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether a request is open, and scores taken and not yet used."""
+        """Whether a request is open, and scores taken and not yet used, which are computed for it."""
         return {
             "requested": self.requested,
             "latest": {name: score.clone() for name, score in self.latest.items()},
-            "aside": {name: score.clone() for name, score in self._aside.items()},
+            "aside": {name: pending.scores.clone() for name, pending in self._aside.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -117,8 +157,10 @@ class ScoreCollector:
         self.cancel()
         if state["requested"]:
             self.request()
-        self.latest = {name: score.clone() for name, score in state["latest"].items()}
-        self._aside = {name: score.clone() for name, score in state["aside"].items()}
+        self._taken, self._aside = (
+            {name: _Pending(self.layers[name], None, score.clone()) for name, score in state[key].items()}
+            for key in ("latest", "aside")
+        )
 
     def close(self) -> None:
         """Ends the request and removes the hooks from the optimizers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddst.nn import SparseLayer
+from ddst.nn.spectral_norm import SpectralNorm
 from ddst.sparsity.density import NetworkDensity
 
 
@@ -22,7 +23,8 @@ class WeightMemory:
     Attributes:
         values: parameters (packed values, biases, normalisation). gradients: allocated ones.
         optimizer: state tensors with a parameter's shape. average: parameters of the averaged copy.
-        index: masks and topology vectors, which a dense network does not have; not part of :attr:`total`.
+        index: masks and topology vectors of sparse layers and their spectral norms, of the averaged copy too, which
+            dense networks do not have; not part of :attr:`total`.
         dense: values + gradients + optimizer + average of the same network with dense layers.
     """
 
@@ -73,7 +75,7 @@ def network_stats(
     Args:
         model: the network.
         optimizer: of its parameters; its state counts.
-        average: an averaged copy (:attr:`ddst.EMA.module`); its parameters count.
+        average: an averaged copy (:attr:`ddst.EMA.module`); its parameters and indices count.
 
     Numerics: bytes are those of the allocated storages, so a small view of a large tensor counts with the large one.
 
@@ -101,7 +103,7 @@ def network_stats(
         gradients=storage_bytes(p.grad for p in parameters if p.grad is not None),
         optimizer=storage_bytes(states),
         average=0 if average is None else storage_bytes(average.parameters()),
-        index=storage_bytes(b for layer in network.layers.values() for b in (layer.block_mask, layer.topology)),
+        index=storage_bytes(index for part in (model, average) if part is not None for index in _indices(part)),
         dense=dense,
     )
     sparse_total = sum(int(s.sum()) for s in network.sizes.values())
@@ -113,6 +115,15 @@ def network_stats(
         dense_parameters=sum(grow.get(i, p.numel()) for i, p in held.items()),
         memory=memory,
     )
+
+
+def _indices(model: nn.Module) -> Iterator[Tensor]:
+    """What says where the active blocks are."""
+    for module in model.modules():
+        if isinstance(module, SparseLayer):
+            yield module.block_mask
+        if isinstance(module, SparseLayer | SpectralNorm):
+            yield module.topology
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -80,9 +80,10 @@ class TopologyUpdater:
 
     Numerics: deterministic. What an update drops it may grow back (as in RigL's published algorithm): such a block
         stays as it is, with its values and its optimizer state.
-    Cost: an exchange costs one backward pass with block scores (a dense weight gradient, one layer at a time) and a
-        sort of the blocks' keys. Steps without a request cost nothing. Scores take one number per block: with 1×1
-        blocks as many as the dense weights have.
+    Cost: an exchange or a growth costs the block scores (the operations of a dense weight gradient, one layer at a
+        time) and a sort of the blocks' keys, a drop the sort only. Steps without a request cost nothing; with one, what
+        the scores are made of is kept, see :class:`~ddst.sparsity.scores.ScoreCollector`. Scores take one number per
+        block: with 1×1 blocks as many as the dense weights have.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class TopologyUpdater:
             return list(self.layers)
         if not self.scores.arrived and self.layers:
             raise RuntimeError("no gradient scores: call scores.request() before the backward pass of the update")
-        return [name for name in self.layers if name in self.scores.latest]
+        return list(self.scores.latest)
 
     def _drop(self, masks: Mapping[str, Tensor], amount: float, by_block: bool) -> dict[str, Tensor]:
         norms, keys, sizes = [], [], []
@@ -250,8 +251,9 @@ class TopologyUpdater:
             if torch.equal(mask, layer.block_mask):
                 continue
             change = layer.set_block_mask(mask)
-            remap_state(self.optimizer, layer.values, change, self._second_moment(name, flat))
             entered = int(change.grown.sum())
+            start = self._second_moment(name, flat) if entered else None
+            remap_state(self.optimizer, layer.values, change, start)
             left = int(change.old_mask.sum()) - (change.source.numel() - entered)
             if left:
                 dropped[name] = left

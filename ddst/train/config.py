@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ddst.models import generator_plan
+from ddst.sparsity.schedule import FINAL_FRACTION
 from ddst.train.options import (
     BELOW_ONE,
     BOUNDS,
     COUNT,
     DENSITY,
     NATURAL,
+    NOT_NEGATIVE,
     PAIR_BELOW_ONE,
     POSITIVE,
+    SEED,
     SHARE,
+    THREADS,
     TWO,
     ConfigError,
     Known,
@@ -27,7 +33,9 @@ from ddst.train.options import (
 )
 
 METHODS = ("dense", "static", "sdst-set", "sdst-rigl", "ddst-relaxed", "ddst-strict")
+MOVING = METHODS[2:]  # Those that move G's blocks.
 PRESETS = ("demo", "sngan32", "sngan48")
+EXEMPT = ("none", "ends")
 
 # Settings of where and how long a process runs: a resumed run may be given others and is still the same run.
 FREE_ON_RESUME = ("out", "resume", "stop_after", "checkpoint_every", "sample_every", "compare_steps", "fd_samples")
@@ -61,9 +69,9 @@ class TrainConfig:
     data: str = option("digits", str, "'digits' (1,797 real images, part of scikit-learn) or a folder of image files",
                        metavar="{digits,FOLDER}")
     out: str = option(None, str, "folder for everything the run writes; required", metavar="DIR")
-    steps: int = option(_published(1000, 100_000), int, "generator iterations", shown="demo 1000, published 100000",
+    steps: int = option(_published(800, 100_000), int, "generator iterations", shown="demo 800, published 100000",
                         range=COUNT, metavar="N")
-    seed: int = option(0, int, "of weights, masks, noise and the order of images", range=NATURAL, metavar="S")
+    seed: int = option(0, int, "of weights, masks, noise and the order of images", range=SEED, metavar="S")
     resume: bool = option(False, bool, "continue the run in --out; settings not given are the run's own")
     stop_after: int | None = option(None, int, "end at step K as an interruption would, to be resumed", shown="never",
                                     range=COUNT, metavar="K")
@@ -86,8 +94,7 @@ class TrainConfig:
     distribution: str = option("erk", str, "how the density is shared out over layers", choices=("erk", "uniform"))
     sn_noise: float = option(_blocks(0.0, 0.05), float, "share of noise in D's power iteration, which keeps the "
                              "spectral norm of few blocks from getting stuck", shown="1x1 blocks 0, larger 0.05",
-                             range=NATURAL,
-                             metavar="SHARE")
+                             range=SHARE, metavar="SHARE")
     backend: str = option("auto", str, "'reference' computes with dense weights and masks, for comparison",
                           choices=("auto", "reference"))
 
@@ -96,18 +103,26 @@ class TrainConfig:
                              shown="demo 25, published 500", range=COUNT, metavar="STEPS")
     drop_fraction: float = option(_blocks(0.5, 0.3), float, "share of G's active blocks exchanged at the first update",
                                   shown="1x1 blocks 0.5, larger 0.3", range=SHARE, metavar="SHARE")
-    drop_schedule: str = option("cosine", str, "how that share falls over the run (to 0.005)",
+    drop_schedule: str = option("cosine", str, "how that share falls over the run, to --drop-fraction-end",
                                 choices=("cosine", "linear", "constant"))
-    scope: str = option(_blocks("global", "layer"), str, "G's blocks are ranked within each layer or over the network",
+    drop_fraction_end: float = option(FINAL_FRACTION, float, "share exchanged at the end of the run, of G and of D",
+                                      range=SHARE, metavar="SHARE")
+    scope: str = option(_blocks("global", "layer"), str, "an exchange of blocks (of G; strict: of D too) "
+                        "ranks them within each layer or over the network",
                         shown="1x1 blocks global, larger layer", choices=("layer", "global"))
     ranking: str = option(_blocks("raw", "relative"), str, "blocks are ranked by their norm, or by their RMS relative "
                           "to the layer's", shown="1x1 blocks raw, larger relative",
                           choices=("relative", "raw"))
-    max_norm_share: float | None = option(None, float, "most of a layer's squared norm that one update may drop",
+    max_norm_share: float | None = option(None, float, "most of the squared norm that one update may drop: of a "
+                                          "layer or, with --scope global and changes of D's density, of the network",
                                           shown="no limit", range=SHARE, metavar="SHARE")
     grown_second_moment: str | None = option(None, str, "where Adam's second moment of a grown block starts",
                                              shown="1x1 blocks zero, larger score, with random growth mean",
                                              choices=("zero", "mean", "score"))
+
+    exempt_g: str | None = option(None, str, "layers of G that never change: none, or its first and last",
+                                  shown="ends with --scope global and blocks larger than 1x1, else none",
+                                  choices=EXEMPT)
 
     # The balance ratio and D's density.
     interval_d: int = option(
@@ -123,34 +138,40 @@ class TrainConfig:
     drop_fraction_d: float = option(_blocks(0.5, 0.3), float, "strict: share of D's active blocks exchanged at its "
                                     "highest density", shown="1x1 blocks 0.5, larger 0.3", range=SHARE,
                                     metavar="SHARE")
+    exempt_d: str | None = option(None, str, "layers of D that never change: none, or its first and last",
+                                  shown="1x1 blocks none, larger ends", choices=EXEMPT)
     br_every: int = option(_published(2, 10), int, "steps between measurements of the balance ratio",
                            shown="demo 2, published 10", range=COUNT, metavar="STEPS")
     br_window: int = option(_published(40, 1000), int, "steps the balance ratio is averaged over",
                             shown="demo 40, published 1000", range=COUNT, metavar="STEPS")
-    br_average: str = option(_blocks("mean_of_ratios", "ratio_of_means"), str, "average of the balance ratio",
+    br_average: str = option(_blocks("mean_of_ratios", "ratio_of_means"), str, "average of the balance ratio; "
+                             "mean_of_ratios leaves out samples whose denominator is not above --br-eps, and has no "
+                             "value where they are the majority",
                              shown="1x1 blocks mean_of_ratios, larger ratio_of_means",
                              choices=("ratio_of_means", "mean_of_ratios"))
-    br_eps: float = option(1e-3, float, "smallest meaningful denominator of the balance ratio", range=NATURAL,
+    br_eps: float = option(1e-3, float, "smallest meaningful denominator of the balance ratio", range=NOT_NEGATIVE,
                            metavar="EPS")
-    warmup: int = option(lambda known: 0 if known["preset"] != "demo" else known["steps"] // 8, int,
-                         "steps without a decision on D's density", shown="demo an eighth of the run, published 0",
-                         range=NATURAL, metavar="STEPS")
+    warmup: int | None = option(None, int, "steps without a decision on D's density",
+                                shown="1x1 blocks 0, larger an eighth of the run, at most 1000", range=NATURAL,
+                                metavar="STEPS")
 
     # Optimisation.
     batch: int = option(_published(32, 64), int, "images per batch, real and generated", shown="demo 32, published 64",
                         range=COUNT, metavar="N")
     d_steps: int = option(_published(2, 5), int, "D steps per G step", shown="demo 2, published 5", range=COUNT,
                           metavar="N")
-    lr: float = option(_published(5e-4, 2e-4), float, "learning rate of Adam", shown="demo 0.0005, published 0.0002",
+    lr: float = option(_published(3e-4, 2e-4), float, "learning rate of Adam", shown="demo 0.0003, published 0.0002",
                        range=POSITIVE, metavar="RATE")
     lr_d: float = option(lambda known: known["lr"], float, "the same for D", shown="that of --lr", range=POSITIVE,
                          metavar="RATE")
     betas: tuple[float, float] = option((0.0, 0.9), float, "betas of Adam", words=2, range=PAIR_BELOW_ONE,
                                         metavar=("B1", "B2"))
-    ema: float = option(_published(0.98, 0.999), float, "decay of G's moving average, which makes the samples",
-                        shown="demo 0.98, published 0.999", range=BELOW_ONE, metavar="DECAY")
+    ema: float = option(_published(0.99, 0.999), float, "decay of G's moving average, which makes the samples",
+                        shown="demo 0.99, published 0.999", range=BELOW_ONE, metavar="DECAY")
+    ema_start: int = option(0, int, "first steps that copy G's weights into the average instead", range=NATURAL,
+                            metavar="STEPS")
     threads: int = option(0, int, "threads of torch; results are the same bit for bit only with the same number",
-                          shown="torch's own choice", range=NATURAL, metavar="N")
+                          shown="torch's own choice", range=THREADS, metavar="N")
 
     # What is written.
     sample_every: int = option(_published(100, 1000), int, "steps between sample grids",
@@ -206,6 +227,37 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(f"--density-d-min must not be above --density-d-max, got {limits}")
     if config.br_window < config.br_every:
         raise ConfigError(f"--br-window must be at least --br-every ({config.br_every}), got {config.br_window}")
+    if config.method == "sdst-set" and config.grown_second_moment == "score":
+        raise ConfigError("--grown-second-moment score needs gradient scores, which --method sdst-set does not have")
+    if config.method in MOVING and config.density == 1:
+        raise ConfigError(f"--density must be below 1 with --method {config.method}, which moves G's blocks, got 1.0")
+
+
+@contextmanager
+def setting_errors() -> Iterator[None]:
+    """Turns what the library says of an argument into a `ConfigError` that names the option instead.
+
+    Example:
+        >>> with setting_errors():
+        ...     raise ValueError('grown_second_moment="score" needs growth="gradient"')
+        Traceback (most recent call last):
+        ddst.train.options.ConfigError: --grown-second-moment "score" needs growth="gradient"
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        message = " ".join(str(error).split())
+        argument = re.match(r"(\w+)=? ?", message)
+        if argument and argument[1] in OPTIONS:
+            message = f"{flag(argument[1])} {message[argument.end() :]}"
+        raise ConfigError(message) from error
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        if "allocate" not in message and "overflow" not in message:
+            raise
+        raise ConfigError(f"networks of these --width-g, --width-d and --latent do not fit: {message}") from error
 
 
 def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ddst.data import ImageSet, Sampler
 from ddst.gan import DDST, EMA, StepReport
 from ddst.sparsity.stats import FlopCounter, TrainingFlops
 from ddst.train.checkpoint import CheckpointError, save_checkpoint, truncate_log
-from ddst.train.config import TrainConfig
+from ddst.train.config import TrainConfig, setting_errors
 from ddst.train.log import RunLog
 from ddst.train.options import ConfigError, flag
 from ddst.train.players import build_networks, gan_iteration, make_sparse, with_optimizers
@@ -93,12 +93,13 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.config, self.images = config, images
         self.out = Path(config.out)
-        generator, discriminator = build_networks(config, images.channels)
-        make_sparse(config, generator, discriminator)
-        self.players = with_optimizers(config, generator, discriminator)
-        self.ema = EMA(generator, decay=config.ema)
         self.warnings: list[str] = []
-        self.scheduler = self._make_scheduler()
+        with setting_errors():
+            generator, discriminator = build_networks(config, images.channels)
+            make_sparse(config, generator, discriminator)
+            self.players = with_optimizers(config, generator, discriminator)
+            self.ema = EMA(generator, decay=config.ema, start=config.ema_start)
+            self.scheduler = self._make_scheduler()
         self.sampler = Sampler(len(images), config.batch, config.seed)
         self._noise = torch.Generator().manual_seed(config.seed + 1)
         self.grid_noise = torch.randn(GRID, config.latent, generator=torch.Generator().manual_seed(config.seed + 2))
@@ -133,11 +134,14 @@ class Trainer:
                 warmup=c.warmup,
                 drop_fraction=c.drop_fraction,
                 drop_fraction_d=c.drop_fraction_d,
+                drop_fraction_end=c.drop_fraction_end,
                 schedule=c.drop_schedule,
                 scope=c.scope,
                 ranking=c.ranking,
                 max_norm_share=c.max_norm_share,
                 grown_second_moment=c.grown_second_moment,
+                exempt_g=() if c.exempt_g == "none" else c.exempt_g,
+                exempt_d=() if c.exempt_d == "none" else c.exempt_d,
                 ema=self.ema,
                 seed=c.seed,
             )

@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, field
 from typing import Any
 
 Known = Mapping[str, Any]
+LARGEST = 2**31 - 1  # Of counts: sizes and windows of more do not exist, and C code behind them overflows.
 
 
 class ConfigError(ValueError):
@@ -24,10 +25,13 @@ class Range:
 
 SHARE = Range(lambda v: 0 <= v <= 1, "from 0 to 1")
 DENSITY = Range(lambda v: 0 < v <= 1, "above 0 and at most 1")
-COUNT = Range(lambda v: v >= 1, "at least 1")
-TWO = Range(lambda v: v >= 2, "at least 2")
-NATURAL = Range(lambda v: v >= 0, "at least 0")
-POSITIVE = Range(lambda v: v > 0 and math.isfinite(v), "above 0")
+COUNT = Range(lambda v: 1 <= v <= LARGEST, f"at least 1 and at most {LARGEST}")
+TWO = Range(lambda v: 2 <= v <= LARGEST, f"at least 2 and at most {LARGEST}")
+NATURAL = Range(lambda v: 0 <= v <= LARGEST, f"at least 0 and at most {LARGEST}")
+THREADS = Range(lambda v: 0 <= v <= 1024, "at least 0 and at most 1024")
+SEED = Range(lambda v: 0 <= v < 2**63, "at least 0 and below 2**63")
+NOT_NEGATIVE = Range(lambda v: v >= 0 and math.isfinite(v), "at least 0 and finite")
+POSITIVE = Range(lambda v: v > 0 and math.isfinite(v), "above 0 and finite")
 BELOW_ONE = Range(lambda v: 0 <= v < 1, "at least 0 and below 1")
 PAIR_BELOW_ONE = Range(lambda v: all(0 <= x < 1 for x in v), "two numbers of at least 0 and below 1")
 BOUNDS = Range(lambda v: all(map(math.isfinite, v)) and v[0] <= v[1], "LO not above HI")

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.optim import Adam
 
 from ddst.models import Discriminator, Generator
-from ddst.nn.spectral_norm import SpectralNorm
 from ddst.sparsity import sparsify
 from ddst.train.config import TrainConfig
 from ddst.train.options import ConfigError, flag
@@ -51,13 +50,20 @@ def make_sparse(config: TrainConfig, generator: Generator, discriminator: Discri
         ("density", generator, config.density),
         ("density_d", discriminator, config.density_d),
     ):
+        # ERK at density 1 swaps nothing; layers whose density may change are swapped full of blocks.
+        starts_full = density == 1 and net is discriminator and config.method.startswith("ddst")
+        distribution = "uniform" if starts_full else config.distribution
         try:
-            sparsify(net, density, block=config.block, distribution=config.distribution, backend=config.backend)
+            sparsify(
+                net,
+                density,
+                block=config.block,
+                distribution=distribution,
+                backend=config.backend,
+                spectral_norm_noise=config.sn_noise,
+            )
         except ValueError as error:
             raise ConfigError(f"{flag(name)} {density}: {' '.join(str(error).split())}") from error
-    for module in discriminator.modules():
-        if isinstance(module, SpectralNorm):
-            module.noise = config.sn_noise
 
 
 def with_optimizers(config: TrainConfig, generator: Generator, discriminator: Discriminator) -> Players:

@@ -34,6 +34,9 @@ def test_defaults_of_the_modes_and_blocks():
     assert (relaxed.controller.density_range, strict.controller.density_range) == ((0.05, 1.0), (0.05, 0.5))
     assert relaxed.controller.bounds == (0.45, 0.55)
     assert relaxed.balance.window == 100
+    averages = (relaxed.balance.average, single.balance.average, built((1, 1), mode="sdst").balance.average)
+    assert averages == ("ratio_of_means", "mean_of_ratios", "mean_of_ratios")
+    assert built((1, 1), br_average="ratio_of_means").balance.average == "ratio_of_means"
     assert (relaxed.controller.warmup, single.controller.warmup) == (1000, 0)
     assert (relaxed.training_g.drop_fraction(0), single.training_g.drop_fraction(0)) == (0.3, 0.5)
     assert (strict._fraction_d(0), single._fraction_d(0)) == (0.3, 0.5)

@@ -85,6 +85,22 @@ def test_following_spectral_norm_draws_no_random_numbers():
     torch.testing.assert_close(ema.module(images), model(images))
 
 
+def test_follows_the_models_dtype():
+    model = nn.Sequential(classifier(), nn.BatchNorm1d(10))
+    for layer in sparse_layers(model).values():
+        spectral_norm(layer)
+    ema = EMA(model, decay=0.5)
+    before = ema.module[0][7].bias.clone()
+    model.double()
+    model[0][2].set_block_mask(~model[0][2].block_mask)
+    nn.init.constant_(model[0][7].bias, 1.0)
+    ema.update()
+    for (name, mine), theirs in zip(ema.module.state_dict().items(), model.state_dict().values(), strict=True):
+        assert mine.dtype == theirs.dtype, name
+    torch.testing.assert_close(ema.module[0][7].bias, 0.5 * before.double() + 0.5)
+    assert ema.module(batch(0)[0].double()).dtype == torch.float64
+
+
 def test_state_is_restored_with_its_masks():
     model = classifier()
     adam = torch.optim.Adam(model.parameters(), lr=0.05)

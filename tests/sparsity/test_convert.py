@@ -271,6 +271,22 @@ def test_a_module_used_twice_is_swapped_once_and_stays_shared() -> None:
     assert model["a"] is model["b"][0] is model["c"][1]
 
 
+@pytest.mark.parametrize("block, given, noise", [(1, None, 0.0), (16, None, 0.05), ((1, 2), None, 0.05), (1, 0.1, 0.1)])
+def test_noise_of_spectral_norm_is_zero_for_single_weights_unless_given(
+    block: tuple[int, int] | int, given: float | None, noise: float
+) -> None:
+    model = nn.Sequential(hooked_spectral_norm(nn.Linear(32, 32)), parametrizations.spectral_norm(nn.Linear(32, 32)))
+    sparsify(model, 0.5, block=block, spectral_norm_noise=given)
+    assert [layer.spectral_norm.noise for layer in sparse_layers(model).values()] == [noise, noise]
+
+
+def test_negative_noise_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(ValueError, match="spectral_norm_noise"):
+        sparsify(model, 0.5, spectral_norm_noise=-1.0)
+    assert type(model[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("style", ["hook", "parametrization"])
 @pytest.mark.parametrize("training", [True, False])
 def test_spectral_norm_is_carried_over_and_given_back(style: str, training: bool) -> None:

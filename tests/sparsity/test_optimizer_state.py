@@ -25,6 +25,7 @@ OPTIMIZERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1),
     "rmsprop-centered": lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "adagrad-begun": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=100.0),
     "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.1),
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
@@ -32,6 +33,9 @@ OPTIMIZERS = {
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "sgd-nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
 }
+
+# What the optimizers themselves give a new weight, where it is not zero.
+BEGINNINGS = {("rprop", "step_size"): 0.1, ("adagrad-begun", "sum"): 100.0}
 
 
 def mask_of(*active):
@@ -67,9 +71,9 @@ def test_follows_a_masked_dense_twin_through_mask_changes(kind):
             set_mask(packed, packed_opt, before, mask)
             kept = (before[0] & on).view(-1, 1, 1)
             dense.data.mul_(kept)
-            for state in dense_opt.state[dense].values():
+            for key, state in dense_opt.state[dense].items():
                 if isinstance(state, torch.Tensor) and state.shape == dense.shape:
-                    state.mul_(kept)
+                    state.copy_(torch.where(kept, state, BEGINNINGS.get((kind, key), 0.0)))
         for _ in range(3):
             grad = torch.randn(BLOCKS, *BLOCK) * on.view(-1, 1, 1)
             step(dense_opt, dense, grad)
@@ -81,6 +85,24 @@ def test_follows_a_masked_dense_twin_through_mask_changes(kind):
                 torch.testing.assert_close(state, twin[on], rtol=1e-5, atol=1e-7)
             elif isinstance(state, torch.Tensor):
                 torch.testing.assert_close(state, twin)
+
+
+@pytest.mark.parametrize("kind", ["rprop", "adagrad", "adagrad-begun"])
+def test_a_grown_block_moves_as_a_new_weight_does(kind):
+    old, new = mask_of(0, 1), mask_of(0, 5)
+    packed, fresh = nn.Parameter(torch.randn(2, *BLOCK)), nn.Parameter(torch.zeros(1, *BLOCK))
+    optimizer, other = OPTIMIZERS[kind]([packed]), OPTIMIZERS[kind]([fresh])
+    for group in (*optimizer.param_groups, *other.param_groups):
+        group["lr_decay"] = 0.0
+    for _ in range(3):
+        step(optimizer, packed, torch.randn_like(packed))
+    set_mask(packed, optimizer, old, new)
+    for _ in range(3):
+        grad = torch.randn_like(packed)
+        step(optimizer, packed, grad)
+        step(other, fresh, grad[1:])
+    assert fresh.detach().abs().min() > 0
+    torch.testing.assert_close(packed.detach()[1:], fresh.detach())
 
 
 def stepped_adam(mask, **options):

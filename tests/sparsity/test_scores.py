@@ -1,6 +1,8 @@
 """Which backward pass the growth scores come from, and that nothing is recorded without a request."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from ddst.nn import sparse_layers
 from ddst.nn.spectral_norm import spectral_norm
 from ddst.sparsity.scores import ScoreCollector
-from helpers.training import ToyGan, batch, classifier, dense_gradient_norms, train_step
+from helpers.training import ToyGan, batch, classifier, dense_gradient_norms, make, run, train_step
 
 
 def dense_norms_of_the_loss(model, loss_of):
@@ -92,7 +94,7 @@ def test_no_score_is_computed_before_the_request(monkeypatch):
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     calls = []
     for layer in sparse_layers(model).values():
-        monkeypatch.setattr(layer, "take_scores", lambda layer=layer: calls.append(layer))
+        monkeypatch.setattr(layer, "take_record", lambda layer=layer: calls.append(layer))
     ScoreCollector(sparse_layers(model), sgd)
     train_step(model, sgd, 1)
     assert not calls
@@ -190,6 +192,115 @@ def test_state_restores_the_request_and_scores_in_waiting():
     state["latest"]["0"] = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="'0'"):
         other.load_state_dict(state)
+
+
+def counted_scores(monkeypatch, model):
+    """The layers whose scores are computed, in order."""
+    calls = []
+    for name, layer in sparse_layers(model).items():
+
+        def scores_of(record, name=name, original=layer.scores_of):
+            calls.append(name)
+            return original(record)
+
+        monkeypatch.setattr(layer, "scores_of", scores_of)
+    return calls
+
+
+def test_scores_are_computed_once_and_only_when_asked_for(monkeypatch):
+    model = classifier()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    collector = ScoreCollector(sparse_layers(model), sgd)
+    calls = counted_scores(monkeypatch, model)
+    collector.request()
+    for seed in range(5):
+        train_step(model, sgd, seed)
+    assert collector.arrived
+    assert calls == []
+    first = collector.latest
+    assert calls == list(sparse_layers(model))
+    again = collector.latest
+    assert all(again[name] is first[name] for name in first)
+    collector.cancel()
+    assert len(calls) == len(first)
+
+
+@pytest.mark.parametrize("action, computed", [("keep", 0), ("drop", 0), ("grow", 1)])
+def test_a_decision_computes_the_scores_it_needs(monkeypatch, action, computed):
+    gan, scheduler = make(ToyGan(d_steps=5), exempt_d=(), grown_second_moment="score", delta=0.1)
+    ratio = {"keep": 0.5, "drop": 0.1, "grow": 0.9}[action]
+    monkeypatch.setattr(scheduler, "_measure", lambda *_: scheduler.balance.add(ratio, 1.0))
+    calls = counted_scores(monkeypatch, gan.d)
+    report = run(gan, scheduler, 4)[-1]
+    assert report.decision.action == action
+    assert len(calls) == computed * len(sparse_layers(gan.d))
+
+
+def factors_alive(steps):
+    """How many of some steps' inputs are still held by someone."""
+    return [sum(memory() is not None for memory in step) for step in steps]
+
+
+@pytest.mark.parametrize("spectral", [False, True])
+def test_one_steps_activations_are_held_and_go_with_the_scores(spectral):
+    model = classifier()
+    layers = sparse_layers(model)
+    if spectral:
+        for layer in layers.values():
+            spectral_norm(layer)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    collector = ScoreCollector(layers, sgd)
+    steps, in_backward = [], []
+
+    def see(module, inputs):
+        steps[-1].append(weakref.ref(inputs[0].untyped_storage()))
+
+    handles = [layer.register_forward_pre_hook(see) for layer in layers.values()]
+    handles.append(model[0].values.register_hook(lambda grad: in_backward.append(factors_alive(steps))))
+    collector.request()
+    for seed in range(3):
+        steps.append([])
+        train_step(model, sgd, seed)
+    gc.collect()
+    # The former steps' are gone when the backward pass of a step has come to its end, ...
+    assert [seen[:-1] for seen in in_backward] == [[], [0], [0, 0]]
+    assert factors_alive(steps) == [0, 0, 4]
+    collector.state_dict()  # ... and the last one's when the scores are computed.
+    assert factors_alive(steps) == [0, 0, 0]
+
+
+def test_in_an_unfrozen_network_the_other_loss_does_not_drive_out_a_steps_own_record():
+    gan = ToyGan(detach=True, freeze=False, d_steps=2)
+    collector = ScoreCollector(sparse_layers(gan.d), gan.opt_d)
+    collector.set_aside_at(gan.opt_g)
+    collector.request()
+    gan.d_backward()
+    gan.opt_d.step()
+    expected = {name: scores.clone() for name, scores in collector.latest.items()}
+    assert set(expected) == set(sparse_layers(gan.d))
+    gan.g_backward()
+    torch.testing.assert_close(collector.latest, expected, rtol=0, atol=0)
+    gan.opt_g.step()
+    torch.testing.assert_close(collector.latest, expected, rtol=0, atol=0)
+    assert not collector.state_dict()["aside"]
+    assert not any(layer.scores_recorded for layer in sparse_layers(gan.d).values())
+    gan.d_backward()
+    assert not collector.latest
+    gan.opt_d.step()
+    assert set(collector.latest) == set(expected)
+
+
+def test_an_input_changed_in_place_before_the_update_is_an_error():
+    model = classifier()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    collector = ScoreCollector(sparse_layers(model), sgd)
+    collector.request()
+    images, _ = batch(1)
+    model(images).sum().backward()
+    sgd.step()
+    images.zero_()
+    with pytest.raises(RuntimeError, match="in place"):
+        collector.latest  # noqa: B018
 
 
 def test_close_removes_the_hooks():

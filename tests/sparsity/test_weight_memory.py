@@ -50,7 +50,22 @@ def test_values_gradients_adam_and_average_take_at_most_1_15_of_their_share(kind
     assert stats.memory.gradients == pytest.approx(stats.memory.values, rel=0.01)
     assert stats.memory.optimizer == pytest.approx(2 * stats.memory.values, rel=0.01)
     assert stats.memory.average == pytest.approx(stats.memory.values, rel=0.01)
-    assert stats.memory.index <= 0.05 * stats.memory.values
+    assert stats.memory.index <= 0.03 * stats.memory.total  # of the average and the spectral norms, too
+
+
+def test_index_counts_masks_and_topologies_of_spectral_norms_and_of_the_average():
+    model = network(spectral=True)
+    average = ddst.EMA(model).module
+
+    def of(net):
+        layers = sparse_layers(net).values()
+        own = sum(layer.block_mask.nbytes + layer.topology.nbytes for layer in layers)
+        return own, sum(layer.spectral_norm.topology.nbytes for layer in layers)
+
+    layers, norms = of(model)
+    assert norms > 0
+    assert network_stats(model).memory.index == layers + norms
+    assert network_stats(model, average=average).memory.index == 2 * (layers + norms)
 
 
 class Watch(TorchDispatchMode):

@@ -27,7 +27,7 @@ def test_published_settings():
     assert (c.steps, c.resolution, c.width_g, c.width_d, c.batch, c.d_steps) == (100_000, 32, 256, 128, 64, 5)
     assert (c.lr, c.betas, c.ema) == (2e-4, (0.0, 0.9), 0.999)
     assert (c.interval_g, c.interval_d, c.bounds, c.delta) == (500, 1000, (0.45, 0.55), 0.05)
-    assert (c.br_every, c.br_window, c.density_d_min, c.warmup) == (10, 1000, 0.05, 0)
+    assert (c.br_every, c.br_window, c.density_d_min, c.warmup) == (10, 1000, 0.05, None)
     strict = resolve({"out": "x", "preset": "sngan48", "method": "ddst-strict"})
     assert (strict.interval_d, strict.density_d_max, strict.resolution, strict.width_g) == (2000, 0.5, 48, 512)
 
@@ -44,8 +44,8 @@ def test_given_density_is_that_of_the_discriminator_unless_it_has_its_own():
         ({"density": 0.0}, "--density must be above 0 and at most 1, got 0.0"),
         ({"density_d": 1.5}, "--density-d must be above 0"),
         ({"method": "magic"}, "--method must be one of dense, static, .* got magic"),
-        ({"steps": 0}, "--steps must be at least 1, got 0"),
-        ({"lr": float("nan")}, "--lr must be above 0, got nan"),
+        ({"steps": 0}, "--steps must be at least 1 and at most 2147483647, got 0"),
+        ({"lr": float("nan")}, "--lr must be above 0 and finite, got nan"),
         ({"bounds": (0.6, 0.5)}, "--bounds must be LO not above HI, got 0.6 0.5"),
         ({"betas": (0.0, 1.0)}, "--betas must be two numbers of at least 0 and below 1"),
         ({"resolution": 20}, "--resolution must be 8, 16, .* got 20"),

@@ -15,17 +15,23 @@ import torch
 from ddst.benchmarks.registry import GANS, Case
 from ddst.measure import CLOCKS, Spread, clock_of, interleaved
 from ddst.nn import set_backend, sparse_layers
+from ddst.sparsity import TopologyUpdater
 
 if TYPE_CHECKING:
     from ddst.benchmarks.runner import Settings
     from ddst.train.players import Players
 
 D_STEPS = 5
+DROPPED = 0.3  # share of G's blocks that an update exchanges
 TOLERANCE = 1e-3  # of a gradient that went through both networks, in float32
 
 
 def measure_gan(case: Case, settings: Settings) -> dict[str, Any]:
-    """``wrong`` and ``step`` of a row: seconds of an iteration, and the spread of dense / sparse."""
+    """``wrong`` and ``step`` of a row: seconds of an iteration, and the spread of dense / sparse.
+
+    ``step["update_iterations"]``: what a topology update of G by gradient (scores, drop, grow, index, optimizer state)
+    adds to an iteration, in iterations.
+    """
     from ddst.train.players import gan_iteration
 
     sparse, dense = players_of(case, "static"), players_of(case, "dense")
@@ -42,11 +48,21 @@ def measure_gan(case: Case, settings: Settings) -> dict[str, Any]:
         return gan_iteration(players, reals, lambda: torch.randn(case.batch, latent, device=case.device))
 
     clock = CLOCKS[settings.clock] if case.device == "cpu" else clock_of(case.device)
-    works = [lambda: iteration(sparse), lambda: iteration(dense)]
-    ours, theirs = interleaved(works, settings.repeats, clock)
+    updater = TopologyUpdater(sparse.generator, sparse.optimizer_g)
+
+    def iteration_with_update() -> None:
+        updater.scores.request()
+        iteration(sparse)
+        updater.exchange(DROPPED)
+        updater.scores.cancel()
+
+    works = [lambda: iteration(sparse), lambda: iteration(dense), iteration_with_update]
+    ours, theirs, updating = interleaved(works, settings.repeats, clock)
     baseline = {"seconds": Spread.of(theirs).median, "speedup": asdict(Spread.of_ratios(theirs, ours))}
     baseline["layout"] = "channels_last"
-    return {"wrong": [], "step": {"seconds": Spread.of(ours).median, "baselines": {"dense": baseline}}}
+    extra = asdict(Spread.of_ratios([u - o for u, o in zip(updating, ours, strict=True)], ours))
+    step = {"seconds": Spread.of(ours).median, "baselines": {"dense": baseline}, "update_iterations": extra}
+    return {"wrong": [], "step": step}
 
 
 def players_of(case: Case, method: str) -> Players:

@@ -128,6 +128,8 @@ def _figures(name: str, figures: dict[str, Any]) -> str:
         cells += f"{ratio['median']:6.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
         if "ceiling" in figures:
             cells += f" of {figures['ceiling']:.1f}x"
+    if "update_iterations" in figures:
+        cells += f", a topology update adds {figures['update_iterations']['median']:.2f} iterations"
     others = [f"{k} {b['speedup']['median']:.2f}x" if "speedup" in b else f"{k} none" for k, b in baselines.items()]
     return f"{cells} | {', '.join(others)}" if others else cells
 

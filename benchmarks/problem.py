@@ -50,9 +50,8 @@ class Problem:
         x = torch.randn([case.batch, layer.in_channels, *image], generator=generator)
         gy = torch.randn([case.batch, layer.out_channels, *out], generator=generator)
         topo = topology.build_topology(mask).to(case.device)
-        tensors = [t.to(case.device, dtype) for t in (weight, x, gy)]
-        values = values.to(case.device, dtype)
-        return cls(layer, mask.to(case.device), values, topo, *tensors, case.block, channels_last)
+        weight, x, gy, values = (t.to(case.device, dtype) for t in (weight, x, gy, values))
+        return cls(layer, mask.to(case.device), values, topo, weight, x, gy, case.block, channels_last)
 
     @property
     def density(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,11 +80,11 @@ def _rivals(
 ) -> list[Rivals]:
     """For every pass, baseline -> (program or why there is none, layout)."""
     makers: dict[str, list[tuple[str, Callable[[], list[Work]]]]] = {
-        "dense": [(LAYOUTS[i], lambda i=i: problem.dense(bool(i))) for i in range(2)],
-        "masked": [(LAYOUTS[i], lambda i=i: problem.masked(bool(i))) for i in range(2)],
+        "dense": [(LAYOUTS[i], partial(problem.dense, bool(i))) for i in range(2)],
+        "masked": [(LAYOUTS[i], partial(problem.masked, bool(i))) for i in range(2)],
         "converted": [("nchw", problem.converted)],
-        "bsr": [("", lambda: problem.torch_sparse("bsr"))],
-        "csr": [("", lambda: problem.torch_sparse("csr"))],
+        "bsr": [("", partial(problem.torch_sparse, "bsr"))],
+        "csr": [("", partial(problem.torch_sparse, "csr"))],
     }
     found: list[Rivals] = [{} for _ in PASSES]
     for name in names:

@@ -118,7 +118,8 @@ def peak(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Peak:
 
     Arithmetic: the best of square matrix products and of a 3×3 convolution in both layouts, which is what a dense
     network could reach at best (the processor's own limit may be a few per cent higher). Bandwidth: reading and
-    writing arrays of 64 MB (1 GB on a GPU), both counted; arrays that fit into a cache can be faster, so shares above 100 % happen.
+    writing arrays of 64 MB (1 GB on a GPU), both counted; arrays that fit into a cache can be faster, so shares above
+    100 % happen.
 
     Args:
         device: "cpu" or "cuda". dtype: of the arithmetic.

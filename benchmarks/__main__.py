@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             measure_one: Callable[[registry.Case], Row] = lambda case: measure(case, settings)  # noqa: E731
             if arguments.against:
                 known["against"], library = library_of(arguments.against)
+                print(f"in place of dense: the library of commit {known['against']}, built from its sources")
                 measure_one = stack.enter_context(Comparison(library, settings)).measure
             rows = run(cases, measure_one)
     except ValueError as error:

@@ -152,7 +152,8 @@ def markdown(run: dict[str, Any]) -> str:
     lines += [
         "",
         f"Training step (forward, input gradient, weight gradient; for a GAN a whole iteration) against dense torch in "
-        f"the faster of NCHW and channels_last for every pass: median of {settings['repeats']} paired ratios of {settings['clock']} time, in "
+        f"the faster of NCHW and channels_last for every pass: median of {settings['repeats']} paired "
+        f"ratios of {settings['clock']} time, in "
         f"brackets what the floor allows. {where}, {machine['capability']}, {settings['threads']} thread(s), measured "
         f"peak {machine['peak_gflops']:g} GFLOP/s and {machine['bandwidth_gbytes']:g} GB/s; torch "
         f"{run['versions']['torch']}, commit {run['commit']}, {run['date']}.",

@@ -50,8 +50,9 @@ wheel: $(VENV)/built
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 bench: $(VENV)/built
-	$(BIN)/python -P -m ddst.benchmarks.conv_step
-	$(BIN)/python -P -m ddst.benchmarks.gan_iteration
+	$(BIN)/pytest -q benchmarks/bench_layers.py --benchmark-min-rounds=3 --benchmark-max-time=0.3 \
+		--benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
+	$(BIN)/python -P -m ddst.benchmarks
 
 # torch first, and the build without isolation: an isolated one would download torch a second time.
 $(VENV)/installed: pyproject.toml
@@ -64,7 +65,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(BUILD_FILES) $(CXX_SOURCES)
-	$(BIN)/pip install --no-build-isolation --editable '.[train,dev]'
+	$(BIN)/pip install --no-build-isolation --editable '.[train,dev,bench]'
 	touch $@
 
 clean:

@@ -13,7 +13,7 @@ _extension.load()  # before anything that registers derivatives of the compiled 
 from ._extension import build_info  # noqa: E402
 from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
 from .nn import SparseConv2d, SparseLinear, explain  # noqa: E402
-from .sparsity import SparseTraining, dense_state_dict, densify, remap_state, sparsify  # noqa: E402
+from .sparsity import SparseTraining, advise, dense_state_dict, densify, remap_state, sparsify  # noqa: E402
 
 try:
     __version__ = version("ddst")
@@ -29,6 +29,7 @@ __all__ = [
     "SparseLinear",
     "SparseTraining",
     "__version__",
+    "advise",
     "build_info",
     "dense_state_dict",
     "densify",

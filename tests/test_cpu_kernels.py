@@ -6,6 +6,7 @@ a program with DDST_CPU_CAPABILITY set.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import subprocess
@@ -173,9 +174,9 @@ def run_problems(seed: int, count: int) -> None:
             done += 1
 
 
-def in_process(capability: str, *args: str) -> subprocess.CompletedProcess[str]:
+def in_process(capability: str, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs this file as a program with one instruction set forced."""
-    environment = {**os.environ, "DDST_CPU_CAPABILITY": capability}
+    environment = {**os.environ, "DDST_CPU_CAPABILITY": capability, **variables}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-P", str(Path(__file__).resolve()), *args]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -227,6 +228,48 @@ def test_threads_do_not_change_forward_and_dgrad() -> None:
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     assert torch.equal(results[1][2], results[2][2])  # the weight gradient: the same for the same number of threads
+
+
+def weight_grad_digest(threads: int) -> str:
+    """A digest of the weight gradient's bits, computed with so many threads."""
+    x, _, topo, shape = example()
+    gy = torch.randn(8, 48, 12, 12)
+    torch.set_num_threads(threads)
+    grad = torch.ops.ddst.conv2d_weight_grad(gy, x, topo, shape, [16, 16], [1, 1], [1, 1], [1, 1])
+    return hashlib.sha256(grad.numpy().tobytes()).hexdigest()
+
+
+def test_fixed_shares_give_the_same_weight_grad_for_any_number_of_threads() -> None:
+    def digests(shares: str) -> list[str]:
+        result = in_process("portable", "digests", DDST_WEIGHT_GRAD_SHARES=shares)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result.stdout.split()
+
+    free, fixed = digests(""), digests("3")
+    assert len(free) == len(fixed) == 3
+    assert len(set(free)) > 1  # else the problem would show nothing
+    assert len(set(fixed)) == 1
+    assert set(digests("1")) == {free[0]}  # one share: what one thread computes
+
+
+@pytest.mark.parametrize("shares", ["0", "many", "2000"])
+def test_wrong_shares_are_refused(shares: str) -> None:
+    result = in_process("portable", "digests", DDST_WEIGHT_GRAD_SHARES=shares)
+    assert result.returncode != 0
+    assert f"DDST_WEIGHT_GRAD_SHARES is '{shares}', expected a number from 1 to 1024" in result.stderr
+
+
+def test_images_that_are_computed_in_strips_and_batches() -> None:
+    """Images larger than the kernels' batch of source bytes, and some that fill several batches."""
+    rng = random.Random(1)
+    torch.manual_seed(1)
+    for batch, channels, size, stride in [(2, 70, 40, 1), (1, 160, 33, 2), (9, 64, 16, 1)]:
+        out = (size - 1) // stride + 1
+        mask = torch.rand(topology.mask_shape([channels, channels, 3, 3], (16, 8))) < 0.2
+        values = topology.pack(torch.randn(channels, channels, 3, 3), mask, (16, 8))
+        weight = topology.unpack(values, mask, [channels, channels, 3, 3])
+        x, gy = torch.randn(batch, channels, size, size), torch.randn(batch, channels, out, out)
+        check(Problem((16, 8), weight, mask, None, x, gy, [stride] * 2, [1, 1], [1, 1], False), rng)
 
 
 def test_empty_block_row_gives_exactly_the_bias() -> None:
@@ -284,6 +327,9 @@ def test_a_topology_of_another_grid_is_refused() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "digests":
+        print(*[weight_grad_digest(threads) for threads in (1, 2, 3)])
+        sys.exit()
     print(torch.ops.ddst.cpu_capability())
     run_problems(int(sys.argv[1]), int(sys.argv[2]))
     print(sys.argv[2])

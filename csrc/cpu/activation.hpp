@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -33,12 +34,14 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-// How many tasks are worth their start, for work of so many multiply-adds.
-inline int64_t task_count(int64_t multiply_adds) {
+// How many tasks are worth their start, for work of so many multiply-adds: at least one, at most `most`.
+inline int64_t tasks_worth(int64_t multiply_adds, int64_t most) {
   constexpr int64_t kWorthATask = 200000;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t worth = multiply_adds / kWorthATask;
-  return worth < 1 ? 1 : (worth < threads ? worth : threads);
+  return std::clamp<int64_t>(multiply_adds / kWorthATask, 1, std::max<int64_t>(1, most));
+}
+
+inline int64_t task_count(int64_t multiply_adds) {
+  return tasks_worth(multiply_adds, torch::stable::get_num_threads());
 }
 
 // f(i) for i in [0, count), on torch's threads.

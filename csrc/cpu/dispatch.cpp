@@ -43,7 +43,24 @@ const KernelSet& choose() {
                               (known ? "which this processor does not support" : "expected portable, avx2 or avx512"));
 }
 
+int64_t read_shares() {
+  const char* text = std::getenv("DDST_WEIGHT_GRAD_SHARES");
+  if (text == nullptr || *text == '\0') return 0;
+  char* end = nullptr;
+  const long shares = std::strtol(text, &end, 10);
+  if (*end != '\0' || shares < 1 || shares > 1024) {
+    throw std::invalid_argument("ddst: environment variable DDST_WEIGHT_GRAD_SHARES is '" + std::string(text) +
+                                "', expected a number from 1 to 1024");
+  }
+  return shares;
+}
+
 }  // namespace
+
+int64_t weight_grad_shares() {
+  static const int64_t shares = read_shares();
+  return shares;
+}
 
 const KernelSet& active_kernels() {
   // Not cached when choose() throws: the error then comes with every call, not only with the first.

@@ -104,26 +104,40 @@ constexpr int kMaxGroupTiles = 48;
 // Bytes of source that one group of tiles may touch: it is read again for every output block, from L2.
 constexpr int64_t kGroupBytes = 80 * 1024;
 
-// Fetches memory ahead of its use, a few lines at a time, so that the next group's pixels arrive while this one is
-// computed: rows of `bytes` bytes at the given addresses.
-struct Prefetcher {
-  const char* const* address;
-  int64_t count;
-  int64_t bytes;
-  int64_t shift;
-  int64_t index = 0;
-  int64_t position = 0;
+// Source bytes fetched ahead of the tile that is computed: a group, the row below it, and what the border tiles (which
+// come last in a batch of images) will make up for.
+constexpr int64_t kSourceLead = 128 * 1024;
+constexpr int64_t kOutLead = 64 * 1024;
 
-  template <int kWrite>
-  DDST_INLINE void advance(int64_t lines) {
-    for (; lines > 0 && index < count; --lines) {
-      __builtin_prefetch(address[index] + shift + position, kWrite, 2);
-      position += 64;
-      if (position >= bytes) {
-        position = 0;
-        ++index;
-      }
-    }
+// Fetches an activation ahead of its use. Tiles follow memory order batch by batch, so that a cursor moving over the
+// activation at the pace of the tiles finds everything that they will touch, in the order of the touch.
+template <int kWrite>
+struct Prefetcher {
+  const char* base;
+  int64_t image_bytes;
+  int64_t lead;
+  int64_t last = 0;    // no byte from here on is fetched
+  int64_t cursor = 0;  // byte offset of the next line
+  int64_t lines = 0;   // to fetch at each step
+
+  // Where the tiles before `tile` (of this class's batch) end, in bytes, on the average over the batch.
+  int64_t position(const PixelClass& c, int64_t tile) const {
+    const double share = static_cast<double>(tile - c.batch_tile) / static_cast<double>(c.batch_tiles);
+    const double images = c.batch_begin + (c.batch_end - c.batch_begin) * share;
+    return static_cast<int64_t>(images * static_cast<double>(image_bytes));
+  }
+  void start(const PixelClass& first, int64_t tile_begin, const PixelClass& end, int64_t tile_end) {
+    cursor = position(first, tile_begin) / 64 * 64;
+    last = position(end, tile_end);
+  }
+  // Plans the fetches of a group of tiles that ends before `tile`, over so many steps.
+  void plan(const PixelClass& c, int64_t tile, int64_t steps) {
+    int64_t target = position(c, tile) + lead;
+    if (target > last) target = last;
+    lines = target > cursor ? ((target - cursor) / 64 + steps - 1) / steps : 0;
+  }
+  DDST_INLINE void step() {
+    for (int64_t i = lines; i > 0; --i, cursor += 64) __builtin_prefetch(base + cursor, kWrite, 2);
   }
 };
 
@@ -141,7 +155,7 @@ struct TileGroup {
     tiles = end - begin;
     const int64_t first_pixel = c.pixels * begin / c.tiles;
     const int64_t per_image = static_cast<int64_t>(c.n_rows) * c.n_cols;
-    int64_t image = first_pixel / per_image;
+    int64_t image = c.image_begin + first_pixel / per_image;
     int64_t row = first_pixel % per_image / c.n_cols;
     int64_t col = first_pixel % c.n_cols;
     for (int64_t t = 0; t < tiles; ++t) first[t] = static_cast<int>(c.pixels * (begin + t) / c.tiles - first_pixel);
@@ -191,6 +205,11 @@ struct GroupWalk {
   }
 };
 
+inline const PixelClass& class_of(const PixelClass* c, const PixelClass* end, int64_t tile) {
+  while (c + 1 < end && tile >= c->first_tile + c->tiles) ++c;
+  return *c;
+}
+
 // A kernel form for one job: functions for 1 .. tile_pixels pixels, and the channels that one step of it reduces.
 template <typename T>
 struct TileTable {
@@ -209,26 +228,21 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
   if (group_tiles < 1) group_tiles = 1;
   if (group_tiles > kMaxGroupTiles) group_tiles = kMaxGroupTiles;
 
-  TileGroup<T> groups[2];
+  TileGroup<T> group;
   GroupWalk<T> walk{job, tile_begin, tile_end, group_tiles};
-  int current = 0;
-  bool more = walk.next(groups[0]);
-  while (more) {
-    const TileGroup<T>& group = groups[current];
-    more = walk.next(groups[1 - current]);
-    const TileGroup<T>& next = groups[1 - current];
-    const int64_t ahead = more ? next.first[next.tiles] : 0;
-    const int64_t out_first = block_begin * job.block_out;
-    int64_t out_channels = (block_end - block_begin) * job.block_out;
-    if (out_channels > job.out_channels - out_first) out_channels = job.out_channels - out_first;
-    Prefetcher read{next.pixel, ahead, source_bytes, more ? next.cls->newest_source : 0};
-    Prefetcher write{reinterpret_cast<const char* const*>(next.out), ahead,
-                     out_channels * static_cast<int64_t>(sizeof(T)), out_first * static_cast<int64_t>(sizeof(T))};
-    const int64_t calls = (block_end - block_begin) * job.slices * group.tiles;
-    const int64_t read_lines = (ahead * ((read.bytes + 63) / 64) + calls - 1) / calls;
-    const int64_t write_lines = (ahead * ((write.bytes + 63) / 64) + calls - 1) / calls;
-
+  constexpr int64_t kElement = sizeof(T);
+  Prefetcher<0> read{reinterpret_cast<const char*>(job.source), job.source_image * kElement, kSourceLead};
+  Prefetcher<1> write{reinterpret_cast<const char*>(job.out), job.out_image * kElement, kOutLead};
+  const PixelClass* const classes_end = job.classes + job.n_classes;
+  read.start(class_of(job.classes, classes_end, tile_begin), tile_begin,
+             class_of(job.classes, classes_end, tile_end - 1), tile_end);
+  write.start(class_of(job.classes, classes_end, tile_begin), tile_begin,
+              class_of(job.classes, classes_end, tile_end - 1), tile_end);
+  while (walk.next(group)) {
     const PixelClass& c = *group.cls;
+    const int64_t calls = (block_end - block_begin) * job.slices * group.tiles;
+    read.plan(c, walk.tile, calls);
+    write.plan(c, walk.tile, calls);
     for (int64_t block = block_begin; block < block_end; ++block) {
       TileWork<T> work;
       work.begin = job.entries + c.list_begin[block];
@@ -248,14 +262,13 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
         work.weights = reinterpret_cast<const char*>(job.weights + slice * job.weights_slice);
         work.init = job.init + (block * job.slices + slice) * job.slice;
         for (int64_t t = 0; t < group.tiles; ++t) {
-          read.template advance<0>(read_lines);
-          write.template advance<1>(write_lines);
+          read.step();
+          write.step();
           const int i = group.first[t];
           table.tile[group.first[t + 1] - i](group.pixel + i, group.out + i, work);
         }
       }
     }
-    current = 1 - current;
   }
 }
 

@@ -119,11 +119,54 @@ struct GatherPlan {
   int64_t multiply_adds = 0;
 };
 
+// Bytes of the source whose classes are computed together: so much stays in L2.
+constexpr int64_t kBatchBytes = 256 * 1024;
+
+// Cuts images into batches (small images: several to a batch; large ones: strips of rows), and the classes of each
+// batch into tiles, the largest class (the inner pixels) first.
+inline void order_tiles(const GatherShape& shape, int64_t tile_pixels, int64_t element, std::vector<PixelClass>& lists,
+                        GatherPlan& plan) {
+  std::stable_sort(lists.begin(), lists.end(), [](const PixelClass& a, const PixelClass& b) {
+    return static_cast<int64_t>(a.n_rows) * a.n_cols > static_cast<int64_t>(b.n_rows) * b.n_cols;
+  });
+  const int64_t images = shape.out.images, out_rows = shape.out.h;
+  const int64_t image_bytes = shape.source.h * shape.source.w * shape.source.channels * element;
+  int64_t batches = 1, strips = 1;  // pixels of one class only are taken in memory order anyway
+  if (lists.size() > 1) {
+    batches = ceil_div(images, std::max<int64_t>(1, kBatchBytes / image_bytes));
+    strips = std::min(ceil_div(image_bytes, kBatchBytes), out_rows);
+  }
+  for (int64_t batch = 0; batch < batches * strips; ++batch) {
+    const int64_t image_batch = batch / strips, strip = batch % strips;
+    const int64_t image_begin = images * image_batch / batches, image_end = images * (image_batch + 1) / batches;
+    const int64_t row_begin = out_rows * strip / strips, row_end = out_rows * (strip + 1) / strips;
+    const int64_t batch_tile = plan.tiles;
+    const size_t first = plan.classes.size();
+    for (PixelClass c : lists) {
+      const int32_t* const rows = std::lower_bound(c.rows, c.rows + c.n_rows, row_begin);
+      c.n_rows = static_cast<int32_t>(std::lower_bound(rows, c.rows + c.n_rows, row_end) - rows);
+      c.rows = rows;
+      if (c.n_rows == 0) continue;
+      c.image_begin = image_begin;
+      c.pixels = (image_end - image_begin) * c.n_rows * c.n_cols;
+      c.first_tile = plan.tiles;
+      c.tiles = ceil_div(c.pixels, tile_pixels);
+      c.batch_tile = batch_tile;
+      const double size = static_cast<double>(image_end - image_begin) / static_cast<double>(strips);
+      c.batch_begin = static_cast<double>(image_begin) + size * static_cast<double>(strip);
+      c.batch_end = c.batch_begin + size;
+      plan.tiles += c.tiles;
+      plan.classes.push_back(c);
+    }
+    for (size_t i = first; i < plan.classes.size(); ++i) plan.classes[i].batch_tiles = plan.tiles - batch_tile;
+  }
+}
+
 inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists, const AxisPlan& rows,
                               const AxisPlan& cols, int64_t tile_pixels, int64_t element, int64_t weight_block_bytes) {
   GatherPlan plan;
   const int64_t n_classes = static_cast<int64_t>(rows.groups.size() * cols.groups.size());
-  plan.classes.reserve(n_classes);
+  std::vector<PixelClass> lists_of;
   plan.list_begin.resize(n_classes * (lists.out_blocks + 1));
   plan.list_full.resize(n_classes * lists.out_blocks);
   const bool cut = shape.source.channels % shape.block_k != 0;
@@ -134,12 +177,10 @@ inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists,
   int64_t at = 0;
   for (const AxisPlan::Group& row : rows.groups) {
     for (const AxisPlan::Group& col : cols.groups) {
-      int64_t newest = INT64_MIN;
       for (int64_t tap = 0; tap < taps; ++tap) {
         const int64_t kh = tap / shape.kernel_w, kw = tap % shape.kernel_w;
         tap_inside[tap] = row.inside[kh] && col.inside[kw];
         tap_offset[tap] = (row.shift[kh] * shape.source.w + col.shift[kw]) * shape.source.channels * element;
-        if (tap_inside[tap]) newest = std::max(newest, tap_offset[tap]);
       }
       int64_t* const begin = plan.list_begin.data() + at * (lists.out_blocks + 1);
       int64_t* const full = plan.list_full.data() + at * lists.out_blocks;
@@ -160,23 +201,20 @@ inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists,
         if (full[r] < 0) full[r] = static_cast<int64_t>(plan.entries.size());
       }
       begin[lists.out_blocks] = static_cast<int64_t>(plan.entries.size());
-      PixelClass c;
-      c.first_tile = plan.tiles;
+      PixelClass c{};
       c.rows = row.coords.data();
       c.cols = col.coords.data();
       c.n_rows = static_cast<int32_t>(row.coords.size());
       c.n_cols = static_cast<int32_t>(col.coords.size());
-      c.pixels = shape.out.images * c.n_rows * c.n_cols;
-      c.tiles = ceil_div(c.pixels, tile_pixels);
       c.list_begin = begin;
       c.list_full = full;
-      c.newest_source = newest == INT64_MIN ? 0 : newest;
-      plan.tiles += c.tiles;
-      plan.multiply_adds += c.pixels * (begin[lists.out_blocks] - class_first) * shape.block_out * shape.block_k;
-      plan.classes.push_back(c);
+      lists_of.push_back(c);
+      plan.multiply_adds += shape.out.images * c.n_rows * c.n_cols * (begin[lists.out_blocks] - class_first) *
+                            shape.block_out * shape.block_k;
       ++at;
     }
   }
+  order_tiles(shape, tile_pixels, element, lists_of, plan);
   return plan;
 }
 

@@ -17,9 +17,12 @@ struct Entry {
   int64_t weight;
 };
 
-// Output pixels whose taps lie inside the source image for exactly the same set of taps. All pixels of a class share
-// one entry list, so taps outside the image cost nothing and no padding is ever read.
+// Output pixels for which exactly the same set of taps lies inside the source image. All pixels of a class share one
+// entry list, so taps outside the image cost nothing and no padding is ever read. A class covers one batch: some
+// images, or a strip of rows of one; the classes of a batch follow each other, so that the border pixels find their
+// neighbours in L2.
 struct PixelClass {
+  int64_t image_begin;
   int64_t first_tile;   // index of the class's first tile among all tiles
   int64_t tiles;        // number of tiles, each of at most `tile_pixels` pixels
   int64_t pixels;       // number of pixels
@@ -27,9 +30,10 @@ struct PixelClass {
   const int32_t* cols;  // output columns of the class, ascending
   int32_t n_rows;
   int32_t n_cols;
-  const int64_t* list_begin;  // [out_blocks + 1]: entries[list_begin[r]] .. are those of output block r
-  const int64_t* list_full;   // [out_blocks]: end of the entries with a whole reduction block; the rest are cut
-  int64_t newest_source;      // byte offset of the entry furthest ahead in memory: what to prefetch
+  const int64_t* list_begin;        // [out_blocks + 1]: entries[list_begin[r]] .. are those of output block r
+  const int64_t* list_full;         // [out_blocks]: end of the entries with a whole reduction block; the rest are cut
+  int64_t batch_tile, batch_tiles;  // the tiles of all classes of the batch
+  double batch_begin, batch_end;    // the batch's stretch of the activations, in images
 };
 
 template <typename T>
@@ -139,6 +143,11 @@ const KernelSet& kernels_avx512();
 // The set chosen for this machine, or forced by the environment variable DDST_CPU_CAPABILITY.
 // Throws std::invalid_argument where that names an unknown or unsupported one.
 const KernelSet& active_kernels();
+
+// Shares that a weight gradient's pixels are summed in, from the environment variable DDST_WEIGHT_GRAD_SHARES: the same
+// bits for any number of threads. 0 where it is not set: then one share a thread, which is fastest.
+// Throws std::invalid_argument where it is no number from 1 to 1024.
+int64_t weight_grad_shares();
 
 template <typename T>
 const Kernels<T>& kernels_for(const KernelSet& set);

@@ -139,8 +139,8 @@ void finish_block(const WeightGradJob<T>& job, int64_t id, const T* partial, T* 
   if (rows < b_out) std::fill(out + rows * b_in, out + b_out * b_in, T(0));
 }
 
-// grad [nnz][b_out][b_in]. The pixels are split over tasks with a private sum each, which are added in a fixed order:
-// the result depends on the number of threads, but not on their timing.
+// grad [nnz][b_out][b_in]. The pixels are cut into shares with a private sum each, which are added in a fixed order:
+// the result depends on the number of shares (one a thread unless DDST_WEIGHT_GRAD_SHARES fixes it), not on timing.
 template <typename T>
 void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const T* input, const T* grad_output,
                       T* grad) {
@@ -155,8 +155,11 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
     std::fill(grad, grad + job.n_blocks * block_size, T(0));
     return;
   }
-  const int64_t tasks = task_count(g.images * g.out_h * g.out_w * job.n_blocks * block_size);
-  const int64_t chunk_tasks = std::min(tasks, plan.chunks);
+  const int64_t multiply_adds = g.images * g.out_h * g.out_w * job.n_blocks * block_size;
+  const int64_t tasks = task_count(multiply_adds);
+  const int64_t fixed_shares = weight_grad_shares();
+  const int64_t chunk_tasks =
+      std::min(fixed_shares == 0 ? tasks : tasks_worth(multiply_adds, fixed_shares), plan.chunks);
   const int64_t block_tasks = std::min(std::max<int64_t>(1, tasks / chunk_tasks), job.n_blocks);
 
   std::vector<WeightGradMemory<T>> memory;

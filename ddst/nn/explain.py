@@ -1,14 +1,45 @@
-"""Which backend runs a layer, and why the others do not."""
+"""Which backend and kernels run a layer and why, and how near they come to what this machine can do."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, Problem, choose, supports
+from ..measure import Spread, clock_of, interleaved, peak
 from .base import SparseLayer
+
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a pass reaches.
+
+    Attributes:
+        seconds: median of some calls. flops: 2 × active weights × output positions × images, twice that for the
+            backward pass, which has two products. bytes: input, output and active values, moved once by each product.
+        peak_share: of the measured peak of arithmetic. bandwidth_share: of the measured bandwidth of memory; above 1
+            where caches serve.
+    """
+
+    seconds: float
+    flops: float
+    bytes: float
+    peak_share: float
+    bandwidth_share: float
+
+    def __str__(self) -> str:
+        return (
+            f"{1e3 * self.seconds:.3f} ms, {self.flops / self.seconds / 1e9:.1f} GFLOP/s "
+            f"({100 * self.peak_share:.0f} % of the measured peak), {self.bytes / self.seconds / 1e9:.1f} GB/s "
+            f"({100 * self.bandwidth_share:.0f} % of the measured bandwidth)"
+        )
 
 
 @dataclass(frozen=True)
@@ -20,6 +51,9 @@ class Explanation:
         capability: the instruction set of its kernels ("portable", "avx2", "avx512"), or "" where it has none.
         reason: why it runs.
         refused: every other backend and why it was not taken.
+        forms: pass -> which kernel form the shape of the block leads to.
+        slow: the passes for which the block's shape is a slow one.
+        rates: "forward" and "backward" -> what they reach; empty without ``measure``.
     """
 
     layer: str
@@ -27,28 +61,38 @@ class Explanation:
     capability: str
     reason: str
     refused: dict[str, str]
+    forms: dict[str, str] = field(default_factory=dict)
+    slow: tuple[str, ...] = ()
+    rates: dict[str, Rate] = field(default_factory=dict)
 
     def __str__(self) -> str:
         kernel = f" ({self.capability} kernels)" if self.capability else ""
         lines = [self.layer, f"  runs on {self.backend}{kernel}: {self.reason}"]
         lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        lines += [f"  {name}{' (slow)' * (name in self.slow)}: {form}" for name, form in self.forms.items()]
+        lines += [f"  {name} reaches {rate}" for name, rate in self.rates.items()]
         return "\n".join(lines)
 
 
-def explain(layer: SparseLayer, input: Tensor) -> Explanation:
-    """``explain(layer, x)``: the backend that ``layer(x)`` runs on, its kernels, and why the others are not taken.
+def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Explanation:
+    """``explain(layer, x)``: what ``layer(x)`` runs on, in which kernel form, why, and how fast that is.
 
     Args:
-        layer: a block-sparse layer.
+        layer: a block-sparse layer; it is not changed, no hook of it runs.
         input: what it would be called with.
+        measure: also time forward and backward pass, and compare with what the machine was measured to reach
+            (:func:`ddst.measure.peak`).
 
     Raises:
         TypeError: not a block-sparse layer.
         RuntimeError: no backend takes this input; the message holds the reasons.
 
+    Cost: with ``measure`` some dozen calls of the layer, and half a second for the machine's peak in the first call.
+
     >>> from ddst.nn import SparseLinear
-    >>> explain(SparseLinear(32, 32), torch.zeros(1, 32)).backend
-    'cpu'
+    >>> found = explain(SparseLinear(32, 32, block=(16, 4)), torch.zeros(1, 32), measure=False)
+    >>> found.backend, found.slow
+    ('cpu', ('input gradient',))
     """
     if not isinstance(layer, SparseLayer):
         raise TypeError(f"layer must be a block-sparse layer, got {type(layer).__name__}")
@@ -62,4 +106,61 @@ def explain(layer: SparseLayer, input: Tensor) -> Explanation:
             ok, reason = supports(name, problem)
             refused[name] = reason if not ok or name == "reference" else f"backend={layer.backend!r} asked for"
     capability = torch.ops.ddst.cpu_capability() if chosen == "cpu" else ""
-    return Explanation(repr(layer), chosen, capability, asked + supports(chosen, problem)[1], refused)
+    forms, slow = kernel_forms(layer.block) if chosen == "cpu" else ({}, ())
+    rates = _rates(layer, input, computed) if measure else {}
+    reason = asked + supports(chosen, problem)[1]
+    return Explanation(repr(layer), chosen, capability, reason, refused, forms, slow, rates)
+
+
+def kernel_forms(block: tuple[int, int]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """``(pass -> form, slow passes)`` of the CPU kernels for a block ``(b_out, b_in)``.
+
+    Forward pass and input gradient keep a tile of pixels × channels of one block side in registers, the vectors along
+    the channels; the weight gradient lays them along whichever side divides evenly.
+
+    >>> kernel_forms((16, 16))[0]["forward"]
+    'vectors along the 16 output channels of a block'
+    """
+    sides = {"forward": (block[0], "output"), "input gradient": (block[1], "input")}
+    forms = {name: _form(*side) for name, side in sides.items()}
+    over = (block[1], "input") if block[1] % 8 == 0 else (block[0], "output")
+    forms["weight gradient"] = _form(*over)
+    narrow = {"forward": block[0], "input gradient": block[1], "weight gradient": over[0]}
+    return forms, tuple(name for name, side in narrow.items() if side % 8)
+
+
+def _form(side: int, which: str) -> str:
+    if side % 8 == 0:
+        return f"vectors along the {side} {which} channels of a block"
+    if side < 8:
+        return f"narrow form, {side} {which} channel{'s' * (side > 1)} of a block do not fill a vector"
+    return f"vectors along the {side} {which} channels of a block, no multiple of 8: the last is partly empty"
+
+
+def _rates(layer: SparseLayer, input: Tensor, computed: torch.dtype) -> dict[str, Rate]:
+    # A copy: it has no request for scores that the backward passes would feed, and eval mode stops power iterations.
+    twin = copy.deepcopy(layer).eval()
+    x = input.detach().requires_grad_()
+    device = input.device.type
+    with torch.enable_grad():
+        y = twin._compute(x)
+        wanted, gradient = [x, twin.values.requires_grad_()], torch.ones_like(y)
+        y = twin._compute(x)
+
+        def forward() -> None:
+            with torch.no_grad():
+                twin._compute(x)
+
+        def backward() -> None:
+            torch.autograd.grad(y, wanted, gradient, retain_graph=True)
+
+        works: dict[str, Callable[[], Any]] = {"forward": forward, "backward": backward}
+        samples = interleaved(list(works.values()), REPEATS, clock_of(device), least_seconds=1e-3)
+    best = peak(device, computed)
+    rates = {}
+    for products, (name, times) in enumerate(zip(works, samples, strict=True), start=1):
+        seconds = max(Spread.of(times).median, 1e-9)
+        flops = products * 2.0 * layer.active_weights * (y.numel() / layer.weight_shape[0])
+        moved = float(products * sum(t.numel() * t.element_size() for t in (x, y, twin.values)))
+        rates[name] = Rate(seconds, flops, moved, flops / seconds / best.flops, moved / seconds / best.bandwidth)
+    return rates

@@ -1,5 +1,7 @@
 """Sparse training: conversion, density distributions, drop and grow criteria, schedules, algorithms, optimizers."""
 
+from ddst.sparsity.advice import Advice
+from ddst.sparsity.advise import advise
 from ddst.sparsity.algorithm import SparseTraining
 from ddst.sparsity.convert import dense_state_dict, densify, sparsify
 from ddst.sparsity.criterion import choose_drop, choose_grow, relative_keys
@@ -9,6 +11,7 @@ from ddst.sparsity.stats import FlopCounter, NetworkStats, TrainingFlops, networ
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport
 
 __all__ = [
+    "Advice",
     "DropSchedule",
     "FlopCounter",
     "NetworkStats",
@@ -16,6 +19,7 @@ __all__ = [
     "TopologyUpdater",
     "TrainingFlops",
     "UpdateReport",
+    "advise",
     "choose_drop",
     "choose_grow",
     "dense_state_dict",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from .. import topology as tp
 from ..backends import check_backend
 from ..nn import SparseConv2d, SparseLayer, SparseLinear
 from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
+from .advice import Advice
+from .advise import advise
 from .candidates import Candidate, find_candidates, places, spectral_hook
 from .conversion_report import LayerReport, SparsifyReport
-from .distribution import block_counts, check_density, erk_densities, smallest_density, uniform_densities
+from .distribution import block_counts, check_density
 from .initial_masks import KINDS, initial_masks
+from .shares import share_out
 
 #: Of spectral norms on blocks larger than single weights.
 NOISE = 0.05
@@ -45,13 +48,16 @@ def sparsify(
     generator: torch.Generator | None = None,
     mask: str = "random",
     spectral_norm_noise: float | None = None,
+    only_if_faster: bool | Advice = False,
+    sample: Tensor | Sequence[Any] | None = None,
 ) -> SparsifyReport:
     """``Σ active / Σ weights = density``: swaps ``nn.Conv2d`` and ``nn.Linear`` for block-sparse layers in place.
 
-    The density is met to within one block. Each new layer keeps device, dtype, training mode, ``requires_grad``, hooks,
-    spectral norm (both kinds) and the weight's values at the active blocks; its bias is the same Parameter object. Its
-    weight is a new Parameter, ``values``, so **create the optimizer afterwards**. A module used in several places is
-    swapped once and stays shared. References held outside the module tree (a plain list) keep the old layer.
+    The density is met to within one block (unless ``only_if_faster`` leaves layers dense). Each new layer keeps device,
+    dtype, training mode, ``requires_grad``, hooks, spectral norm (both kinds) and the weight's values at the active
+    blocks; its bias is the same Parameter object. Its weight is a new Parameter, ``values``, so **create the optimizer
+    afterwards**. A module used in several places is swapped once and stays shared. References held outside the module
+    tree (a plain list) keep the old layer.
 
     Left as they are, with the reason in the report: excluded layers; transposed, 1-D, 3-D and grouped convolutions;
     subclasses; layers with fewer channels than the block (they would store several times their weight); layers whose
@@ -72,6 +78,11 @@ def sparsify(
             "magnitude" (L2 norm).
         spectral_norm_noise: ``noise`` of the spectral norms (:class:`~ddst.nn.spectral_norm.SpectralNorm`). None: 0 for
             1×1 blocks (torch's spectral norm of the masked weight, as in the paper), else 0.05.
+        only_if_faster: True measures every layer here (:func:`ddst.advise`, which needs ``sample``) and leaves those
+            dense that would not be faster sparse; an :class:`~ddst.sparsity.Advice` that holds this block is used
+            instead of measuring. The other layers keep the density they would have had, so with "erk" the density over
+            all layers comes out higher than asked for.
+        sample: what a training step calls the model with, a tensor or a sequence of arguments.
 
     Returns:
         A report that prints as a table.
@@ -103,7 +114,22 @@ def sparsify(
             f"model is itself a {type(model).__name__}, which cannot be swapped in place: use ddst.{kind}.from_dense"
         )
     candidates = find_candidates(model, exclude)
-    densities = _share_out(candidates, density, block, distribution)
+    densities = share_out(candidates, density, block, distribution)
+    slower: dict[str, str] = {}
+    if only_if_faster is True:
+        if sample is None:
+            raise ValueError("sample must be what a training step calls the model with if only_if_faster, got None")
+        # Excluded by module, as an iterable of names may have been used up.
+        left = [c.module for c in candidates if c.name not in densities]
+        only_if_faster = advise(
+            model, sample, density=density, blocks=[block], distribution=densities, exclude=left, backend=backend
+        )
+    if isinstance(only_if_faster, Advice):
+        slower = only_if_faster.of(block).slower(densities)
+    for c in candidates:
+        if c.name in slower:
+            c.reason, c.counted = slower[c.name], c.counted and distribution == "erk"
+            del densities[c.name]
     chosen = {c.name: c for c in candidates if c.name in densities}
     counts = block_counts({name: c.shape for name, c in chosen.items()}, densities, block)
     weights = {name: c.weight for name, c in chosen.items() if c.weight is not None}
@@ -114,7 +140,7 @@ def sparsify(
     layers = {name: _sparse_twin(c, masks[name], block, backend, noise) for name, c in chosen.items()}
     report = SparsifyReport(tuple(_report(c, layers.get(c.name)) for c in candidates))
     wanted = sum(densities.get(c.name, 1.0) * c.size for c in candidates if c.counted)
-    if distribution == "erk":
+    if distribution == "erk" and not slower:
         wanted = density * sum(c.size for c in candidates if c.counted)
     _check_met(report, wanted, block)
 
@@ -123,56 +149,6 @@ def sparsify(
             parent._modules[attribute] = layers[name]
         _carry_hooks(candidate.module, layers[name])
     return report
-
-
-def _share_out(
-    candidates: list[Candidate], density: float, block: tuple[int, int], distribution: str | Mapping[str, float]
-) -> dict[str, float]:
-    """The density of every layer to be swapped; writes into the others why not, and which layers the density counts."""
-    named: dict[str, float] = {}
-    if isinstance(distribution, Mapping):
-        named = _named_densities(candidates, distribution)
-    elif distribution not in ("erk", "uniform"):
-        raise ValueError(f"distribution must be 'erk', 'uniform' or {{name: density}}, got {distribution!r}")
-    for c in candidates:
-        c_out, c_in = c.shape[:2]
-        if c.reason is None and c.name not in named and (c_out < block[0] or c_in < block[1]):
-            c.reason = f"{c_in} to {c_out} channels, fewer than a block of {block[0]}x{block[1]}"
-    free = {c.name: c.shape for c in candidates if c.reason is None}
-    if distribution == "erk":
-        counted = {c.name: c.shape for c in candidates if c.counted}
-        dense = counted.keys() - free.keys()
-    else:
-        counted, dense = free, set()
-    if not counted:
-        reasons = ", ".join(f"{c.name}: {c.reason}" for c in candidates)
-        raise ValueError(f"model has no layer to swap ({reasons or 'no convolution or linear layer'})")
-    if distribution != "erk":
-        for c in candidates:
-            c.counted = c.name in free
-        return {**uniform_densities(free, density), **named}
-    # Below the smallest density there is no distribution; what is reached then is compared with what was asked for.
-    shares = erk_densities(counted, max(density, smallest_density(counted, block, dense)), dense)
-    for c in candidates:
-        if c.reason is None and shares[c.name] == 1.0:
-            c.reason = "its ERK density is 1"
-    return {c.name: shares[c.name] for c in candidates if c.reason is None}
-
-
-def _named_densities(candidates: list[Candidate], distribution: Mapping[str, float]) -> dict[str, float]:
-    """The densities of a ``{name: density}``, by each layer's first name."""
-    by_name = {name: c for c in candidates for name in c.names}
-    named: dict[str, float] = {}
-    for name, share in distribution.items():
-        if name not in by_name:
-            raise ValueError(f"distribution names {name!r}, which is no convolution or linear layer of the model")
-        candidate = by_name[name]
-        if candidate.reason is not None:
-            raise ValueError(f"distribution names {name!r}, which cannot be sparse: {candidate.reason}")
-        if named.setdefault(candidate.name, share) != share:
-            raise ValueError(f"distribution gives two densities to one layer: {', '.join(candidate.names)}")
-        check_density(share, f"distribution[{name!r}]")
-    return named
 
 
 def _check_met(report: SparsifyReport, wanted: float, block: tuple[int, int]) -> None:

@@ -1,0 +1,186 @@
+"""The command line of the benchmarks.
+
+    python -m ddst.benchmarks                                            a quick selection
+    python -m ddst.benchmarks --layer sngan32-g --density 0.1 0.3        the layers of a network
+    python -m ddst.benchmarks --layer sngan32 --density 0.1 --batch 16   a whole GAN iteration
+    python -m ddst.benchmarks --layer targets --against main             this library beside another commit's
+    python -m ddst.benchmarks --list --layer all                         what there is to measure
+    python -m ddst.benchmarks table RUN.json [--readme README.md]        a kept run as a Markdown table
+
+Printed for every pass: ms, the floor (the larger of useful operations at the measured peak and bytes at the measured
+bandwidth), shares of both, then the dense time ("n" NCHW or "c" channels_last, the faster) and its share of peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+import ddst
+from ddst.benchmarks import registry, report
+from ddst.benchmarks.against import Comparison, library_of
+from ddst.benchmarks.problem import LAYOUTS
+from ddst.benchmarks.runner import Row, Settings, measure
+
+
+def block_of(text: str) -> tuple[int, int]:
+    """16x16 -> (16, 16)."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and 0 < int(part) <= 64 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no block, expected for example 16x16, sides from 1 to 64")
+    return int(parts[0]), int(parts[1])
+
+
+def positive(text: str) -> int:
+    """An int of at least one."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive int")
+    return int(text)
+
+
+def density_of(text: str) -> float:
+    """A density above zero, at most one."""
+    try:
+        density = float(text)
+    except ValueError:
+        density = 0.0
+    if not 0.0 < density <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no density, expected a number above 0, at most 1")
+    return density
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(
+        prog="python -m ddst.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = command.add_argument
+    add("--op", nargs="+", choices=registry.OPS, default=registry.OPS, help="only these operators")
+    add("--layer", nargs="+", metavar="NAME", help="layers, networks, GANs or 'all' (default: a quick selection)")
+    add("--density", nargs="+", type=density_of, default=[0.1, 0.3], help="default: 0.1 0.3")
+    add("--block", nargs="+", type=block_of, default=[(16, 16)], help="b_out x b_in, default 16x16")
+    add("--batch", nargs="+", type=positive, default=[16], help="default: 16")
+    add("--mask", nargs="+", choices=registry.MASKS, default=["random"], help="skewed: rows unequal 1:4")
+    add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--baseline", nargs="+", choices=sorted({b for bs in registry.BASELINES.values() for b in bs}))
+    add("--threads", type=positive, default=1)
+    add("--repeats", type=positive, default=15, help="rounds, each measures every program once (default: 15)")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread")
+    add("--layout", choices=LAYOUTS, default="channels_last", help="of the packed side's activations")
+    add("--against", metavar="REV", help="compare with the library of this commit instead of with dense torch")
+    add("--json", type=Path, metavar="FILE", help="also keep the run in this file")
+    add("--picture", type=Path, metavar="FILE", help="also draw speed-up over density")
+    add("--list", action="store_true", help="print the cases, measure nothing")
+    return command
+
+
+def table_parser() -> argparse.ArgumentParser:
+    """The command line of `table`."""
+    command = argparse.ArgumentParser(prog="python -m ddst.benchmarks table", description="A kept run as Markdown.")
+    command.add_argument("run", type=Path, metavar="RUN.json")
+    command.add_argument(
+        "--readme", type=Path, metavar="FILE", help=f"put it between {' and '.join(report.MARKERS)} of this file"
+    )
+    return command
+
+
+def table(argv: list[str]) -> int:
+    """`table RUN.json`: prints the table, or puts it into a file."""
+    command = table_parser()
+    arguments = command.parse_args(argv)
+    try:
+        text = report.markdown(report.load(arguments.run))
+        if arguments.readme:
+            report.insert(arguments.readme, text)
+        else:
+            print(text)
+    except (OSError, ValueError) as error:
+        command.error(str(error))
+    return 0
+
+
+def chosen_cases(arguments: argparse.Namespace) -> list[registry.Case]:
+    """The cases of the command line.
+
+    Raises:
+        ValueError: an unknown layer, or no case left.
+    """
+    cases = registry.cases(
+        arguments.layer or list(dict.fromkeys(case.layer for case in registry.QUICK)),
+        ops=arguments.op,
+        batches=arguments.batch,
+        densities=arguments.density,
+        blocks=arguments.block,
+        masks=arguments.mask,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        baselines=arguments.baseline,
+    )
+    if arguments.against:
+        cases = [case for case in cases if case.op != "gan"]  # its Python side is not compared
+    if not cases:
+        raise ValueError(
+            "no case fits: a layer needs as many channels as the block, a skewed mask a density "
+            "below 1; no GAN with --against"
+        )
+    return cases
+
+
+def run(cases: list[registry.Case], measure_one: Callable[[registry.Case], Row]) -> list[Row]:
+    """Measures and prints each case."""
+    rows = []
+    print(report.HEAD)
+    for case in cases:
+        rows.append(measure_one(case))
+        print(report.text_of(rows[-1]), flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns 1 if a row was wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["table"]:
+        return table(argv[1:])
+    command = parser()
+    arguments = command.parse_args(argv)
+    if arguments.against and arguments.picture:
+        command.error("--picture draws speed-ups over dense, which --against does not measure")
+    settings = Settings(arguments.threads, arguments.repeats, arguments.clock, arguments.layout)
+    try:
+        cases = chosen_cases(arguments)
+        if arguments.list:
+            print(*cases, sep="\n")
+            return 0
+        known = report.facts(settings, arguments.device)
+        print(
+            f"ddst {ddst.__version__} at {known['commit']} ({known['machine']['capability']}), torch "
+            f"{torch.__version__}, {known['machine']['cpu']}, {settings.threads} thread(s), {settings.clock} time, "
+            f"packed side {settings.layout}; measured peak {known['machine']['peak_gflops']} GFLOP/s, "
+            f"{known['machine']['bandwidth_gbytes']} GB/s"
+        )
+        with ExitStack() as stack:
+            measure_one: Callable[[registry.Case], Row] = lambda case: measure(case, settings)  # noqa: E731
+            if arguments.against:
+                known["against"], library = library_of(arguments.against)
+                print(f"in place of dense: the library of commit {known['against']}, built from its sources")
+                measure_one = stack.enter_context(Comparison(library, settings)).measure
+            rows = run(cases, measure_one)
+    except ValueError as error:
+        command.error(str(error))
+    if arguments.json:
+        report.save(arguments.json, known, rows)
+    if arguments.picture:
+        from ddst.benchmarks.picture import draw
+
+        draw({**known, "rows": rows}, arguments.picture)
+    return 1 if any(row["wrong"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

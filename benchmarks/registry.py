@@ -1,0 +1,233 @@
+"""Everything that is measured: the layers of the networks, and the cases (a layer in one setting) made of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+OPS = ("conv2d", "linear", "gan")
+DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+BATCHES = (16, 64)
+BLOCKS = ((8, 8), (16, 16), (32, 32), (64, 64), (16, 4), (16, 1))
+MASKS = ("random", "skewed")
+#: What each operator is compared with; "dense" is always the faster of NCHW and channels_last for every pass.
+BASELINES = {"conv2d": ("dense", "masked"), "linear": ("dense", "masked", "bsr", "csr"), "gan": ("dense",)}
+SKEW = 4.0  # in a skewed mask, the fullest block row has so many times the blocks of the emptiest
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution over images of size x size (padding as 'same' has it at stride 1), or a linear layer (size 0).
+
+    >>> Layer(128, 256, 4, 32, stride=2).name
+    'conv4x4s2-128-256-32'
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel: int = 1
+    size: int = 0
+    stride: int = 1
+
+    @property
+    def op(self) -> str:
+        """ "linear" or "conv2d"."""
+        return "conv2d" if self.size else "linear"
+
+    @property
+    def name(self) -> str:
+        """How the command line calls it: kind, input channels, output channels, size."""
+        if not self.size:
+            return f"linear-{self.in_channels}-{self.out_channels}"
+        stride = f"s{self.stride}" if self.stride > 1 else ""
+        return f"conv{self.kernel}x{self.kernel}{stride}-{self.in_channels}-{self.out_channels}-{self.size}"
+
+    @property
+    def weight_shape(self) -> list[int]:
+        """Shape of the dense weight."""
+        shape = [self.out_channels, self.in_channels]
+        return [*shape, self.kernel, self.kernel] if self.size else shape
+
+    @property
+    def padding(self) -> int:
+        """Padding on each side."""
+        return (self.kernel - 1) // 2
+
+    @property
+    def out_size(self) -> int:
+        """Side of the output image."""
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+def _conv(*sizes: int, of: tuple[int, int], kernel: int = 3, stride: int = 1) -> list[Layer]:
+    return [Layer(of[0], of[1], kernel, size, stride) for size in sizes]
+
+
+#: Network -> its different layers. The layers of one shape are listed once. A transposed convolution (DCGAN's G) is
+#: listed as the convolution it is the transpose of: their three passes are the same three computations.
+NETWORKS: dict[str, list[Layer]] = {
+    # The shapes that the project's targets are stated for; the last of each line occur in none of the networks.
+    "targets": [
+        *_conv(8, 16, 32, of=(256, 256)),
+        *_conv(8, 16, 32, of=(128, 128)),
+        *_conv(32, of=(256, 256), kernel=1),
+        Layer(128, 4096),
+        Layer(1024, 1024),
+    ],
+    "sngan32-g": [
+        Layer(128, 4096),
+        *_conv(8, 16, 32, of=(256, 256)),
+        *_conv(4, 8, 16, of=(256, 256), kernel=1),
+        *_conv(32, of=(256, 3)),
+    ],
+    "sngan32-d": [
+        *_conv(32, of=(3, 128)),
+        *_conv(8, 16, 32, of=(128, 128)),
+        *_conv(16, of=(3, 128), kernel=1),
+        *_conv(8, of=(128, 128), kernel=1),
+        Layer(128, 1),
+    ],
+    "sngan48-g": [
+        Layer(128, 18432),
+        *(layer for c, size in ((512, 12), (256, 24), (128, 48)) for layer in _conv(size, of=(c, c // 2))),
+        *(layer for c, size in ((256, 12), (128, 24), (64, 48)) for layer in _conv(size, of=(c, c))),
+        *(layer for c, size in ((512, 6), (256, 12), (128, 24)) for layer in _conv(size, of=(c, c // 2), kernel=1)),
+        *_conv(48, of=(64, 3)),
+    ],
+    "sngan48-d": [
+        *_conv(48, of=(3, 128)),
+        *_conv(12, 24, 48, of=(128, 128)),
+        *_conv(24, of=(3, 128), kernel=1),
+        *_conv(12, of=(128, 128), kernel=1),
+        Layer(128, 1),
+    ],
+    "biggan32-g": [
+        Layer(128, 4096),
+        *_conv(8, 16, 32, of=(256, 256)),
+        *_conv(8, 16, 32, of=(256, 256), kernel=1),
+        *_conv(32, of=(256, 3)),
+    ],
+    "biggan32-d": [
+        *_conv(32, of=(3, 256)),
+        *_conv(8, 16, 32, of=(256, 256)),
+        *_conv(16, of=(3, 256), kernel=1),
+        *_conv(16, of=(256, 256), kernel=1),
+        Layer(256, 1),
+    ],
+    "dcgan32-g": [
+        Layer(128, 8192),
+        *(
+            layer
+            for c, size in ((512, 8), (256, 16), (128, 32))
+            for layer in _conv(size, of=(c // 2, c), kernel=4, stride=2)
+        ),
+        *_conv(32, of=(64, 3)),
+    ],
+    "dcgan32-d": [
+        *_conv(32, of=(3, 64)),
+        *(layer for c, size in ((64, 16), (128, 8), (256, 4)) for layer in _conv(size, of=(c, 2 * c))),
+        *(layer for c, size in ((64, 32), (128, 16), (256, 8)) for layer in _conv(size, of=(c, c), kernel=4, stride=2)),
+        Layer(8192, 1),
+    ],
+}
+
+#: Name -> layer, each once.
+LAYERS: dict[str, Layer] = {layer.name: layer for layers in NETWORKS.values() for layer in layers}
+
+#: Whole models for the operator "gan": name -> settings of `ddst train`.
+GANS: dict[str, dict[str, object]] = {
+    "sngan32": {"preset": "sngan32"},
+    "sngan48": {"preset": "sngan48"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Attributes:
+        op: "conv2d", "linear" or "gan". layer: its name in :data:`LAYERS`, for "gan" in :data:`GANS`.
+        baselines: what it is compared with.
+    """
+
+    op: str
+    layer: str
+    batch: int
+    density: float
+    block: tuple[int, int] = (16, 16)
+    mask: str = "random"
+    dtype: str = "float32"
+    device: str = "cpu"
+    baselines: tuple[str, ...] = ("dense",)
+
+    def __str__(self) -> str:
+        block = f"{self.block[0]}x{self.block[1]}"
+        return f"{self.layer} batch {self.batch} {100 * self.density:g} % {block} {self.mask}"
+
+
+def layers_of(names: Sequence[str]) -> list[str]:
+    """Names of layers and GANs, from names of these and of networks ("all": every layer); each once.
+
+    Raises:
+        ValueError: an unknown name.
+
+    >>> layers_of(["sngan32-d", "linear-128-1"])[-2:]
+    ['conv1x1-128-128-8', 'linear-128-1']
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name == "all":
+            found.update(dict.fromkeys(LAYERS))
+        elif name in NETWORKS:
+            found.update(dict.fromkeys(layer.name for layer in NETWORKS[name]))
+        elif name in LAYERS or name in GANS:
+            found[name] = None
+        else:
+            known = ", ".join(["all", *NETWORKS, *GANS])
+            raise ValueError(f"layer must be a layer such as conv3x3-256-256-16 or one of {known}, got {name!r}")
+    return list(found)
+
+
+def cases(
+    layers: Sequence[str] = ("all",),
+    *,
+    ops: Sequence[str] = OPS,
+    batches: Sequence[int] = BATCHES,
+    densities: Sequence[float] = DENSITIES,
+    blocks: Sequence[tuple[int, int]] = BLOCKS,
+    masks: Sequence[str] = MASKS,
+    dtype: str = "float32",
+    device: str = "cpu",
+    baselines: Sequence[str] | None = None,
+) -> list[Case]:
+    """Every combination, layers first; those that cannot be are left out.
+
+    A layer with fewer channels than the block is no case (``ddst.sparsify`` leaves it dense), nor is a skewed mask at
+    density 1, nor a skewed GAN.
+
+    >>> len(cases(["targets"], batches=[16], blocks=[(16, 16)], masks=["random"]))
+    54
+    """
+    found = []
+    for name, batch, density, block, mask in itertools.product(layers_of(layers), batches, densities, blocks, masks):
+        op = LAYERS[name].op if name in LAYERS else "gan"
+        if op == "gan" and mask != "random":
+            continue
+        if name in LAYERS and (LAYERS[name].out_channels < block[0] or LAYERS[name].in_channels < block[1]):
+            continue
+        if op not in ops or (mask == "skewed" and density == 1.0):
+            continue
+        against = tuple(b for b in BASELINES[op] if baselines is None or b in baselines)
+        found.append(Case(op, name, batch, density, block, mask, dtype, device, against))
+    return found
+
+
+#: What `make bench` and the command line without arguments measure.
+QUICK = cases(
+    ["conv3x3-256-256-16", "conv3x3-128-128-8", "conv1x1-256-256-16", "linear-128-4096"],
+    batches=[16],
+    densities=[0.1, 0.3],
+    blocks=[(16, 16)],
+    masks=["random"],
+)

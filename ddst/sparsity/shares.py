@@ -1,0 +1,62 @@
+"""How the density asked for is shared out over the candidates of a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .candidates import Candidate
+from .distribution import check_density, erk_densities, smallest_density, uniform_densities
+
+
+def share_out(
+    candidates: list[Candidate], density: float, block: tuple[int, int], distribution: str | Mapping[str, float]
+) -> dict[str, float]:
+    """The density of every layer to be swapped; writes into the others why not, and which layers the density counts.
+
+    Raises:
+        ValueError: a distribution that names unknown or unsuitable layers, or nothing to swap.
+    """
+    named: dict[str, float] = {}
+    if isinstance(distribution, Mapping):
+        named = _named_densities(candidates, distribution)
+    elif distribution not in ("erk", "uniform"):
+        raise ValueError(f"distribution must be 'erk', 'uniform' or {{name: density}}, got {distribution!r}")
+    for c in candidates:
+        c_out, c_in = c.shape[:2]
+        if c.reason is None and c.name not in named and (c_out < block[0] or c_in < block[1]):
+            c.reason = f"{c_in} to {c_out} channels, fewer than a block of {block[0]}x{block[1]}"
+    free = {c.name: c.shape for c in candidates if c.reason is None}
+    if distribution == "erk":
+        counted = {c.name: c.shape for c in candidates if c.counted}
+        dense = counted.keys() - free.keys()
+    else:
+        counted, dense = free, set()
+    if not counted:
+        reasons = ", ".join(f"{c.name}: {c.reason}" for c in candidates)
+        raise ValueError(f"model has no layer to swap ({reasons or 'no convolution or linear layer'})")
+    if distribution != "erk":
+        for c in candidates:
+            c.counted = c.name in free
+        return {**uniform_densities(free, density), **named}
+    # Below the smallest density there is no distribution; what is reached then is compared with what was asked for.
+    shares = erk_densities(counted, max(density, smallest_density(counted, block, dense)), dense)
+    for c in candidates:
+        if c.reason is None and shares[c.name] == 1.0:
+            c.reason = "its ERK density is 1"
+    return {c.name: shares[c.name] for c in candidates if c.reason is None}
+
+
+def _named_densities(candidates: list[Candidate], distribution: Mapping[str, float]) -> dict[str, float]:
+    """The densities of a ``{name: density}``, by each layer's first name."""
+    by_name = {name: c for c in candidates for name in c.names}
+    named: dict[str, float] = {}
+    for name, share in distribution.items():
+        if name not in by_name:
+            raise ValueError(f"distribution names {name!r}, which is no convolution or linear layer of the model")
+        candidate = by_name[name]
+        if candidate.reason is not None:
+            raise ValueError(f"distribution names {name!r}, which cannot be sparse: {candidate.reason}")
+        if named.setdefault(candidate.name, share) != share:
+            raise ValueError(f"distribution gives two densities to one layer: {', '.join(candidate.names)}")
+        check_density(share, f"distribution[{name!r}]")
+    return named

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from .. import ops, topology
-from ..ops.conv2d import pair, resolve_padding
+from ..ops.conv2d import output_is_channels_last, pair, resolve_padding
 from .base import SparseLayer, check_plain, copy_of, mask_for
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -25,8 +25,9 @@ class SparseConv2d(SparseLayer):
         density: share of blocks that are active, above 0 and at most 1. A block is ``b_out × b_in`` channels at a tap.
         block: ``(b_out, b_in)`` or one int, entries from 1 to 64. Multiples of 8 are fast.
 
-    Shape: input ``[N, C_in, H, W]`` or ``[C_in, H, W]``; the output's memory format follows ``nn.Conv2d``'s rule.
-    channels_last inputs save two layout changes. float32, float64, bfloat16, float16.
+    Shape: input ``[N, C_in, H, W]`` or ``[C_in, H, W]``; the output's memory format follows ``nn.Conv2d``'s rule;
+    ``channels_last`` (an attribute, taken over by ``from_dense``) stands for the dense weight's layout. channels_last
+    inputs save two layout changes. float32, float64, bfloat16, float16.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -69,6 +70,8 @@ class SparseConv2d(SparseLayer):
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
         self.stride, self.dilation, self.groups, self.padding_mode = strides, dilations, 1, padding_mode
         self.padding = padding if isinstance(padding, str) else paddings
+        # What torch would read off a dense weight's strides: its outputs are channels_last whatever the input is.
+        self.channels_last = False
         # Left, right, top, bottom, for the modes that F.pad computes.
         self._border = (paddings[1], paddings[1] + extra[1], paddings[0], paddings[0] + extra[0])
 
@@ -113,6 +116,7 @@ class SparseConv2d(SparseLayer):
             block=block,
         )
         layer._adopt(module.weight, mask, module.bias)
+        layer.channels_last = output_is_channels_last(module.weight)
         return layer.train(module.training)
 
     def to_dense(self) -> nn.Conv2d:
@@ -139,12 +143,17 @@ class SparseConv2d(SparseLayer):
             padding_mode=self.padding_mode,  # type: ignore[arg-type]
             device="meta",
         )
-        dense.weight = nn.Parameter(weight.contiguous(), requires_grad=self.values.requires_grad)
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        weight = weight.clone(memory_format=memory_format)
+        dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         dense.bias = copy_of(self.bias)
         return dense.train(self.training)
 
     def _compute(self, input: Tensor) -> Tensor:
         padding: str | tuple[int, int] = self.padding
+        if self.channels_last and input.dim() == 4 and not output_is_channels_last(input):
+            # Not contiguous(): with one channel or one pixel the old strides would pass for channels_last and stay.
+            input = input.clone(memory_format=torch.channels_last)
         if self.padding_mode != "zeros":
             input = nn.functional.pad(input, self._border, mode=self.padding_mode)
             padding = (0, 0)

@@ -283,3 +283,21 @@ def test_new_layer_covers_every_block_row_and_column_and_follows_the_seed() -> N
     assert torch.equal(layer.values, again.values)
     torch.manual_seed(4)
     assert not torch.equal(ddst.SparseConv2d(160, 96, 3, density=0.12).block_mask, layer.block_mask)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("channels", [1, 32])
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last])
+def test_output_layout_follows_the_dense_weight_too(
+    input_format: torch.memory_format, weight_format: torch.memory_format, kernel: int, channels: int, backend: str
+) -> None:
+    dense = nn.Conv2d(channels, 32, kernel).to(memory_format=weight_format)
+    layer = ddst.SparseConv2d.from_dense(dense, density=1.0, block=(16, 1))
+    layer.backend = backend
+    x = torch.randn(2, channels, 6, 5).contiguous(memory_format=input_format)
+    want = dense(x)
+    assert layer(x).stride() == want.stride()
+    assert layer.to_dense()(x).stride() == want.stride()
+    assert_close(layer(x), want.double(), "output")

@@ -21,17 +21,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddst.topology import grid
-
 from . import gather
+from .block_scores import conv2d_block_scores, linear_block_scores
 from .configs import DTYPES, SIDES, GatherConfig, Problem
 from .launch import native, native_rows
+from .weight_grad import conv2d_weight_grad, linear_weight_grad
 
-__all__ = ["conv2d", "conv2d_input_grad", "linear", "linear_input_grad", "supports"]
+__all__ = [
+    "conv2d",
+    "conv2d_block_scores",
+    "conv2d_input_grad",
+    "conv2d_weight_grad",
+    "linear",
+    "linear_block_scores",
+    "linear_input_grad",
+    "linear_weight_grad",
+    "supports",
+]
 
 
 def supports(dtype: torch.dtype, block: Sequence[int] | None) -> tuple[bool, str]:
-    """``(ok, reason)``: whether the kernels compute in a dtype with blocks ``(b_out, b_in)``; None asks for the dtype only.
+    """``(ok, reason)``: whether the kernels compute in a dtype with blocks ``(b_out, b_in)``; None: with any that fits.
 
     >>> supports(torch.float64, (16, 16))
     (False, 'computes in float32, float16 and bfloat16, got torch.float64')

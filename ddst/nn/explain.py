@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS, Problem, choose, supports
+from ..backends import BACKENDS, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
+from ..ops.precision import compute_dtype
 from .base import SparseLayer
 
 REPEATS = 7
@@ -96,9 +97,9 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     """
     if not isinstance(layer, SparseLayer):
         raise TypeError(f"layer must be a block-sparse layer, got {type(layer).__name__}")
-    computed = torch.float64 if input.dtype == torch.float64 else torch.float32
-    chosen = choose(layer.backend, input.to(computed), layer.values)
-    problem = Problem(input.device.type, computed, layer.block)
+    computed = compute_dtype(input.dtype, input.device.type)
+    problem = layer.problem(input.device.type, computed)
+    chosen = choose(layer.backend, problem)
     asked = f"backend={layer.backend!r} asked for, " if layer.backend != "auto" else ""
     refused = {}
     for name in BACKENDS:

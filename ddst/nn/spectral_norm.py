@@ -268,7 +268,7 @@ class SpectralNorm(nn.Module):
         return torch.dot(values.flatten(), direction.flatten())
 
     def _matrix(self, values: Tensor, backend: str) -> _Matrix:
-        chosen = backends.choose(backend, values, values)
+        chosen = backends.choose(backend, backends.Problem.of(values, values))
         kind = _Dense if chosen == "reference" else _Packed
         return kind(values, self.topology, self._matrix_shape)
 

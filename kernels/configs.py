@@ -90,14 +90,15 @@ def gather_candidates(op: str, dtype: torch.dtype, block: Sequence[int]) -> list
     """
     summed = block[1 if op == "forward" else 0]
     fuse = max(1, (64 if dtype.itemsize == 2 else 32) // summed) if summed == 16 else 1
-    first = GatherConfig(pixels=128, fuse=fuse)
+    spills = dtype.itemsize == 4 and min(block) == 64  # with 128 pixels
+    first = GatherConfig(pixels=64 if spills else 128, fuse=fuse)
     found = [
         first,
         replace(first, pixels=64),
         replace(first, stages=4 if dtype.itemsize == 2 else 2),
         replace(first, fuse=1 if fuse > 1 else max(1, 64 // summed)),
-        replace(first, fuse=1, box=(1, 8, 16)),
-        replace(first, fuse=1, box=(1, 8, 8), pixels=64),
+        replace(first, fuse=1, pixels=128, box=(1, 8, 16)),
+        replace(first, fuse=1, pixels=64, box=(1, 8, 8)),
     ]
     if dtype.itemsize == 2:
         found.append(replace(first, copy=8))

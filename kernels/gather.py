@@ -112,11 +112,15 @@ def several_blocks(
         wp = values + k[:, None] * BN + o[None, :]
     else:
         wp = values + o[:, None] * BK + k[None, :]
-    ahead = tl.load(entries + start + slot, mask=start + slot < end, other=0)
+    entry_ahead = tl.load(entries + start + slot, mask=start + slot < end, other=0)
+    id_ahead = tl.load(ids + start + slot, mask=start + slot < end, other=0) if DGRAD else 0
     for p in tl.range(start, end, FUSE, num_stages=STAGES):
         q = p + slot
-        entry = ahead
-        ahead = tl.load(entries + q + FUSE, mask=q + FUSE < end, other=0)
+        entry = entry_ahead
+        entry_ahead = tl.load(entries + q + FUSE, mask=q + FUSE < end, other=0)
+        block = id_ahead if DGRAD else q
+        if DGRAD:
+            id_ahead = tl.load(ids + q + FUSE, mask=q + FUSE < end, other=0)
         present = q < end
         kh, kw = tap(entry, BITS)
         dh, dw = shift(kh, kw, first_h, first_w, DGRAD, S_H, S_W, D_H, D_W)
@@ -124,7 +128,6 @@ def several_blocks(
         have = present & (channel + k < XC) if RAGGED else present
         ok = inside(i0[:, None] + dh[None, :], j0[:, None] + dw[None, :], XH, XW) & have[None, :]
         xt = tl.load(xp + ((dh * XW + dw) * XC + channel)[None, :], mask=ok, other=0.0)
-        block = tl.load(ids + q, mask=present, other=0) if DGRAD else q
         at = block.to(tl.int64) * (BN * BK)
         if DGRAD:
             wt = tl.load(wp + at[:, None], mask=present[:, None], other=0.0)
@@ -241,7 +244,7 @@ def _check_size(source: Sequence[int], result: Sequence[int], kernel: Sequence[i
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, config: GatherConfig, precision: str, bias: bool, relu: bool) -> Launch:
+def plan(problem: Problem, config: GatherConfig, precision: str, bias: bool, relu: bool) -> Launch:
     """A launch for a problem; source and result are the input and output, in the input gradient the other way round."""
     dgrad = problem.op == "input_grad"
     c_out, c_in, *kernel = problem.weight_shape
@@ -298,7 +301,7 @@ def _run(
         return
     if config is None:
         config = tuning.choose(problem, tuning.device_name(source.get_device()))
-    launch = _plan(problem, config, product_precision(problem.dtype, problem.linear), bias is not None, relu)
+    launch = plan(problem, config, product_precision(problem.dtype, problem.linear), bias is not None, relu)
     x: Tensor | TensorDescriptor = source
     if config.box is not None:
         images, channels, height, width = source.shape if source.dim() == 4 else (*source.shape, 1, 1)

@@ -14,7 +14,7 @@ from triton.runtime import interpreter  # noqa: E402
 _patch_lang_tensor = interpreter._patch_lang_tensor
 
 
-def _with_index(tensor, scope):  # type: ignore[no-untyped-def]
+def _with_index(tensor: type, scope: interpreter._LangPatchScope) -> None:
     """numpy >= 2.4 refuses int() of a one-element array, so that range(tl.load(...)) raises (triton issue 9171)."""
     _patch_lang_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))

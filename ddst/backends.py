@@ -72,7 +72,7 @@ def _supports_triton(problem: Problem) -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "needs the package triton, which is not installed: pip install 'ddst[gpu]'"
     kernels = importlib.import_module("ddst.kernels")  # imports triton
-    return kernels.supports(problem.dtype, problem.block, problem.kernel)
+    return kernels.supports(problem.dtype, problem.block)
 
 
 def _supports_reference(problem: Problem) -> tuple[bool, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from ..backends import BACKENDS, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
+from ..ops.conv2d import resolve_padding
 from ..ops.precision import compute_dtype
 from .base import SparseLayer
+from .conv2d import SparseConv2d
 
 REPEATS = 7
 
@@ -49,10 +52,12 @@ class Explanation:
 
     Attributes:
         backend: the backend that runs.
-        capability: the instruction set of its kernels ("portable", "avx2", "avx512"), or "" where it has none.
+        capability: the instruction set of its kernels ("portable", "avx2", "avx512", on a GPU for example "sm_90"), or
+            "" where it has none.
         reason: why it runs.
         refused: every other backend and why it was not taken.
-        forms: pass -> which kernel form the shape of the block leads to.
+        forms: pass -> which kernel form the shape of the block leads to; with Triton, which configuration runs and
+            whether it was measured on this device model.
         slow: the passes for which the block's shape is a slow one.
         rates: "forward" and "backward" -> what they reach; empty without ``measure``.
     """
@@ -106,8 +111,14 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
         if name != chosen:
             ok, reason = supports(name, problem)
             refused[name] = reason if not ok or name == "reference" else f"backend={layer.backend!r} asked for"
-    capability = torch.ops.ddst.cpu_capability() if chosen == "cpu" else ""
-    forms, slow = kernel_forms(layer.block) if chosen == "cpu" else ({}, ())
+    capability = ""
+    forms: dict[str, str] = {}
+    slow: tuple[str, ...] = ()
+    if chosen == "cpu":
+        capability, (forms, slow) = torch.ops.ddst.cpu_capability(), kernel_forms(layer.block)
+    elif chosen == "triton":
+        capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(input.device)))
+        forms = triton_forms(layer, input)
     rates = _rates(layer, input, computed) if measure else {}
     reason = asked + supports(chosen, problem)[1]
     return Explanation(repr(layer), chosen, capability, reason, refused, forms, slow, rates)
@@ -136,6 +147,38 @@ def _form(side: int, which: str) -> str:
     if side < 8:
         return f"narrow form, {side} {which} channel{'s' * (side > 1)} of a block do not fill a vector"
     return f"vectors along the {side} {which} channels of a block, no multiple of 8: the last is partly empty"
+
+
+def triton_forms(layer: SparseLayer, input: Tensor) -> dict[str, str]:
+    """``pass -> configuration`` of the Triton kernels that ``layer(input)`` and its backward pass run."""
+    configs, tuning = (importlib.import_module(f"ddst.kernels.{name}") for name in ("configs", "tuning"))
+    dtype, device = compute_dtype(input.dtype, "cuda"), tuning.device_name(input.get_device())
+    sizes = _sizes(layer, input)
+    forms = {}
+    for name, op in (("forward", "forward"), ("input gradient", "input_grad"), ("weight gradient", "weight_grad")):
+        shape = (*layer.weight_shape, 1, 1)[:4]
+        linear = len(layer.weight_shape) == 2
+        problem = configs.Problem(op, linear, dtype, layer.block, shape, *sizes, layer.nnz)
+        measured = tuning.table_of(device).fastest(problem) is not None
+        why = f"fastest measured on {device}" if measured else f"the default: not measured on {device}"
+        forms[name] = f"{tuning.choose(problem, device)}, {why}"
+    return forms
+
+
+def _sizes(layer: SparseLayer, input: Tensor) -> tuple[Any, ...]:
+    """Stride, padding, dilation, number of images, input size and output size of what an operator computes."""
+    if not isinstance(layer, SparseConv2d):
+        return (1, 1), (0, 0), (1, 1), input.numel() // input.shape[-1], (1, 1), (1, 1)
+    padding, extra = resolve_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
+    if layer.padding_mode != "zeros":
+        extra, padding = (2 * padding[0] + extra[0], 2 * padding[1] + extra[1]), (0, 0)
+    images = input.shape[0] if input.dim() == 4 else 1
+    size = (input.shape[-2] + extra[0], input.shape[-1] + extra[1])
+    out = [
+        (size[i] + 2 * padding[i] - layer.dilation[i] * (layer.kernel_size[i] - 1) - 1) // layer.stride[i] + 1
+        for i in (0, 1)
+    ]
+    return layer.stride, padding, layer.dilation, images, size, tuple(out)
 
 
 def _rates(layer: SparseLayer, input: Tensor, computed: torch.dtype) -> dict[str, Rate]:

@@ -77,13 +77,24 @@ class Tensors:
 
     @classmethod
     def make(
-        cls, shape: Shape, block: tuple[int, int], dtype: torch.dtype, device: str, seed: int, whole: bool = False
+        cls,
+        shape: Shape,
+        block: tuple[int, int],
+        dtype: torch.dtype,
+        device: str,
+        seed: int,
+        whole: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensors:
-        """Normal numbers, or with ``whole`` integers from -3 to 3, whose products and sums float32 holds exactly."""
+        """Normal numbers, or with ``whole`` integers from -3 to 3, whose products and sums float32 holds exactly.
+
+        ``mask``: in place of one of the shape's kind.
+        """
         generator = torch.Generator().manual_seed(seed)
         out, into = (shape.blocks[i] * block[i] - shape.ragged[i] for i in range(2))
         weight_shape = [out, into] if shape.linear else [out, into, *shape.kernel]
-        mask = make_mask(shape.mask, topology.mask_shape(weight_shape, block), generator)
+        if mask is None:
+            mask = make_mask(shape.mask, topology.mask_shape(weight_shape, block), generator)
 
         def numbers(*sizes: int) -> Tensor:
             if whole:

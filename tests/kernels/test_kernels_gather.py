@@ -226,6 +226,20 @@ def test_writes_the_whole_result_and_nothing_else(op: str, config: GatherConfig)
     assert area[:1024].isnan().all() and area[-1024:].isnan().all()
 
 
+@pytest.mark.parametrize("config", [GatherConfig(), GatherConfig(fuse=4), GatherConfig(box=(2, 4, 8))], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_a_nan_in_a_block_stays_in_its_row(op: str, config: GatherConfig) -> None:
+    problem = ConvProblem(channels=(40, 40), block=(16, 16), size=(4, 3), mask="0.3", bias=False)
+    case = problem.build(torch.float32, "whole")
+    clean = expected(op, case)
+    first = case.mask.flatten(2).any(2).nonzero()[0]  # the row and column of block 0
+    case.values[0] = float("nan")
+    result = run(op, problem, case, config).double()
+    hit = torch.arange(40) // 16 == first[0 if op == "forward" else 1]
+    assert torch.equal(result[:, ~hit], clean[:, ~hit])
+    assert result[:, hit].isnan().any()
+
+
 def test_a_changed_mask_changes_the_result() -> None:
     """In place, where the number of blocks stays, and by a new topology."""
     problem = ConvProblem(channels=(32, 48), block=(16, 16), size=(3, 3), bias=False)

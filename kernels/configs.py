@@ -55,6 +55,10 @@ class Problem(NamedTuple):
         return self.blocks / math.prod(self.grid)
 
 
+#: Two for each multiprocessor of an H200.
+ENOUGH_PROGRAMS = 264
+
+
 @dataclass(frozen=True)
 class GatherConfig:
     """How the forward pass and the input gradient run (:mod:`.gather`).
@@ -119,15 +123,26 @@ def gather_fits(config: GatherConfig, problem: Problem) -> bool:
 
 
 def gather_runs(config: GatherConfig, problem: Problem) -> bool:
-    """Whether a configuration fits, and computes no more than twice the pixels that are wanted."""
+    """Whether a configuration fits and is worth a trial.
+
+    Tiles of 128 pixels must leave programs enough for a large device, and boxes hold no more pixels outside the result
+    than inside.
+    """
     forward = problem.op == "forward"
     stride = (1, 1) if forward else problem.stride
     height, width = problem.output_size if forward else problem.input_size
     size = (problem.images, -(-height // stride[0]), -(-width // stride[1]))
+    pixels = math.prod(size)
     if config.box is None:
-        return config.pixels == 64 or math.prod(size) > 64
-    covered = config.pixels * math.prod(-(-extent // side) for extent, side in zip(size, config.box, strict=True))
-    return gather_fits(config, problem) and covered <= 2 * math.prod(size)
+        tiles = -(-pixels // config.pixels)
+    else:
+        tiles = math.prod(-(-extent // side) for extent, side in zip(size, config.box, strict=True))
+    programs = tiles * problem.grid[0 if forward else 1] * math.prod(stride)
+    return (
+        gather_fits(config, problem)
+        and (config.pixels == 64 or programs >= ENOUGH_PROGRAMS)
+        and (config.box is None or tiles * config.pixels <= 2 * pixels)
+    )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ddst import kernels
 from ddst.kernels import gather
 from ddst.kernels.configs import DTYPES, SIDES, GatherConfig, Problem, gather_candidates, gather_fits
+from ddst.kernels.launch import Launch
 from ddst.topology import build_topology
 from helpers.dense import topology_of
 from helpers.problems import Case, ConvProblem, LinearProblem, between_guards, lay_out
@@ -256,13 +257,19 @@ def test_a_changed_mask_changes_the_result() -> None:
         assert torch.equal(run(op, problem, other).double(), expected(op, other))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_addresses_beyond_int32(op: str) -> None:
-    """The last rows of a source of more than 2**31 elements, in memory of which only the pages in use exist."""
-    rows, wide, no_reserve = 2**11 + 3, 2**20, 0x4000  # mmap.MAP_NORESERVE of Python 3.13
+def large(rows: int, wide: int) -> Tensor:
+    """Zeros, float16, in memory of which only the pages that are written to exist."""
+    no_reserve = 0x4000  # mmap.MAP_NORESERVE of Python 3.13
     memory = mmap.mmap(-1, 2 * rows * wide, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
-    source = torch.frombuffer(memory, dtype=torch.float16).view(rows, wide)
+    return torch.frombuffer(memory, dtype=torch.float16).view(rows, wide)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sources_beyond_int32(op: str) -> None:
+    """The last rows of a source of more than 2**31 elements."""
+    rows, wide = 2**11 + 3, 2**20
+    source = large(rows, wide)
     mask = torch.zeros(1, wide // 16, dtype=torch.bool)
     mask[0, 0] = mask[0, -1] = True
     values = torch.randint(-3, 4, (2, 16, 16)).half()
@@ -276,6 +283,41 @@ def test_addresses_beyond_int32(op: str) -> None:
         result = kernels.linear_input_grad(source, values, build_topology(mask.T), (wide, 16))
         weight = torch.cat([values[0], values[1]])
     assert torch.equal(result.double(), ends.double() @ weight.double())
+
+
+def test_results_beyond_int32() -> None:
+    """One block row of a result of more than 2**31 elements; the other programs are left out."""
+    rows, wide = 2**11 + 3, 2**20
+    one = (1, 1)
+    problem = Problem("forward", True, torch.float16, (16, 16), (wide, 16, 1, 1), one, (0, 0), one, rows, one, one, 1)
+    whole = gather.plan(problem, GatherConfig(), "ieee", False, False)
+    last = wide // 16 - 1
+    only = Launch(gather.gather, (-(-rows // 64),), (1, *whole.scalars[1:]), whole.constants, 4, 3)
+    x, values = torch.randint(-3, 4, (rows, 16)).half(), torch.randint(-3, 4, (1, 16, 16)).half()
+    ptr = torch.zeros(last + 2, dtype=torch.int32)
+    ptr[-1] = 1
+    zeros, result = torch.zeros(2, dtype=torch.int32), large(rows, wide)
+    only(x, values, result, values, ptr, zeros, zeros, torch.tensor([last], dtype=torch.int32))
+    assert torch.equal(result[:, -16:].double(), x.double() @ values[0].double().T)
+
+
+@pytest.mark.parametrize("config", [GatherConfig(), GatherConfig(fuse=4), GatherConfig(box=(64, 1, 1))], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_values_beyond_int32(op: str, config: GatherConfig) -> None:
+    """A block at the end of values of more than 2**31 elements."""
+    at, one = 2**23 + 2, (1, 1)
+    values = large(at + 1, 256).view(-1, 16, 16)
+    values[at] = torch.randint(-3, 4, (16, 16))
+    x, result = torch.randint(-3, 4, (2, 16)).half(), torch.empty(2, 16).half()
+    problem = Problem(op, True, torch.float16, (16, 16), (16, 16, 1, 1), one, (0, 0), one, 2, one, one, 1)
+    launch = gather.plan(problem, config, "ieee", False, False)
+    source = x if config.box is None else gather._boxes(x, launch.constants)
+    ptr = torch.tensor([at, at + 1], dtype=torch.int32)
+    entries = torch.zeros(at + 2, dtype=torch.int32)
+    ids = torch.arange(at + 2, dtype=torch.int32)
+    launch(source, values, result, values, ptr, entries, ids, entries)
+    weight = values[at].double()
+    assert torch.equal(result.double(), x.double() @ (weight.T if op == "forward" else weight))
 
 
 def test_what_int32_cannot_count_is_refused() -> None:

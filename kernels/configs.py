@@ -55,6 +55,10 @@ class Problem(NamedTuple):
         return self.blocks / math.prod(self.grid)
 
 
+#: Two for each multiprocessor of an H200.
+ENOUGH_PROGRAMS = 264
+
+
 @dataclass(frozen=True)
 class GatherConfig:
     """How the forward pass and the input gradient run (:mod:`.gather`).
@@ -90,17 +94,20 @@ def gather_candidates(op: str, dtype: torch.dtype, block: Sequence[int]) -> list
     """
     summed = block[1 if op == "forward" else 0]
     fuse = max(1, (64 if dtype.itemsize == 2 else 32) // summed) if summed == 16 else 1
-    spills = dtype.itemsize == 4 and min(block) == 64  # with 128 pixels
-    first = GatherConfig(pixels=64 if spills else 128, fuse=fuse)
-    found = [
-        first,
-        replace(first, pixels=64),
-        replace(first, stages=4 if dtype.itemsize == 2 else 2),
-        replace(first, fuse=1 if fuse > 1 else max(1, 64 // summed)),
-        replace(first, fuse=1, pixels=128, box=(1, 8, 16)),
-        replace(first, fuse=1, pixels=64, box=(1, 8, 8)),
-    ]
-    if dtype.itemsize == 2:
+    narrow = dtype.itemsize == 4 and min(block) >= 32  # 128 pixels spill registers: for 64 × 64, on sm_80 for 32 × 32
+    first = GatherConfig(pixels=64 if narrow else 128, fuse=fuse)
+    found = [first]
+    if not narrow or min(block) < 64:
+        found.append(replace(first, pixels=128 if narrow else 64))
+    if block[0] == block[1] or dtype.itemsize == 2:
+        found.append(replace(first, fuse=1, pixels=128, box=(1, 8, 16)))
+    if block[0] == block[1]:  # other blocks are rarer, and everything listed here is tested and compiled
+        found += [
+            replace(first, stages=4 if dtype.itemsize == 2 else 2),
+            replace(first, fuse=1 if fuse > 1 else max(1, 64 // summed)),
+            replace(first, fuse=1, pixels=64, box=(1, 8, 8)),
+        ]
+    if block[0] == block[1] and dtype.itemsize == 2:
         found.append(replace(first, copy=8))
     return list(dict.fromkeys(found))
 
@@ -116,15 +123,26 @@ def gather_fits(config: GatherConfig, problem: Problem) -> bool:
 
 
 def gather_runs(config: GatherConfig, problem: Problem) -> bool:
-    """Whether a configuration fits, and computes no more than twice the pixels that are wanted."""
+    """Whether a configuration fits and is worth a trial.
+
+    Tiles of 128 pixels must leave programs enough for a large device, and boxes hold no more pixels outside the result
+    than inside.
+    """
     forward = problem.op == "forward"
     stride = (1, 1) if forward else problem.stride
     height, width = problem.output_size if forward else problem.input_size
     size = (problem.images, -(-height // stride[0]), -(-width // stride[1]))
+    pixels = math.prod(size)
     if config.box is None:
-        return config.pixels == 64 or math.prod(size) > 64
-    covered = config.pixels * math.prod(-(-extent // side) for extent, side in zip(size, config.box, strict=True))
-    return gather_fits(config, problem) and covered <= 2 * math.prod(size)
+        tiles = -(-pixels // config.pixels)
+    else:
+        tiles = math.prod(-(-extent // side) for extent, side in zip(size, config.box, strict=True))
+    programs = tiles * problem.grid[0 if forward else 1] * math.prod(stride)
+    return (
+        gather_fits(config, problem)
+        and (config.pixels == 64 or programs >= ENOUGH_PROGRAMS)
+        and (config.box is None or tiles * config.pixels <= 2 * pixels)
+    )
 
 
 @dataclass(frozen=True)
@@ -170,16 +188,16 @@ def weight_grad_candidates(dtype: torch.dtype, block: Sequence[int]) -> list[Wei
     """
     first = default_weight_grad(dtype, block)
     other: Literal["row", "col"] = "row" if first.by == "col" else "col"
-    found = [
-        first,
-        replace(first, waves=2),
-        replace(first, waves=8),
-        replace(first, stages=4),
-        replace(first, pixels=2 * first.pixels),
-        replace(first, by=other, group=_group(other, block)),
-        # Twice the rows: by column only, as two sets of shifted pixels per thread cost by row what sharing saves.
-        replace(first, by="col", group=2 * _group("col", block)),
-    ]
+    found = [first, replace(first, waves=2), replace(first, waves=8)]
+    if block[0] == block[1] or dtype.itemsize == 2:
+        found.append(replace(first, by=other, group=_group(other, block)))
+    if block[0] == block[1] and dtype.itemsize == 2:
+        found += [
+            replace(first, stages=4),
+            replace(first, pixels=2 * first.pixels),
+            # Twice the rows: by column only, as two sets of shifted pixels per thread cost by row what sharing saves.
+            replace(first, by="col", group=2 * _group("col", block)),
+        ]
     return list(dict.fromkeys(found))
 
 

@@ -12,9 +12,9 @@ The next entry is carried through the loop: loaded in the step that needs it, it
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -243,9 +243,18 @@ def _check_size(source: Sequence[int], result: Sequence[int], kernel: Sequence[i
         )
 
 
-@functools.lru_cache(maxsize=4096)
-def plan(problem: Problem, config: GatherConfig, precision: str, bias: bool, relu: bool) -> Launch:
-    """A launch for a problem; source and result are the input and output, in the input gradient the other way round."""
+@tuning.remember
+def plan(
+    problem: Problem, config: GatherConfig | None, precision: str, bias: bool, relu: bool, device: int = -1
+) -> Launch:
+    """A launch for a problem; source and result are the input and output, in the input gradient the other way round.
+
+    ``config`` None takes what was tuned for the device, of which -1 is the CPU.
+    """
+    if config is None:
+        chosen = tuning.choose(problem, tuning.device_name(device))
+        assert isinstance(chosen, GatherConfig)
+        config = chosen
     dgrad = problem.op == "input_grad"
     c_out, c_in, *kernel = problem.weight_shape
     source = (problem.images, c_in, *problem.input_size)
@@ -299,16 +308,18 @@ def _run(
     """Fills ``result``, which like ``source`` is in native memory."""
     if result.numel() == 0:
         return
-    if config is None:
-        config = tuning.choose(problem, tuning.device_name(source.get_device()))
-    launch = plan(problem, config, product_precision(problem.dtype, problem.linear), bias is not None, relu)
-    x: Tensor | TensorDescriptor = source
-    if config.box is not None:
-        images, channels, height, width = source.shape if source.dim() == 4 else (*source.shape, 1, 1)
-        strides = [height * width * channels, width * channels, channels, 1]
-        side = launch.constants["BK"]
-        x = TensorDescriptor(source, [images, height, width, channels], strides, [*config.box, side])
+    precision = product_precision(problem.dtype, problem.linear)
+    launch = plan(problem, config, precision, bias is not None, relu, source.get_device())
+    x = _boxes(source, launch.constants) if launch.kernel is gather_box else source
     launch(x, values, result, values if bias is None else bias, *lists)
+
+
+def _boxes(source: Tensor, constants: dict[str, Any]) -> TensorDescriptor:
+    """What the tensor memory accelerator has to know of a source."""
+    images, channels, height, width = source.shape if source.dim() == 4 else (*source.shape, 1, 1)
+    strides = [height * width * channels, width * channels, channels, 1]
+    box = [constants[name] for name in ("BOX_N", "BOX_H", "BOX_W", "BK")]
+    return TensorDescriptor(source, [images, height, width, channels], strides, box)
 
 
 def forward(

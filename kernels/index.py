@@ -6,7 +6,8 @@ lists it was captured with: after a change of the mask it has to be captured aga
 
 Lists are cached under the topology tensor itself, by weak reference, and its version counter: an in-place change makes
 new ones. Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and
-those missing while a graph is captured, whose contents would exist only after its first replay.
+those missing while a graph is captured, whose contents would exist only after its first replay. Lists are made on the
+stream of the call that needs them first; another stream has to wait for it, as for any tensor.
 """
 
 from __future__ import annotations

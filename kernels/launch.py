@@ -57,8 +57,8 @@ class Launch:
         self._compiled: dict[int, Any] = {}  # by device
 
     def __call__(self, *tensors: Any) -> None:
-        """Runs the kernel on the current stream; each tensor may also be a ``TensorDescriptor``."""
-        device = next(t for t in tensors if isinstance(t, Tensor)).get_device()
+        """Runs the kernel on the current stream; each tensor but the last may also be a ``TensorDescriptor``."""
+        device = tensors[-1].get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self._launch(device, tensors)
@@ -67,9 +67,10 @@ class Launch:
 
     def _launch(self, device: int, tensors: tuple[Any, ...]) -> None:
         arguments, addresses = [], 0
-        for tensor in tensors:
-            argument = tensor.data_ptr() if isinstance(tensor, Tensor) else tensor
-            addresses |= argument if isinstance(argument, int) else 0
+        for argument in tensors:
+            if isinstance(argument, Tensor):
+                argument = argument.data_ptr()
+                addresses |= argument
             arguments.append(argument)
         aligned = addresses % ALIGNMENT == 0
         compiled = self._compiled.get(device)

@@ -14,15 +14,16 @@ import functools
 import json
 import os
 import re
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .configs import GatherConfig, Problem, WeightGradConfig, candidates, density_bucket, gather_runs, shape_class
 
 Config = GatherConfig | WeightGradConfig
+Result = TypeVar("Result")
 
 TABLES = Path(__file__).with_name("tables")
 FORMAT = 1
@@ -111,10 +112,12 @@ class Table:
         lines = [dict(zip(names, key, strict=True)) | entry for key, entry in sorted(self.entries.items())]
         content = {"format": FORMAT, "device": self.device, "sources": self.sources, "entries": lines}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.replace(file.name, path)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _content(config: Config | dict[str, Any]) -> str:
@@ -135,7 +138,17 @@ def device_name(index: int) -> str:
     return torch.cuda.get_device_name(index) if index >= 0 else "cpu"
 
 
-@functools.lru_cache(maxsize=4096)
+_remembered: list[Any] = []
+
+
+def remember(chooses: Callable[..., Result]) -> Callable[..., Result]:
+    """A cache for a function whose results depend on the tables: emptied when something is recorded."""
+    cached = functools.lru_cache(maxsize=4096)(chooses)
+    _remembered.append(cached)
+    return cached
+
+
+@remember
 def choose(problem: Problem, device: str) -> Config:
     """The configuration that runs a problem on a device model: the fastest measured one, else the default.
 
@@ -151,7 +164,8 @@ def choose(problem: Problem, device: str) -> Config:
 def record(problem: Problem, measured: list[tuple[Config, float]], source: dict[str, Any], device: str) -> None:
     """:meth:`Table.record` in the table of a device model; what runs from now on chooses by it."""
     table_of(device).record(problem, measured, source)
-    choose.cache_clear()
+    for cached in _remembered:
+        cached.cache_clear()
 
 
 def save(device: str, path: Path | None = None) -> Path:

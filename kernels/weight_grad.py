@@ -206,13 +206,15 @@ class Plan(NamedTuple):
         by, group: how blocks are grouped.
         parts: images and number of parts of each launch.
         launches: one per entry of ``parts``.
-        add_parts: adds the parts; None where there is a single one.
+        stored: number of sums that are stored to be added; 0 where there is a single one.
+        add_parts: adds them.
     """
 
     by: str
     group: int
     parts: list[Part]
     launches: list[Launch]
+    stored: int
     add_parts: Launch | None
 
 
@@ -222,7 +224,7 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 4
 
 
-@functools.lru_cache(maxsize=4096)
+@tuning.remember
 def plan(problem: Problem, config: WeightGradConfig | None, precision: str, device: int) -> Plan:
     """The launches of a problem with products of a precision on a device, -1 for the CPU; config None: as tuned."""
     if config is None:
@@ -265,7 +267,9 @@ def plan(problem: Problem, config: WeightGradConfig | None, precision: str, devi
         )
         for p in parts
     ]  # fmt: skip
-    return Plan(config.by, config.group, parts, launches, add_parts(problem, splits) if splits > 1 else None)
+    if splits == 1:
+        return Plan(config.by, config.group, parts, launches, 0, None)
+    return Plan(config.by, config.group, parts, launches, splits, add_parts(problem, splits))
 
 
 def add_parts(problem: Problem, splits: int) -> Launch:
@@ -285,13 +289,15 @@ def _weight_grad(
         return grad.zero_()
     launched = plan(problem, config, product_precision(problem.dtype, problem.linear), input.get_device())
     groups = weight_grad_groups(topology, problem.weight_shape, problem.block, launched.by, launched.group)
-    splits = sum(p.splits for p in launched.parts) if launched.add_parts else 0
-    partial = torch.empty(splits, *grad.shape, dtype=torch.float32, device=grad.device)
-    done = 0
-    for part, launch in zip(launched.parts, launched.launches, strict=True):
-        images = slice(part.first, part.first + part.count)
-        launch(grad_output[images], input[images], grad, partial[done:], *groups)
-        done += part.splits
+    partial = torch.empty(launched.stored, *grad.shape, dtype=torch.float32, device=grad.device)
+    if len(launched.launches) == 1:
+        launched.launches[0](grad_output, input, grad, partial, *groups)
+    else:
+        done = 0
+        for part, launch in zip(launched.parts, launched.launches, strict=True):
+            images = slice(part.first, part.first + part.count)
+            launch(grad_output[images], input[images], grad, partial[done:], *groups)
+            done += part.splits
     if launched.add_parts:
         launched.add_parts(partial, grad)
     return grad

@@ -30,6 +30,8 @@ from ddst.benchmarks.gpu.timing import precision, watch_of
 #: the rounding of the result, TF32 that of its operands to 11 bits.
 TOLERANCES = {"fp32": (3e-6, 1e-5), "tf32": (1e-3, 4e-3), "fp16": (4e-4, 8e-4), "bf16": (3e-3, 6e-3)}
 OPS = ("forward", "plain", "relu", "dgrad", "wgrad", "scores")
+#: "plain" (no bias) and "relu" are compiled apart and differ in the last step only: these shapes do for them.
+FINISHES = ("aligned", "ragged", "linear ragged")
 REPLAYED = ("aligned", "4x4 stride 2", "linear")
 LOST = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert", "CUDA error")
 
@@ -109,6 +111,8 @@ def _check_shape(group: Group, shape: Shape, dtype: torch.dtype, seed: int, repo
         with torch.enable_grad():
             expected = results_of(tensors)
         for op in OPS:
+            if op in ("plain", "relu") and shape.name not in FINISHES:
+                continue
             what = f"{op} of {shape.name}{', whole numbers' if whole else ''}"
             with _noting(report, what):
                 work = program(group, tensors, op)
@@ -203,10 +207,13 @@ def _judge(
         report.wrong.append(f"{what}: {why}")
 
 
-def compare(result: Tensor, expected: Tensor, kind: str, exact: bool = False) -> tuple[float, str | None]:
+def compare(
+    result: Tensor, expected: Tensor, kind: str, exact: bool = False, slack: float = 1.0
+) -> tuple[float, str | None]:
     """``(relative error, what is wrong or None)`` of a result against float64.
 
     ``exact``: the result must be the reference rounded to its dtype. A reference that is all zero must be met exactly.
+    ``slack``: how many times the tolerance is allowed.
     """
     if result.shape != expected.shape:
         return math.inf, f"shape {tuple(result.shape)}, expected {tuple(expected.shape)}"
@@ -221,7 +228,7 @@ def compare(result: Tensor, expected: Tensor, kind: str, exact: bool = False) ->
     rms, most = float(difference.square().mean().sqrt()), float(difference.abs().max())
     if largest == 0.0:
         return (0.0, None) if most == 0.0 else (math.inf, "not zero where zero is the result")
-    error, allowed = (rms / scale, most / largest), TOLERANCES[kind]
+    error, allowed = (rms / scale, most / largest), [slack * tolerance for tolerance in TOLERANCES[kind]]
     if exact:
         wrong = int((result != expected.to(result.dtype)).sum())
         return error[0], f"{wrong} of {result.numel()} entries are not exact" if wrong else None
@@ -242,10 +249,15 @@ def _noting(report: Report, what: str) -> Iterator[None]:
     except Exception as error:
         message = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         report.wrong.append(message)
-        if any(sign in str(error) for sign in LOST):
+        if device_is_lost(error):
             raise workers.DeviceLostError(
                 f"the rest was not checked, the device was lost at {message}", None
             ) from error
+
+
+def device_is_lost(error: Exception) -> bool:
+    """Whether every later call of this process will fail as well."""
+    return any(sign in str(error) for sign in LOST)
 
 
 @contextmanager

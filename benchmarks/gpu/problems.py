@@ -45,7 +45,7 @@ class Shape:
 #: and paddings that leave whole tiles outside the image; sides that no tile divides.
 SHAPES = (
     Shape("aligned", size=(16, 16), batch=4, mask="0.3"),
-    Shape("ragged", blocks=(3, 2), ragged=(5, 3), size=(13, 11), batch=3, mask="lines"),
+    Shape("ragged", blocks=(3, 3), ragged=(5, 3), size=(13, 11), batch=3, mask="lines"),
     Shape("strided", ragged=(1, 7), size=(17, 19), stride=(2, 3), padding=(4, 5), dilation=(2, 1)),
     Shape("4x4 stride 2", kernel=(4, 4), stride=(2, 2), size=(16, 12), mask="0.2"),
     Shape("1x1", kernel=(1, 1), padding=(0, 0), size=(9, 15), mask="one"),
@@ -55,7 +55,7 @@ SHAPES = (
     Shape("full", blocks=(2, 9), mask="full", size=(8, 8)),
     Shape("one pixel", size=(3, 3), padding=(0, 0), batch=70),
     Shape("linear", blocks=(4, 5), size=(0, 0), batch=130, mask="0.4"),
-    Shape("linear ragged", blocks=(3, 2), ragged=(7, 5), size=(0, 0), batch=37, mask="lines"),
+    Shape("linear ragged", blocks=(3, 3), ragged=(7, 5), size=(0, 0), batch=37, mask="lines"),
     Shape("linear row", blocks=(2, 12), size=(0, 0), batch=1, mask="full"),
     Shape("linear none", size=(0, 0), batch=5, mask="none"),
 )
@@ -77,13 +77,24 @@ class Tensors:
 
     @classmethod
     def make(
-        cls, shape: Shape, block: tuple[int, int], dtype: torch.dtype, device: str, seed: int, whole: bool = False
+        cls,
+        shape: Shape,
+        block: tuple[int, int],
+        dtype: torch.dtype,
+        device: str,
+        seed: int,
+        whole: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensors:
-        """Normal numbers, or with ``whole`` integers from -3 to 3, whose products and sums float32 holds exactly."""
+        """Normal numbers, or with ``whole`` integers from -3 to 3, whose products and sums float32 holds exactly.
+
+        ``mask``: in place of one of the shape's kind.
+        """
         generator = torch.Generator().manual_seed(seed)
         out, into = (shape.blocks[i] * block[i] - shape.ragged[i] for i in range(2))
         weight_shape = [out, into] if shape.linear else [out, into, *shape.kernel]
-        mask = make_mask(shape.mask, topology.mask_shape(weight_shape, block), generator)
+        if mask is None:
+            mask = make_mask(shape.mask, topology.mask_shape(weight_shape, block), generator)
 
         def numbers(*sizes: int) -> Tensor:
             if whole:

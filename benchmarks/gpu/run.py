@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=PHASES, default=list(PHASES), metavar="PART", help=" ".join(PHASES)
     )
     command.add_argument(
-        "--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"without the build; default {BUDGET:g}"
+        "--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"for build and parts; default {BUDGET:g}"
     )
     return command
 
@@ -87,6 +87,7 @@ def build() -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line."""
+    started = time.monotonic()
     parser().parse_args(argv)  # before minutes are spent on a wrong option
     for step, code in ((no_gpu, NO_GPU), (build, CANNOT_BUILD)):
         trouble = step()
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
     from ddst.benchmarks.gpu.__main__ import main as measure
 
-    return measure(argv)
+    return measure(argv, time.monotonic() - started)
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the second: a worker process, which imports the main program again

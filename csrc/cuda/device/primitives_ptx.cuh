@@ -3,7 +3,7 @@
 #pragma once
 #include <cstring>
 
-#define DDST_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define DDST_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks per multiprocessor
 #define DDST_DEVICE __device__ __forceinline__
 #define DDST_UNROLL _Pragma("unroll")
 
@@ -111,18 +111,17 @@ DDST_DEVICE void mma_m16n8k16(float (&c)[4], const std::uint32_t (&a)[4], const 
 #define DDST_MMA_K16(TYPE, NAME)                                                                                 \
   template <>                                                                                                    \
   DDST_DEVICE void mma_m16n8k16<TYPE>(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) { \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                          \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "                                           \
-                 "{%0, %1, %2, %3};"                                                                             \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                            \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                                   \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "                                                    \
+        "{%0, %1, %2, %3};"                                                                                      \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                     \
   }
 DDST_MMA_K16(bf16, "bf16")
 DDST_MMA_K16(fp16, "f16")
 #undef DDST_MMA_K16
 DDST_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -133,6 +132,20 @@ DDST_DEVICE std::uint32_t to_tf32(float value) {
   return bits;
 }
 
+DDST_DEVICE std::uint32_t float_bits(float value) { return __float_as_uint(value); }
+DDST_DEVICE float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
+template <class T>
+DDST_DEVICE float widen(std::uint16_t bits);
+template <>
+DDST_DEVICE float widen<bf16>(std::uint16_t bits) {
+  return __uint_as_float(std::uint32_t(bits) << 16);
+}
+template <>
+DDST_DEVICE float widen<fp16>(std::uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
 DDST_DEVICE int popcount(std::uint32_t bits) { return __popc(bits); }
 DDST_DEVICE std::uint32_t shfl_xor(std::uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 

@@ -4,7 +4,7 @@
 #include "memory.hpp"
 #include "warp_ops.hpp"
 
-#define DDST_KERNEL(threads) inline void
+#define DDST_KERNEL(...) inline void
 #define DDST_DEVICE inline
 #define DDST_UNROLL
 
@@ -133,7 +133,16 @@ inline void mma_m16n8k8_tf32(float (&c)[4], const std::uint32_t (&a)[4], const s
   Block::current->warp_op(&emu::mma_m16n8k8_tf32, &args, "mma.m16n8k8.tf32", where);
 }
 inline int popcount(std::uint32_t bits) { return std::popcount(bits); }
-inline std::uint32_t to_tf32(float value) { return std::bit_cast<std::uint32_t>(emu::float_to_tf32(value)); }
+inline std::uint32_t float_bits(float value) { return std::bit_cast<std::uint32_t>(value); }
+inline float float_of(std::uint32_t bits) { return std::bit_cast<float>(bits); }
+inline std::uint32_t to_tf32(float value) { return float_bits(emu::float_to_tf32(value)); }
+template <class T>
+float widen(std::uint16_t bits) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return emu::bf16_to_float(bits);
+  else
+    return emu::fp16_to_float(bits);
+}
 
 inline std::uint32_t shfl_xor(std::uint32_t value, int mask, Where where = Where::current()) {
   emu::ShuffleArgs args{value, 0, mask};

@@ -8,6 +8,7 @@
 // Both are: grid pixel (i, j) of a phase reads source pixel (i * step + origin + offset(tap)).
 #pragma once
 #include <cstdint>
+#include <string>
 
 #include "ddst_cuda.h"
 
@@ -55,6 +56,9 @@ inline int log2_ceil(int n) {
   return log;
 }
 
+// Blocks of threads of a launch.
+inline int gather_blocks(const GatherGeometry& g) { return g.tiles * g.phases_y * g.phases_x * g.groups; }
+
 // Byte offsets into shared memory: stages | records | source pixel of each patch slot | slot offset of each tap.
 struct GatherLayout {
   int patch_bytes, stage_bytes, records, sources, shifts, bytes;
@@ -76,7 +80,7 @@ inline void set_pixel_tile(GatherGeometry& g, const GatherTile& tile, int log_ro
   const int grid_height = ceil_div(g.out_height, g.phases_y), grid_width = ceil_div(g.out_width, g.phases_x);
   g.log_tile_images = log_images, g.log_tile_rows = log_rows, g.log_tile_cols = log_cols;
   g.tiles_y = ceil_div(grid_height, 1 << log_rows), g.tiles_x = ceil_div(grid_width, 1 << log_cols);
-  g.tiles = ceil_div(g.images, 1 << log_images) * g.tiles_y * g.tiles_x;
+  g.tiles = ceil_div(g.images, 1 << log_images) * g.tiles_y * g.tiles_x;  // at most the number of pixels
   g.patch_rows = ((1 << log_rows) - 1) * g.step_y + g.reach_y + 1;
   g.patch_half = ceil_div(((1 << log_cols) - 1) * g.step_x + g.reach_x + 1, g.step_x);
   g.patch_cols = g.patch_half * g.step_x;
@@ -87,26 +91,30 @@ inline void set_pixel_tile(GatherGeometry& g, const GatherTile& tile, int log_ro
   g.patch_slots = g.image_pitch << log_images;
 }
 
-// Fills `g` and returns null, or says why the kernel cannot run the problem.
-inline const char* gather_geometry(const ddst_cuda_conv2d_problem& p, bool input_gradient, const GatherTile& tile,
+// Fills `g` and returns "", or says why the kernel cannot run the problem.
+inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input_gradient, const GatherTile& tile,
                                    int shared_limit, GatherGeometry& g) {
-  const int element_bytes = p.dtype == DDST_CUDA_TFLOAT32 ? 4 : 2;
+  const int element_bytes = p.dtype == DDST_CUDA_TFLOAT32 ? 4 : 2, vector = 16 / element_bytes;
+  const auto text = [](int a, int b) { return std::to_string(a) + " x " + std::to_string(b); };
   const auto side = [](int b) { return b == 16 || b == 32 || b == 64; };
   const auto stride = [](int s) { return s == 1 || s == 2; };
-  if (p.dtype < 0 || p.dtype > DDST_CUDA_TFLOAT32) return "dtype must be bfloat16, float16 or float32 as TF32";
-  if (!side(p.block_out) || !side(p.block_in)) return "block sides must be 16, 32 or 64";
-  if (!stride(p.stride_y) || !stride(p.stride_x)) return "strides must be 1 or 2";
-  if (p.kernel_height < 1 || p.kernel_width < 1 || p.kernel_height * p.kernel_width > kMaxTaps)
-    return "kernels must have 1 to 16 taps";
-  if (p.in_channels * element_bytes % 16 || p.out_channels * element_bytes % 16)
-    return "channels must be multiples of 16 bytes";
+  if (p.dtype < 0 || p.dtype > DDST_CUDA_TFLOAT32) return "dtype must be bfloat16, float16 or float32";
+  if (!side(p.block_out) || !side(p.block_in))
+    return "block must have sides of 16, 32 or 64, got " + text(p.block_out, p.block_in);
+  if (!stride(p.stride_y) || !stride(p.stride_x)) return "stride must be 1 or 2, got " + text(p.stride_y, p.stride_x);
+  if (p.kernel_height < 1 || p.kernel_width < 1 || p.kernel_height > kMaxTaps || p.kernel_width > kMaxTaps ||
+      p.kernel_height * p.kernel_width > kMaxTaps)
+    return "the kernel must have at most 16 taps, got " + text(p.kernel_height, p.kernel_width);
+  if (p.in_channels % vector || p.out_channels % vector)
+    return "channels must be multiples of " + std::to_string(vector) + ", got " + std::to_string(p.in_channels) +
+           " in, " + std::to_string(p.out_channels) + " out";
   if (p.images < 1 || p.height < 1 || p.width < 1 || p.out_height < 1 || p.out_width < 1 || p.in_channels < 1 ||
-      p.out_channels < 1)
-    return "sizes must be positive";
-  const std::int64_t limit = std::int64_t(1) << 31;
+      p.out_channels < 1 || p.padding_y < 0 || p.padding_x < 0)
+    return "images, sizes and channels must be positive and the padding not negative";
+  const std::int64_t limit = (std::int64_t(1) << 31) - 1024;  // room for the last tile
   if (std::int64_t(p.images) * p.height * p.width >= limit ||
       std::int64_t(p.images) * p.out_height * p.out_width >= limit)
-    return "images must have less than 2^31 pixels in all";
+    return "the images must have less than 2^31 pixels in all";
 
   g = {};
   g.images = p.images;
@@ -144,10 +152,10 @@ inline const char* gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
       const std::int64_t work = std::int64_t(g.tiles) * (tile.pixels + g.patch_slots);
       if (least < 0 || work < least) least = work, best = g;
     }
-  if (least < 0) return "the tile does not fit into shared memory";
+  if (least < 0) return "the tile needs more shared memory than " + std::to_string(shared_limit) + " bytes";
   g = best;
   if (std::int64_t(g.tiles) * g.phases_y * g.phases_x * g.groups >= limit) return "too many tiles for one launch";
-  return nullptr;
+  return "";
 }
 
 }  // namespace ddst::cuda

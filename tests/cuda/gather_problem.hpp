@@ -180,10 +180,8 @@ emu::Stats run(const GatherProblem<typename Traits::T>& problem, emu::Options op
                bool compare = true) {
   using T = typename Traits::T;
   GatherParams<T> p{};
-  if (const char* why = gather_geometry(problem.p, problem.input_gradient, Traits::kTile, kSharedLimit, p.g)) {
-    expect(false, name + ": refused, " + why);
-    return {};
-  }
+  const std::string why = gather_geometry(problem.p, problem.input_gradient, Traits::kTile, kSharedLimit, p.g);
+  if (!why.empty()) throw emu::Failure(name + ": refused, " + why);
   p.layout = gather_layout(p.g, Traits::kTile, sizeof(T));
   auto input = input_buffer("input", problem.input), values = input_buffer("values", problem.values);
   auto records = input_buffer("records", problem.records(p.g, Traits::kTile.channels));
@@ -198,8 +196,8 @@ emu::Stats run(const GatherProblem<typename Traits::T>& problem, emu::Options op
   static emu::Block block;  // keeps the stacks of its fibers
   block.options = options;
   block.stats = {};
-  block.launch({p.g.tiles * p.g.phases_y * p.g.phases_x * p.g.groups, 1, 1}, Traits::kThreads,
-               std::size_t(p.layout.bytes), [&] { conv2d_gather<Traits>(p); });
+  block.launch({gather_blocks(p.g), 1, 1}, Traits::kThreads, std::size_t(p.layout.bytes),
+               [&] { conv2d_gather<Traits>(p); });
   if (compare) {
     expect(output.fully_written(), name + ": output not fully written");
     const double error = problem.error(output.host<T>());

@@ -17,11 +17,11 @@ struct Fragments {  // 16-bit floats: one m16n8k16 step for each half of the gra
   }
   // Matrices: (k 0, n 0), (8, 0), (0, 8), (8, 8), from rows that are output channels or, transposed, input channels.
   template <bool kTransposed>
-  static DDST_DEVICE void load_weights(Weights& b, dev::shared_ptr<T> weights, int granule, int lane) {
+  static DDST_DEVICE void load_weights(Weights& b, dev::shared_ptr<T> granule, int lane) {
     if constexpr (kTransposed)
-      dev::ldmatrix_x4_trans(b, weights + swizzled<2>(granule * kSlice + lane % 16, lane / 16) * 8);
+      dev::ldmatrix_x4_trans(b, granule + swizzled<2>(lane % 16, lane / 16) * 8);
     else
-      dev::ldmatrix_x4(b, weights + swizzled<2>(granule * kSlice + lane / 16 * 8 + lane % 8, lane / 8 % 2) * 8);
+      dev::ldmatrix_x4(b, granule + swizzled<2>(lane / 16 * 8 + lane % 8, lane / 8 % 2) * 8);
   }
   static DDST_DEVICE void multiply(float (&c)[2][4], const Pixels& a, const Weights& b) {
     DDST_UNROLL
@@ -49,18 +49,17 @@ struct Fragments<float> {  // TF32: two k8 steps for each half
     }
   }
   template <bool kTransposed>
-  static DDST_DEVICE void load_weights(Weights& b, dev::shared_ptr<float> weights, int granule, int lane) {
+  static DDST_DEVICE void load_weights(Weights& b, dev::shared_ptr<float> granule, int lane) {
     DDST_UNROLL
     for (int k = 0; k < 2; ++k) {
       if constexpr (kTransposed) {  // ldmatrix transposes 16-bit elements only
         DDST_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int row = granule * kSlice + k * 8 + i % 2 * 4 + lane % 4, column = i / 2 * 8 + lane / 4;
-          b[k][i] = dev::load((weights + (swizzled<4>(row, column / 4) * 4 + column % 4)).template as<std::uint32_t>());
+          const int row = k * 8 + i % 2 * 4 + lane % 4, column = i / 2 * 8 + lane / 4;
+          b[k][i] = dev::load((granule + (swizzled<4>(row, column / 4) * 4 + column % 4)).template as<std::uint32_t>());
         }
       } else {
-        dev::ldmatrix_x4(b[k],
-                         weights + swizzled<4>(granule * kSlice + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2) * 4);
+        dev::ldmatrix_x4(b[k], granule + swizzled<4>(lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2) * 4);
       }
       round(b[k]);
     }
@@ -86,16 +85,16 @@ struct WarpPixels {
 template <class Traits>
 using Accumulators = float[Traits::kPixelTiles][Traits::kGranules][2][4];
 
-// One tap: the granules in `mask` for kCount pixel tiles from kFirst on. The next granule is loaded before the present
-// one is multiplied.
+// One tap: the granules in `mask`, which lie one after another, for kCount pixel tiles from kFirst on. While a granule
+// is multiplied, the next one is loaded.
 template <class Traits, int kFirst, int kCount>
 DDST_DEVICE void multiply_tap(Accumulators<Traits>& acc, dev::shared_ptr<typename Traits::T> patch,
-                              dev::shared_ptr<typename Traits::T> weights, int granule, std::uint32_t mask,
-                              const WarpPixels& pixels, int shift) {
+                              dev::shared_ptr<typename Traits::T> granule, std::uint32_t mask, const WarpPixels& pixels,
+                              int shift) {
   using F = Fragments<typename Traits::T>;
-  const int lane = dev::thread_index() % 32;
+  const int lane = dev::thread_index() & 31;
   typename F::Weights b, next;
-  F::template load_weights<Traits::kTransposed>(next, weights, granule, lane);
+  F::template load_weights<Traits::kTransposed>(next, granule, lane);
   typename F::Pixels a[kCount];
   DDST_UNROLL
   for (int m = 0; m < kCount; ++m) {
@@ -106,7 +105,8 @@ DDST_DEVICE void multiply_tap(Accumulators<Traits>& acc, dev::shared_ptr<typenam
   for (int o = 0; o < Traits::kGranules; ++o) {
     if (!(mask >> o & 1)) continue;
     std::memcpy(b, next, sizeof b);
-    if (mask >> o > 1) F::template load_weights<Traits::kTransposed>(next, weights, ++granule, lane);
+    granule = granule + (mask >> o > 1 ? Traits::kGranuleElements : 0);  // the last one again, rather than a branch
+    F::template load_weights<Traits::kTransposed>(next, granule, lane);
     DDST_UNROLL
     for (int m = 0; m < kCount; ++m) F::multiply(acc[kFirst + m][o], a[m], b);
   }
@@ -114,22 +114,23 @@ DDST_DEVICE void multiply_tap(Accumulators<Traits>& acc, dev::shared_ptr<typenam
 
 template <class Traits>
 DDST_DEVICE void multiply_stage(const GatherGeometry& g, Accumulators<Traits>& acc,
-                                dev::shared_ptr<typename Traits::T> patch, dev::shared_ptr<typename Traits::T> weights,
+                                dev::shared_ptr<typename Traits::T> patch, dev::shared_ptr<typename Traits::T> granule,
                                 dev::shared_ptr<int> record, dev::shared_ptr<int> shifts, const WarpPixels& pixels) {
-  int granule = 0;
+  const auto masks = record + kRecordHeader;
+  int next_mask = dev::load(masks), next_shift = dev::load(shifts);
   for (int tap = 0; tap < g.taps; ++tap) {
-    const auto mask = std::uint32_t(dev::load(record + (kRecordHeader + tap)));
-    const int shift = dev::load(shifts + tap);
+    const auto mask = std::uint32_t(next_mask);
+    const int shift = next_shift, after = tap + 1 < g.taps ? tap + 1 : tap;
+    next_mask = dev::load(masks + after), next_shift = dev::load(shifts + after);
+    if (mask == 0) continue;
     const bool first = pixels.taps[0] >> tap & 1, second = pixels.taps[1] >> tap & 1;
-    if (mask != 0) {
-      if (first && second)
-        multiply_tap<Traits, 0, 2>(acc, patch, weights, granule, mask, pixels, shift);
-      else if (first)
-        multiply_tap<Traits, 0, 1>(acc, patch, weights, granule, mask, pixels, shift);
-      else if (second)
-        multiply_tap<Traits, 1, 1>(acc, patch, weights, granule, mask, pixels, shift);
-    }
-    granule += dev::popcount(mask);
+    if (first && second)
+      multiply_tap<Traits, 0, 2>(acc, patch, granule, mask, pixels, shift);
+    else if (first)
+      multiply_tap<Traits, 0, 1>(acc, patch, granule, mask, pixels, shift);
+    else if (second)
+      multiply_tap<Traits, 1, 1>(acc, patch, granule, mask, pixels, shift);
+    granule = granule + dev::popcount(mask) * Traits::kGranuleElements;
   }
 }
 

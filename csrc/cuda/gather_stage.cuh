@@ -26,11 +26,11 @@ struct GatherTraits {
   static constexpr bool kTransposed = kTransposed_;
   static constexpr GatherTile kTile = gather_tile(kLarge, sizeof(T));
   static constexpr int kStages = kTile.stages, kThreads = kTile.threads(), kRecords = kTile.records();
-  static constexpr int kMinBlocks = kLarge ? 1 : 3;          // per multiprocessor
-  static constexpr int kGranules = kTile.channels / kSlice;  // of 16 output channels
-  static constexpr int kPixelTiles = 2;                      // of 16 pixels, per warp
-  static constexpr int kVector = 16 / int(sizeof(T));        // elements in 16 bytes
-  static constexpr int kChunks = kSlice / kVector;           // 16-byte chunks of a pixel, or of a row of a granule
+  static constexpr int kMinBlocks = kLarge ? 1 : sizeof(T) == 2 ? 4 : 3;  // per multiprocessor
+  static constexpr int kGranules = kTile.channels / kSlice;               // of 16 output channels
+  static constexpr int kPixelTiles = 2;                                   // of 16 pixels, per warp
+  static constexpr int kVector = 16 / int(sizeof(T));                     // elements in 16 bytes
+  static constexpr int kChunks = kSlice / kVector;  // 16-byte chunks of a pixel, or of a row of a granule
   static constexpr int kGranuleElements = kSlice * kSlice;
 };
 
@@ -44,11 +44,12 @@ struct PlainSource {
   static DDST_DEVICE void apply(Fragment&) {}
 };
 
-// Element offset of a 16-byte chunk of a row of kChunks chunks; rows that differ modulo 8 hit 8 different bank groups.
+// Place of a 16-byte chunk of a row of kChunks chunks; rows that differ modulo 8 hit 8 different bank groups. The
+// pattern repeats after 8 rows.
 template <int kChunks>
-DDST_DEVICE int swizzled(int row, int chunk) {
+DDST_DEVICE int swizzled(unsigned row, unsigned chunk) {  // unsigned: divisions by constants are shifts
   static_assert(kChunks == 2 || kChunks == 4);
-  return row * kChunks + (chunk ^ (row / (8 / kChunks) % kChunks));
+  return int(row * kChunks + (chunk ^ (row / (8 / kChunks) % kChunks)));
 }
 
 // What a block of threads computes.
@@ -122,12 +123,13 @@ DDST_DEVICE void stage_record(const GatherParams<typename Traits::T>& p, const G
 template <class Traits>
 DDST_DEVICE void stage_patch(const GatherParams<typename Traits::T>& p, dev::shared_ptr<typename Traits::T> patch,
                              dev::shared_ptr<int> sources, int slice) {
-  for (int i = dev::thread_index(); i < p.g.patch_slots * Traits::kChunks; i += Traits::kThreads) {
-    const int slot = i / Traits::kChunks, chunk = i % Traits::kChunks;
-    const int source = dev::load(sources + slot), channel = slice * kSlice + chunk * Traits::kVector;
+  constexpr unsigned kChunks = Traits::kChunks;
+  for (unsigned i = dev::thread_index(); i < p.g.patch_slots * kChunks; i += Traits::kThreads) {
+    const unsigned slot = i / kChunks, chunk = i % kChunks;
+    const int source = dev::load(sources + int(slot)), channel = slice * kSlice + int(chunk) * Traits::kVector;
     const bool inside = source >= 0 && channel < p.g.in_channels;
-    dev::cp_async16(patch + swizzled<Traits::kChunks>(slot, chunk) * Traits::kVector,
-                    p.input + (inside ? std::int64_t(source) * p.g.in_channels + channel : 0), inside ? 16 : 0);
+    dev::cp_async16(patch + swizzled<kChunks>(slot, chunk) * Traits::kVector,
+                    p.input + (std::int64_t(source < 0 ? 0 : source) * p.g.in_channels + channel), inside ? 16 : 0);
   }
 }
 
@@ -137,27 +139,28 @@ DDST_DEVICE void stage_patch(const GatherParams<typename Traits::T>& p, dev::sha
 template <class Traits>
 DDST_DEVICE void stage_weights(const GatherParams<typename Traits::T>& p, dev::shared_ptr<typename Traits::T> weights,
                                dev::shared_ptr<int> record, int slice) {
-  constexpr int kChunks = Traits::kChunks, kVector = Traits::kVector;
-  const int log_channels = p.g.log_channels_per_block, first = slice % p.g.slices_per_block * kSlice;
-  const int count = dev::load(record);
+  constexpr unsigned kChunks = Traits::kChunks, kVector = Traits::kVector;
+  const int log_channels = p.g.log_channels_per_block;
+  const unsigned first = unsigned(slice % p.g.slices_per_block) * kSlice;
+  const auto count = unsigned(dev::load(record));
   const auto ids = record + (kRecordHeader + p.g.padded_taps);
-  for (int i = dev::thread_index(); i < (count * kChunks) << log_channels; i += Traits::kThreads) {
-    int block, row, column, target_row;  // of the packed block; of the granules
-    const int chunk = i % kChunks;
+  for (unsigned i = dev::thread_index(); i < (count * kChunks) << log_channels; i += Traits::kThreads) {
+    unsigned block, row, column, target_row;  // of the packed block; of the granules
+    const unsigned chunk = i % kChunks;
     if constexpr (Traits::kTransposed) {
-      const int granules = 1 << log_channels >> 4, granule = i / kChunks % granules;  // those of a block side by side
-      row = i / kChunks >> (log_channels - 4);
-      block = row / kSlice, row %= kSlice;
-      target_row = (block * granules + granule) * kSlice + row;
+      const int log_granules = log_channels - 4;  // those of a block lie side by side
+      const unsigned granule = i / kChunks & ((1u << log_granules) - 1), line = i / kChunks >> log_granules;
+      block = line / kSlice, row = line % kSlice;
+      target_row = ((block << log_granules) + granule) * kSlice + row;
       row += first, column = granule * kSlice + chunk * kVector;
     } else {
       target_row = i / kChunks;
-      block = target_row >> log_channels, row = target_row - (block << log_channels);
+      block = target_row >> log_channels, row = target_row & ((1u << log_channels) - 1);
       column = first + chunk * kVector;
     }
-    const std::int64_t source =
-        std::int64_t(dev::load(ids + block)) * p.g.block_elements + row * p.g.block_columns + column;
-    dev::cp_async16(weights + swizzled<kChunks>(target_row, chunk) * kVector, p.values + source, 16);
+    const std::int64_t source = std::int64_t(dev::load(ids + int(block))) * p.g.block_elements +
+                                int(row * unsigned(p.g.block_columns) + column);
+    dev::cp_async16(weights + swizzled<kChunks>(target_row, chunk) * int(kVector), p.values + source, 16);
   }
 }
 

@@ -2,8 +2,8 @@
 
 ``ddst/_lib/libddst.so`` registers the operators ``torch.ops.ddst.*`` and holds their CPU kernels; without it there is
 nothing to run, so its absence is an ImportError that says what to do, and never a silent fallback.
-``ddst/_lib/libddst_cuda.so``, built where there is a CUDA compiler, holds the CUDA C++ kernels, ``torch.ops.ddst_cuda.*``;
-it is loaded where torch was built with CUDA. Both are built against torch's stable ABI: they know no Python and run on
+``ddst/_lib/libddst_cuda.so``, built where there is a CUDA compiler, holds CUDA C++ kernels, ``torch.ops.ddst_cuda.*``,
+and is loaded where torch was built with CUDA. Both are built against torch's stable ABI: they know no Python and run on
 torch 2.11 and later.
 """
 
@@ -66,9 +66,10 @@ def build_info() -> dict[str, str]:
         ``library`` (its path), ``compiler``, ``build_type``, ``torch_headers`` (the torch it was compiled against),
         ``torch_abi_target`` (the stable ABI it asks for, ``0x020a…`` is 2.10), ``cuda`` (``yes``: the library of CUDA
         C++ kernels was built and lies beside it, else ``no``), ``cuda_architectures`` (what that library holds code
-        for and which compiler made it, or ``none``), ``cuda_loaded`` (``yes`` or ``no``), ``cpu_capability`` (the instruction set its CPU kernels use on this machine: ``avx512``, ``avx2`` or
-        ``portable``), ``torch`` (the version that runs) and ``host`` (``pybind11`` or ``python``: which implementation
-        of the host-side helpers runs).
+        for and which compiler made it, or ``none``), ``cuda_loaded`` (``yes`` or ``no``), ``cpu_capability`` (the
+        instruction set its CPU kernels use on this machine: ``avx512``, ``avx2`` or ``portable``), ``torch`` (the
+        version that runs) and ``host`` (``pybind11`` or ``python``: which implementation of the host-side helpers
+        runs).
 
     >>> build_info()["cuda"] in ("yes", "no")
     True

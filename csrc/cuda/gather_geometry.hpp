@@ -31,7 +31,7 @@ struct GatherGeometry {
   int groups;                              // of output channels
   int patch_rows, patch_cols, patch_half;  // patch_cols = step_x * patch_half: columns sorted by x % step_x
   int image_pitch, patch_slots;            // slots of one image, of the patch
-  int slices, slices_per_block;            // of input channels
+  int slices, log_slices_per_block;        // of input channels
   int log_channels_per_block;              // output channels of a block
   int block_columns, block_elements;       // of the packed block
   int record_ints;                         // size of a record, multiple of 4
@@ -136,7 +136,7 @@ inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
   g.reach_y = (p.kernel_height - 1) / g.phases_y, g.reach_x = (p.kernel_width - 1) / g.phases_x;
   const int block_rows = input_gradient ? p.block_in : p.block_out, depth = input_gradient ? p.block_out : p.block_in;
   g.groups = ceil_div(g.out_channels, tile.channels);
-  g.slices = ceil_div(g.in_channels, kSlice), g.slices_per_block = depth / kSlice;
+  g.slices = ceil_div(g.in_channels, kSlice), g.log_slices_per_block = log2_ceil(depth / kSlice);
   g.in_blocks = ceil_div(g.in_channels, depth);
   g.log_channels_per_block = log2_ceil(block_rows);
   g.block_columns = p.block_in, g.block_elements = p.block_out * p.block_in;

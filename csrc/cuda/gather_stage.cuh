@@ -115,7 +115,7 @@ template <class Traits>
 DDST_DEVICE void stage_record(const GatherParams<typename Traits::T>& p, const GatherPlace& place,
                               dev::shared_ptr<int> target, int slice) {
   const std::int64_t line =
-      std::int64_t(place.tap_phase * p.g.groups + place.group) * p.g.in_blocks + slice / p.g.slices_per_block;
+      std::int64_t(place.tap_phase * p.g.groups + place.group) * p.g.in_blocks + (slice >> p.g.log_slices_per_block);
   const int i = dev::thread_index() * 4;
   if (i < p.g.record_ints) dev::cp_async16(target + i, p.records + (line * p.g.record_ints + i), 16);
 }
@@ -141,7 +141,7 @@ DDST_DEVICE void stage_weights(const GatherParams<typename Traits::T>& p, dev::s
                                dev::shared_ptr<int> record, int slice) {
   constexpr unsigned kChunks = Traits::kChunks, kVector = Traits::kVector;
   const int log_channels = p.g.log_channels_per_block;
-  const unsigned first = unsigned(slice % p.g.slices_per_block) * kSlice;
+  const unsigned first = unsigned(slice & ((1 << p.g.log_slices_per_block) - 1)) * kSlice;
   const auto count = unsigned(dev::load(record));
   const auto ids = record + (kRecordHeader + p.g.padded_taps);
   for (unsigned i = dev::thread_index(); i < (count * kChunks) << log_channels; i += Traits::kThreads) {

@@ -7,10 +7,12 @@ logic; the instructions themselves (csrc/cuda/device/primitives_ptx.cuh) run on 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from helpers import emulation
 
 PROGRAMS = sorted(emulation.TESTS.glob("test_*.cpp"))
@@ -19,12 +21,12 @@ pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ 
 
 
 @pytest.fixture(scope="module")
-def programs(request: pytest.FixtureRequest) -> dict[str, Future[Path]]:
+def programs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Path]]]:
     """Every program, being compiled two at a time, into pytest's cache."""
     folder = Path(request.config.cache.mkdir("cuda"))
     pool = ThreadPoolExecutor(2)
-    request.addfinalizer(lambda: pool.shutdown(cancel_futures=True))
-    return {source.stem: pool.submit(emulation.compile_program, source, folder) for source in PROGRAMS}
+    yield {source.stem: pool.submit(emulation.compile_program, source, folder) for source in PROGRAMS}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("name", [source.stem for source in PROGRAMS])

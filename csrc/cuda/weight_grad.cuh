@@ -139,9 +139,14 @@ DDST_DEVICE void stage_pixels(dev::shared_ptr<T> target, int pitch, dev::shared_
   }
 }
 
-// Where a unit's operands begin in a stage; gy < 0: no unit.
+// Where a unit's operands begin in a stage, in one register: negative where there is no unit.
 struct UnitPlace {
-  int gy, x;
+  int packed;
+  static DDST_DEVICE UnitPlace of(int gy, int x) { return {x << 4 | gy / 16}; }  // a band has at most 256 channels
+  DDST_DEVICE bool present() const { return packed >= 0; }
+  DDST_DEVICE int gy() const { return (packed & 15) * 16; }
+  DDST_DEVICE int x() const { return packed >> 4; }
+  DDST_DEVICE bool same_gy(UnitPlace other) const { return ((packed ^ other.packed) & 15) == 0; }
 };
 
 template <class T, class U>
@@ -166,14 +171,14 @@ struct WeightGrad {
   }
 
   static DDST_DEVICE UnitPlace place_unit(const Params& p, int unit) {
-    if (unit < 0) return {-1, 0};
+    if (unit < 0) return {-1};
     const WeightGradShape& s = p.shape;
     const int parts_across = s.block_in / U::kCols, parts = s.block_out / U::kRows * parts_across;
     const int id = unit / parts, part = unit % parts, tap = dev::load(p.block_tap + id);
     const int shift = tap / s.kernel_w * s.dilation_h * p.sizes.patch_w + tap % s.kernel_w * s.dilation_w;
-    return {dev::load(p.block_row + id) % s.band_rows * s.block_out + part / parts_across * U::kRows,
-            shift * p.sizes.input_pitch + dev::load(p.block_col + id) % s.band_cols * s.block_in +
-                part % parts_across * U::kCols};
+    const int gy = dev::load(p.block_row + id) % s.band_rows * s.block_out + part / parts_across * U::kRows;
+    const int x = dev::load(p.block_col + id) % s.band_cols * s.block_in + part % parts_across * U::kCols;
+    return UnitPlace::of(gy, shift * p.sizes.input_pitch + x);
   }
 
   static DDST_DEVICE void multiply_tile(const Params& p, dev::shared_ptr<T> gy, dev::shared_ptr<T> x,
@@ -186,12 +191,12 @@ struct WeightGrad {
       std::uint32_t a[U::kM][4];
       DDST_UNROLL
       for (int u = 0; u < U::kCount; ++u) {
-        if (places[u].gy < 0) break;  // the same for the whole warp, as is the next condition
-        if (u == 0 || places[u].gy != places[u - 1].gy) {
-          F::load_a(a, gy + (k * p.sizes.grad_pitch + places[u].gy), p.sizes.grad_pitch, lane);
+        if (!places[u].present()) break;  // the same for the whole warp, as is the next condition
+        if (u == 0 || !places[u].same_gy(places[u - 1])) {
+          F::load_a(a, gy + (k * p.sizes.grad_pitch + places[u].gy()), p.sizes.grad_pitch, lane);
         }
         std::uint32_t b[U::kN][2];
-        F::load_b(b, x + places[u].x, place, lane);
+        F::load_b(b, x + places[u].x(), place, lane);
         DDST_UNROLL
         for (int m = 0; m < U::kM; ++m) {
           DDST_UNROLL
@@ -253,7 +258,7 @@ struct WeightGrad {
     const auto out = p.partials + (slot * kAccumulators * 32 + lane);
     DDST_UNROLL
     for (int u = 0; u < U::kCount; ++u) {
-      if (places[u].gy < 0) break;
+      if (!places[u].present()) break;
       DDST_UNROLL
       for (int i = 0; i < U::kM * U::kN * 4; ++i) {
         dev::store(out + std::int64_t(u * U::kM * U::kN * 4 + i) * 32, acc[u][i / 4 / U::kN][i / 4 % U::kN][i % 4]);

@@ -20,7 +20,7 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 std::string build_info() {
   return std::string("compiler=") + kCompiler +
          "\nbuild_type=" DDST_BUILD_TYPE "\ntorch_headers=" TORCH_VERSION "\ntorch_abi_target=" DDST_TORCH_TARGET
-         "\ncuda=no";
+         "\ncuda_architectures=" DDST_CUDA_FACT;
 }
 
 std::string cpu_capability() { return ddst::cpu::active_kernels().name; }

@@ -152,6 +152,10 @@ def main(argv: list[str] | None = None) -> int:
         from ddst.benchmarks import tune
 
         return tune.main(argv[1:])
+    if argv[:1] == ["prefer"]:
+        from ddst.benchmarks import prefer
+
+        return prefer.main(argv[1:])
     command = parser()
     arguments = command.parse_args(argv)
     if arguments.against and arguments.picture:

@@ -25,6 +25,7 @@ class Problem:
         dtype: the compute dtype.
         block: ``(b_out, b_in)``, or None for an operator without packed values.
         kernel, stride, dilation: of a convolution; a linear layer is a 1×1 convolution.
+        linear: whether it is a linear layer.
     """
 
     device: str
@@ -33,6 +34,7 @@ class Problem:
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
+    linear: bool = False
 
     @classmethod
     def of(
@@ -42,6 +44,8 @@ class Problem:
         kernel: tuple[int, int] = (1, 1),
         stride: tuple[int, int] = (1, 1),
         dilation: tuple[int, int] = (1, 1),
+        *,
+        linear: bool = False,
     ) -> Problem:
         """The problem of these tensors.
 
@@ -51,7 +55,7 @@ class Problem:
         if values.dim() != 3 or 0 in values.shape[1:]:
             raise ValueError(f"values must have the shape [nnz, b_out, b_in], got {tuple(values.shape)}")
         block = (values.shape[1], values.shape[2])
-        return cls(input.device.type, input.dtype, block, kernel, stride, dilation)
+        return cls(input.device.type, input.dtype, block, kernel, stride, dilation, linear)
 
 
 def _supports_cpu(problem: Problem) -> tuple[bool, str]:
@@ -75,6 +79,13 @@ def _supports_triton(problem: Problem) -> tuple[bool, str]:
     return kernels.supports(problem.dtype, problem.block)
 
 
+def _supports_cuda(problem: Problem) -> tuple[bool, str]:
+    if problem.device != "cuda":
+        return False, f"runs on CUDA tensors only, got a tensor on {problem.device!r}"
+    cuda = importlib.import_module("ddst.ops.cuda")
+    return cuda.supports_all(problem)
+
+
 def _supports_reference(problem: Problem) -> tuple[bool, str]:
     return True, "dense arithmetic on the unpacked weight: right, but saves neither time nor memory"
 
@@ -82,10 +93,12 @@ def _supports_reference(problem: Problem) -> tuple[bool, str]:
 BACKENDS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
     "cpu": _supports_cpu,
     "triton": _supports_triton,
+    "cuda": _supports_cuda,
     "reference": _supports_reference,
 }
 
-#: What "auto" tries, in order. The reference is never chosen unasked.
+#: What "auto" tries, in order. The reference is never chosen unasked; where "triton" is chosen, a pass that a kept
+#: measurement of this device model says is faster in CUDA C++ runs there (:mod:`ddst.ops.preferred`).
 AUTO_ORDER = ("cpu", "triton")
 
 

@@ -28,6 +28,9 @@ from ddst.nn import explain, set_backend
         ("reference", "cpu", torch.float32, (3, 5), True),
         ("reference", "cuda", torch.float64, (16, 16), True),
         ("triton", "cpu", torch.float32, (16, 16), False),
+        ("cuda", "cpu", torch.float32, (16, 16), False),
+        ("cuda", "cuda", torch.float64, (16, 16), False),
+        ("cuda", "cuda", torch.bfloat16, None, False),
     ],
 )
 def test_supports_answers_with_a_reason(
@@ -112,7 +115,7 @@ def test_explain_says_what_runs_and_why_not_the_others(asked: str, chosen: str, 
     found = explain(layer, torch.zeros(1, 16, 5, 5))
     assert found.backend == chosen
     assert found.reason
-    assert set(found.refused) == {refused, "triton"}
+    assert set(found.refused) == {refused, "triton", "cuda"}
     assert found.refused[refused]
     text = str(found)
     assert "SparseConv2d" in text

@@ -286,7 +286,7 @@ class SparseLayer(nn.Module):
 
     def problem(self, device: str, dtype: torch.dtype) -> Problem:
         """What a backend has to know of this layer to say whether it can run it."""
-        return Problem(device, dtype, self.block)
+        raise NotImplementedError
 
     # --- moves, copies and state dicts ------------------------------------------------------------------------------
 
@@ -373,7 +373,7 @@ def mask_for(weight: Tensor, block: tuple[int, int], density: float | None, bloc
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Makes every sparse layer of ``model`` compute with ``backend``: "auto", "cpu", "triton" or "reference".
+    """Makes every sparse layer of ``model`` compute with ``backend``: "auto", "cpu", "triton", "cuda" or "reference".
 
     >>> from ddst.nn import SparseLinear
     >>> model = nn.Sequential(SparseLinear(32, 32))

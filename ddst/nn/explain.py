@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS, choose, supports
+from ..backends import BACKENDS, Problem, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
+from ..ops import preferred
 from ..ops.conv2d import resolve_padding
 from ..ops.precision import compute_dtype
 from .base import SparseLayer
@@ -110,7 +111,11 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     for name in BACKENDS:
         if name != chosen:
             ok, reason = supports(name, problem)
-            refused[name] = reason if not ok or name == "reference" else f"backend={layer.backend!r} asked for"
+            if ok and name == "cuda" and layer.backend == "auto":
+                reason = cuda_preference(layer, problem, input.device)
+            elif ok and name != "reference":
+                reason = f"backend={layer.backend!r} asked for"
+            refused[name] = reason
     capability = ""
     forms: dict[str, str] = {}
     slow: tuple[str, ...] = ()
@@ -147,6 +152,22 @@ def _form(side: int, which: str) -> str:
     if side < 8:
         return f"narrow form, {side} {which} channel{'s' * (side > 1)} of a block do not fill a vector"
     return f"vectors along the {side} {which} channels of a block, no multiple of 8: the last is partly empty"
+
+
+def cuda_preference(layer: SparseLayer, problem: Problem, device: torch.device) -> str:
+    """Of every pass, whether a kept measurement says that "auto" runs it in CUDA C++."""
+    found: dict[str, str] = {}
+    for name, suffix in (("forward", ""), ("input gradient", "_input_grad"), ("weight gradient", "_weight_grad")):
+        kind = preferred.kind(
+            torch.cuda.get_device_name(device),
+            ("linear" if problem.linear else "conv2d") + suffix,
+            problem.dtype,
+            layer.block,
+            problem.kernel,
+            problem.stride,
+        )
+        found[name] = preferred.is_cuda_preferred(kind, layer.density)[1]
+    return "; ".join(f"{name}: {reason}" for name, reason in found.items())
 
 
 def triton_forms(layer: SparseLayer, input: Tensor) -> dict[str, str]:

@@ -89,8 +89,8 @@ def conv2d(
         topology: int32 vector of :func:`ddst.topology.build_topology`, on the input's device.
         weight_shape: ``(C_out, C_in, kH, kW)`` of the dense weight.
         stride, padding, dilation: as in :func:`torch.nn.functional.conv2d`.
-        backend: "auto", "cpu", "triton" or "reference" (dense arithmetic on the unpacked weight, the oracle of the
-            tests); derivatives run on the same.
+        backend: "auto", "cpu", "triton", "cuda" (CUDA C++) or "reference" (dense arithmetic on the unpacked weight, the
+            oracle of the tests); derivatives run on the same.
 
     Returns:
         ``[N, C_out, H_out, W_out]``, channels_last where ``F.conv2d`` would return channels_last.

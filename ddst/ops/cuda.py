@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import _extension
+from ..backends import Problem
 from . import cuda_gather, cuda_weight_grad
 from .cuda_gather import conv2d, conv2d_input_grad, linear, linear_input_grad
 from .cuda_weight_grad import conv2d_weight_grad, linear_weight_grad
@@ -23,6 +24,7 @@ __all__ = [
     "linear_input_grad",
     "linear_weight_grad",
     "supports",
+    "supports_all",
 ]
 
 _GATHERS = {"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True}  # input_gradient
@@ -78,3 +80,19 @@ def supports(
         dtype, shape, sides, window, 1, input_gradient=_GATHERS[op], large_tile=False, device=facts
     )  # fmt: skip
     return not why, why
+
+
+def supports_all(problem: Problem) -> tuple[bool, str]:
+    """``(ok, reason)``: whether all three passes of a layer run here, on the current CUDA device."""
+    if problem.block is None:
+        return False, "needs packed values: use backend 'triton'"
+    shape = problem.block if problem.linear else (*problem.block, *problem.kernel)
+    padding = (problem.kernel[0] // 2, problem.kernel[1] // 2)
+    name = "linear" if problem.linear else "conv2d"
+    device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    for op in (name, f"{name}_input_grad", f"{name}_weight_grad"):
+        window = (problem.stride, padding, problem.dilation)
+        ok, reason = supports(op, device, problem.dtype, shape, problem.block, *window)
+        if not ok:
+            return False, reason
+    return True, "mma.sync on tensor cores, sums in float32; block scores run in Triton"

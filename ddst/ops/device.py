@@ -1,4 +1,4 @@
-"""The registered operators on CUDA devices: the argument checks, then the kernels of :mod:`ddst.kernels`.
+"""The registered operators on CUDA devices: the argument checks, then Triton (:mod:`ddst.kernels`) or CUDA C++.
 
 The twin of ``csrc/cpu/{conv2d,linear}.cpp``, which check and run the operators on the CPU. Triton is imported by the
 first call, so that nothing on a CPU needs it. What a check concludes depends on shapes and dtypes alone: it is made
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backends
 from .. import topology as tp
+from . import preferred
 
 _library = torch.library.Library("ddst", "IMPL")
 Shape = tuple[int, ...]
@@ -34,8 +35,38 @@ def _meta(tensor: Tensor) -> Meta:
     return Meta(tensor.shape, tensor.dtype, tensor.device)
 
 
-def _kernels() -> Any:
+def _kernels(
+    op: str,
+    backend: str,
+    first: Tensor,
+    weight_shape: Sequence[int],
+    block: Sequence[int],
+    topology: Tensor,
+    window: tuple[Shape, Shape, Shape] = ((1, 1), (0, 0), (1, 1)),
+) -> Any:
+    """The module whose function ``op`` runs: Triton's, or that of CUDA C++ where it is asked for or preferred."""
+    asked = backend == "cuda"
+    if asked or (backend == "auto" and _is_cuda_preferred(op, first, weight_shape, block, topology, window[0])):
+        cuda = importlib.import_module("ddst.ops.cuda")
+        ok, reason = cuda.supports(op, first.device, first.dtype, weight_shape, block, *window)
+        if ok:
+            return cuda
+        if asked:
+            _fail(op, f"backend cuda: {reason}")
     return importlib.import_module("ddst.kernels")
+
+
+def _is_cuda_preferred(
+    op: str, first: Tensor, weight_shape: Sequence[int], block: Sequence[int], topology: Tensor, stride: Shape
+) -> bool:
+    if not preferred.load():
+        return False
+    rows, cols, taps = tp.grid(weight_shape, (block[0], block[1]))
+    kernel = (weight_shape[2], weight_shape[3]) if len(weight_shape) == 4 else (1, 1)
+    name = torch.cuda.get_device_name(first.device)
+    kind = preferred.kind(name, op, first.dtype, (block[0], block[1]), kernel, (stride[0], stride[1]))
+    count = (topology.numel() - rows - cols - 2) // 4
+    return preferred.is_cuda_preferred(kind, count / (rows * cols * taps))[0]
 
 
 def _fail(op: str, text: str) -> None:
@@ -76,12 +107,12 @@ def _check_weight(
             )
         if values is not None and values.shape[0] != count:
             _fail(op, f"values has {values.shape[0]} blocks, expected {count} as in topology")
-    kernel = (weight_shape[2], weight_shape[3]) if len(weight_shape) == 4 else (1, 1)
-    problem = backends.Problem("cuda", like.dtype, (block[0], block[1]), kernel)
-    asked = "triton" if backend == "auto" else backend
-    ok, reason = backends.supports(asked, problem)
-    if not ok:
-        _fail(op, f"backend {asked}: {reason}")
+    if backend not in ("auto", "triton", "cuda"):
+        _fail(op, f"backend is {backend}, expected auto, triton or cuda for CUDA tensors")
+    if backend != "cuda":  # whose answer depends on settings of torch: it is asked at every call
+        ok, reason = backends.supports("triton", backends.Problem("cuda", like.dtype, (block[0], block[1])))
+        if not ok:
+            _fail(op, f"backend triton: {reason}")
 
 
 def _check_conv2d_window(
@@ -206,7 +237,8 @@ def conv2d(
         "conv2d", backend, tuple(weight_shape), tuple(values.shape[1:]), window,
         input=_meta(input), values=_meta(values), bias=None if bias is None else _meta(bias), topology=_meta(topology),
     )  # fmt: skip
-    return _kernels().conv2d(input, values, bias, topology, weight_shape, *window, channels_last)
+    kernels = _kernels("conv2d", backend, input, weight_shape, values.shape[1:], topology, window)
+    return kernels.conv2d(input, values, bias, topology, weight_shape, *window, channels_last)
 
 
 @_serves("conv2d_input_grad")
@@ -228,7 +260,8 @@ def conv2d_input_grad(
         "conv2d_input_grad", backend, tuple(weight_shape), tuple(values.shape[1:]), window, tuple(input_size),
         grad_output=_meta(grad_output), values=_meta(values), topology=_meta(topology),
     )  # fmt: skip
-    return _kernels().conv2d_input_grad(grad_output, values, topology, weight_shape, input_size, *window, channels_last)
+    kernels = _kernels("conv2d_input_grad", backend, grad_output, weight_shape, values.shape[1:], topology, window)
+    return kernels.conv2d_input_grad(grad_output, values, topology, weight_shape, input_size, *window, channels_last)
 
 
 @_serves("conv2d_weight_grad")
@@ -249,7 +282,8 @@ def conv2d_weight_grad(
         "conv2d_weight_grad", backend, tuple(weight_shape), tuple(block), window,
         input=_meta(input), grad_output=_meta(grad_output), topology=_meta(topology),
     )  # fmt: skip
-    return _kernels().conv2d_weight_grad(grad_output, input, topology, weight_shape, block, *window)
+    kernels = _kernels("conv2d_weight_grad", backend, input, weight_shape, block, topology, window)
+    return kernels.conv2d_weight_grad(grad_output, input, topology, weight_shape, block, *window)
 
 
 @_serves("conv2d_block_scores")
@@ -268,7 +302,8 @@ def conv2d_block_scores(
         "conv2d_block_scores", "auto", tuple(weight_shape), tuple(block), window,
         input=_meta(input), grad_output=_meta(grad_output),
     )  # fmt: skip
-    return _kernels().conv2d_block_scores(grad_output, input, weight_shape, block, *window)
+    kernels = importlib.import_module("ddst.kernels")
+    return kernels.conv2d_block_scores(grad_output, input, weight_shape, block, *window)
 
 
 @_serves("linear")
@@ -285,7 +320,8 @@ def linear(
         "linear", backend, tuple(weight_shape), tuple(values.shape[1:]),
         input=_meta(input), values=_meta(values), bias=None if bias is None else _meta(bias), topology=_meta(topology),
     )  # fmt: skip
-    return _kernels().linear(input, values, bias, topology, weight_shape)
+    kernels = _kernels("linear", backend, input, weight_shape, values.shape[1:], topology)
+    return kernels.linear(input, values, bias, topology, weight_shape)
 
 
 @_serves("linear_input_grad")
@@ -297,7 +333,8 @@ def linear_input_grad(
         "linear_input_grad", backend, tuple(weight_shape), tuple(values.shape[1:]),
         grad_output=_meta(grad_output), values=_meta(values), topology=_meta(topology),
     )  # fmt: skip
-    return _kernels().linear_input_grad(grad_output, values, topology, weight_shape)
+    kernels = _kernels("linear_input_grad", backend, grad_output, weight_shape, values.shape[1:], topology)
+    return kernels.linear_input_grad(grad_output, values, topology, weight_shape)
 
 
 @_serves("linear_weight_grad")
@@ -314,7 +351,8 @@ def linear_weight_grad(
         "linear_weight_grad", backend, tuple(weight_shape), tuple(block),
         input=_meta(input), grad_output=_meta(grad_output), topology=_meta(topology),
     )  # fmt: skip
-    return _kernels().linear_weight_grad(grad_output, input, topology, weight_shape, block)
+    kernels = _kernels("linear_weight_grad", backend, input, weight_shape, block, topology)
+    return kernels.linear_weight_grad(grad_output, input, topology, weight_shape, block)
 
 
 @_serves("linear_block_scores")
@@ -326,4 +364,5 @@ def linear_block_scores(
         "linear_block_scores", "auto", tuple(weight_shape), tuple(block),
         input=_meta(input), grad_output=_meta(grad_output),
     )  # fmt: skip
-    return _kernels().linear_block_scores(grad_output, input, weight_shape, block)
+    kernels = importlib.import_module("ddst.kernels")
+    return kernels.linear_block_scores(grad_output, input, weight_shape, block)

@@ -33,7 +33,7 @@ def linear(
         values: packed weight ``[nnz, b_out, b_in]``; topology: its int32 index vector (:mod:`ddst.topology`).
         bias: ``[out_features]`` or None.
         weight_shape: ``(out_features, in_features)``.
-        backend: "auto", "cpu", "triton" or "reference"; derivatives run on the same.
+        backend: "auto", "cpu", "triton", "cuda" or "reference"; derivatives run on the same.
 
     Returns:
         ``[…, out_features]``.
@@ -60,7 +60,7 @@ def linear(
         raise ValueError(f"input must have {weight_shape[1]} features, got the shape {tuple(input.shape)}")
     dtype, (x, values, bias) = in_compute_dtype(input, values, bias)
     lead = input.shape[:-1]
-    if backends.choose(backend, backends.Problem.of(x, values)) == "reference":
+    if backends.choose(backend, backends.Problem.of(x, values, linear=True)) == "reference":
         y = reference.linear(x, values, bias, topology, list(weight_shape))
     else:
         y = _ops.linear(x.reshape(lead.numel(), weight_shape[1]), values, bias, topology, list(weight_shape), backend)
@@ -86,7 +86,7 @@ def linear_block_scores(
     [[2.0, 2.0]]
     """
     grad_output, input = grad_output.detach(), input.detach()
-    problem = backends.Problem(input.device.type, input.dtype, block)
+    problem = backends.Problem(input.device.type, input.dtype, block, linear=True)
     if backends.choose(backend, problem) == "reference":
         return reference.linear_block_scores(grad_output, input, list(weight_shape), list(block))
     return _ops.linear_block_scores(grad_output, input, list(weight_shape), list(block))

@@ -58,3 +58,11 @@ def test_every_pass_has_a_configuration_and_says_that_it_was_not_measured() -> N
         for text in forms.values():
             assert "Config(" in text
             assert "not measured on cpu" in text
+
+
+def test_it_says_of_every_pass_why_it_does_not_run_in_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "X1")
+    layer = SparseConv2d(32, 32, 3, density=0.5)
+    text = explain_module.cuda_preference(layer, layer.problem("cuda", torch.bfloat16), torch.device("cuda"))
+    assert text.count("no kept measurement on X1") == 3
+    assert "weight gradient" in text

@@ -5,12 +5,13 @@ The checks read shapes, dtypes and devices only, so they can be asked without a 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ddst.ops import device
+from ddst.ops import device, preferred
 from ddst.ops.device import Meta
 
 CUDA, F32 = torch.device("cuda", 0), torch.float32
@@ -84,7 +85,7 @@ def test_good_arguments_pass() -> None:
         ({"topology": meta(27, 1, dtype=torch.int32)}, "topology .* one|topology .* int32 vector"),
         ({"block": (16, 0)}, r"block is \[16, 0\]"),
         ({"block": (16, 8), "values": None, "topology": None}, "backend triton: odd block"),
-        ({"backend": "reference", "block": (8, 8), "topology": None}, "backend reference: odd block"),
+        ({"backend": "cpu"}, "backend is cpu, expected auto, triton or cuda for CUDA tensors"),
     ],
 )
 def test_what_both_kinds_refuse(change: dict[str, Any], message: str) -> None:
@@ -126,6 +127,66 @@ def test_what_a_convolution_refuses(change: dict[str, Any], message: str) -> Non
 def test_what_a_linear_map_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear(**change)
+
+
+class Module:
+    """Stands for ddst.kernels or ddst.ops.cuda."""
+
+    answer = (True, "")
+
+    def supports(self, *arguments: Any) -> tuple[bool, str]:
+        return self.answer
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Module]:
+    found = {"ddst.kernels": Module(), "ddst.ops.cuda": Module()}
+    monkeypatch.setattr(device.importlib, "import_module", lambda name: found[name])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "X1")
+    return found
+
+
+def chosen(backend: str) -> Any:
+    x, topology = torch.zeros(1, 20, dtype=torch.bfloat16), torch.zeros(7 + 4 * 3, dtype=torch.int32)
+    return device._kernels("linear", backend, x, SHAPE[:2], BLOCK, topology)  # 3 of 6 blocks
+
+
+def test_triton_runs_unless_cuda_is_asked_for(modules: dict[str, Module]) -> None:
+    assert chosen("auto") is modules["ddst.kernels"]
+    assert chosen("triton") is modules["ddst.kernels"]
+    assert chosen("cuda") is modules["ddst.ops.cuda"]
+    modules["ddst.ops.cuda"].answer = (False, "no such block")
+    with pytest.raises(ValueError, match="ddst::linear: backend cuda: no such block"):
+        chosen("cuda")
+
+
+@pytest.mark.parametrize("low, high, taken", [(0.5, 0.5, True), (0.1, 0.4, False), (0.6, 1.0, False)])
+def test_auto_takes_cuda_where_it_was_measured_to_be_the_fastest(
+    modules: dict[str, Module], monkeypatch: pytest.MonkeyPatch, low: float, high: float, taken: bool
+) -> None:
+    kind = preferred.kind("X1", "linear", torch.bfloat16, BLOCK)
+    monkeypatch.setattr(preferred, "load", lambda: {kind: (low, high)})
+    assert chosen("auto") is modules["ddst.ops.cuda" if taken else "ddst.kernels"]
+    assert chosen("triton") is modules["ddst.kernels"]
+    modules["ddst.ops.cuda"].answer = (False, "no such block")
+    assert chosen("auto") is modules["ddst.kernels"]
+
+
+def test_reasons_of_a_preference_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = preferred.kind("X1", "conv2d", torch.float16, (32, 32), (3, 3))
+    monkeypatch.setattr(preferred, "load", lambda: {kind: (0.1, 0.3)})
+    assert preferred.is_cuda_preferred(kind, 0.2) == (True, "measured to be the fastest on X1")
+    assert "from 0.1 to 0.3" in preferred.is_cuda_preferred(kind, 0.5)[1]
+    assert "no kept measurement on X2" in preferred.is_cuda_preferred(kind._replace(device="X2"), 0.2)[1]
+    assert preferred.is_cuda_preferred(kind._replace(block="16x16"), 0.2)[0] is False
+
+
+def test_the_table_in_the_package_can_be_read_and_others_are_refused(tmp_path: Path) -> None:
+    assert isinstance(preferred.load(), dict)
+    wrong = tmp_path / "preferred.json"
+    wrong.write_text('{"lines": [{"from": 0.1}]}')
+    with pytest.raises(ValueError, match="lacks 'kind'"):
+        preferred.read(wrong)
 
 
 @pytest.mark.parametrize(

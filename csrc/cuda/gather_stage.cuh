@@ -109,8 +109,8 @@ DDST_DEVICE void build_tables(const GatherParams<typename Traits::T>& p, const G
 }
 
 // The record of (phase of the taps, group of output blocks, input block):
-// [number of blocks, 0, 0, 0 | per tap: bit n set if channels 16 n .. 16 n + 15 of the group have a block | ids of
-// blocks].
+// [number of blocks, 0, 0, 0 | per tap: bit n set if channels 16 n .. 16 n + 15 of the group have a block | blocks'
+// ids].
 template <class Traits>
 DDST_DEVICE void stage_record(const GatherParams<typename Traits::T>& p, const GatherPlace& place,
                               dev::shared_ptr<int> target, int slice) {
@@ -120,47 +120,65 @@ DDST_DEVICE void stage_record(const GatherParams<typename Traits::T>& p, const G
   if (i < p.g.record_ints) dev::cp_async16(target + i, p.records + (line * p.g.record_ints + i), 16);
 }
 
+// In both copies a thread keeps to one chunk of a row, and its rows are a multiple of 8 apart: one place in the
+// swizzle. It looks up several rows before it copies them, as each look-up has to be waited for.
+constexpr int kLookUps = 4;
+
 template <class Traits>
 DDST_DEVICE void stage_patch(const GatherParams<typename Traits::T>& p, dev::shared_ptr<typename Traits::T> patch,
                              dev::shared_ptr<int> sources, int slice) {
-  constexpr unsigned kChunks = Traits::kChunks;
-  for (unsigned i = dev::thread_index(); i < p.g.patch_slots * kChunks; i += Traits::kThreads) {
-    const unsigned slot = i / kChunks, chunk = i % kChunks;
-    const int source = dev::load(sources + int(slot)), channel = slice * kSlice + int(chunk) * Traits::kVector;
-    const bool inside = source >= 0 && channel < p.g.in_channels;
-    dev::cp_async16(patch + swizzled<kChunks>(slot, chunk) * Traits::kVector,
-                    p.input + (std::int64_t(source < 0 ? 0 : source) * p.g.in_channels + channel), inside ? 16 : 0);
+  constexpr int kChunks = Traits::kChunks, kRows = Traits::kThreads / kChunks;
+  static_assert(kRows % 8 == 0);
+  const unsigned thread = dev::thread_index(), chunk = thread % kChunks;
+  const int channel = slice * kSlice + int(chunk) * Traits::kVector, slots = p.g.patch_slots;
+  const bool inside = channel < p.g.in_channels;
+  const auto input = p.input + (inside ? channel : 0);
+  auto target = patch + swizzled<kChunks>(thread / kChunks, chunk) * Traits::kVector;
+  for (int slot = thread / kChunks; slot < slots; slot += kLookUps * kRows) {
+    int source[kLookUps];
+    DDST_UNROLL
+    for (int i = 0; i < kLookUps; ++i)
+      if (slot + i * kRows < slots) source[i] = dev::load(sources + (slot + i * kRows));
+    DDST_UNROLL
+    for (int i = 0; i < kLookUps; ++i) {
+      if (slot + i * kRows >= slots) break;
+      const auto pixel = unsigned(source[i] < 0 ? 0 : source[i]);
+      dev::cp_async16(target + i * kRows * kSlice,
+                      input + std::int64_t(std::uint64_t(pixel) * unsigned(p.g.in_channels)),
+                      inside && source[i] >= 0 ? 16 : 0);
+    }
+    target = target + kLookUps * kRows * kSlice;
   }
 }
 
-// The listed blocks' share of a slice, as granules of 16 x 16 in the order of the record: [output channel][input
-// channel] for the forward pass; for the input gradient, whose output channels are a block's columns, [input
-// channel][output].
+// The listed blocks' share of a slice, as granules of 16 x 16 in the order of the record. A granule is [output
+// channel][input channel]; of the input gradient, whose output channels are a block's columns, [input][output].
 template <class Traits>
 DDST_DEVICE void stage_weights(const GatherParams<typename Traits::T>& p, dev::shared_ptr<typename Traits::T> weights,
                                dev::shared_ptr<int> record, int slice) {
-  constexpr unsigned kChunks = Traits::kChunks, kVector = Traits::kVector;
-  const int log_channels = p.g.log_channels_per_block;
-  const unsigned first = unsigned(slice & ((1 << p.g.log_slices_per_block) - 1)) * kSlice;
-  const auto count = unsigned(dev::load(record));
+  constexpr int kChunks = Traits::kChunks, kRows = Traits::kThreads / kChunks;
+  const int log_side = p.g.log_channels_per_block, columns = p.g.block_columns;
+  const int first = (slice & ((1 << p.g.log_slices_per_block) - 1)) * kSlice;
   const auto ids = record + (kRecordHeader + p.g.padded_taps);
-  for (unsigned i = dev::thread_index(); i < (count * kChunks) << log_channels; i += Traits::kThreads) {
-    unsigned block, row, column, target_row;  // of the packed block; of the granules
-    const unsigned chunk = i % kChunks;
-    if constexpr (Traits::kTransposed) {
-      const int log_granules = log_channels - 4;  // those of a block lie side by side
-      const unsigned granule = i / kChunks & ((1u << log_granules) - 1), line = i / kChunks >> log_granules;
-      block = line / kSlice, row = line % kSlice;
-      target_row = ((block << log_granules) + granule) * kSlice + row;
-      row += first, column = granule * kSlice + chunk * kVector;
-    } else {
-      target_row = i / kChunks;
-      block = target_row >> log_channels, row = target_row & ((1u << log_channels) - 1);
-      column = first + chunk * kVector;
+  const unsigned thread = dev::thread_index(), chunk = thread % kChunks;
+  auto target = weights + swizzled<kChunks>(thread / kChunks, chunk) * Traits::kVector;
+  const auto values = p.values + (int(chunk) * Traits::kVector + first * (Traits::kTransposed ? columns : 1));
+  const int rows = dev::load(record) << log_side;
+  for (int row = thread / kChunks; row < rows; row += kLookUps * kRows) {
+    int id[kLookUps];
+    DDST_UNROLL
+    for (int i = 0; i < kLookUps; ++i)
+      if (row + i * kRows < rows) id[i] = dev::load(ids + ((row + i * kRows) >> log_side));
+    DDST_UNROLL
+    for (int i = 0; i < kLookUps; ++i) {
+      if (row + i * kRows >= rows) break;
+      const unsigned line = unsigned(row + i * kRows) & ((1u << log_side) - 1);  // of its block's granules
+      const unsigned place =
+          Traits::kTransposed ? line % kSlice * unsigned(columns) + line / kSlice * kSlice : line * unsigned(columns);
+      const auto block = std::uint64_t(unsigned(id[i])) * unsigned(p.g.block_elements);
+      dev::cp_async16(target + i * kRows * kSlice, values + std::int64_t(block + place), 16);
     }
-    const std::int64_t source = std::int64_t(dev::load(ids + int(block))) * p.g.block_elements +
-                                int(row * unsigned(p.g.block_columns) + column);
-    dev::cp_async16(weights + swizzled<kChunks>(target_row, chunk) * int(kVector), p.values + source, 16);
+    target = target + kLookUps * kRows * kSlice;
   }
 }
 

@@ -120,12 +120,12 @@ def _large_tile(
     input_gradient: bool,
     device: Device,
 ) -> bool:
-    """Whether to take the large tile: where it fits and one for each multiprocessor remains; unmeasured."""
+    """Whether to take the large tile: where it fits and occupies three of four multiprocessors; unmeasured."""
     channels = weight_shape[1] if input_gradient else weight_shape[0]
     tiles = pixels // _TILE_PIXELS[True] * -(-channels // _TILE_CHANNELS[True])
     return (
         channels > _TILE_CHANNELS[False]
-        and tiles >= device.multiprocessors
+        and 4 * tiles >= 3 * device.multiprocessors
         and not refusal(
             dtype, weight_shape, block, window, images, input_gradient=input_gradient, large_tile=True, device=device
         )

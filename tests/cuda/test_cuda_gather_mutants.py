@@ -22,12 +22,13 @@ MUTATIONS = {
         ("records too late", "kAhead = 2 * kStages - 2", "kAhead = 2 * kStages - 3"),
     ],
     "gather_stage.cuh": [
-        ("channels beyond the last", "source >= 0 && channel < p.g.in_channels", "source >= 0"),
+        ("channels beyond the last", "inside = channel < p.g.in_channels", "inside = true"),
         ("right edge", "x < g.in_width", "x <= g.in_width"),
         ("columns not sorted", "column % g.patch_half * g.step_x + column / g.patch_half", "column"),
         ("origin of a phase", "(phase + padding) / phases - reach", "phase + padding / phases - reach"),
         ("phase of the taps", "(place.phase_y + g.padding_y) % g.phases_y", "place.phase_y"),
-        ("slice of a block", "& ((1 << p.g.log_slices_per_block) - 1))", "& 0)"),
+        ("slice of a block", "(slice & ((1 << p.g.log_slices_per_block) - 1)) * kSlice", "0"),
+        ("granule of a block", " + line / kSlice * kSlice", ""),
         ("no swizzle", "(chunk ^ (row / (8 / kChunks) % kChunks))", "chunk"),
     ],
     "gather_multiply.cuh": [

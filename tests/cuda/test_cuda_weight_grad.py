@@ -161,17 +161,13 @@ def test_shapes_that_do_not_fit_are_named(library: Library) -> None:
 MUTATIONS = [
     ("transposed channels of a", "m * 16 + lane / 8 % 2 * 8));", "m * 16 + lane / 16 * 8));"),
     ("pixels of a", "(lane / 16 * 8 + lane % 8) * pitch", "(lane / 8 % 2 * 8 + lane % 8) * pitch"),
-    ("second half of b", "x + (place.offset + n * 8)", "x + (place.offset + n * 4)"),
     ("tf32 pixels", "(lane % 4 + i / 2 * 4) * pitch", "(lane % 4 + i % 2 * 4) * pitch"),
     ("tf32 not rounded", "dev::to_tf32(dev::load(x +", "std::uint32_t(dev::load(x.template as<int>() +"),
-    ("left edge", "x >= 0 && x < width", "x >= -1 && x < width"),
     ("next image", "image < images && ", ""),
     ("channels beyond the last", "inside && channel < channels;", "inside;"),
-    ("elements beyond the last", "inside && channel + e < channels", "inside"),
     ("tap's row", "tap / s.kernel_w * s.dilation_h", "tap / s.kernel_h * s.dilation_h"),
     ("column of the band", "% s.band_cols * s.block_in", "% s.band_rows * s.block_in"),
     ("part of a block", "part / parts_across * U::kRows;", "part % parts_across * U::kRows;"),
-    ("stride down", "y * s.stride_h) * z.patch_w + x * s.stride_w", "y * s.stride_w) * z.patch_w + x * s.stride_w"),
     ("padding", "x * s.stride_w - s.pad_w", "x * s.stride_w - s.pad_h"),
     ("stale rows of gy", "!places[u].same_gy(places[u - 1])", "false"),
     ("share's end", "int(z.tiles * (share + 1) / s.shares)", "int(z.tiles / s.shares * (share + 1))"),
@@ -235,7 +231,7 @@ def test_mutations_are_caught(tmp_path: Path, library: Library) -> None:
         shutil.copytree(emulation.KERNELS, folder)
         (folder / "weight_grad.cuh").write_text(original.replace(old, new, 1))
         how = {"kernels": folder, "optimize": "-O0"}
-        compiled = emulation.compile_program(SOURCE, folder, "-shared", "-fPIC", "-w", **how)  # type: ignore[arg-type]
+        compiled = emulation.compile_program(SOURCE, folder, "-shared", "-fPIC", "-w", "-g0", **how)  # type: ignore[arg-type]
         return name, finds(Library(compiled), problems)
 
     with ThreadPoolExecutor(2) as pool:

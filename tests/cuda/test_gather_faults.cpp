@@ -83,6 +83,24 @@ void test_tiles() {
   expect(g.images == 1 && g.in_width == 64 * 49 && g.tiles == 13 && g.patch_slots == 256, "1x1: a row of pixels");
 }
 
+// Recorded: what a 3x3 kernel at 16x16 pixels takes. 1, 4, 1 and 2 blocks of threads fit a multiprocessor of an H100.
+void test_shared_memory() {
+  const auto bytes = [](bool large, int dtype) {
+    auto p = square(64, 16, 256, 256, 16);
+    p.out_height = p.out_width = 16, p.dtype = dtype;
+    GatherGeometry g;
+    const int element_bytes = dtype == DDST_CUDA_TFLOAT32 ? 4 : 2;
+    const GatherTile tile = gather_tile(large, element_bytes);
+    expect(gather_geometry(p, false, tile, kSharedLimit, g).empty(), "geometry");
+    return gather_layout(g, tile, element_bytes).bytes;
+  };
+  const int found[] = {bytes(true, DDST_CUDA_BFLOAT16), bytes(false, DDST_CUDA_BFLOAT16),
+                       bytes(true, DDST_CUDA_TFLOAT32), bytes(false, DDST_CUDA_TFLOAT32)};
+  const int expected[] = {144788, 49764, 191316, 98148};
+  for (int i = 0; i < 4; ++i)
+    expect(found[i] == expected[i], "shared memory " + std::to_string(i) + ": " + std::to_string(found[i]) + " bytes");
+}
+
 void test_refusals() {
   auto p = square(1, 8, 16, 16, 16);
   p.out_height = p.out_width = 8;
@@ -111,6 +129,7 @@ int main() {
   test_conflicts();
   test_skipped_taps();
   test_tiles();
+  test_shared_memory();
   test_refusals();
   return finish("gather faults");
 }

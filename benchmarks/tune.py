@@ -24,7 +24,7 @@ from torch import Tensor
 from ddst.benchmarks import registry
 from ddst.benchmarks.gpu import workers
 from ddst.benchmarks.gpu.budget import Deadline
-from ddst.benchmarks.gpu.correctness import device_is_lost, poisoned
+from ddst.benchmarks.gpu.correctness import device_is_lost, in_a_line, poisoned
 from ddst.benchmarks.gpu.environment import KINDS, describe
 from ddst.benchmarks.gpu.kernel_rows import BATCHES, Spec, activations, problems_of, specs
 from ddst.benchmarks.gpu.sweep import TABLE_NAMES
@@ -82,7 +82,13 @@ def tune(
         if deadline.passed:
             part["trimmed"].append(f"{task}: checked, not timed")
         elif exact:
-            problem, measured = times(task, exact, watch, rounds)
+            try:
+                problem, measured = times(task, exact, watch, rounds)
+            except Exception as error:
+                part["wrong"].append(f"{task}: {in_a_line(error)}")
+                if device_is_lost(error):
+                    break
+                continue
             tuning.record(problem, measured, source, model)
             best = min(measured, key=lambda pair: pair[1])
             default = next((ms for config, ms in measured if config == tuning.candidates_for(problem)[0]), None)
@@ -120,7 +126,7 @@ def check(task: Task) -> dict[str, Any]:
                 else:
                     found["wrong"].append(f"{config} is not exact")
             except Exception as error:
-                message = f"{config}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                message = f"{config}: {in_a_line(error)}"
                 found["wrong"].append(message)
                 if device_is_lost(error):
                     raise workers.DeviceLostError(message, found) from error

@@ -27,7 +27,7 @@ from .weight_grad import Part, multiprocessors, pixel_sum, split_pixels
 TILE = 64
 PIECE = 16
 #: Programs per multiprocessor that fill a device. As pixels are split only where there are fewer tiles, the scratch
-#: memory holds at most 2 · FULL tiles of 16 kB per multiprocessor (more beyond 2³¹ pixels, in several launches).
+#: memory holds at most FULL tiles of 16 kB per multiprocessor (more beyond 2³¹ pixels, in several launches).
 FULL = 4
 
 _SCALARS = [
@@ -99,7 +99,7 @@ def plan(problem: Problem, precision: str, device: int) -> tuple[list[Part], lis
     tiles_in, taps = -(-in_channels // TILE), math.prod(kernel)
     tiles = -(-out_channels // TILE) * tiles_in * taps
     step = 32 if problem.dtype == torch.float32 else 64
-    parts = split_pixels(problem.images, height * width, tiles, step, FULL * multiprocessors(device))
+    parts = split_pixels(problem.images, height * width, tiles, step, multiprocessors(device), FULL)
     splits = sum(p.splits for p in parts)
     constants = {
         "TILE": TILE, "PIECE": PIECE, "PIXELS": step, "S_H": problem.stride[0], "S_W": problem.stride[1],
@@ -114,8 +114,12 @@ def plan(problem: Problem, precision: str, device: int) -> tuple[list[Part], lis
         counts = (int(splits == 1), p.length, p.count * height * width, tiles_in, taps)
         return Launch(tile_sums, (tiles, p.splits), (*counts, *sizes, *geometry), constants, warps=4, stages=3)
 
-    final = Launch(add_and_square, (tiles,), (splits,), {"TILE": TILE, "PIECE": PIECE}, warps=4, stages=1)
-    return parts, [launch(p) for p in parts], final if splits > 1 else None
+    return parts, [launch(p) for p in parts], adding(tiles, splits) if splits > 1 else None
+
+
+def adding(tiles: int, splits: int) -> Launch:
+    """The launch that adds ``splits`` parts of so many tiles."""
+    return Launch(add_and_square, (tiles,), (splits,), {"TILE": TILE, "PIECE": PIECE}, warps=4, stages=1)
 
 
 def block_scores(problem: Problem, grad_output: Tensor, input: Tensor) -> Tensor:

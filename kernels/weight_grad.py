@@ -173,28 +173,48 @@ class Part(NamedTuple):
     length: int
 
 
-def split_pixels(images: int, size: int, programs: int, step: int, target: int) -> list[Part]:
+def number_of_parts(programs: int, processors: int, waves: int) -> int:
+    """How many parts the pixels are split into, at most ``waves`` programs per multiprocessor where there are fewer.
+
+    All programs take equally long, so the device is done when the multiprocessor with the most of them is. Of the
+    larger half of the possible numbers, the largest is taken that wastes hardly more than the best.
+
+    >>> number_of_parts(programs=14, processors=132, waves=4)  # 518 programs: 4 on most multiprocessors, never 5
+    37
+    """
+
+    def used(parts: int) -> float:
+        return programs * parts / (processors * -(-programs * parts // processors))
+
+    most = max(1, waves * processors // programs)
+    counts = range(-(-most // 2), most + 1)
+    best = max(map(used, counts))
+    return max(count for count in counts if used(count) >= 0.95 * best)
+
+
+def split_pixels(images: int, size: int, programs: int, step: int, processors: int, waves: int) -> list[Part]:
     """How ``images`` of ``size`` pixels are divided among launches and, within one, among programs.
 
     Args:
         programs: programs that a launch has per part.
         step: pixels per step of the loop.
-        target: programs that fill the device.
+        processors, waves: of the device, see :func:`number_of_parts`.
 
     Raises:
         ValueError: an image with more pixels than one launch counts.
 
-    >>> split_pixels(images=64, size=1024, programs=70, step=64, target=528)
-    [Part(first=0, count=64, splits=8, length=8192)]
+    >>> split_pixels(images=64, size=1024, programs=70, step=64, processors=132, waves=4)
+    [Part(first=0, count=64, splits=7, length=9408)]
     """
     most = PIXEL_LIMIT // size
     if most == 0:
         raise ValueError(f"grad_output must have less than {PIXEL_LIMIT} pixels per image, got {size}")
+    wanted = number_of_parts(programs, processors, waves)
     parts = []
     for first in range(0, images, most):
         count = min(most, images - first)
-        wanted = max(1, min(-(-target // programs), count * size // (STEPS_PER_PART * step)))
-        length = -(-count * size // (wanted * step)) * step
+        splits = max(1, min(wanted, count * size // (STEPS_PER_PART * step)))
+        length = -(-count * size // (splits * step)) * step
         parts.append(Part(first, count, -(-count * size // length), length))
     return parts
 
@@ -236,8 +256,7 @@ def plan(problem: Problem, config: WeightGradConfig | None, precision: str, devi
     rows, cols, taps = problem.grid
     runs = rows if config.by == "row" else cols * taps
     groups = min(problem.blocks, (problem.blocks + runs * (config.group - 1)) // config.group)
-    target = config.waves * multiprocessors(device)
-    parts = split_pixels(problem.images, height * width, groups, config.pixels, target)
+    parts = split_pixels(problem.images, height * width, groups, config.pixels, multiprocessors(device), config.waves)
     splits = sum(p.splits for p in parts)
     constants = {
         "B_OUT": problem.block[0],

@@ -91,7 +91,7 @@ def run_parts(parts: Mapping[str, PartOf], results: Results, budget: Budget) -> 
             part = part_of(deadline)
         except Exception as error:
             traceback.print_exc()
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             part = {"failed": why, "wrong": [why]}
         part["took"] = time.monotonic() - started
         results.put(name, part)

@@ -34,6 +34,19 @@ def usable(device: str, dtype: torch.dtype = torch.float32, block: tuple[int, in
     return found
 
 
+def check(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    window: Sequence[tuple[int, int]] = ((1, 1), (1, 1), (1, 1)),
+) -> None:
+    """Raises RefusedError if a backend does not do a problem. ``window``: kernel, stride and dilation."""
+    yes, reason = backends.supports(backend, backends.Problem(device, dtype, block, *window))
+    if not yes:
+        raise RefusedError(reason)
+
+
 def bound(
     name: str,
     arguments: Sequence[Any],
@@ -55,10 +68,7 @@ def bound(
         if backend not in SCORES[name]:
             raise RefusedError("no block scores of its own")
         return partial(operator, *arguments)
-    first = arguments[0]
-    yes, reason = backends.supports(backend, backends.Problem(first.device.type, first.dtype, block, *window))
-    if not yes:
-        raise RefusedError(reason)
+    check(backend, arguments[0].device.type, arguments[0].dtype, block, window)
     return partial(operator, *arguments, backend=backend)
 
 

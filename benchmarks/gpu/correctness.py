@@ -14,11 +14,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import ddst
 from ddst import topology
 from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
@@ -98,6 +101,9 @@ def check_group(group: Group) -> dict[str, Any]:
                 if shape.name in REPLAYED:
                     _check_replay(group, shape, dtype, report)
                     _check_changed_index(group, shape, dtype, report)
+            for linear in (False, True):
+                with _noting(report, f"{'SparseLinear' if linear else 'SparseConv2d'}"):
+                    _check_layer(group, linear, dtype, report)
     except workers.DeviceLostError as lost:
         report.seconds = time.perf_counter() - started
         raise workers.DeviceLostError(str(lost), asdict(report)) from lost
@@ -163,6 +169,40 @@ def _check_changed_index(group: Group, shape: Shape, dtype: torch.dtype, report:
                 expected = results_of(tensors)[op]
             what = f"{op} of {shape.name} after the index changed in place"
             _judge(report, group, tensors, op, what, program(group, tensors, op)(), expected)
+
+
+def _check_layer(group: Group, linear: bool, dtype: torch.dtype, report: Report) -> None:
+    """A layer by autograd, with block scores, before and after its mask is changed."""
+    calls.check(group.backend, group.device, dtype, group.block, () if linear else [(3, 3), (1, 1), (1, 1)])
+    make = ddst.SparseLinear if linear else partial(ddst.SparseConv2d, kernel_size=3, padding=1)
+    into, out = 3 * group.block[1], 2 * group.block[0]
+    torch.manual_seed(0)
+    layer = make(into, out, block=group.block, density=0.4, device=group.device, dtype=dtype)
+    layer.backend = group.backend
+    for mask in (layer.block_mask, layer.block_mask.flip(0)):
+        layer.set_block_mask(mask)
+        with torch.no_grad():
+            layer.values.normal_()
+        layer.request_scores()
+        pixels = () if linear else (6, 5)
+        x, gy = (torch.randn(9, c, *pixels, device=group.device).to(dtype) for c in (into, out))
+        x.requires_grad_()
+        with torch.enable_grad():
+            y = layer(x)
+            grads = torch.autograd.grad(y, (x, layer.values, layer.bias), gy)
+            wide = [t.detach().double().requires_grad_() for t in (x, layer.dense_weight(), layer.bias)]
+            expected_y = F.linear(*wide) if linear else F.conv2d(*wide, padding=1)
+            gx, gw, gb = torch.autograd.grad(expected_y, wide, gy.double())
+        blocks = topology.as_blocks(gw, group.block)
+        scores = torch.linalg.vector_norm(blocks, dim=(-2, -1))
+        expected = (expected_y, gx, blocks[mask], gb, scores)
+        names = ("output", "input's gradient", "values' gradient", "bias's gradient", "scores")
+        for name, result, right in zip(names, (y, *grads, layer.take_scores()), expected, strict=True):
+            report.checked["layer"] = report.checked.get("layer", 0) + 1
+            error, why = compare(result.detach(), right.detach(), group.kind)
+            report.worst["layer"] = max(report.worst.get("layer", 0.0), error)
+            if why is not None:
+                report.wrong.append(f"{type(layer).__name__}, {name}: {why}")
 
 
 def program(group: Group, tensors: Tensors, op: str) -> Callable[[], Tensor]:
@@ -247,12 +287,17 @@ def _noting(report: Report, what: str) -> Iterator[None]:
     except calls.RefusedError as refusal:
         report.refused[str(refusal)] = report.refused.get(str(refusal), 0) + 1
     except Exception as error:
-        message = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        message = f"{what}: {in_a_line(error)}"
         report.wrong.append(message)
         if device_is_lost(error):
             raise workers.DeviceLostError(
                 f"the rest was not checked, the device was lost at {message}", None
             ) from error
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's kind and the beginning of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def device_is_lost(error: Exception) -> bool:

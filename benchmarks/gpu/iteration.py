@@ -15,6 +15,7 @@ import torch
 
 from ddst.benchmarks.gan_iteration import wrong_gradients
 from ddst.benchmarks.gpu.budget import Deadline
+from ddst.benchmarks.gpu.correctness import in_a_line
 from ddst.benchmarks.gpu.networks import NETWORKS, Autocast, Network, flops_of, players_of
 from ddst.benchmarks.gpu.timing import Program, Work, cudnn_benchmark, forget, precision, watch_of
 from ddst.measure import Spread
@@ -71,7 +72,7 @@ def measure_all(
             with cudnn_benchmark(True):
                 row |= _measure(variant, network, device, rounds, dtype)
         except Exception as error:
-            row["wrong"] = [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+            row["wrong"] = [in_a_line(error)]
         forget(device)
         if variant.density is None:
             dense[variant.network] = row

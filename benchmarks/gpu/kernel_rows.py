@@ -18,7 +18,7 @@ from torch import Tensor
 from ddst import topology
 from ddst.benchmarks.gpu import calls
 from ddst.benchmarks.gpu.budget import Deadline
-from ddst.benchmarks.gpu.correctness import compare
+from ddst.benchmarks.gpu.correctness import compare, device_is_lost, in_a_line
 from ddst.benchmarks.gpu.environment import KINDS, peak_of
 from ddst.benchmarks.gpu.timing import (
     Program,
@@ -97,10 +97,15 @@ def measure_all(
         if deadline.passed:
             part["trimmed"].append(str(spec))
             continue
-        for row in bench.rows(spec):
-            part["rows"].append(row)
-            if row["wrong"]:
-                part["wrong"].append(f"{spec} {row['pass']} {row['backend']}: {row['wrong']}")
+        try:
+            for row in bench.rows(spec):
+                part["rows"].append(row)
+                if row["wrong"]:
+                    part["wrong"].append(f"{spec} {row['pass']} {row['backend']}: {row['wrong']}")
+        except Exception as error:
+            part["wrong"].append(f"{spec}: {in_a_line(error)}")
+            if device_is_lost(error):
+                break
     return part
 
 
@@ -178,7 +183,9 @@ class Bench:
         except calls.RefusedError as refusal:
             return row | {"refused": str(refusal)}
         except Exception as error:
-            return row | {"wrong": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            if device_is_lost(error):
+                raise
+            return row | {"wrong": in_a_line(error)}
         error, row["wrong"] = compare(result, expected, spec.kind)
         row["error"] = error
         if row["wrong"] is None and dense.wrong is not None:

@@ -95,5 +95,5 @@ def _title(parts: dict[str, Part]) -> str:
     return f"{known.get('device', '')}, torch {torch}, commit {known.get('commit', '')}"
 
 
-#: File name -> what draws it.
-PICTURES = {"kernels.png": draw_kernels, "iteration.png": draw_iterations}
+#: Part -> file name and what draws it.
+PICTURES = {"kernels": ("kernels.png", draw_kernels), "iteration": ("iteration.png", draw_iterations)}

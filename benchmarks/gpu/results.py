@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ddst.benchmarks.report import rounded
 
 RESULTS, TABLE = "results.json", "table.md"
 Part = dict[str, Any]
+Draw = Callable[[dict[str, Part], Path], None]
 
 
 class Results:
@@ -20,8 +21,8 @@ class Results:
 
     Args:
         folder: where the files go; made if it is not there.
-        table: makes the Markdown table of the parts. pictures: file name -> draws that file of the parts, or raises
-            ValueError where they hold nothing to draw.
+        table: makes the Markdown table of the parts. pictures: name of a part -> (file name, what draws it of all
+            parts, or raises ValueError where they hold nothing to draw).
 
     A part is a dict that may hold ``wrong``: a list of reasons, which make the run fail.
     """
@@ -30,7 +31,7 @@ class Results:
         self,
         folder: Path,
         table: Callable[[dict[str, Part]], str],
-        pictures: dict[str, Callable[[dict[str, Part], Path], None]],
+        pictures: Mapping[str, tuple[str, Draw]],
     ) -> None:
         self.folder, self.parts = folder, {}  # type: Path, dict[str, Part]
         self._table, self._pictures = table, pictures
@@ -40,20 +41,20 @@ class Results:
     def put(self, name: str, part: Part) -> None:
         """Adds a part and rewrites every file."""
         self.parts[name] = part
-        for file, draw in self._pictures.items():
-            self._draw(file, draw)
+        if name in self._pictures:
+            self._draw(*self._pictures[name])
         everything = {**self.parts, **({"pictures": {"missing": self.drawing_failed}} if self.drawing_failed else {})}
         write_whole(self.folder / RESULTS, json.dumps(rounded(everything), indent=1, default=str) + "\n")
         write_whole(self.folder / TABLE, self._table(everything) + "\n")
 
-    def _draw(self, file: str, draw: Callable[[dict[str, Part], Path], None]) -> None:
+    def _draw(self, file: str, draw: Draw) -> None:
         temporary = self.folder / f".part-{file}"
         try:
             draw(self.parts, temporary)
             os.replace(temporary, self.folder / file)
             self.drawing_failed.pop(file, None)
         except ValueError:
-            pass  # nothing to draw yet
+            pass  # nothing to draw
         except ImportError as error:
             self.drawing_failed[file] = f"not drawn: {error}"
         finally:

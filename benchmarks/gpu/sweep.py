@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
-from ddst.benchmarks.gpu.correctness import compare, device_is_lost, poisoned
+from ddst.benchmarks.gpu.correctness import compare, device_is_lost, in_a_line, poisoned
 from ddst.benchmarks.gpu.environment import KINDS
 from ddst.benchmarks.gpu.problems import Shape, Tensors
 from ddst.benchmarks.gpu.timing import precision
@@ -96,7 +96,7 @@ def _check(sweep: Sweep, config: Any, shape: Shape, dtype: torch.dtype, found: d
                 found["wrong"].append(f"{config} on {shape.name}, call {repeat + 1}: {why}")
                 break
     except Exception as error:
-        message = f"{config} on {shape.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        message = f"{config} on {shape.name}: {in_a_line(error)}"
         found["wrong"].append(message)
         if device_is_lost(error):
             raise workers.DeviceLostError(message, found) from error

@@ -92,7 +92,7 @@ def _correctness(part: Part) -> list[str]:
             of[op] = max(of.get(op, 0.0), error)
         for reason, count in report["refused"].items():
             refused[reason] = refused.get(reason, 0) + count
-    ops = ["forward", "plain", "relu", "dgrad", "wgrad", "scores"]
+    ops = ["forward", "plain", "relu", "dgrad", "wgrad", "scores", "layer"]
     rows = [[key, counts[key], *(f"{of[op]:.1e}" if op in of else "" for op in ops)] for key, of in worst.items()]
     lines += ["", *_table(["backend, products", "results", *ops], rows)]
     if refused:

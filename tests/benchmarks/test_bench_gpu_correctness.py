@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddst import SparseConv2d
 from ddst.benchmarks.gpu import calls, correctness, problems, workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.correctness import Group, compare
@@ -47,6 +48,7 @@ def test_the_cpus_operators_are_right_in_every_check() -> None:
     per_op = 2 * len(SHAPES) + 2 * 3 + 2
     assert first["checked"]["forward"] == first["checked"]["dgrad"] == first["checked"]["wgrad"] == per_op
     assert first["checked"]["scores"] == per_op - 2
+    assert first["checked"]["layer"] == 2 * 2 * 5  # two layers, two masks
     assert first["checked"]["plain"] == 2 * 2 + 2 * 3 + 2
     assert set(first["refused"]) == {"no operator with a fused ReLU"}
     assert part["checked"] == sum(sum(group["checked"].values()) for group in part["groups"])
@@ -169,9 +171,17 @@ def test_what_is_refused_whole_or_has_no_time_left_is_wrong(monkeypatch: pytest.
         raise calls.RefusedError("not today")
 
     monkeypatch.setattr(calls, "bound", refuse)
+    monkeypatch.setattr(calls, "check", refuse)
     (why,) = wrongs()
     assert "nothing was checked, all refused" in why
     assert "not today" in why
+
+
+def test_a_layer_whose_mask_change_is_not_seen_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SparseConv2d, "set_block_mask", lambda *_: None)
+    found = wrongs()
+    assert found
+    assert all("SparseConv2d" in why for why in found)
 
 
 def test_groups_are_every_kind_and_block_with_the_important_first() -> None:

@@ -128,7 +128,7 @@ def test_time_left_over_goes_to_the_parts_after() -> None:
 
 def test_results_are_written_whole_after_every_part(tmp_path: Path) -> None:
     def draw(parts: dict[str, Any], file: Path) -> None:
-        if "kernels" not in parts:
+        if not parts["kernels"]["rows"]:
             raise ValueError("nothing to draw")
         file.write_bytes(b"picture")
 
@@ -136,13 +136,17 @@ def test_results_are_written_whole_after_every_part(tmp_path: Path) -> None:
         raise ImportError("No module named 'matplotlib'")
 
     kept = results.Results(
-        tmp_path / "out", lambda parts: ", ".join(parts), {"a.png": draw, "b.png": draw_without_matplotlib}
+        tmp_path / "out",
+        lambda parts: ", ".join(parts),
+        {"kernels": ("a.png", draw), "host": ("b.png", draw_without_matplotlib)},
     )
     kept.put("correctness", {"wrong": ["forward"], "error": 1.23456789})
     assert json.loads((tmp_path / "out" / "results.json").read_text())["correctness"]["error"] == 1.235
+    kept.put("kernels", {"wrong": [], "rows": []})
     assert not (tmp_path / "out" / "a.png").exists()
-    kept.put("kernels", {"wrong": []})
-    assert (tmp_path / "out" / "table.md").read_text() == "correctness, kernels, pictures\n"
+    kept.put("kernels", {"wrong": [], "rows": [1]})
+    kept.put("host", {})
+    assert (tmp_path / "out" / "table.md").read_text() == "correctness, kernels, host, pictures\n"
     assert (tmp_path / "out" / "a.png").read_bytes() == b"picture"
     assert kept.wrong == ["correctness: forward"]
     assert "matplotlib" in json.loads((tmp_path / "out" / "results.json").read_text())["pictures"]["missing"]["b.png"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddst import kernels
 from ddst.kernels import gather
 from ddst.kernels.configs import DTYPES, SIDES, GatherConfig, Problem, gather_candidates, gather_fits
-from ddst.kernels.launch import Launch
+from ddst.kernels.launch import Launch, native, native_rows
 from ddst.topology import build_topology
 from helpers.dense import topology_of
 from helpers.problems import Case, ConvProblem, LinearProblem, between_guards, lay_out
@@ -189,7 +189,11 @@ def test_operands_at_odd_addresses() -> None:
         return moved.copy_(t)
 
     moved = replace(case, x=odd(lay_out(case.x, "channels_last")), values=odd(case.values))
-    assert moved.x.data_ptr() % 16 != 0 and moved.values.data_ptr() % 16 != 0
+    for made, t in ((native(moved.x), moved.x), (native_rows(moved.values), moved.values)):
+        assert t.data_ptr() % 16 != 0 and made.data_ptr() % 16 == 0
+        assert torch.equal(made, t)
+    ready = lay_out(case.x, "channels_last")
+    assert native(ready) is ready and native_rows(case.values) is case.values, "no copy without need"
     assert torch.equal(run("forward", problem, moved).double(), expected("forward", case))
 
 

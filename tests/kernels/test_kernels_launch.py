@@ -9,13 +9,20 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ddst import kernels
+from ddst.kernels import gather as module
 from ddst.kernels.gather import gather
 from ddst.kernels.launch import Launch
+from helpers.dense import topology_of
+
+ONE = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +58,24 @@ def test_neither_density_nor_sizes_compile_a_kernel(report: dict[str, Any]) -> N
 def test_operands_at_odd_addresses_get_a_kernel_of_their_own(report: dict[str, Any]) -> None:
     aligned, odd, again = report["odd"]
     assert aligned == again != odd
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_float32_products_follow_torch(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The switch for convolutions and the one for matrix products, each for its own; 16-bit types have no choice."""
+    for switch, value in ((torch.backends.cudnn, allowed), (torch.backends.cuda.matmul, not allowed)):
+        request.addfinalizer(partial(setattr, switch, "allow_tf32", switch.allow_tf32))
+        switch.allow_tf32 = value
+    seen = []
+    plan = module.plan
+    monkeypatch.setattr(module, "plan", lambda *args: seen.append(args[2]) or plan(*args))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, values, topology = torch.ones(2, 16, dtype=dtype), torch.ones(1, 16, 16, dtype=dtype), topology_of(ONE)
+        kernels.conv2d(x[:, :, None, None], values, None, topology, (16, 16, 1, 1), (1, 1), (0, 0), (1, 1), True)
+        kernels.linear_input_grad(x, values, topology, (16, 16))
+    assert seen == [["ieee", "tf32"][allowed], ["tf32", "ieee"][allowed], "ieee", "ieee"]
 
 
 def test_grids_that_no_device_takes_are_refused() -> None:

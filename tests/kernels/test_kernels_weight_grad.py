@@ -20,6 +20,7 @@ from torch import Tensor
 from ddst import kernels
 from ddst.kernels import weight_grad
 from ddst.kernels.configs import DTYPES, SIDES, WeightGradConfig, weight_grad_candidates
+from ddst.kernels.index import weight_grad_groups
 from ddst.kernels.tile import divide, divisor
 from ddst.topology import build_topology
 from helpers.dense import active_blocks, inside, pack_blocks
@@ -204,6 +205,24 @@ def test_parts_cover_every_pixel_once(
         assert (part.splits - 1) * part.length < pixels <= part.splits * part.length
         assert part.splits * part.length < 2**31
         assert part.splits == 1 or part.splits * programs <= processors * waves
+
+
+@pytest.mark.parametrize("by", ["row", "col"])
+@pytest.mark.parametrize("mask", ["full", "one", "empty_lines", "0.1"])
+def test_a_program_for_every_group(mask: str, by: Any) -> None:
+    """The launch counts groups from sizes; the lists are as long as that, and hold every block once."""
+    problem = ConvProblem(channels=(100, 70), block=(16, 16), mask=mask)
+    case = problem.build(torch.float32, "whole")
+    described = kernels.Problem(
+        "weight_grad", False, torch.float32, (16, 16), problem.weight_shape, (1, 1), (1, 1), (1, 1), 2, (6, 7), (6, 7),
+        len(active_blocks(case.mask)),
+    )  # fmt: skip
+    config = WeightGradConfig(by, 4, pixels=32)
+    groups = weight_grad_groups(case.topology, problem.weight_shape, (16, 16), by, 4)
+    (launch,) = weight_grad.plan(described, config, "ieee", -1).launches
+    assert launch.grid[0] == len(groups.bounds)
+    held = [i for start, end in groups.bounds.tolist() for i in groups.ids[start:end].tolist()]
+    assert sorted(held) == list(range(described.blocks))
 
 
 @pytest.mark.parametrize("processors", [108, 132, 148])

@@ -19,7 +19,7 @@ from ddst.kernels import gather
 from ddst.kernels.configs import DTYPES, SIDES, GatherConfig, Problem, gather_candidates, gather_fits
 from ddst.kernels.launch import Launch, native, native_rows
 from ddst.topology import build_topology
-from helpers.dense import topology_of
+from helpers.dense import active_blocks, topology_of
 from helpers.problems import Case, ConvProblem, LinearProblem, between_guards, lay_out
 from helpers.tolerances import assert_close
 
@@ -234,15 +234,19 @@ def test_writes_the_whole_result_and_nothing_else(op: str, config: GatherConfig)
 @pytest.mark.parametrize("config", [GatherConfig(), GatherConfig(fuse=4), GatherConfig(box=(2, 4, 8))], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_a_nan_in_a_block_stays_in_its_row(op: str, config: GatherConfig) -> None:
-    problem = ConvProblem(channels=(40, 40), block=(16, 16), size=(4, 3), mask="0.3", bias=False)
+    """Of all blocks in turn: steps of several blocks must not touch those after a row, or block 0 in their place."""
+    problem = ConvProblem(channels=(24, 24), block=(16, 16), kernel=(2, 1), size=(2, 3), mask="0.6", bias=False)
     case = problem.build(torch.float32, "whole")
     clean = expected(op, case)
-    first = case.mask.flatten(2).any(2).nonzero()[0]  # the row and column of block 0
-    case.values[0] = float("nan")
-    result = run(op, problem, case, config).double()
-    hit = torch.arange(40) // 16 == first[0 if op == "forward" else 1]
-    assert torch.equal(result[:, ~hit], clean[:, ~hit])
-    assert result[:, hit].isnan().any()
+    blocks = active_blocks(case.mask)
+    assert len({b[0] for b in blocks}) == len({b[1] for b in blocks}) == 2 and len(blocks) % 4
+    for number, block in enumerate(blocks):
+        values = case.values.clone()
+        values[number] = float("nan")
+        result = run(op, problem, replace(case, values=values), config).double()
+        hit = torch.arange(24) // 16 == block[0 if op == "forward" else 1]
+        assert torch.equal(result[:, ~hit], clean[:, ~hit])
+        assert result[:, hit].isnan().any()
 
 
 def test_a_changed_mask_changes_the_result() -> None:

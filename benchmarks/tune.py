@@ -28,7 +28,7 @@ from ddst.benchmarks.gpu.correctness import device_is_lost, in_a_line, poisoned
 from ddst.benchmarks.gpu.environment import KINDS, describe
 from ddst.benchmarks.gpu.kernel_rows import BATCHES, Spec, activations, problems_of, specs
 from ddst.benchmarks.gpu.sweep import TABLE_NAMES
-from ddst.benchmarks.gpu.timing import Program, Watch, forget, in_turn, precision, sets_needed, watch_of
+from ddst.benchmarks.gpu.timing import Program, Watch, forget, in_turn, precision, sets_needed, watch_of, without_cudnn
 from ddst.benchmarks.problem import PASSES, Problem
 from ddst.benchmarks.registry import LAYERS
 from ddst.measure import Spread
@@ -117,7 +117,8 @@ def check(task: Task) -> dict[str, Any]:
     with torch.no_grad(), precision(mode), poisoned():
         inputs, gradients = activations(LAYERS[small.layer], small.batch, dtype, task.device, 1)
         (problem,) = problems_of(small, [whole(inputs[0])], [whole(gradients[0])], whole)
-        expected = problem.expected()[PASSES.index(task.op)].to(dtype)
+        with without_cudnn():
+            expected = problem.expected()[PASSES.index(task.op)].to(dtype)
         for place, config in enumerate(candidates(task)):
             try:
                 work = configured(problem, task.op, config)

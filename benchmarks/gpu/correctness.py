@@ -27,7 +27,7 @@ from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.environment import KINDS
 from ddst.benchmarks.gpu.problems import SHAPES, Shape, Tensors
-from ddst.benchmarks.gpu.timing import precision, watch_of
+from ddst.benchmarks.gpu.timing import precision, watch_of, without_cudnn
 
 #: Largest relative errors: root mean square, and of the largest entry. Accumulation is in float32; the 16-bit kinds add
 #: the rounding of the result, TF32 that of its operands to 11 bits.
@@ -114,8 +114,7 @@ def check_group(group: Group) -> dict[str, Any]:
 def _check_shape(group: Group, shape: Shape, dtype: torch.dtype, seed: int, report: Report) -> None:
     for whole in (False, True):
         tensors = Tensors.make(shape, group.block, dtype, group.device, seed, whole)
-        with torch.enable_grad():
-            expected = results_of(tensors)
+        expected = results_of(tensors)
         for op in OPS:
             if op in ("plain", "relu") and shape.name not in FINISHES:
                 continue
@@ -148,8 +147,7 @@ def _replay_and_judge(report: Report, group: Group, tensors: Tensors, op: str, w
     for tensor in (tensors.input, tensors.grad_output, tensors.values):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     tensors.values.mul_(topology.inside(tensors.mask, tensors.weight_shape, tensors.block))
-    with torch.enable_grad():
-        expected = results_of(tensors)[op]
+    expected = results_of(tensors)[op]
     graph.outputs[0].fill_(math.nan)
     graph.replay()
     _judge(report, group, tensors, op, f"{op} replayed, {what}", graph.outputs[0], expected)
@@ -165,8 +163,7 @@ def _check_changed_index(group: Group, shape: Shape, dtype: torch.dtype, report:
             tensors.topology.copy_(topology.build_topology(mask))
             tensors = replace(tensors, mask=mask)
             tensors.values.mul_(topology.inside(mask, tensors.weight_shape, tensors.block))
-            with torch.enable_grad():
-                expected = results_of(tensors)[op]
+            expected = results_of(tensors)[op]
             what = f"{op} of {shape.name} after the index changed in place"
             _judge(report, group, tensors, op, what, program(group, tensors, op)(), expected)
 
@@ -190,6 +187,7 @@ def _check_layer(group: Group, linear: bool, dtype: torch.dtype, report: Report)
         with torch.enable_grad():
             y = layer(x)
             grads = torch.autograd.grad(y, (x, layer.values, layer.bias), gy)
+        with torch.enable_grad(), without_cudnn():
             wide = [t.detach().double().requires_grad_() for t in (x, layer.dense_weight(), layer.bias)]
             expected_y = F.linear(*wide) if linear else F.conv2d(*wide, padding=1)
             gx, gw, gb = torch.autograd.grad(expected_y, wide, gy.double())

@@ -100,9 +100,14 @@ class Autocast(nn.Module):
 
 
 def players_of(
-    network: Network, density: float | None, block: tuple[int, int], device: str, capturable: bool
+    network: Network,
+    density: float | None,
+    block: tuple[int, int],
+    device: str,
+    capturable: bool = False,
+    distribution: str = "erk",
 ) -> Players:
-    """Networks, channels_last on the device, and an Adam each; dense with density None, else sparse by ERK.
+    """Networks, channels_last on the device, and an Adam each; dense with density None.
 
     ``capturable``: Adam keeps its count of steps on the device, as a CUDA graph needs it.
     """
@@ -111,7 +116,7 @@ def players_of(
     for net in nets:
         net.to(device, memory_format=torch.channels_last).train()
         if density is not None:
-            sparsify(net, density, block=block)
+            sparsify(net, density, block=block, distribution=distribution)
         optimizers.append(torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.0, 0.9), capturable=capturable))
     return Players(*nets, *optimizers)  # type: ignore[arg-type]
 

@@ -80,7 +80,7 @@ def draw_iterations(parts: dict[str, Part], file: Path) -> None:
             heights = [1e3 * row[way]["median"] for row in own]
             bars = axis.bar([i + 0.4 * k for i in range(len(own))], heights, 0.38, label=way)
             axis.bar_label(bars, fmt="%.1f", fontsize=7)
-        labels = ["dense" if row["density"] is None else f"{100 * row['density']:g} %" for row in own]
+        labels = ["dense" if r["density"] is None else f"{100 * r['density']:g} %\n{r['distribution']}" for r in own]
         axis.set_xticks([i + 0.2 for i in range(len(own))], labels)
         axis.set(title=network, ylabel="ms per iteration")
         axis.legend(fontsize=7)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddst import topology
+from ddst.benchmarks.gpu.timing import without_cudnn
 
 GUARD = 256  # entries of NaN before and after every tensor of a problem; keeps 16-byte alignment
 
@@ -136,12 +137,13 @@ class Tensors:
         """The four results by dense torch in float64: autograd of a dense layer, which calls nothing of ddst's."""
         weight = topology.unpack(self.values.double(), self.mask, self.weight_shape).requires_grad_()
         x = self.input.double().requires_grad_()
-        if self.shape.linear:
-            y = F.linear(x, weight, self.bias.double())
-        else:
-            s = self.shape
-            y = F.conv2d(x, weight, self.bias.double(), s.stride, s.padding, s.dilation)
-        gx, gw = torch.autograd.grad(y, (x, weight), self.grad_output.double())
+        with torch.enable_grad(), without_cudnn():
+            if self.shape.linear:
+                y = F.linear(x, weight, self.bias.double())
+            else:
+                s = self.shape
+                y = F.conv2d(x, weight, self.bias.double(), s.stride, s.padding, s.dilation)
+            gx, gw = torch.autograd.grad(y, (x, weight), self.grad_output.double())
         blocks = topology.as_blocks(gw, self.block)
         return {
             "forward": y.detach(),

@@ -148,7 +148,8 @@ def _host(part: Part) -> list[str]:
 def _iteration(part: Part) -> list[str]:
     rows = []
     for row in part["rows"]:
-        cells = [row["what"], row["batch"], "dense" if row["density"] is None else f"{100 * row['density']:g} %"]
+        density = "dense" if row["density"] is None else f"{100 * row['density']:g} % {row['distribution']}"
+        cells = [row["what"], row["batch"], density]
         if row["wrong"]:
             rows.append([*cells, "wrong, not timed", "", "", "", "", ""])
             continue
@@ -201,7 +202,8 @@ def short(parts: dict[str, Part]) -> str:
     for row in parts.get("iteration", {}).get("rows", []):
         if "speedup" in row:
             gains = ", ".join(f"{way} {gain:.2f}" for way, gain in row["speedup"].items())
-            lines.append(f"iteration {row['network']} {100 * row['density']:g} %, over dense: {gains}")
+            what = f"{row['network']} {100 * row['density']:g} % {row['distribution']}"
+            lines.append(f"iteration {what}, over dense: {gains}")
     wrong = sum(len(part.get("wrong", [])) for part in parts.values())
     checked = parts.get("correctness", {}).get("checked")
     lines.append(f"{'' if checked is None else f'{checked} results checked, '}{wrong} wrong")

@@ -204,6 +204,17 @@ def cudnn_benchmark(on: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Convolutions by torch's own matrix products: for float64, where cuDNN may have nothing for a window."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
 def forget(device: str, collect: bool = True) -> None:
     """Gives back the memory of graphs and tensors that are gone."""
     if collect:

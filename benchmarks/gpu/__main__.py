@@ -38,7 +38,8 @@ def parts_of(known: Part, folder: Path, device: str = "cuda") -> dict[str, PartO
     def correctness(deadline: Deadline) -> Part:
         from ddst.benchmarks.gpu import correctness
 
-        return correctness.check_all(correctness.groups(device), processes, deadline)
+        groups, refusals = correctness.groups(device)
+        return {**correctness.check_all(groups, processes, deadline), "unusable": refusals}
 
     def tune(deadline: Deadline) -> Part:
         from ddst.benchmarks import tune

@@ -17,48 +17,27 @@ BLOCKS = tuple((rows, columns) for rows in (32, 64, 16) for columns in (32, 64, 
 #: Operators without a choice of backend, and the backends whose own they are.
 SCORES = {"conv2d_block_scores": ("triton", "cpu"), "linear_block_scores": ("triton", "cpu")}
 
+WINDOW = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+
 
 class RefusedError(Exception):
     """The backend says no to this problem; the message is its reason."""
 
 
-def usable(device: str, dtype: torch.dtype = torch.float32, block: tuple[int, int] = (32, 32)) -> dict[str, str | None]:
+def usable(device: str, dtype: torch.dtype, block: tuple[int, int]) -> dict[str, str | None]:
     """Backend -> None where it says yes to packed values of this dtype and block, else its reason."""
     found: dict[str, str | None] = {}
     for name in BACKENDS_OF[device]:
-        if name not in backends.BACKENDS:
-            found[name] = "not in this tree"
-            continue
         yes, reason = backends.supports(name, backends.Problem(device, dtype, block))
         found[name] = None if yes else reason
     return found
 
 
-def check(
-    backend: str,
-    device: str,
-    dtype: torch.dtype,
-    block: tuple[int, int],
-    window: Sequence[tuple[int, int]] = ((1, 1), (1, 1), (1, 1)),
-) -> None:
-    """Raises RefusedError if a backend does not do a problem. ``window``: kernel, stride and dilation."""
-    yes, reason = backends.supports(backend, backends.Problem(device, dtype, block, *window))
-    if not yes:
-        raise RefusedError(reason)
-
-
-def bound(
-    name: str,
-    arguments: Sequence[Any],
-    backend: str,
-    block: tuple[int, int],
-    window: Sequence[tuple[int, int]] = ((1, 1), (1, 1), (1, 1)),
-) -> Callable[[], Tensor]:
+def bound(name: str, arguments: Sequence[Any], backend: str) -> Callable[[], Tensor]:
     """A call of an operator on a backend.
 
     Args:
         arguments: of the operator, without the backend; the first is a tensor on the device.
-        block: of the packed values. window: kernel, stride and dilation.
 
     Raises:
         RefusedError: the backend does not do this problem.
@@ -68,8 +47,27 @@ def bound(
         if backend not in SCORES[name]:
             raise RefusedError("no block scores of its own")
         return partial(operator, *arguments)
-    check(backend, arguments[0].device.type, arguments[0].dtype, block, window)
+    named = dict(zip((argument.name for argument in operator._schema.arguments), arguments, strict=False))
+    refusal = _refusal(name, arguments[0], named, backend)
+    if refusal is not None:
+        raise RefusedError(refusal)
     return partial(operator, *arguments, backend=backend)
+
+
+def _refusal(name: str, first: Tensor, named: dict[str, Any], backend: str) -> str | None:
+    """Why a backend does not do a call; None where it does."""
+    shape = named["weight_shape"]
+    block = tuple(named["values"].shape[1:]) if "values" in named else tuple(named["block"])
+    window = [tuple(named.get(key, default)) for key, default in WINDOW.items()]
+    if backend == "cuda":  # it may do one pass and not another
+        from ddst.ops import cuda
+
+        yes, reason = cuda.supports(name, first.device, first.dtype, shape, block, *window)
+    else:
+        stride, _, dilation = window
+        problem = backends.Problem(first.device.type, first.dtype, block, tuple(shape[2:]) or (1, 1), stride, dilation)
+        yes, reason = backends.supports(backend, problem)
+    return None if yes else reason
 
 
 def with_relu(name: str, arguments: Sequence[Any]) -> Callable[[], Tensor]:

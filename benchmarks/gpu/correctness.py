@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ddst
-from ddst import topology
+from ddst import backends, topology
 from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.environment import KINDS
@@ -68,10 +68,18 @@ class Report:
 
 def groups(
     device: str, kinds: Sequence[str] = tuple(KINDS), blocks: Sequence[tuple[int, int]] = calls.BLOCKS
-) -> list[Group]:
-    """Every group of the backends that are usable on a device, the most important kinds and blocks first."""
-    backends = [name for name, reason in calls.usable(device).items() if reason is None]
-    return [Group(backend, kind, block, device) for kind in kinds for block in blocks for backend in backends]
+) -> tuple[list[Group], dict[str, str]]:
+    """Every group that a backend of the device says yes to, the most important kinds and blocks first; and the reasons
+    where one says no: "backend kind" -> reason."""
+    found, refusals = [], {}
+    for kind in kinds:
+        dtype, mode = KINDS[kind]
+        for block in blocks:
+            with precision(mode):
+                answers = calls.usable(device, dtype, block)
+            found += [Group(backend, kind, block, device) for backend, no in answers.items() if no is None]
+            refusals |= {f"{backend} {kind}": no for backend, no in answers.items() if no is not None}
+    return found, refusals
 
 
 def check_all(chosen: Sequence[Group], processes: int, deadline: Deadline) -> dict[str, Any]:
@@ -170,7 +178,12 @@ def _check_changed_index(group: Group, shape: Shape, dtype: torch.dtype, report:
 
 def _check_layer(group: Group, linear: bool, dtype: torch.dtype, report: Report) -> None:
     """A layer by autograd, with block scores, before and after its mask is changed."""
-    calls.check(group.backend, group.device, dtype, group.block, () if linear else [(3, 3), (1, 1), (1, 1)])
+    kernel = (1, 1) if linear else (3, 3)
+    yes, reason = backends.supports(
+        group.backend, backends.Problem(group.device, dtype, group.block, kernel, linear=linear)
+    )
+    if not yes:
+        raise calls.RefusedError(reason)
     make = ddst.SparseLinear if linear else partial(ddst.SparseConv2d, kernel_size=3, padding=1)
     into, out = 3 * group.block[1], 2 * group.block[0]
     torch.manual_seed(0)
@@ -212,9 +225,7 @@ def program(group: Group, tensors: Tensors, op: str) -> Callable[[], Tensor]:
         return calls.with_relu(name, arguments)
     if op == "plain":
         arguments = [*arguments[:2], None, *arguments[3:]]
-    shape = tensors.shape
-    window = () if shape.linear else (shape.kernel, shape.stride, shape.dilation)
-    return calls.bound(name, arguments, group.backend, group.block, window)
+    return calls.bound(name, arguments, group.backend)
 
 
 def results_of(tensors: Tensors) -> dict[str, Tensor]:

@@ -37,13 +37,12 @@ def measure(device: str, number: int = 400, rounds: int = 7, dtype: torch.dtype 
     found: dict[str, dict[str, float]] = {
         "dense": {name: _seconds(w, device, number, rounds) for name, w in plain.items()}
     }
-    window = SMALL.kernel, SMALL.stride, SMALL.dilation
     for backend, reason in calls.usable(device, dtype, (32, 32)).items():
         if reason is not None:
             continue
         layer.backend = backend
         works: dict[str, Callable[[], object]] = {
-            op: calls.bound(*tensors.arguments(op), backend, (32, 32), window) for op in ("forward", "dgrad", "wgrad")
+            op: calls.bound(*tensors.arguments(op), backend) for op in ("forward", "dgrad", "wgrad")
         }
         works |= {"layer": lambda: layer(x), "step": lambda: _step(layer, x)}
         found[backend] = {name: _seconds(work, device, number, rounds) for name, work in works.items()}

@@ -137,8 +137,8 @@ class Bench:
     def rows(self, spec: Spec) -> Iterator[Row]:
         """The rows of a spec: each pass on each backend that does it."""
         dtype, mode = KINDS[spec.kind]
-        backends = [name for name, no in calls.usable(self.device, dtype, spec.block).items() if no is None]
         with precision(mode), torch.no_grad(), cudnn_benchmark(True):
+            backends = [name for name, no in calls.usable(self.device, dtype, spec.block).items() if no is None]
             setting = self._setting(spec)
             sets = problems_of(spec, setting.inputs, setting.gradients)
             expected = reference(sets[0], spec.kind)
@@ -253,9 +253,7 @@ def problems_of(
 
 def packed_work(problem: Problem, index: int, backend: str) -> Callable[[], Tensor]:
     """A pass of the packed layer on a backend."""
-    layer = problem.layer
-    window = [(layer.kernel,) * 2, (layer.stride,) * 2, (1, 1)]
-    return calls.bound(*problem.packed_calls()[index], backend, problem.block, window)
+    return calls.bound(*problem.packed_calls()[index], backend)
 
 
 def reference(problem: Problem, kind: str) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """The CUDA C++ primitives on the device itself: programs that test the wrappers the kernels are built on.
 
-Every ``tests/cuda/device/*.cu`` is a program without arguments: it is compiled by nvcc for the device at hand, and must
-end with exit code 0. What it prints is kept.
+Every ``tests/cuda/*_device.cu`` is a program without arguments: it is compiled by nvcc for the device at hand, and must
+end with exit code 0. The last line that it prints is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.report import ROOT
 
-SOURCES = ROOT / "tests" / "cuda" / "device"
+SOURCES = ROOT / "tests" / "cuda"
 INCLUDE = ROOT / "csrc" / "cuda"
 FLAGS = ("-std=c++17", "-O2", "-lineinfo")
 
@@ -30,9 +30,9 @@ def run_all(
         architecture: such as "sm_90a".
     """
     part: dict[str, Any] = {"programs": {}, "wrong": []}
-    programs = sorted(sources.glob("*.cu"))
+    programs = sorted(sources.glob("*_device.cu"))
     if not programs:
-        return part | {"missing": f"no program in {sources.name}/ of this tree"}
+        return part | {"missing": "no tests/cuda/*_device.cu in this tree"}
     if shutil.which(compiler[0]) is None:
         return part | {"missing": f"no {compiler[0]} on this machine: {len(programs)} programs were not compiled"}
     with tempfile.TemporaryDirectory() as folder:

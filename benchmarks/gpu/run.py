@@ -10,6 +10,7 @@ Imports nothing of ddst before the libraries are built, so that it can say what 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -70,15 +71,24 @@ def no_gpu() -> str | None:
     return None
 
 
+def architecture() -> str:
+    """CMake's name of the device's architecture, such as 90-real."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}-real"
+
+
 def build() -> str | None:
     """Builds the libraries into ``ddst/_lib`` by setup.py; the end of the compiler's output where that fails."""
     log = ROOT / "build" / "gpu-build.log"
     log.parent.mkdir(exist_ok=True)
     started = time.monotonic()
     print(f"building the libraries in {ROOT} (output: {log}) …", flush=True)
+    environment = {"DDST_CUDA_ARCHS": architecture(), **os.environ}  # the CUDA kernels for this device alone
     with log.open("w") as output:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
     if code:
         return f"the build failed with exit code {code}:\n" + "\n".join(log.read_text().splitlines()[-30:])
     print(f"built in {time.monotonic() - started:.0f} s", flush=True)

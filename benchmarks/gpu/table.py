@@ -95,6 +95,8 @@ def _correctness(part: Part) -> list[str]:
     ops = ["forward", "plain", "relu", "dgrad", "wgrad", "scores", "layer"]
     rows = [[key, counts[key], *(f"{of[op]:.1e}" if op in of else "" for op in ops)] for key, of in worst.items()]
     lines += ["", *_table(["backend, products", "results", *ops], rows)]
+    if part.get("unusable"):
+        lines += ["", "Not usable: " + "; ".join(f"{who}: {why}" for who, why in part["unusable"].items())]
     if refused:
         lines += ["", "Refused: " + "; ".join(f"{count} × {reason}" for reason, count in refused.items())]
     return lines

@@ -136,11 +136,11 @@ def test_an_iteration_is_compared_with_the_dense_one() -> None:
     assert (dense["flops_share"], "speedup" in dense) == (1.0, False)
     assert 0.2 < sparse["flops_share"] < 0.8
     assert sparse["speedup"]["graph"] == pytest.approx(dense["graph"]["median"] / sparse["graph"]["median"])
-    assert "| tiny | 2 | 30 % |" in markdown({"iteration": part})
+    assert "| tiny | 2 | 30 % erk |" in markdown({"iteration": part})
     assert "iteration tiny 30 %" in short({"iteration": part})
     assert iteration.measure_all(variants, "cpu", Deadline(0.0), networks=tiny)["trimmed"] == [
         "tiny dense",
-        "tiny 30 %",
+        "tiny 30 % erk",
     ]
 
 
@@ -152,7 +152,7 @@ def test_an_iteration_with_a_wrong_gradient_is_not_timed(monkeypatch: pytest.Mon
     monkeypatch.setattr(iteration, "wrong_gradients", lambda players: ["gradient of linear"])
     tiny = {"tiny": Network("tiny", 2, 1, 8, (16, 16), (16, 16), down=1, latent=8)}
     part = iteration.measure_all([iteration.Variant("tiny", 0.3, (8, 8))], "cpu", Deadline(100.0), 1, tiny)
-    assert part["wrong"] == ["tiny 30 %: gradient of linear"]
+    assert part["wrong"] == ["tiny 30 % erk: gradient of linear"]
     assert "eager" not in part["rows"][0]
 
 
@@ -219,20 +219,20 @@ def _not_a_number() -> Any:
     return ImageSet("nan", torch.full((9, 1, 8, 8), float("nan")), 1.0)
 
 
-@pytest.mark.parametrize("end, wrong", [("exit 0", []), ("exit 3", ["probe: exit code 3: two"])])
+@pytest.mark.parametrize("end, wrong", [("exit 0", []), ("exit 3", ["probe_device: exit code 3: two"])])
 def test_every_device_program_is_compiled_and_must_end_well(tmp_path: Path, end: str, wrong: list[str]) -> None:
     # The compiler is a shell script which "compiles" a shell script: it copies it to the name after -o.
     compiler = tmp_path / "nvcc"
     compiler.write_text('#!/bin/sh\nfor a; do last=$a; case $a in *.cu) from=$a;; esac; done\ncp "$from" "$last"\n')
     compiler.chmod(0o755)
     (tmp_path / "device").mkdir()
-    source = tmp_path / "device" / "probe.cu"
+    source = tmp_path / "device" / "probe_device.cu"
     source.write_text(f"#!/bin/sh\necho one\necho two\n{end}\n")
     source.chmod(0o755)
     part = primitives.run_all("sm_90a", Deadline(60.0), tmp_path / "device", [str(compiler)])
-    assert part["programs"] == {"probe": "two"}
+    assert part["programs"] == {"probe_device": "two"}
     assert part["wrong"] == wrong
-    assert "| probe | two |" in markdown({"primitives": part})
+    assert "| probe_device | two |" in markdown({"primitives": part})
     missing = primitives.run_all("sm_90a", Deadline(60.0), tmp_path / "device", ["no-such-compiler"])
     assert "no no-such-compiler on this machine" in missing["missing"]
     shutil.rmtree(tmp_path / "device")
@@ -250,7 +250,8 @@ def test_pictures_and_table_of_a_whole_run(tmp_path: Path) -> None:
         for name in PASSES
     ]
     spread = {"median": 0.01, "low": 0.01, "high": 0.01}
-    line = {"network": "sngan32", "what": "SNGAN", "batch": 64, "wrong": [], "eager": spread, "graph": spread}
+    line = {"network": "sngan32", "what": "SNGAN", "batch": 64, "distribution": "erk", "wrong": []}
+    line |= {"eager": spread, "graph": spread}
     iterations = [{**line, "density": None, "flops_share": 1.0}, {**line, "density": 0.1, "flops_share": 0.1}]
     kept = results.Results(tmp_path, markdown, PICTURES)
     kept.put("environment", KNOWN)

@@ -1,11 +1,12 @@
 // How the gather kernel (conv2d_gather.cuh) cuts a problem into tiles: computed once per launch, on the host.
 //
-// Forward:        output pixel (Y, X) reads input pixel (Y * stride - padding + kh, ...).
-// Input gradient: pixel (Y, X) of the forward input reads the pixels of grad_output (Y + padding - kh) / stride for
-// which
-//                 the division is exact. Pixels with equal (Y % stride, X % stride), a phase, use the same taps, so
-//                 that a phase is a gather of stride 1; the launch holds stride_y * stride_x phases.
-// Both are: grid pixel (i, j) of a phase reads source pixel (i * step + origin + offset(tap)).
+// Forward: output pixel (Y, X) reads input pixels (Y * stride - padding + kh, ...).
+//
+// Input gradient: pixel (Y, X) of the forward input reads those pixels (Y + padding - kh) / stride of grad_output for
+// which the division is exact. Pixels with equal (Y % stride, X % stride), a phase, use the same taps, so that a phase
+// is a gather of stride 1; a launch holds stride_y * stride_x phases.
+//
+// Both are: grid pixel (i, j) of a phase reads source pixel (i * step + origin + offset(tap), ...).
 #pragma once
 #include <cstdint>
 #include <string>
@@ -45,8 +46,7 @@ struct GatherTile {
   constexpr int records() const { return 2 * stages - 1; }  // in shared memory; see conv2d_gather.cuh
 };
 constexpr GatherTile gather_tile(bool large, int element_bytes) {
-  // Shared memory of 3x3 in 16 bits: 146 kB for the large tile, 51 kB for the small one, of which four run side by
-  // side.
+  // Stages: what fits. In 16 bits, 3x3 takes 145 kB for a large tile, 50 kB for a small one, and four of these fit.
   return large ? GatherTile{256, 128, element_bytes == 4 ? 2 : 3} : GatherTile{128, 64, 2};
 }
 

@@ -93,7 +93,7 @@ DDST_DEVICE void multiply_tap(Accumulators<Traits>& acc, dev::shared_ptr<typenam
                               int shift) {
   using F = Fragments<typename Traits::T>;
   const int lane = dev::thread_index() & 31;
-  typename F::Weights b, next;
+  typename F::Weights next;
   F::template load_weights<Traits::kTransposed>(next, granule, lane);
   typename F::Pixels a[kCount];
   DDST_UNROLL
@@ -104,6 +104,7 @@ DDST_DEVICE void multiply_tap(Accumulators<Traits>& acc, dev::shared_ptr<typenam
   DDST_UNROLL
   for (int o = 0; o < Traits::kGranules; ++o) {
     if (!(mask >> o & 1)) continue;
+    typename F::Weights b;
     std::memcpy(b, next, sizeof b);
     granule = granule + (mask >> o > 1 ? Traits::kGranuleElements : 0);  // the last one again, rather than a branch
     F::template load_weights<Traits::kTransposed>(next, granule, lane);

@@ -68,11 +68,15 @@ def supports(
     if facts.capability < (8, 0):
         return False, f"needs compute capability 8.0, {device} has {facts.capability[0]}.{facts.capability[1]}"
     sides = (block[0], block[1])
+    taps = (1, 1) if len(weight_shape) == 2 else (weight_shape[2], weight_shape[3])
+    shape = (weight_shape[0], weight_shape[1], *taps)
     if op in _WEIGHT_GRADS:
-        return cuda_weight_grad.supports(sides)
+        pairs = ((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
+        geometry = cuda_weight_grad.Geometry(1, (1, 1), (1, 1), shape, sides, *pairs)
+        why = cuda_weight_grad.refusal(geometry, dtype.itemsize, facts.shared_bytes)
+        return not why, why
     if tuple(dilation) != (1, 1):
         return False, f"dilation must be 1, got {tuple(dilation)}"
-    shape = (*weight_shape, 1, 1) if len(weight_shape) == 2 else tuple(weight_shape)
     # Any size will do: which of the tile's shapes fits depends on the kernel and its stride.
     size = (max(32, shape[2]), max(32, shape[3]))
     window = cuda_gather.Window(size, (stride[0], stride[1]), (padding[0], padding[1]))

@@ -10,7 +10,8 @@ in order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ from .index_cache import cached
 
 WARPS = 8  # of a CTA
 _ACCUMULATORS = 2048  # fp32 sums of a warp
-_SINGLES = ((16, 16), (32, 16), (64, 16), (32, 32), (64, 64))
-# Assumptions about the device, until measured: bytes from L2 and multiplications per clock and multiprocessor.
-_L2_BYTES, _PRODUCTS = 24, 700
+_BLOCKS = ((16, 16), (32, 16), (64, 16), (32, 32), (64, 64))
+# Assumptions about the device, until measured: bytes from L2 and multiplications per clock and multiprocessor, clocks
+# that a tile costs besides.
+_L2_BYTES, _PRODUCTS, _TILE_CLOCKS = 24, 700, 100
 _PIXELS = 64  # of a tile
 
 
@@ -55,18 +57,6 @@ class Device(NamedTuple):
 
     multiprocessors: int
     shared_bytes: int
-
-
-def supports(block: tuple[int, int]) -> tuple[bool, str]:
-    """Whether the kernel takes these blocks, and if not why.
-
-    >>> supports((16, 32))
-    (False, 'the CUDA weight gradient takes blocks of 16x16, 32x16, 64x16, 32x32, 64x64, got 16x32')
-    """
-    if tuple(block) in _SINGLES:
-        return True, ""
-    names = ", ".join(f"{out}x{in_}" for out, in_ in _SINGLES)
-    return False, f"the CUDA weight gradient takes blocks of {names}, got {block[0]}x{block[1]}"
 
 
 def parts_of(block: tuple[int, int]) -> tuple[int, int]:
@@ -132,13 +122,19 @@ def _ceil_div(a: Tensor, b: Tensor | int) -> Tensor:
     return -(-a // b)
 
 
-def patch_pixels(geometry: Geometry, tile: tuple[int, int, int]) -> int:
-    """Input pixels that the taps of a tile's output pixels read."""
-    reach = [
+def _reach(geometry: Geometry, tile: tuple[int, int, int]) -> tuple[int, int]:
+    """Height and width of the input patch that the taps of a tile's output pixels read."""
+    height, width = (
         (tile[1 + i] - 1) * geometry.stride[i] + (geometry.weight_shape[2 + i] - 1) * geometry.dilation[i] + 1
         for i in (0, 1)
-    ]
-    return tile[0] * reach[0] * reach[1]
+    )
+    return height, width
+
+
+def patch_pixels(geometry: Geometry, tile: tuple[int, int, int]) -> int:
+    """Input pixels that the taps of a tile's output pixels read."""
+    height, width = _reach(geometry, tile)
+    return tile[0] * height * width
 
 
 def shared_bytes(geometry: Geometry, band: tuple[int, int], tile: tuple[int, int, int], itemsize: int) -> int:
@@ -149,17 +145,41 @@ def shared_bytes(geometry: Geometry, band: tuple[int, int], tile: tuple[int, int
     return tables + 2 * (pixels * grad + patch * input) * itemsize
 
 
-def _tiles(geometry: Geometry, pixels: int) -> Iterator[tuple[int, int, int]]:
-    """Tiles of at most so many pixels: of several images only where it holds each of them whole."""
+def _fits(geometry: Geometry, band: tuple[int, int], tile: tuple[int, int, int], itemsize: int, limit: int) -> bool:
+    return max(_reach(geometry, tile)) <= 1024 and shared_bytes(geometry, band, tile, itemsize) <= limit
+
+
+def refusal(geometry: Geometry, itemsize: int, shared_limit: int) -> str:
+    """Why the kernel cannot run this, whatever the images' size, on a device with so much shared memory for a CTA.
+
+    >>> geometry = Geometry(1, (9, 9), (9, 9), (64, 64, 3, 3), (16, 32), (1, 1), (1, 1), (1, 1))
+    >>> refusal(geometry, 2, 99 * 1024)
+    'the CUDA weight gradient takes blocks of 16x16, 32x16, 64x16, 32x32, 64x64, got 16x32'
+    """
+    if geometry.block not in _BLOCKS:
+        names = ", ".join(f"{out}x{in_}" for out, in_ in _BLOCKS)
+        return f"the CUDA weight gradient takes blocks of {names}, got {geometry.block[0]}x{geometry.block[1]}"
+    if not _fits(geometry, (1, 1), (1, 1, 1), itemsize, shared_limit):
+        return (
+            f"the CUDA weight gradient of a kernel of {list(geometry.weight_shape[2:])} with dilation "
+            f"{list(geometry.dilation)} needs more than the {shared_limit} bytes of shared memory of a CTA"
+        )
+    return ""
+
+
+def _tiles(geometry: Geometry) -> list[tuple[int, int, int]]:
+    """Tiles worth a try, of at most `_PIXELS` pixels: of several images only where it holds each of them whole."""
     height, width = geometry.output_size
 
-    def cuts(size: int) -> set[int]:
-        return {-(-size // n) for n in (*range(1, 9), 16, 32, 64)} | {n for n in (1, 2, 4, 8, 16, 32, 64) if n <= size}
+    def cuts(size: int) -> list[int]:
+        return sorted({-(-size // n) for n in (*range(1, 9), 16, 32, 64)} | {n for n in (1, 2, 4, 8, 16) if n <= size})
 
-    for w in sorted(w for w in cuts(width) if w <= pixels):
-        for h in sorted(h for h in cuts(height) if h * w <= pixels):
-            whole = (h, w) == (height, width)
-            yield (max(1, min(pixels // (h * w), geometry.images)) if whole else 1, h, w)
+    def images(h: int, w: int) -> list[int]:
+        most = max(1, min(_PIXELS // (h * w), geometry.images)) if (h, w) == (height, width) else 1
+        return sorted({most, -(-most // 2), -(-most // 4)})
+
+    sizes = [(h, w) for h in cuts(height) for w in cuts(width) if h * w <= _PIXELS]
+    return [(n, h, w) for h, w in sizes for n in images(h, w)]
 
 
 def _tile_count(geometry: Geometry, tile: tuple[int, int, int]) -> int:
@@ -167,47 +187,66 @@ def _tile_count(geometry: Geometry, tile: tuple[int, int, int]) -> int:
     return -(-geometry.images // tile[0]) * -(-height // tile[1]) * -(-width // tile[2])
 
 
+def _expected_groups(geometry: Geometry, density: float, band: tuple[int, int]) -> int:
+    rows, cols, taps = tp.grid(geometry.weight_shape, geometry.block)
+    parts, per_warp = parts_of(geometry.block)
+    units = min(band[0], rows) * min(band[1], cols) * taps * density * parts
+    in_band = max(1, -(-int(units * 1.15) // (WARPS * per_warp)))  # some bands hold more than others
+    return in_band * -(-rows // band[0]) * -(-cols // band[1])
+
+
 @lru_cache(maxsize=1024)
-def plan(geometry: Geometry, nnz: int, itemsize: int, device: Device) -> Plan:
-    """The band, tile and number of shares of least estimated time.
+def _band_and_tile(
+    geometry: Geometry, density: float, itemsize: int, shared_limit: int
+) -> tuple[tuple[int, int], tuple[int, int, int]] | None:
+    """Those of least estimated time: a tile's bytes from L2 or its multiplications, and a constant for each group.
 
-    The estimate of a tile of one group is the larger of its bytes from L2 and its multiplications, each at an assumed
-    rate; twice the shared memory of a CTA fits a multiprocessor if any choice allows that.
-
-    Raises:
-        ValueError: a single pixel's taps do not fit shared memory.
+    Two CTAs share a multiprocessor if any choice allows that. None if nothing fits.
     """
     block = geometry.block
     rows, cols, taps = tp.grid(geometry.weight_shape, block)
-    parts, per_warp = parts_of(block)
-    density = nnz / (rows * cols * taps)
-
-    def estimate(band: tuple[int, int], tile: tuple[int, int, int]) -> float:
-        expected = min(band[0], rows) * min(band[1], cols) * taps * density * parts
-        groups = max(1.0, float(-(-expected * 1.15 // (WARPS * per_warp)))) * -(-rows // band[0]) * -(-cols // band[1])
-        pixels = -(-tile[0] * tile[1] * tile[2] // 16) * 16
-        staged = (pixels * band[0] * block[0] + patch_pixels(geometry, tile) * band[1] * block[1]) * itemsize
-        all_products = nnz * block[0] * block[1] * pixels * itemsize / 2
-        return _tile_count(geometry, tile) * max(groups * staged / _L2_BYTES, all_products / _PRODUCTS)
-
+    products = rows * cols * taps * density * block[0] * block[1] * itemsize / 2  # per pixel; tf32 has half the rate
     bands = [(i, j) for i in range(1, min(rows, 128 // block[0]) + 1) for j in range(1, min(cols, 128 // block[1]) + 1)]
-    for limit in (device.shared_bytes // 2 - 1024, device.shared_bytes):
-        choices = [
-            (estimate(band, tile), band, tile)
-            for pixels in (_PIXELS, _PIXELS // 2, 16)
-            for tile in _tiles(geometry, pixels)
-            for band in bands
-            if shared_bytes(geometry, band, tile, itemsize) <= limit
-        ]
-        if choices:
-            _, band, tile = min(choices)
-            groups = most_groups(nnz, -(-rows // band[0]) * -(-cols // band[1]), block)
-            shares = max(1, min(2 * device.multiprocessors // max(groups, 1), _tile_count(geometry, tile)))
-            return Plan(band, tile, groups, shares)
-    raise ValueError(
-        f"weight_shape {list(geometry.weight_shape)} with dilation {list(geometry.dilation)} needs more shared memory "
-        f"than the {device.shared_bytes} bytes of a CTA: use backend triton"
-    )
+    tiles = [
+        (tile, _tile_count(geometry, tile), -(-math.prod(tile) // 16) * 16, patch_pixels(geometry, tile))
+        for tile in _tiles(geometry)
+    ]
+    for limit in (shared_limit // 2 - 1024, shared_limit):
+        best = None
+        for band in bands:
+            groups = _expected_groups(geometry, density, band)
+            for tile, count, pixels, patch in tiles:
+                if not _fits(geometry, band, tile, itemsize, limit):
+                    continue
+                staged = (pixels * band[0] * block[0] + patch * band[1] * block[1]) * itemsize
+                clocks = count * (
+                    groups * _TILE_CLOCKS + max(groups * staged / _L2_BYTES, pixels * products / _PRODUCTS)
+                )
+                if best is None or clocks < best[0]:
+                    best = (clocks, band, tile)
+        if best is not None:
+            return best[1:]
+    return None
+
+
+def plan(geometry: Geometry, nnz: int, itemsize: int, device: Device) -> Plan:
+    """How to run it: twice as many CTAs with work as the device has multiprocessors, where there are enough tiles.
+
+    The choice is made for a density rounded to a quarter of an octave, once, so that a slowly changing number of blocks
+    costs no new search.
+
+    Raises:
+        ValueError: `refusal` has a reason.
+    """
+    rows, cols, taps = tp.grid(geometry.weight_shape, geometry.block)
+    density = 2 ** (round(4 * math.log2(max(nnz, 1) / (rows * cols * taps))) / 4)
+    choice = _band_and_tile(geometry, density, itemsize, device.shared_bytes)
+    if choice is None:
+        raise ValueError(f"{refusal(geometry, itemsize, device.shared_bytes)}: use backend 'triton'")
+    band, tile = choice
+    groups = most_groups(nnz, -(-rows // band[0]) * -(-cols // band[1]), geometry.block)
+    shares = 2 * device.multiprocessors // _expected_groups(geometry, density, band)
+    return Plan(band, tile, groups, max(1, min(shares, _tile_count(geometry, tile))))
 
 
 def flattened(geometry: Geometry, *tensors: Tensor) -> tuple[Geometry, list[Tensor]]:
@@ -253,13 +292,13 @@ def conv2d_weight_grad(
     Args:
         grad_output: ``[N, C_out, H_out, W_out]``; input: ``[N, C_in, H, W]``, on one CUDA device, of one dtype:
             bfloat16, float16, or float32, which is multiplied in TF32. Other memory than channels_last is copied.
-        topology: int32 vector (:mod:`ddst.topology`); block: one that `supports` names.
+        topology: int32 vector (:mod:`ddst.topology`); block: one that `refusal` accepts.
 
     Returns:
         ``[nnz, b_out, b_in]`` in their dtype.
 
     Raises:
-        ValueError: an argument does not fit, or the taps of 16 output pixels do not fit shared memory.
+        ValueError: an argument does not fit; `refusal` tells beforehand.
 
     Numerics: sums in float32, in an order that depends on shapes, mask and device alone: the same call, the same bits.
     A NaN or infinity in a pixel may reach every tap of its channel.

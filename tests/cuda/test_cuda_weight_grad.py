@@ -5,7 +5,9 @@ The emulator stops at races, accesses out of bounds or uninitialised, copies in 
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -55,6 +57,52 @@ def test_matches_float64(library: Library, dtype: torch.dtype, block: tuple[int,
     kernel, *rest = window
     problem = Problem.random(dtype, 2, (9, 7), (100, 40, *kernel), block, *rest, density=0.4)
     check(library, problem, plan_for(problem))
+
+
+@pytest.fixture
+def operator(library: Library, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """``torch.ops.ddst_cuda`` on the CPU, for ddst's own call of it."""
+    library.options = Options()
+    monkeypatch.setattr(torch.ops, "ddst_cuda", library)
+    monkeypatch.setattr(cwg, "_device", lambda index: DEVICE)
+    return library
+
+
+@pytest.mark.parametrize("window", WINDOWS[:4], ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "misaligned"])
+def test_conv2d_weight_grad_of_any_memory(operator: Library, layout: str, window) -> None:
+    kernel, *rest = window
+    problem = Problem.random(torch.bfloat16, 2, (9, 7), (36, 20, *kernel), (16, 16), *rest, density=0.4)
+
+    def laid_out(t: Tensor) -> Tensor:
+        if layout == "misaligned":
+            return (
+                torch.cat([t.new_zeros(1), t.permute(0, 2, 3, 1).flatten()])[1:]
+                .view_as(t.permute(0, 2, 3, 1))
+                .permute(0, 3, 1, 2)
+            )
+        return t.contiguous() if layout == "contiguous" else t
+
+    g, topology = problem.geometry, tp.build_topology(problem.mask)
+    x, gy = laid_out(problem.x), laid_out(problem.gy)
+    got = cwg.conv2d_weight_grad(gy, x, topology, g.weight_shape, g.block, g.stride, g.padding, g.dilation)
+    assert problem.error(got) <= 1
+
+
+def test_linear_weight_grad(operator: Library) -> None:
+    problem = Problem.random(torch.float16, 70, (1, 1), (48, 40, 1, 1), (16, 16), padding=(0, 0), density=0.5)
+    topology = tp.build_topology(problem.mask[..., 0, 0])
+    x, gy = problem.x[..., 0, 0], problem.gy[..., 0, 0].t().contiguous().t()
+    assert problem.error(cwg.linear_weight_grad(gy, x, topology, (48, 40), (16, 16))) <= 1
+
+
+def test_the_emulated_operator_takes_what_the_compiled_one_does() -> None:
+    glue = (emulation.KERNELS / "glue_weight_grad.cpp").read_text()
+    (text,) = re.findall(r"m\.def\((.*?)\);", glue, re.DOTALL)
+    schema = re.fullmatch(r"conv2d_weight_grad\((.*)\) -> Tensor", "".join(re.findall(r'"([^"]*)"', text)))
+    assert schema is not None
+    mine = list(inspect.signature(Library.conv2d_weight_grad).parameters)
+    assert ["self", *(p.split()[-1] for p in schema[1].split(","))] == mine
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])

@@ -118,11 +118,16 @@ def _as_multiplied(tensor: Tensor) -> Tensor:
 
 
 class Library:
-    """The compiled emulation."""
+    """The compiled emulation; stands for ``torch.ops.ddst_cuda`` on CPU tensors.
+
+    Attributes:
+        options: of the next calls; stats: of the last one.
+    """
 
     def __init__(self, file: Path) -> None:
         self._library = ctypes.CDLL(str(file))
         self._library.shared_bytes.restype = ctypes.c_int64
+        self.options, self.stats = Options(), Stats(0, 0, 0)
 
     def shared_bytes(self, geometry: cwg.Geometry, nnz: int, plan: cwg.Plan, itemsize: int) -> int:
         return self._library.shared_bytes(shape_array(geometry, nnz, plan, 1), itemsize)
@@ -130,26 +135,46 @@ class Library:
     def group_units(self, geometry: cwg.Geometry, plan: cwg.Plan) -> int:
         return self._library.group_units(shape_array(geometry, 0, plan, 1))
 
-    def run(self, problem: Problem, plan: cwg.Plan, options: Options = Options()) -> tuple[Tensor, Stats]:
-        """Packed gradient; `Caught` if the emulator reports anything."""
-        g, (x, gy) = problem.geometry, (problem.x, problem.gy)
-        flat, (x, gy) = cwg.flattened(g, x, gy)
-        grid = tp.grid(g.weight_shape, g.block)
-        index = tp.split_topology(tp.build_topology(problem.mask), *grid[:2])
-        units = cwg.list_units(index, grid, g.block, plan.band)
-        got = torch.empty(problem.nnz, *g.block, dtype=x.dtype)
-        memory = [t.permute(0, 2, 3, 1).contiguous() for t in (gy, x)]
-        memory += [t.contiguous() for t in (index.block_row, index.block_col, index.block_tap, units)]
-        arrays = _Arrays(*(t.data_ptr() for t in (*memory, got)), units.numel())
-        chosen = (ctypes.c_int * 4)(options.seed, options.delay_copies, options.drop_barrier, options.drop_wait)
+    def conv2d_weight_grad(
+        self, grad_output: Tensor, input: Tensor, block_row: Tensor, block_col: Tensor, block_tap: Tensor,
+        units: Tensor, weight_shape: list[int], block: list[int], stride: list[int], padding: list[int],
+        dilation: list[int], band: list[int], tile: list[int], shares: int,
+    ) -> Tensor:  # fmt: skip
+        """`Caught` if the emulator reports anything."""
+        for tensor in (grad_output, input):
+            assert tensor.permute(0, 2, 3, 1).is_contiguous() and tensor.data_ptr() % 16 == 0
+        sizes = (tuple(input.shape[2:]), tuple(grad_output.shape[2:]), tuple(weight_shape), tuple(block))
+        geometry = cwg.Geometry(input.shape[0], *sizes, tuple(stride), tuple(padding), tuple(dilation))
+        nnz, group = block_row.numel(), cwg.WARPS * cwg.parts_of(geometry.block)[1]
+        plan = cwg.Plan(tuple(band), tuple(tile), units.numel() // group, shares)
+        got = torch.empty(nnz, *block, dtype=input.dtype)
+        operands = (grad_output, input, block_row, block_col, block_tap, units, got)
+        arrays = _Arrays(*(t.data_ptr() for t in operands), units.numel())
+        o = self.options
+        chosen = (ctypes.c_int * 4)(o.seed, o.delay_copies, o.drop_barrier, o.drop_wait)
         stats, message = (ctypes.c_long * 3)(), ctypes.create_string_buffer(2000)
         failed = self._library.weight_grad(
-            DTYPES.index(x.dtype), shape_array(flat, problem.nnz, plan, units.shape[0]), ctypes.byref(arrays),
+            DTYPES.index(input.dtype), shape_array(geometry, nnz, plan, plan.groups), ctypes.byref(arrays),
             chosen, stats, message, len(message),
         )  # fmt: skip
         if failed:
             raise Caught(message.value.decode())
-        return got, Stats(*stats)
+        self.stats = Stats(*stats)
+        return got
+
+    def run(self, problem: Problem, plan: cwg.Plan, options: Options = Options()) -> tuple[Tensor, Stats]:
+        """Packed gradient by a plan, which need not be the one that ddst would choose."""
+        g = problem.geometry
+        _, (x, gy) = cwg.flattened(g, problem.x, problem.gy)
+        grid = tp.grid(g.weight_shape, g.block)
+        index = tp.split_topology(tp.build_topology(problem.mask), *grid[:2])
+        units = cwg.list_units(index, grid, g.block, plan.band).view(-1)
+        self.options = options
+        got = self.conv2d_weight_grad(
+            gy, x, index.block_row, index.block_col, index.block_tap, units, list(g.weight_shape), list(g.block),
+            list(g.stride), list(g.padding), list(g.dilation), list(plan.band), list(plan.tile), plan.shares,
+        )  # fmt: skip
+        return got, self.stats
 
 
 def plan_for(problem: Problem, device: cwg.Device = DEVICE) -> cwg.Plan:

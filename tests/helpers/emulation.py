@@ -20,9 +20,8 @@ def compiler() -> str | None:
 
 
 def _digest(*folders: Path) -> str:
-    files = sorted(
-        p for folder in folders for p in folder.rglob("*") if p.suffix in (".cpp", ".hpp", ".cu", ".cuh", ".h")
-    )
+    suffixes = (".cpp", ".hpp", ".cu", ".cuh", ".h")
+    files = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix in suffixes)
     return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
 
 

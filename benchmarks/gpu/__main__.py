@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None, spent: float = 0.0) -> int:
         return NO_GPU
     budget = Budget(arguments.budget - spent, [name for name in PHASES if name in arguments.only])
     known = environment.describe("cuda") | environment.measure("cuda")
-    out = arguments.out or ROOT / "benchmarks" / "results" / environment.slug(known["device"])
+    home = ROOT if (ROOT / "Makefile").is_file() else Path()  # an installed package has no place for results
+    out = arguments.out or home / "benchmarks" / "results" / environment.slug(known["device"])
     results = Results(out, markdown, PICTURES)
     results.put("environment", known)
     print(f"{known['device']}: {known['versions']}", flush=True)

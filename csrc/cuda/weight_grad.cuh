@@ -106,35 +106,51 @@ struct Fragments<float> {  // tf32, rounded to nearest; ldmatrix transposes 16-b
 // A place in a tile or patch as one int: image, row and column within it, ten bits each; negative: none.
 DDST_DEVICE int pack_place(int image, int y, int x) { return image << 20 | y << 10 | x; }
 
-// Copies `pixels` pixels of `bands` channels, from (image, y, x) + their place in the table on, into shared memory.
-// What lies outside of the images or channels becomes zero.
+// 16 bytes of an activation whose channels are not aligned; zero from `count` elements on.
+template <class T>
+DDST_DEVICE dev::Words4 load_channels(dev::global_ptr<const T> from, int count) {
+  T elements[16 / sizeof(T)] = {};
+  DDST_UNROLL
+  for (int e = 0; e < int(16 / sizeof(T)); ++e) {
+    if (e < count) elements[e] = dev::load(from + e);
+  }
+  dev::Words4 words;
+  memcpy(&words, elements, 16);
+  return words;
+}
+
+// An activation in global memory, and where a tile's part of it begins.
+template <class T>
+struct Source {
+  dev::global_ptr<const T> data;
+  int images, height, width, channels;
+  int image0, y0, x0, first_channel;
+};
+
+// Copies `pixels` pixels of `staged` channels into shared memory; what lies outside of the images or channels becomes
+// zero. 2^lane_bits threads copy one pixel.
 template <class T>
 DDST_DEVICE void stage_pixels(dev::shared_ptr<T> target, int pitch, dev::shared_ptr<int> places, int pixels,
-                              int lane_bits, int channels_staged, dev::global_ptr<const T> source, int images,
-                              int height, int width, int channels, int image0, int y0, int x0, int first_channel) {
+                              int lane_bits, int staged, const Source<T>& s) {
   constexpr int kVector = 16 / int(sizeof(T));
-  const int thread = dev::thread_index(), chunk = thread & ((1 << lane_bits) - 1);
-  if (chunk * kVector >= channels_staged) return;
-  const int channel = first_channel + chunk * kVector;
-  const bool vector = channels % kVector == 0;
-  for (int pixel = thread >> lane_bits; pixel < pixels; pixel += kWeightGradThreads >> lane_bits) {
+  const int thread = dev::thread_index(), chunk = thread & ((1 << lane_bits) - 1),
+            step = kWeightGradThreads >> lane_bits;
+  if (chunk * kVector >= staged) return;
+  const int channel = s.first_channel + chunk * kVector;
+  const auto from = s.data + channel;  // beyond the last channel nothing is read
+  const bool vector = s.channels % kVector == 0, present = channel < s.channels;
+  auto to = target + ((thread >> lane_bits) * pitch + chunk * kVector);
+  for (int pixel = thread >> lane_bits; pixel < pixels; pixel += step, to = to + step * pitch) {
     const int place = dev::load(places + pixel);
-    const int image = image0 + (place >> 20), y = y0 + (place >> 10 & 1023), x = x0 + (place & 1023);
-    const bool inside = place >= 0 && image < images && y >= 0 && y < height && x >= 0 && x < width;
-    const std::int64_t first = inside ? ((std::int64_t(image) * height + y) * width + x) * channels : 0;
-    const auto to = target + (pixel * pitch + chunk * kVector);
+    const int image = s.image0 + (place >> 20), y = s.y0 + (place >> 10 & 1023), x = s.x0 + (place & 1023);
+    const bool inside = present && place >= 0 && image < s.images && unsigned(y) < unsigned(s.height) &&
+                        unsigned(x) < unsigned(s.width);
+    const int index = int((unsigned(image) * s.height + y) * s.width + x);
+    const auto first = from + std::int64_t(index) * s.channels;
     if (vector) {
-      const bool present = inside && channel < channels;
-      dev::cp_async16(to, source + (present ? first + channel : 0), present ? 16 : 0);
+      dev::cp_async16(to, first, inside ? 16 : 0);
     } else {
-      T elements[kVector] = {};
-      DDST_UNROLL
-      for (int e = 0; e < kVector; ++e) {
-        if (inside && channel + e < channels) elements[e] = dev::load(source + (first + channel + e));
-      }
-      dev::Words4 words;
-      memcpy(&words, elements, 16);
-      dev::store_words(to, words);
+      dev::store_words(to, load_channels(first, inside ? s.channels - channel : 0));
     }
   }
 }
@@ -234,11 +250,11 @@ struct WeightGrad {
         const auto to = stages + (tile - begin) % kWeightGradStages * stage_elements;
         const int across = tile % z.tiles_w, down = tile / z.tiles_w % z.tiles_h;
         const int image = tile / z.tiles_w / z.tiles_h * s.tile_images, y = down * s.tile_h, x = across * s.tile_w;
-        stage_pixels(to, z.grad_pitch, tile_places, z.pixels, z.grad_bits, s.band_rows * s.block_out, p.gy, s.images,
-                     s.out_h, s.out_w, s.out_channels, image, y, x, out_channel);
-        stage_pixels(to + gy_elements, z.input_pitch, patch_places, z.patch, z.input_bits, s.band_cols * s.block_in,
-                     p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
-                     x * s.stride_w - s.pad_w, in_channel);
+        stage_pixels<T>(to, z.grad_pitch, tile_places, z.pixels, z.grad_bits, s.band_rows * s.block_out,
+                        {p.gy, s.images, s.out_h, s.out_w, s.out_channels, image, y, x, out_channel});
+        stage_pixels<T>(to + gy_elements, z.input_pitch, patch_places, z.patch, z.input_bits, s.band_cols * s.block_in,
+                        {p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
+                         x * s.stride_w - s.pad_w, in_channel});
       }
       dev::cp_async_commit();  // empty groups at the end keep the count of groups in flight constant
     };

@@ -121,6 +121,10 @@ inline std::string weight_grad_error(const WeightGradShape& s, int element_bytes
   if (std::int64_t(s.band_rows) * s.block_out > 256) return text("band[0]", s.band_rows, "at most 256 channels");
   if (std::int64_t(s.band_cols) * s.block_in > 256) return text("band[1]", s.band_cols, "at most 256 channels");
   if (s.shares > 65535) return text("shares", s.shares, "at most 65535");
+  const std::int64_t in_pixels = std::int64_t(s.images) * s.in_h * s.in_w;
+  const std::int64_t out_pixels = std::int64_t(s.images) * s.out_h * s.out_w;
+  if (in_pixels > INT32_MAX) return text("input's number of pixels", in_pixels, "less than 2^31");
+  if (out_pixels > INT32_MAX) return text("grad_output's number of pixels", out_pixels, "less than 2^31");
   const WeightGradSizes z = weight_grad_sizes(s, element_bytes);
   if (z.tiles > INT32_MAX) return text("the number of tiles", z.tiles, "less than 2^31");
   if (z.shared_bytes > shared_limit) {

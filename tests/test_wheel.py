@@ -87,7 +87,10 @@ def test_contents(wheel: Path) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "ddst").rglob("*.py")}
     for folder in ("benchmarks", "kernels"):
         sources |= {f"ddst/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
-    data = {str(path.relative_to(ROOT)) for path in (ROOT / "ddst").rglob("*.safetensors")}
+    data = {
+        str(path.relative_to(ROOT)) for kind in ("safetensors", "json") for path in (ROOT / "ddst").rglob(f"*.{kind}")
+    }
+    data |= {f"ddst/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.json")}
     compiled = {"ddst/_lib/libddst.so"}
     if Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         compiled.add(f"ddst/_lib/_host{sysconfig.get_config_var('EXT_SUFFIX')}")

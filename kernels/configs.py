@@ -98,7 +98,10 @@ def gather_candidates(op: str, dtype: torch.dtype, block: Sequence[int]) -> list
     first = GatherConfig(pixels=64 if narrow else 128, fuse=fuse)
     found = [first]
     if not narrow or min(block) < 64:
-        found.append(replace(first, pixels=128 if narrow else 64))
+        # With 3 stages ptxas keeps 64 × 64 sums of depth 32 in 80 registers on sm_80, and spills.
+        sides = tuple(block) if op == "forward" else (block[1], block[0])
+        stages = 4 if sides == (64, 32) else first.stages
+        found.append(replace(first, pixels=128 if narrow else 64, stages=stages))
     if block[0] == block[1] or dtype.itemsize == 2:
         found.append(replace(first, fuse=1, pixels=128, box=(1, 8, 16)))
     if block[0] == block[1]:  # other blocks are rarer, and everything listed here is tested and compiled
@@ -190,10 +193,11 @@ def weight_grad_candidates(dtype: torch.dtype, block: Sequence[int]) -> list[Wei
     other: Literal["row", "col"] = "row" if first.by == "col" else "col"
     found = [first, replace(first, waves=2), replace(first, waves=8)]
     if block[0] == block[1] or dtype.itemsize == 2:
-        found.append(replace(first, by=other, group=_group(other, block)))
+        stages = 2 if tuple(block) == (32, 16) else first.stages  # 3 spill on sm_80
+        found.append(replace(first, by=other, group=_group(other, block), stages=stages))
     if block[0] == block[1] and dtype.itemsize == 2:
         found += [
-            replace(first, stages=4),
+            replace(first, stages=4 if block[0] > 16 else 2),  # 4 spill on sm_80
             replace(first, pixels=2 * first.pixels),
             # Twice the rows: by column only, as two sets of shifted pixels per thread cost by row what sharing saves.
             replace(first, by="col", group=2 * _group("col", block)),

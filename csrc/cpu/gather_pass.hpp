@@ -218,6 +218,15 @@ inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists,
   return plan;
 }
 
+// Whether an output is stored past the caches: lines that are overwritten whole need not be fetched first. Smaller
+// outputs are better found in the caches by what comes next.
+template <typename T>
+bool streams(const T* out, int64_t slice, const ImageShape& shape) {
+  constexpr int64_t kLeastBytes = 4 * 1024 * 1024, kLine = 64, kElement = sizeof(T);
+  return slice * kElement % kLine == 0 && shape.channels * kElement % kLine == 0 &&
+         reinterpret_cast<intptr_t>(out) % kLine == 0 && shape.pixels() * shape.channels * kElement >= kLeastBytes;
+}
+
 // out = bias + gathered products. transposed: the vector runs over b_out (forward), else over b_in (input gradient).
 template <typename T>
 void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const BlockLists& lists, const AxisPlan& rows,
@@ -280,6 +289,8 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   job.block_k = static_cast<int>(shape.block_k);
   job.block_k_cut = static_cast<int>(shape.source.channels % shape.block_k);
   job.dot_lanes = dot == nullptr ? 0 : dot->lanes;
+
+  job.stream = streams(out, slice.width, shape.out);
 
   // Tiles are shared out first; output blocks too where there are fewer tiles than threads.
   const int64_t tasks = task_count(plan.multiply_adds);

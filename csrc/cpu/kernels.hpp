@@ -59,6 +59,7 @@ struct GatherJob {
   int block_k;      // channels of a reduction block
   int block_k_cut;  // channels of the last reduction block when the channel count is no multiple, else 0
   int dot_lanes;    // 0: the vector runs over output channels; else over so many channels of the reduction
+  bool stream;      // whole slices of out are whole cache lines, to be stored past the caches
 };
 
 // A width the gather kernel can hold in registers, with the pixels per tile and its cost per pixel and k step
@@ -102,6 +103,7 @@ struct WeightGradJob {
   int64_t first_row;  // added to every block_row (block scores work on one group of block rows at a time)
   const int32_t *block_row, *block_col, *block_tap;
   const int32_t* order;  // [n_blocks]: block ids in processing order (rows ascending)
+  bool direct;           // activations are read where they lie, else packed chunk by chunk
   bool vector_over_in;   // registers hold input channels (partial is [id][b_out][b_in]) ...
   int slice;             // ... or output channels (partial is [id][b_in][padded b_out]); channels per vector group
   int slices;            // groups per block

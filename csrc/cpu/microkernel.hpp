@@ -26,6 +26,17 @@ struct Simd {
   }
   static DDST_INLINE void store(T* p, V v) { std::memcpy(p, &v, kBytes); }
 
+  // A store past the caches, p aligned to the vector; stream_fence() orders such stores before what follows.
+  static DDST_INLINE void stream(T* p, V v) {
+#if defined(__AVX512F__)
+    if constexpr (kBytes == 64) return _mm512_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m512>(v));
+#endif
+#if defined(__AVX2__)
+    if constexpr (kBytes == 32) return _mm256_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m256>(v));
+#endif
+    store(p, v);
+  }
+
   // The loads are written in assembly on x86: GCC otherwise folds each weight load into the multiply-adds that use
   // it, which doubles the loads and halves the speed. The kernels start with a compiler barrier, so that these
   // loads (whose memory the compiler does not see) cannot move above earlier stores.
@@ -106,6 +117,12 @@ struct Simd {
 };
 
 DDST_INLINE void compiler_barrier() { asm volatile("" ::: "memory"); }
+
+DDST_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // acc[p][v] += w[v] * source of pixel p, for one step of the reduction.
 template <typename T, int N, int NV, int P, int kStep>

@@ -124,6 +124,29 @@ DDST_INLINE void stream_fence() {
 #endif
 }
 
+// Memory to be fetched a few lines at a time beside other work.
+struct LineStream {
+  const char* address = nullptr;
+  const char* end = nullptr;
+  int64_t lines = 0;  // at each call
+
+  template <typename T>
+  DDST_INLINE void start(const T* first, int64_t count, int64_t calls) {
+    address = reinterpret_cast<const char*>(first);
+    end = reinterpret_cast<const char*>(first + count);
+    lines = calls > 0 ? ((end - address) / 64 + calls - 1) / calls : 0;
+  }
+  // Where a call that fetches one line at each of so many steps begins; fetches here what is too much for them.
+  DDST_INLINE const char* take(int64_t steps) {
+    if (address >= end) return address;
+    int64_t n = lines;
+    for (; n > steps; --n, address += 64) __builtin_prefetch(address, 0, 2);
+    const char* const from = address;
+    address += 64 * n;
+    return from;
+  }
+};
+
 // acc[p][v] += w[v] * source of pixel p, for one step of the reduction.
 template <typename T, int N, int NV, int P, int kStep>
 DDST_INLINE void multiply_step(typename Simd<T, N>::V (&acc)[P][NV], const char* const (&pixel)[P], int64_t offset,
@@ -153,6 +176,22 @@ DDST_INLINE void multiply_steps(typename Simd<T, N>::V (&acc)[P][NV], const char
                                 const char* w) {
   multiply_step<T, N, NV, P, kStep>(acc, pixel, offset, w);
   if constexpr (kStep + 1 < kSteps) multiply_steps<T, N, NV, P, kStep + 1, kSteps>(acc, pixel, offset, w);
+}
+
+// V neighbouring vectors.
+template <typename T, int N, int V, int kFirst = 0>
+DDST_INLINE void load_row(typename Simd<T, N>::V (&x)[V], const char* p) {
+  x[kFirst] = Simd<T, N>::template load_at<kFirst * Simd<T, N>::kBytes>(p);
+  if constexpr (kFirst + 1 < V) load_row<T, N, V, kFirst + 1>(x, p);
+}
+
+// acc[j][v] += w[j] * x[v].
+template <typename T, int N, int J, int V, int kFirst = 0>
+DDST_INLINE void plane_step(typename Simd<T, N>::V (&acc)[J][V], const typename Simd<T, N>::V (&x)[V], const char* w) {
+  const typename Simd<T, N>::V wv = Simd<T, N>::template broadcast_at<kFirst* static_cast<int>(sizeof(T))>(w, 0);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) Simd<T, N>::fma(acc[kFirst][v], x[v], wv);
+  if constexpr (kFirst + 1 < J) plane_step<T, N, J, V, kFirst + 1>(acc, x, w);
 }
 
 }  // namespace

@@ -195,35 +195,20 @@ DDST_INLINE ChunkRows<T> chunk_rows(const WeightGradJob<T>& job, const ChunkView
            view.out_rows}};
 }
 
-// Fetches the next chunk's activations, a few lines at each step, while this chunk is computed.
+// Fetches the next chunk's activations, one after the other, while this chunk is computed.
 struct ChunkPrefetcher {
-  const char* address[2] = {nullptr, nullptr};
-  const char* end[2] = {nullptr, nullptr};
-  int64_t lines = 0;
-  int side = 0;
+  LineStream in, out;
 
   template <typename T>
-  DDST_INLINE void start(const WeightGradJob<T>& job, int64_t chunk, int64_t chunk_end, int64_t steps) {
+  DDST_INLINE void start(const WeightGradJob<T>& job, int64_t chunk, int64_t chunk_end, int64_t calls) {
     if (chunk >= chunk_end) return;
     const ChunkRows<T> rows = chunk_rows(job, chunk_view(job, chunk));
-    const PixelRows<T>* const sources[2] = {&rows.in, &rows.out};
-    for (int i = 0; i < 2; ++i) {
-      address[i] = reinterpret_cast<const char*>(sources[i]->first());
-      end[i] = address[i] + sources[i]->bytes();
-    }
-    lines = ((rows.in.bytes() + rows.out.bytes()) / 64 + steps - 1) / steps;
+    in.start(rows.in.first(), rows.in.bytes() / static_cast<int64_t>(sizeof(T)), calls);
+    out.start(rows.out.first(), rows.out.bytes() / static_cast<int64_t>(sizeof(T)), calls);
+    in.lines = out.lines = in.lines + out.lines;
   }
-  DDST_INLINE const char* next(int64_t pixels) {
-    if (address[side] >= end[side]) {
-      if (side == 1) return address[1];
-      side = 1;
-    }
-    int64_t n = lines;
-    for (; n > pixels; --n, address[side] += 64) __builtin_prefetch(address[side], 0, 2);
-    const char* from = address[side];
-    address[side] += 64 * (n < pixels ? n : pixels);
-    return from;
-  }
+  // Where a tile over so many pixels begins to fetch a line a pixel.
+  DDST_INLINE const char* next(int64_t pixels) { return in.address < in.end ? in.take(pixels) : out.take(pixels); }
 };
 
 }  // namespace

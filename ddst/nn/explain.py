@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import BACKENDS, Problem, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
 from .base import SparseLayer
+from .conv2d import SparseConv2d
 
 REPEATS = 7
 
@@ -106,35 +108,66 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
             ok, reason = supports(name, problem)
             refused[name] = reason if not ok or name == "reference" else f"backend={layer.backend!r} asked for"
     capability = torch.ops.ddst.cpu_capability() if chosen == "cpu" else ""
-    forms, slow = kernel_forms(layer.block) if chosen == "cpu" else ({}, ())
+    forms, slow = kernel_forms(layer.block, pixels=_pixels(layer, input)) if chosen == "cpu" else ({}, ())
     rates = _rates(layer, input, computed) if measure else {}
     reason = asked + supports(chosen, problem)[1]
     return Explanation(repr(layer), chosen, capability, reason, refused, forms, slow, rates)
 
 
-def kernel_forms(block: tuple[int, int]) -> tuple[dict[str, str], tuple[str, ...]]:
+#: Blocks of at most so many channels run with vectors along pixels where there are so many (csrc/cpu/gather_pass.hpp).
+NARROW, MANY_PIXELS = 4, 512
+
+
+def kernel_forms(block: tuple[int, int], *, pixels: tuple[int, int] = (0, 0)) -> tuple[dict[str, str], tuple[str, ...]]:
     """``(pass -> form, slow passes)`` of the CPU kernels for a block ``(b_out, b_in)``.
 
     Forward pass and input gradient keep a tile of pixels × channels of one block side in registers, the vectors along
-    the channels; the weight gradient lays them along whichever side divides evenly.
+    the channels, or for narrow sides at stride 1 along the pixels; the weight gradient lays them along whichever side
+    divides evenly.
+
+    Args:
+        block: the block. pixels: of output and input, over all images; zeros at a stride above 1.
 
     >>> kernel_forms((16, 16))[0]["forward"]
     'vectors along the 16 output channels of a block'
     """
-    sides = {"forward": (block[0], "output"), "input gradient": (block[1], "input")}
+    sides = {"forward": (block[0], "output", pixels[0]), "input gradient": (block[1], "input", pixels[1])}
     forms = {name: _form(*side) for name, side in sides.items()}
     over = (block[1], "input") if block[1] % 8 == 0 else (block[0], "output")
     forms["weight gradient"] = _form(*over)
-    narrow = {"forward": block[0], "input gradient": block[1], "weight gradient": over[0]}
-    return forms, tuple(name for name, side in narrow.items() if side % 8)
+    slow = [name for name, (side, _, count) in sides.items() if side % 8 and not _over_pixels(side, count)]
+    return forms, (*slow, *["weight gradient"] * (over[0] % 8 > 0))
 
 
-def _form(side: int, which: str) -> str:
+def _over_pixels(side: int, pixels: int) -> bool:
+    return side <= NARROW and pixels >= MANY_PIXELS
+
+
+def _form(side: int, which: str, pixels: int = 0) -> str:
     if side % 8 == 0:
         return f"vectors along the {side} {which} channels of a block"
+    if _over_pixels(side, pixels):
+        return f"vectors along the pixels, as {side} {which} channel{'s' * (side > 1)} of a block do not fill one"
     if side < 8:
         return f"narrow form, {side} {which} channel{'s' * (side > 1)} of a block do not fill a vector"
     return f"vectors along the {side} {which} channels of a block, no multiple of 8: the last is partly empty"
+
+
+def _pixels(layer: SparseLayer, input: Tensor) -> tuple[int, int]:
+    """Pixels of output and input of a layer at stride 1, over all images; zeros at other strides."""
+    if not isinstance(layer, SparseConv2d):
+        return (input.numel() // input.shape[-1],) * 2
+    if tuple(layer.stride) != (1, 1):
+        return 0, 0
+    input = input if input.dim() == 4 else input[None]
+    with torch.no_grad():
+        shape = F.conv2d(
+            torch.empty(input.shape[0], 1, *input.shape[2:], device="meta"),
+            torch.empty(1, 1, *layer.kernel_size, device="meta"),
+            padding=layer.padding,
+            dilation=layer.dilation,
+        ).shape
+    return shape.numel(), input.numel() // input.shape[1]
 
 
 def _rates(layer: SparseLayer, input: Tensor, computed: torch.dtype) -> dict[str, Rate]:

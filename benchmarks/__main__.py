@@ -25,6 +25,7 @@ import torch
 import ddst
 from ddst.benchmarks import registry, report
 from ddst.benchmarks.against import Comparison, library_of
+from ddst.benchmarks.memory import keep_freed_memory
 from ddst.benchmarks.problem import LAYOUTS
 from ddst.benchmarks.runner import Row, Settings, measure
 
@@ -166,12 +167,13 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.list:
             print(*cases, sep="\n")
             return 0
-        known = report.facts(settings, arguments.device)
+        allocator = keep_freed_memory()
+        known = {**report.facts(settings, arguments.device), "allocator": allocator}
         print(
             f"ddst {ddst.__version__} at {known['commit']} ({known['machine']['capability']}), torch "
             f"{torch.__version__}, {known['machine']['cpu']}, {settings.threads} thread(s), {settings.clock} time, "
             f"packed side {settings.layout}; measured peak {known['machine']['peak_gflops']} GFLOP/s, "
-            f"{known['machine']['bandwidth_gbytes']} GB/s"
+            f"{known['machine']['bandwidth_gbytes']} GB/s; allocator: {allocator}"
         )
         with ExitStack() as stack:
             measure_one: Callable[[registry.Case], Row] = lambda case: measure(case, settings)  # noqa: E731

@@ -10,6 +10,7 @@ the Python side, and of benchmarks/ itself. An operator whose arguments have cha
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)},  # memory.py says why
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:

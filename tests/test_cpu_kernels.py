@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,10 +162,31 @@ def check(problem: Problem, rng: random.Random) -> None:
             assert error < TOLERANCE[dtype], f"{name}: error {error:.2e} in {problem.block} {problem.shape} {problem}"
 
 
+def many_pixels() -> Iterator[Problem]:
+    """What small problems do not reach: vectors over pixels (narrow blocks), and outputs stored past the caches."""
+    for block, shape, size, batch, padding, dilation, dtype in [
+        ((16, 1), [40, 37, 3, 3], [9, 7], 19, [1, 1], [1, 1], torch.float32),  # whole images, the last chunk shorter
+        ((1, 16), [37, 40, 3, 2], [60, 33], 1, [2, 0], [1, 2], torch.float32),  # strips of rows
+        ((3, 4), [20, 150, 2, 3], [25, 40], 2, [4, 5], [2, 1], torch.float64),  # padding beyond the kernel
+        ((4, 2), [18, 33, 1, 1], [24, 31], 1, [0, 0], [1, 1], torch.float32),  # pixels without images
+        ((2, 4), [18, 300, 1, 1], [1, 1], 700, [0, 0], [1, 1], torch.float64),  # linear
+        ((16, 16), [64, 48, 3, 3], [128, 130], 1, [1, 1], [1, 1], torch.float32),  # more than 4 MB of output
+    ]:
+        mask = torch.rand(topology.mask_shape(shape, block)) < 0.3
+        weight = topology.unpack(topology.pack(torch.randn(shape, dtype=dtype), mask, block), mask, shape)
+        out = [size[i] + 2 * padding[i] - dilation[i] * (shape[2 + i] - 1) for i in range(2)]
+        x = torch.randn(batch, shape[1], *size, dtype=dtype)
+        gy, bias = torch.randn(batch, shape[0], *out, dtype=dtype), torch.randn(shape[0], dtype=dtype)
+        yield Problem(block, weight, mask, bias, x, gy, [1, 1], padding, dilation, size == [1, 1])
+
+
 def run_problems(seed: int, count: int) -> None:
-    """Checks so many random problems with one and with two threads."""
+    """Checks many_pixels() and so many random problems with one and with two threads."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
+    for done, problem in enumerate(many_pixels()):
+        torch.set_num_threads(1 + done % 2)
+        check(problem, rng)
     done = 0
     while done < count:
         problem = random_problem(rng)

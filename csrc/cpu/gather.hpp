@@ -20,6 +20,7 @@ struct TileWork {
   int block_k;
   int64_t out_channel;
   int channels;  // channels to store, at most the slice's width
+  bool stream;   // store past the caches
 };
 
 // P pixels x (NV * N) channels stay in registers while the whole entry list streams past.
@@ -61,7 +62,14 @@ __attribute__((noinline)) void gather_tile(const char* const* pixels, T* const* 
       w += NV * S::kBytes;
     }
   }
-  if (work.channels == NV * N) {
+  if (work.stream) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+      T* out = outs[p] + work.out_channel;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) S::stream(out + v * N, acc[p][v]);
+    }
+  } else if (work.channels == NV * N) {
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
       T* out = outs[p] + work.out_channel;
@@ -242,7 +250,7 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
     const PixelClass& c = *group.cls;
     const int64_t calls = (block_end - block_begin) * job.slices * group.tiles;
     read.plan(c, walk.tile, calls);
-    write.plan(c, walk.tile, calls);
+    if (!job.stream) write.plan(c, walk.tile, calls);
     for (int64_t block = block_begin; block < block_end; ++block) {
       TileWork<T> work;
       work.begin = job.entries + c.list_begin[block];
@@ -259,6 +267,7 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
         if (channels > job.out_channels - work.out_channel) channels = job.out_channels - work.out_channel;
         if (channels <= 0) break;
         work.channels = static_cast<int>(channels);
+        work.stream = job.stream && channels == job.slice;
         work.weights = reinterpret_cast<const char*>(job.weights + slice * job.weights_slice);
         work.init = job.init + (block * job.slices + slice) * job.slice;
         for (int64_t t = 0; t < group.tiles; ++t) {
@@ -270,6 +279,7 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
       }
     }
   }
+  if (job.stream) stream_fence();
 }
 
 template <typename T, int N, int NV, int kTile>

@@ -59,6 +59,7 @@ struct GatherJob {
   int block_k;      // channels of a reduction block
   int block_k_cut;  // channels of the last reduction block when the channel count is no multiple, else 0
   int dot_lanes;    // 0: the vector runs over output channels; else over so many channels of the reduction
+  bool stream;      // whole slices of out are whole cache lines, to be stored past the caches
 };
 
 // A width the gather kernel can hold in registers, with the pixels per tile and its cost per pixel and k step
@@ -75,6 +76,35 @@ struct DotShape {
   int channels;
   int lanes;
   int tile_pixels;
+};
+
+// One step over planes: some output channels that read the same source channels through the same tap.
+constexpr int kPlaneChannels = 4;
+struct PlaneStep {
+  int64_t source;  // first plane, shifted by the tap, in elements
+  int64_t weight;  // [channels][outputs], in elements
+  int64_t output[kPlaneChannels];
+  int outputs;
+  int channels;  // of the reduction
+};
+
+// Forward or input gradient at stride 1 with vectors over pixels. Position of pixel (image n of the chunk, row r of the
+// chunk, column c) in the planes of out: n * image_pitch + r * row_pitch + c; in those of source top rows and left
+// columns further.
+template <typename T>
+struct PlaneJob {
+  const T* source;  // NHWC
+  T* out;           // NHWC
+  int64_t images, source_h, source_w, source_channels, out_h, out_w, out_channels;
+  int64_t top, left;  // zeros before an image's first row and column
+  int64_t halo_rows;  // source rows that a strip of output rows needs beside its own
+  int64_t row_pitch, image_pitch;
+  int64_t source_plane, out_plane;               // elements from one channel to the next
+  int64_t chunk_images, chunk_rows, row_chunks;  // a chunk: some whole images, or some rows of one
+  const PlaneStep* steps;
+  int64_t n_steps;
+  const T* weights;
+  const T* init;  // [out_channels]
 };
 
 // ---- weight gradient and block scores -----------------------------------------------------------------------------
@@ -102,6 +132,7 @@ struct WeightGradJob {
   int64_t first_row;  // added to every block_row (block scores work on one group of block rows at a time)
   const int32_t *block_row, *block_col, *block_tap;
   const int32_t* order;  // [n_blocks]: block ids in processing order (rows ascending)
+  bool direct;           // activations are read where they lie, else packed chunk by chunk
   bool vector_over_in;   // registers hold input channels (partial is [id][b_out][b_in]) ...
   int slice;             // ... or output channels (partial is [id][b_in][padded b_out]); channels per vector group
   int slices;            // groups per block
@@ -118,6 +149,8 @@ struct Kernels {
   int vector_width;                 // lanes of the widest register
   // Computes tiles [tile_begin, tile_end) of output blocks [block_begin, block_end).
   void (*gather)(const GatherJob<T>& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
+  // Computes chunks [chunk_begin, chunk_end).
+  void (*planes)(const PlaneJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* source_planes, T* out_planes);
   // packed[id][slice][k][width] for ids [begin, end): transposed (vector over b_out) or straight (vector over b_in).
   void (*pack_weights)(const T* values, int block_out, int block_in, int slice, bool transposed, int64_t begin,
                        int64_t end, T* packed);

@@ -8,6 +8,7 @@
 #include "dot.hpp"
 #include "gather.hpp"
 #include "layout.hpp"
+#include "planes.hpp"
 #include "weight_grad.hpp"
 
 namespace ddst::cpu {
@@ -54,11 +55,12 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 }  // namespace
 
 const KernelSet& kernels_avx2() {
-  static constexpr KernelSet set{"avx2",
-                                 {kSlicesFloat, kDotsFloat, kWeightGradFloat, 8, &gather_float, &pack_weights<float>,
-                                  &transpose<float>, &weight_grad<float, 8>},
-                                 {kSlicesDouble, kDotsDouble, kWeightGradDouble, 4, &gather_double,
-                                  &pack_weights<double>, &transpose<double>, &weight_grad<double, 4>}};
+  static constexpr KernelSet set{
+      "avx2",
+      {kSlicesFloat, kDotsFloat, kWeightGradFloat, 8, &gather_float, &run_planes<float, 8, 3>, &pack_weights<float>,
+       &transpose<float>, &weight_grad<float, 8>},
+      {kSlicesDouble, kDotsDouble, kWeightGradDouble, 4, &gather_double, &run_planes<double, 4, 3>,
+       &pack_weights<double>, &transpose<double>, &weight_grad<double, 4>}};
   return set;
 }
 

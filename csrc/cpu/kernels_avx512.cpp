@@ -10,6 +10,7 @@
 #include "dot.hpp"
 #include "gather.hpp"
 #include "layout.hpp"
+#include "planes.hpp"
 #include "weight_grad.hpp"
 
 namespace ddst::cpu {
@@ -64,11 +65,12 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 }  // namespace
 
 const KernelSet& kernels_avx512() {
-  static constexpr KernelSet set{"avx512",
-                                 {kSlicesFloat, kDotsFloat, kWeightGradFloat, 16, &gather_float, &pack_weights<float>,
-                                  &transpose<float>, &weight_grad<float, 16>},
-                                 {kSlicesDouble, kDotsDouble, kWeightGradDouble, 8, &gather_double,
-                                  &pack_weights<double>, &transpose<double>, &weight_grad<double, 8>}};
+  static constexpr KernelSet set{
+      "avx512",
+      {kSlicesFloat, kDotsFloat, kWeightGradFloat, 16, &gather_float, &run_planes<float, 16, 6>, &pack_weights<float>,
+       &transpose<float>, &weight_grad<float, 16>},
+      {kSlicesDouble, kDotsDouble, kWeightGradDouble, 8, &gather_double, &run_planes<double, 8, 6>,
+       &pack_weights<double>, &transpose<double>, &weight_grad<double, 8>}};
   return set;
 }
 

@@ -2,6 +2,7 @@
 #include "gather.hpp"
 #include "kernels.hpp"
 #include "layout.hpp"
+#include "planes.hpp"
 #include "weight_grad.hpp"
 
 namespace ddst::cpu {
@@ -32,11 +33,12 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 }  // namespace
 
 const KernelSet& kernels_portable() {
-  static constexpr KernelSet set{"portable",
-                                 {kSlicesFloat, kNoDots, kWeightGradFloat, 4, &gather<float, 4>, &pack_weights<float>,
-                                  &transpose<float>, &weight_grad<float, 4>},
-                                 {kSlicesDouble, kNoDots, kWeightGradDouble, 2, &gather<double, 2>,
-                                  &pack_weights<double>, &transpose<double>, &weight_grad<double, 2>}};
+  static constexpr KernelSet set{
+      "portable",
+      {kSlicesFloat, kNoDots, kWeightGradFloat, 4, &gather<float, 4>, &run_planes<float, 4, 2>, &pack_weights<float>,
+       &transpose<float>, &weight_grad<float, 4>},
+      {kSlicesDouble, kNoDots, kWeightGradDouble, 2, &gather<double, 2>, &run_planes<double, 2, 2>,
+       &pack_weights<double>, &transpose<double>, &weight_grad<double, 2>}};
   return set;
 }
 

@@ -26,6 +26,17 @@ struct Simd {
   }
   static DDST_INLINE void store(T* p, V v) { std::memcpy(p, &v, kBytes); }
 
+  // A store past the caches, p aligned to the vector; stream_fence() orders such stores before what follows.
+  static DDST_INLINE void stream(T* p, V v) {
+#if defined(__AVX512F__)
+    if constexpr (kBytes == 64) return _mm512_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m512>(v));
+#endif
+#if defined(__AVX2__)
+    if constexpr (kBytes == 32) return _mm256_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m256>(v));
+#endif
+    store(p, v);
+  }
+
   // The loads are written in assembly on x86: GCC otherwise folds each weight load into the multiply-adds that use
   // it, which doubles the loads and halves the speed. The kernels start with a compiler barrier, so that these
   // loads (whose memory the compiler does not see) cannot move above earlier stores.
@@ -107,6 +118,35 @@ struct Simd {
 
 DDST_INLINE void compiler_barrier() { asm volatile("" ::: "memory"); }
 
+DDST_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Memory to be fetched a few lines at a time beside other work.
+struct LineStream {
+  const char* address = nullptr;
+  const char* end = nullptr;
+  int64_t lines = 0;  // at each call
+
+  template <typename T>
+  DDST_INLINE void start(const T* first, int64_t count, int64_t calls) {
+    address = reinterpret_cast<const char*>(first);
+    end = reinterpret_cast<const char*>(first + count);
+    lines = calls > 0 ? ((end - address) / 64 + calls - 1) / calls : 0;
+  }
+  // Where a call that fetches one line at each of so many steps begins; fetches here what is too much for them.
+  DDST_INLINE const char* take(int64_t steps) {
+    if (address >= end) return address;
+    int64_t n = lines;
+    for (; n > steps; --n, address += 64) __builtin_prefetch(address, 0, 2);
+    const char* const from = address;
+    address += 64 * n;
+    return from;
+  }
+};
+
 // acc[p][v] += w[v] * source of pixel p, for one step of the reduction.
 template <typename T, int N, int NV, int P, int kStep>
 DDST_INLINE void multiply_step(typename Simd<T, N>::V (&acc)[P][NV], const char* const (&pixel)[P], int64_t offset,
@@ -136,6 +176,22 @@ DDST_INLINE void multiply_steps(typename Simd<T, N>::V (&acc)[P][NV], const char
                                 const char* w) {
   multiply_step<T, N, NV, P, kStep>(acc, pixel, offset, w);
   if constexpr (kStep + 1 < kSteps) multiply_steps<T, N, NV, P, kStep + 1, kSteps>(acc, pixel, offset, w);
+}
+
+// V neighbouring vectors.
+template <typename T, int N, int V, int kFirst = 0>
+DDST_INLINE void load_row(typename Simd<T, N>::V (&x)[V], const char* p) {
+  x[kFirst] = Simd<T, N>::template load_at<kFirst * Simd<T, N>::kBytes>(p);
+  if constexpr (kFirst + 1 < V) load_row<T, N, V, kFirst + 1>(x, p);
+}
+
+// acc[j][v] += w[j] * x[v].
+template <typename T, int N, int J, int V, int kFirst = 0>
+DDST_INLINE void plane_step(typename Simd<T, N>::V (&acc)[J][V], const typename Simd<T, N>::V (&x)[V], const char* w) {
+  const typename Simd<T, N>::V wv = Simd<T, N>::template broadcast_at<kFirst* static_cast<int>(sizeof(T))>(w, 0);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) Simd<T, N>::fma(acc[kFirst][v], x[v], wv);
+  if constexpr (kFirst + 1 < J) plane_step<T, N, J, V, kFirst + 1>(acc, x, w);
 }
 
 }  // namespace

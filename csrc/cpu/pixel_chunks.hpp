@@ -120,6 +120,30 @@ void pack_pixels(const PixelRows<T>& from, int64_t stride, Grouping grouping, in
   }
 }
 
+// Channels of an activation: pixel i has them from first + i * stride on.
+template <typename T>
+struct Operand {
+  const T* first;
+  int64_t stride;
+  DDST_INLINE int64_t pixel_bytes() const { return stride * static_cast<int64_t>(sizeof(T)); }
+};
+
+// One activation's part of a chunk: its groups of channels, packed or where they lie.
+template <typename T>
+struct ChunkSide {
+  const T* base;
+  int64_t first_group, group_stride, pixel_stride;
+  DDST_INLINE Operand<T> group(int64_t i) const { return {base + (i - first_group) * group_stride, pixel_stride}; }
+};
+
+template <typename T>
+DDST_INLINE ChunkSide<T> chunk_side(bool direct, const PixelRows<T>& rows, int64_t stride, Grouping grouping,
+                                    int64_t block_begin, int64_t block_end, T* scratch) {
+  if (direct) return {rows.first(), 0, grouping.width, rows.channels};
+  pack_pixels(rows, stride, grouping, block_begin, block_end, scratch);
+  return {scratch, block_begin * grouping.groups, padded_pixels(rows.pixels()) * grouping.width, grouping.width};
+}
+
 // runs[run_begin[tap] .. run_begin[tap + 1]): the pixels of the chunk whose tap lies inside the image.
 template <typename T>
 void build_runs(const WeightGradJob<T>& job, const ChunkView<T>& view, Run* runs, int64_t* run_begin) {
@@ -136,17 +160,20 @@ void build_runs(const WeightGradJob<T>& job, const ChunkView<T>& view, Run* runs
       if (col_begin < 0) col_begin = 0;
       if (col_end > g.out_w) col_end = g.out_w;
       if (col_begin >= col_end) continue;
-      for (int64_t r = 0; r < view.out_rows; ++r) {
-        const int64_t in_row = (view.out_row_begin + r) * g.stride_h + shift_h;
-        if (in_row < 0 || in_row >= g.in_h) continue;
-        const int64_t in_col = phase_position(col_begin * g.stride_w + shift_w, g.in_w, g.stride_w);
-        const Run run{((in_row - view.in_row_begin) * g.in_w + in_col) * view.images,
-                      (r * g.out_w + col_begin) * view.images, (col_end - col_begin) * view.images};
-        Run& last = runs[count - 1];
-        if (count > tap_first && last.in + last.length == run.in && last.out + last.length == run.out) {
-          last.length += run.length;
-        } else {
-          runs[count++] = run;
+      const int64_t in_col = phase_position(col_begin * g.stride_w + shift_w, g.in_w, g.stride_w);
+      const int64_t passes = job.direct ? view.images : 1, inner = job.direct ? 1 : view.images;
+      for (int64_t n = 0; n < passes; ++n) {
+        for (int64_t r = 0; r < view.out_rows; ++r) {
+          const int64_t in_row = (view.out_row_begin + r) * g.stride_h + shift_h;
+          if (in_row < 0 || in_row >= g.in_h) continue;
+          const Run run{((n * g.in_h + in_row - view.in_row_begin) * g.in_w + in_col) * inner,
+                        ((n * g.out_h + r) * g.out_w + col_begin) * inner, (col_end - col_begin) * inner};
+          Run& last = runs[count - 1];
+          if (count > tap_first && last.in + last.length == run.in && last.out + last.length == run.out) {
+            last.length += run.length;
+          } else {
+            runs[count++] = run;
+          }
         }
       }
     }
@@ -168,28 +195,20 @@ DDST_INLINE ChunkRows<T> chunk_rows(const WeightGradJob<T>& job, const ChunkView
            view.out_rows}};
 }
 
-// Fetches the next chunk's activations, a few lines at each step, while this chunk is computed.
+// Fetches the next chunk's activations, one after the other, while this chunk is computed.
 struct ChunkPrefetcher {
-  const char* address[2] = {nullptr, nullptr};
-  const char* end[2] = {nullptr, nullptr};
-  int64_t lines[2] = {0, 0};
+  LineStream in, out;
 
   template <typename T>
-  DDST_INLINE void start(const WeightGradJob<T>& job, int64_t chunk, int64_t chunk_end, int64_t steps) {
+  DDST_INLINE void start(const WeightGradJob<T>& job, int64_t chunk, int64_t chunk_end, int64_t calls) {
     if (chunk >= chunk_end) return;
     const ChunkRows<T> rows = chunk_rows(job, chunk_view(job, chunk));
-    const PixelRows<T>* const sources[2] = {&rows.in, &rows.out};
-    for (int i = 0; i < 2; ++i) {
-      address[i] = reinterpret_cast<const char*>(sources[i]->first());
-      end[i] = address[i] + sources[i]->bytes();
-      lines[i] = (sources[i]->bytes() / 64 + steps - 1) / steps;
-    }
+    in.start(rows.in.first(), rows.in.bytes() / static_cast<int64_t>(sizeof(T)), calls);
+    out.start(rows.out.first(), rows.out.bytes() / static_cast<int64_t>(sizeof(T)), calls);
+    in.lines = out.lines = in.lines + out.lines;
   }
-  DDST_INLINE void step() {
-    for (int i = 0; i < 2; ++i)
-      for (int64_t n = lines[i]; n > 0 && address[i] < end[i]; --n, address[i] += 64)
-        __builtin_prefetch(address[i], 0, 2);
-  }
+  // Where a tile over so many pixels begins to fetch a line a pixel.
+  DDST_INLINE const char* next(int64_t pixels) { return in.address < in.end ? in.take(pixels) : out.take(pixels); }
 };
 
 }  // namespace

@@ -26,8 +26,8 @@ DDST_INLINE void outer_step(typename Simd<T, N>::V (&acc)[J][NV], const typename
 
 // Form 1, the vector over input channels: J neighbouring output channels of one block.
 template <typename T, int N, int NV, int J>
-__attribute__((noinline)) void outer_tile(const Run* run, const Run* end, const T* vectors, const T* scalars,
-                                          int64_t scalar_stride, T* grad, int64_t grad_stride) {
+__attribute__((noinline)) void outer_tile(const Run* run, const Run* end, Operand<T> vectors, Operand<T> scalars,
+                                          T* grad, int64_t grad_stride, const char* next) {
   using S = Simd<T, N>;
   compiler_barrier();
   typename S::V acc[J][NV];
@@ -36,18 +36,20 @@ __attribute__((noinline)) void outer_tile(const Run* run, const Run* end, const 
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[j][v] = S::load(grad + j * grad_stride + v * N);
   }
-  const int64_t step = scalar_stride * static_cast<int64_t>(sizeof(T));
+  const int64_t x_step = vectors.pixel_bytes(), y_step = scalars.pixel_bytes();
   for (; run != end; ++run) {
-    const char* x = reinterpret_cast<const char*>(vectors + run->in * (NV * N));
-    const char* y = reinterpret_cast<const char*>(scalars + run->out * scalar_stride);
+    const char* x = reinterpret_cast<const char*>(vectors.first) + run->in * x_step;
+    const char* y = reinterpret_cast<const char*>(scalars.first) + run->out * y_step;
 #pragma GCC unroll 2
     for (int64_t i = run->length; i > 0; --i) {
       typename S::V xv[NV];
       xv[0] = S::template load_at<0>(x);
       if constexpr (NV > 1) xv[1] = S::template load_at<S::kBytes>(x);
       outer_step<T, N, NV, J>(acc, xv, y);
-      x += NV * S::kBytes;
-      y += step;
+      x += x_step;
+      y += y_step;
+      __builtin_prefetch(next, 0, 2);
+      next += 64;
     }
   }
 #pragma GCC unroll 16
@@ -59,8 +61,9 @@ __attribute__((noinline)) void outer_tile(const Run* run, const Run* end, const 
 
 // Form 2, the vector over output channels: J input channels, from as many blocks as it takes.
 template <typename T, int N, int J>
-__attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end, const T* vectors,
-                                                 const char* const* scalars, int64_t scalar_stride, T* const* grads) {
+__attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end, Operand<T> vectors,
+                                                 const char* const* scalars, int64_t scalar_stride, T* const* grads,
+                                                 const char* next) {
   using S = Simd<T, N>;
   compiler_barrier();
   typename S::V acc[J];
@@ -70,16 +73,18 @@ __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end,
     acc[j] = S::load(grads[j]);
     scalar[j] = scalars[j];
   }
-  const int64_t step = scalar_stride * static_cast<int64_t>(sizeof(T));
+  const int64_t step = scalar_stride * static_cast<int64_t>(sizeof(T)), y_step = vectors.pixel_bytes();
   for (; run != end; ++run) {
-    const char* y = reinterpret_cast<const char*>(vectors + run->out * N);
+    const char* y = reinterpret_cast<const char*>(vectors.first) + run->out * y_step;
     int64_t offset = run->in * step;
     for (int64_t i = run->length; i > 0; --i) {
       const typename S::V yv = S::template load_at<0>(y);
 #pragma GCC unroll 16
       for (int j = 0; j < J; ++j) S::template fma_broadcast<0>(acc[j], yv, scalar[j], offset);
-      y += S::kBytes;
+      y += y_step;
       offset += step;
+      __builtin_prefetch(next, 0, 2);
+      next += 64;
     }
   }
 #pragma GCC unroll 16
@@ -87,9 +92,10 @@ __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end,
 }
 
 template <typename T>
-using OuterFunction = void (*)(const Run*, const Run*, const T*, const T*, int64_t, T*, int64_t);
+using OuterFunction = void (*)(const Run*, const Run*, Operand<T>, Operand<T>, T*, int64_t, const char*);
 template <typename T>
-using GatherOuterFunction = void (*)(const Run*, const Run*, const T*, const char* const*, int64_t, T* const*);
+using GatherOuterFunction = void (*)(const Run*, const Run*, Operand<T>, const char* const*, int64_t, T* const*,
+                                     const char*);
 
 template <typename T, int N, int NV, int kMax, int J = 1>
 DDST_INLINE void fill_outer(OuterFunction<T>* table) {
@@ -121,30 +127,30 @@ void weight_grad_over_in(const WeightGradJob<T>& job, int64_t chunk_begin, int64
   for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
     const ChunkView<T> view = chunk_view(job, chunk);
     const ChunkRows<T> rows = chunk_rows(job, view);
-    pack_pixels(rows.in, g.stride_w, in, 0, in_blocks, input_scratch);
-    pack_pixels(rows.out, 1, out, row_begin, row_end, grad_scratch);
+    const ChunkSide<T> in_side = chunk_side(job.direct, rows.in, g.stride_w, in, 0, in_blocks, input_scratch);
+    const ChunkSide<T> out_side = chunk_side(job.direct, rows.out, 1, out, row_begin, row_end, grad_scratch);
     build_runs(job, view, runs, run_begin);
-    const int64_t in_pixels = padded_pixels(rows.in.pixels());
-    const int64_t out_pixels = padded_pixels(rows.out.pixels());
     ChunkPrefetcher prefetcher;
-    prefetcher.start(job, chunk + 1, chunk_end, block_end - block_begin);
+    const int64_t pixels = rows.out.pixels();
+    prefetcher.start(job, chunk + 1, chunk_end,
+                     (block_end - block_begin) * job.slices * ceil_div(job.block_out, kMaxJ));
     for (int64_t position = block_begin; position < block_end; ++position) {
-      prefetcher.step();
       const int64_t id = job.order[position];
       const int64_t row = job.first_row + job.block_row[id];
       const Run* begin = runs + run_begin[job.block_tap[id]];
       const Run* end = runs + run_begin[job.block_tap[id] + 1];
       if (begin == end) continue;
-      const T* scalars = grad_scratch + (row - row_begin) * out_pixels * job.block_out;
+      const Operand<T> scalars = out_side.group(row);
       int64_t channels = g.out_channels - row * job.block_out;
       if (channels > job.block_out) channels = job.block_out;
       const int64_t parts = (channels + kMaxJ - 1) / kMaxJ;
       for (int slice = 0; slice < job.slices; ++slice) {
-        const T* vectors = input_scratch + (job.block_col[id] * job.slices + slice) * in_pixels * job.slice;
+        const Operand<T> vectors = in_side.group(static_cast<int64_t>(job.block_col[id]) * job.slices + slice);
         T* grad = partial + id * job.block_out * job.block_in + slice * job.slice;
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t j0 = channels * part / parts, j1 = channels * (part + 1) / parts;
-          table[j1 - j0](begin, end, vectors, scalars + j0, job.block_out, grad + j0 * job.block_in, job.block_in);
+          table[j1 - j0](begin, end, vectors, {scalars.first + j0, scalars.stride}, grad + j0 * job.block_in,
+                         job.block_in, prefetcher.next(pixels));
         }
       }
     }
@@ -167,13 +173,12 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
   for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
     const ChunkView<T> view = chunk_view(job, chunk);
     const ChunkRows<T> rows = chunk_rows(job, view);
-    pack_pixels(rows.in, g.stride_w, in, 0, in_blocks, input_scratch);
-    pack_pixels(rows.out, 1, out, row_begin, row_end, grad_scratch);
+    const ChunkSide<T> in_side = chunk_side(job.direct, rows.in, g.stride_w, in, 0, in_blocks, input_scratch);
+    const ChunkSide<T> out_side = chunk_side(job.direct, rows.out, 1, out, row_begin, row_end, grad_scratch);
     build_runs(job, view, runs, run_begin);
-    const int64_t in_pixels = padded_pixels(rows.in.pixels());
-    const int64_t out_pixels = padded_pixels(rows.out.pixels());
     ChunkPrefetcher prefetcher;
-    prefetcher.start(job, chunk + 1, chunk_end, block_end - block_begin);
+    const int64_t pixels = rows.out.pixels();
+    prefetcher.start(job, chunk + 1, chunk_end, ceil_div((block_end - block_begin) * job.block_in, kMaxJ) * job.slices);
     for (int64_t position = block_begin; position < block_end;) {
       // All blocks of one row and tap share the vectors: their input channels fill the registers together.
       const int32_t block_row = job.block_row[job.order[position]], tap = job.block_tap[job.order[position]];
@@ -188,29 +193,35 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
         position = group_end;
         continue;
       }
+      int64_t left = 0;  // input channels of the group that no tile has taken yet
+      for (int64_t i = position; i < group_end; ++i) {
+        const int64_t room = g.in_channels - static_cast<int64_t>(job.block_col[job.order[i]]) * job.block_in;
+        left += room < job.block_in ? room : job.block_in;
+      }
       int64_t channel = 0;
       while (position < group_end) {
         const char* scalars[kMaxOuter];
         T* grads[kMaxOuter];
         int count = 0;
-        while (count < kMaxJ && position < group_end) {
+        const int64_t parts = ceil_div(left, kMaxJ);
+        const int64_t most = parts > 0 ? ceil_div(left, parts) : 1;  // tiles of equal size: narrow ones wait for loads
+        left -= most;
+        while (count < most && position < group_end) {
           const int64_t id = job.order[position];
           const int64_t c = job.block_col[id] * job.block_in + channel;
           if (channel == job.block_in || c >= g.in_channels) {
             channel = 0;
             ++position;
-            prefetcher.step();
             continue;
           }
-          scalars[count] = reinterpret_cast<const char*>(input_scratch + c / kScalarGroup * in_pixels * kScalarGroup +
-                                                         c % kScalarGroup);
+          scalars[count] = reinterpret_cast<const char*>(in_side.group(c / kScalarGroup).first + c % kScalarGroup);
           grads[count] = partial + (id * job.block_in + channel) * padded_out;
           ++count;
           ++channel;
         }
         for (int slice = 0; slice < job.slices && count > 0; ++slice) {
-          const T* vectors = grad_scratch + ((row - row_begin) * job.slices + slice) * out_pixels * job.slice;
-          table[count](begin, end, vectors, scalars, kScalarGroup, grads);
+          const Operand<T> vectors = out_side.group(row * job.slices + slice);
+          table[count](begin, end, vectors, scalars, in_side.pixel_stride, grads, prefetcher.next(pixels));
           for (int j = 0; j < count; ++j) grads[j] += job.slice;
         }
       }

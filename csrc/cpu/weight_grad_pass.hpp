@@ -70,6 +70,11 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
     });
   }
 
+  const int64_t whole_in = job.vector_over_in ? block_in : 1, whole_out = job.vector_over_in ? 1 : job.slice;
+  job.direct = geometry.stride_w == 1 && geometry.in_channels % whole_in == 0 &&
+               geometry.out_channels % whole_out == 0 && block_out % whole_out == 0 &&
+               job.slice * static_cast<int64_t>(sizeof(T)) >= 64;
+
   // A chunk's packed activations should stay in L2, and be long enough to pay for loading the accumulators.
   constexpr int64_t kChunkBytes = 384 * 1024;
   const int64_t pixel_bytes = (geometry.in_channels + geometry.out_channels) * static_cast<int64_t>(sizeof(T));
@@ -97,7 +102,7 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
   // + 1: the kernel spaces its groups by an odd number of pixels.
   plan.input_scratch = (in_rows * geometry.in_w * job.chunk_images + 1) * in_lanes;
   plan.grad_scratch = (job.chunk_rows * geometry.out_w * job.chunk_images + 1) * out_lanes;
-  plan.runs = plan.taps * job.chunk_rows + 1;
+  plan.runs = plan.taps * job.chunk_rows * (job.direct ? job.chunk_images : 1) + 1;
   return plan;
 }
 

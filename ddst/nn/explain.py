@@ -120,7 +120,8 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     forms: dict[str, str] = {}
     slow: tuple[str, ...] = ()
     if chosen == "cpu":
-        capability, (forms, slow) = torch.ops.ddst.cpu_capability(), kernel_forms(layer.block)
+        capability = torch.ops.ddst.cpu_capability()
+        forms, slow = kernel_forms(layer.block, pixels=_pixels(layer, input))
     elif chosen == "triton":
         capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(input.device)))
         forms = triton_forms(layer, input)
@@ -129,26 +130,40 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     return Explanation(repr(layer), chosen, capability, reason, refused, forms, slow, rates)
 
 
-def kernel_forms(block: tuple[int, int]) -> tuple[dict[str, str], tuple[str, ...]]:
+#: Blocks of at most so many channels run with vectors along pixels where there are so many (csrc/cpu/gather_pass.hpp).
+NARROW, MANY_PIXELS = 4, 512
+
+
+def kernel_forms(block: tuple[int, int], *, pixels: tuple[int, int] = (0, 0)) -> tuple[dict[str, str], tuple[str, ...]]:
     """``(pass -> form, slow passes)`` of the CPU kernels for a block ``(b_out, b_in)``.
 
     Forward pass and input gradient keep a tile of pixels × channels of one block side in registers, the vectors along
-    the channels; the weight gradient lays them along whichever side divides evenly.
+    the channels, or for narrow sides at stride 1 along the pixels; the weight gradient lays them along whichever side
+    divides evenly.
+
+    Args:
+        block: the block. pixels: of output and input, over all images; zeros at a stride above 1.
 
     >>> kernel_forms((16, 16))[0]["forward"]
     'vectors along the 16 output channels of a block'
     """
-    sides = {"forward": (block[0], "output"), "input gradient": (block[1], "input")}
+    sides = {"forward": (block[0], "output", pixels[0]), "input gradient": (block[1], "input", pixels[1])}
     forms = {name: _form(*side) for name, side in sides.items()}
     over = (block[1], "input") if block[1] % 8 == 0 else (block[0], "output")
     forms["weight gradient"] = _form(*over)
-    narrow = {"forward": block[0], "input gradient": block[1], "weight gradient": over[0]}
-    return forms, tuple(name for name, side in narrow.items() if side % 8)
+    slow = [name for name, (side, _, count) in sides.items() if side % 8 and not _over_pixels(side, count)]
+    return forms, (*slow, *["weight gradient"] * (over[0] % 8 > 0))
 
 
-def _form(side: int, which: str) -> str:
+def _over_pixels(side: int, pixels: int) -> bool:
+    return side <= NARROW and pixels >= MANY_PIXELS
+
+
+def _form(side: int, which: str, pixels: int = 0) -> str:
     if side % 8 == 0:
         return f"vectors along the {side} {which} channels of a block"
+    if _over_pixels(side, pixels):
+        return f"vectors along the pixels, as {side} {which} channel{'s' * (side > 1)} of a block do not fill one"
     if side < 8:
         return f"narrow form, {side} {which} channel{'s' * (side > 1)} of a block do not fill a vector"
     return f"vectors along the {side} {which} channels of a block, no multiple of 8: the last is partly empty"
@@ -200,6 +215,14 @@ def _sizes(layer: SparseLayer, input: Tensor) -> tuple[Any, ...]:
         for i in (0, 1)
     ]
     return layer.stride, padding, layer.dilation, images, size, tuple(out)
+
+
+def _pixels(layer: SparseLayer, input: Tensor) -> tuple[int, int]:
+    """Pixels of output and input of a layer at stride 1, over all images; zeros at other strides."""
+    stride, _, _, images, size, out = _sizes(layer, input)
+    if tuple(stride) != (1, 1):
+        return 0, 0
+    return images * out[0] * out[1], images * size[0] * size[1]
 
 
 def _rates(layer: SparseLayer, input: Tensor, computed: torch.dtype) -> dict[str, Rate]:

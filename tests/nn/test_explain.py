@@ -39,6 +39,16 @@ def test_slow_block_shapes_are_announced(block: tuple[int, int], slow: tuple[str
         assert f"{name}{' (slow)' if name in found.slow else ''}: {form}" in str(found)
 
 
+def test_narrow_blocks_over_many_pixels_are_not_slow() -> None:
+    layer = ddst.SparseConv2d(32, 32, 3, padding=1, block=(16, 1))
+    found = explain(layer, torch.zeros(8, 32, 8, 8), measure=False)
+    assert found.forms["input gradient"] == "vectors along the pixels, as 1 input channel of a block do not fill one"
+    assert found.slow == ()
+    strided = ddst.SparseConv2d(32, 32, 3, stride=2, padding=1, block=(16, 1))
+    for slow, x in [(layer, torch.zeros(7, 32, 8, 8)), (strided, torch.zeros(8, 32, 8, 8))]:
+        assert explain(slow, x, measure=False).slow == ("input gradient",)
+
+
 def test_rates_count_the_work_of_the_active_blocks() -> None:
     layer = ddst.SparseConv2d(32, 16, 3, padding=1, density=0.5)
     found = explain(layer, torch.randn(2, 32, 5, 5))

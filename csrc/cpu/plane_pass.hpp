@@ -1,0 +1,139 @@
+// Plans the gather kernel's third form, whose vectors run over pixels (planes.hpp).
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "gather_plan.hpp"
+
+namespace ddst::cpu {
+
+// Steps of the kernel: the output channels that read one block of source channels through one tap, a few at a time.
+template <typename T>
+struct PlaneLists {
+  std::vector<PlaneStep> steps;
+  std::vector<T> weights;
+};
+
+// values[id][k * k_stride + c * channel_stride]: channel k of the reduction, channel c of the output block.
+template <typename T>
+PlaneLists<T> plane_lists(const GatherShape& shape, const BlockLists& lists, const std::vector<int64_t>& tap_offset,
+                          int64_t source_plane, const T* values, int64_t k_stride, int64_t channel_stride) {
+  struct Output {
+    int64_t channel;
+    const T* weights;
+  };
+  const int64_t taps = static_cast<int64_t>(tap_offset.size());
+  const int64_t k_blocks = ceil_div(shape.source.channels, shape.block_k);
+  std::vector<std::vector<Output>> readers(k_blocks * taps);
+  for (int64_t r = 0; r < lists.out_blocks; ++r) {
+    const int64_t channels = std::min(shape.block_out, shape.out.channels - r * shape.block_out);
+    for (int64_t i = lists.ptr[r]; i < lists.ptr[r + 1]; ++i) {
+      const int64_t id = lists.ids == nullptr ? i : lists.ids[i];
+      std::vector<Output>& list = readers[lists.k_block[id] * taps + lists.tap[id]];
+      for (int64_t c = 0; c < channels; ++c) {
+        list.push_back({r * shape.block_out + c, values + id * shape.block_out * shape.block_k + c * channel_stride});
+      }
+    }
+  }
+  PlaneLists<T> found;
+  found.weights.reserve(lists.nnz * shape.block_out * shape.block_k);
+  for (int64_t key = 0; key < k_blocks * taps; ++key) {
+    const std::vector<Output>& list = readers[key];
+    const int64_t first_k = key / taps * shape.block_k;
+    const int64_t channels = std::min(shape.block_k, shape.source.channels - first_k);
+    const int64_t count = static_cast<int64_t>(list.size()), parts = ceil_div(count, kPlaneChannels);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+      PlaneStep step{};
+      step.source = first_k * source_plane + tap_offset[key % taps];
+      step.weight = static_cast<int64_t>(found.weights.size());
+      step.outputs = static_cast<int>(end - begin);
+      step.channels = static_cast<int>(channels);
+      for (int64_t i = begin; i < end; ++i) step.output[i - begin] = list[i].channel;
+      for (int64_t k = 0; k < channels; ++k)
+        for (int64_t i = begin; i < end; ++i) found.weights.push_back(list[i].weights[k * k_stride]);
+      found.steps.push_back(step);
+    }
+  }
+  return found;
+}
+
+// An odd number of cache lines: planes a power of two apart would compete for the same lines of the caches.
+template <typename T>
+int64_t plane_size(int64_t positions) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return (ceil_div(positions, kLine) | 1) * kLine;
+}
+
+// What gather_pass computes, for axes of stride 1.
+template <typename T>
+void plane_pass(const Kernels<T>& kernels, GatherShape shape, const BlockLists& lists, const AxisPlan& rows,
+                const AxisPlan& cols, bool transposed, const T* values, const T* bias, const T* source, T* out) {
+  const auto [row_least, row_most] = std::minmax_element(rows.offset.begin(), rows.offset.end());
+  const auto [col_least, col_most] = std::minmax_element(cols.offset.begin(), cols.offset.end());
+  if (rows.offset.size() * cols.offset.size() == 1 && *row_least == 0 && *col_least == 0) {  // pixels without images
+    for (ImageShape* s : {&shape.source, &shape.out}) *s = {1, s->channels, s->pixels(), 1};
+  }
+  PlaneJob<T> job{};
+  job.source = source;
+  job.out = out;
+  job.images = shape.out.images;
+  job.source_h = shape.source.h;
+  job.source_w = shape.source.w;
+  job.source_channels = shape.source.channels;
+  job.out_h = shape.out.h;
+  job.out_w = shape.out.w;
+  job.out_channels = shape.out.channels;
+  job.left = std::max<int64_t>(0, -*col_least);
+  job.top = std::max<int64_t>(0, -*row_least);
+  job.halo_rows = job.top + std::max<int64_t>(0, *row_most);
+  const int64_t right = std::max<int64_t>(0, job.out_w + *col_most - job.source_w);
+  const int64_t bottom = std::max<int64_t>(0, job.out_h + *row_most - job.source_h);
+  job.row_pitch = std::max(job.source_w + std::max(job.left, right), job.out_w);
+  job.image_pitch = std::max(job.source_h + std::max(job.top, bottom), job.out_h) * job.row_pitch;
+
+  // The planes of a chunk should stay in L2, and be long enough to pay for loading the accumulators.
+  constexpr int64_t kPlanesBytes = 640 * 1024;
+  const int64_t pixel_bytes = (job.source_channels + job.out_channels) * static_cast<int64_t>(sizeof(T));
+  const int64_t multiply_adds = shape.out.pixels() * lists.nnz * shape.block_out * shape.block_k;
+  const int64_t tasks = task_count(multiply_adds);
+  const int64_t share = ceil_div(job.images * job.image_pitch, tasks);
+  const int64_t positions = std::min(share, std::clamp<int64_t>(kPlanesBytes / pixel_bytes, 64, 2048));
+  job.chunk_images = std::clamp<int64_t>(positions / job.image_pitch, 1, job.images);
+  const int64_t strips = job.chunk_images > 1 ? 1 : ceil_div(job.out_h * job.row_pitch, positions);
+  job.chunk_rows = ceil_div(job.out_h, std::min(strips, job.out_h));
+  job.row_chunks = ceil_div(job.out_h, job.chunk_rows);
+  const int64_t chunk_positions =
+      job.chunk_images > 1 ? job.chunk_images * job.image_pitch : job.chunk_rows * job.row_pitch;
+
+  const int64_t halo = job.halo_rows * job.row_pitch + job.left + std::max<int64_t>(0, *col_most);
+  job.out_plane = plane_size<T>(chunk_positions + kernels.vector_width);
+  job.source_plane = plane_size<T>(chunk_positions + halo + kernels.vector_width);
+  std::vector<int64_t> tap_offset;
+  for (int64_t row : rows.offset)
+    for (int64_t col : cols.offset) tap_offset.push_back((row + job.top) * job.row_pitch + col + job.left);
+  const PlaneLists<T> plane_steps =
+      transposed ? plane_lists(shape, lists, tap_offset, job.source_plane, values, 1, shape.block_k)
+                 : plane_lists(shape, lists, tap_offset, job.source_plane, values, shape.block_out, 1);
+  job.steps = plane_steps.steps.data();
+  job.n_steps = static_cast<int64_t>(plane_steps.steps.size());
+  job.weights = plane_steps.weights.data();
+  std::vector<T> init(job.out_channels, T(0));
+  if (bias != nullptr) std::copy(bias, bias + job.out_channels, init.begin());
+  job.init = init.data();
+
+  const int64_t chunks = ceil_div(job.images, job.chunk_images) * job.row_chunks;
+  const int64_t runners = std::min(tasks, chunks);
+  std::vector<Buffer<T>> source_planes, out_planes;
+  for (int64_t i = 0; i < runners; ++i) {
+    source_planes.emplace_back(job.source_plane * job.source_channels);
+    out_planes.emplace_back(job.out_plane * job.out_channels);
+  }
+  run_tasks(runners, [&](int64_t task) {
+    kernels.planes(job, chunks * task / runners, chunks * (task + 1) / runners, source_planes[task].get(),
+                   out_planes[task].get());
+  });
+}
+
+}  // namespace ddst::cpu

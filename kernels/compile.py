@@ -4,10 +4,10 @@
 
 Every configuration that tuning may choose is compiled in bfloat16 for every architecture, and in TF32 for sm_90; the
 defaults of square blocks also in TF32 for the others, and in float16 and full float32 for sm_90. The table holds
-registers, spilled bytes, shared memory, tensor-core instructions, the number of instructions in the innermost loop around
-them, and how that loop loads. What is compiled is taken from the launches themselves, of a 3×3 convolution of 256 channels
-at 10 % (and one of ragged channels with stride 2). ``--json`` writes the table, ``--check`` compares with one; both exit with 1 where a law of
-:func:`violations` is broken.
+registers, spilled bytes, shared memory, tensor-core instructions, the number of instructions in the innermost loop
+around them, and how that loop loads. What is compiled is taken from the launches themselves, of a 3×3 convolution of
+256 channels at 10 % (and one of ragged channels with stride 2). ``--json`` writes the table, ``--check`` compares with
+one; both exit with 1 where a law of :func:`violations` is broken.
 """
 
 from __future__ import annotations

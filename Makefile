@@ -29,7 +29,7 @@ demo: $(VENV)/built
 	echo "$(BIN)/ddst train --out $$out"; exec $(BIN)/ddst train --out "$$out"
 
 test: lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 lint: check-format check-lint check-types
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import topology as tp
-from .index_cache import cached
+from ..index_cache import cached
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of DDST_CUDA_… in csrc/cuda/ddst_cuda.h
 _TILE_PIXELS, _TILE_CHANNELS = {True: 256, False: 128}, {True: 128, False: 64}  # by large_tile, as gather_tile()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import topology as tp
-from .index_cache import cached
+from ..index_cache import cached
 
 WARPS = 8  # of a CTA
 _ACCUMULATORS = 2048  # fp32 sums of a warp

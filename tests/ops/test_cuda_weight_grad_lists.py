@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddst import index_cache
 from ddst import topology as tp
 from ddst.ops import cuda_weight_grad as cwg
-from ddst.ops import index_cache
 
 BLOCKS = [(16, 16), (32, 16), (64, 16), (32, 32), (64, 64)]
 H200 = cwg.Device(multiprocessors=132, shared_bytes=227 * 1024)

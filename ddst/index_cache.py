@@ -1,0 +1,43 @@
+"""Lists derived from a topology tensor, made once and kept while it lives unchanged.
+
+They are kept under the tensor itself, by weak reference, and its version counter: an in-place change makes new ones.
+Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and those missing
+while a CUDA graph is captured, whose contents would exist only after its first replay. Lists are made on the stream of
+the call that needs them first; another stream has to wait for it, as for any tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_Lists = TypeVar("_Lists")
+_cache = WeakTensorKeyDictionary()
+
+
+def cached(topology: Tensor, key: Hashable, build: Callable[[], _Lists]) -> _Lists:
+    """``build()``, kept under ``key`` until the topology dies or is written to.
+
+    >>> topology = torch.zeros(4, dtype=torch.int32)
+    >>> first, again = (cached(topology, "name", lambda: object()) for _ in range(2))
+    >>> first is again, first is cached(topology.zero_(), "name", lambda: object())
+    (True, False)
+    """
+    if topology.is_inference():
+        return build()
+    known: tuple[int, dict[Hashable, Any]] = _cache.get(topology, (-1, {}))
+    version, lists = known
+    if version == topology._version and key in lists:
+        return lists[key]
+    made = build()
+    if topology.is_cuda and torch.cuda.is_current_stream_capturing():
+        return made
+    if version != topology._version:
+        lists = {}
+        _cache[topology] = (topology._version, lists)
+    lists[key] = made
+    return made

@@ -1,24 +1,19 @@
 """Index lists of the kernels, built from a topology on its device and kept as long as it lives.
 
 All torch operations here have results of fixed size (the number of blocks is known from the topology's shape), so
-nothing waits for the device and everything may run while a CUDA graph is captured. A graph keeps the addresses of the
-lists it was captured with: after a change of the mask it has to be captured again.
-
-Lists are cached under the topology tensor itself, by weak reference, and its version counter: an in-place change makes
-new ones. Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and
-those missing while a graph is captured, whose contents would exist only after its first replay. Lists are made on the
-stream of the call that needs them first; another stream has to wait for it, as for any tensor.
+nothing waits for the device and everything may run while a CUDA graph is captured. :mod:`ddst.ops.index_cache` keeps
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ddst.ops.index_cache import cached
 from ddst.topology import grid, split_topology
 
 
@@ -73,29 +68,6 @@ def max_channel_blocks(kernel: Sequence[int]) -> int:
     return 1 << (31 - 2 * tap_bits(kernel))
 
 
-_cache = WeakTensorKeyDictionary()
-
-
-def _cached(topology: Tensor, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
-    """``build()``, kept under ``key`` while the topology lives and is not written to."""
-    if topology.is_inference():
-        return build()
-    version = topology._version
-    known = _cache.get(topology)
-    if known is not None and known[0] == version:
-        found = known[1].get(key)
-        if found is not None:
-            return found
-    lists = build()
-    if topology.is_cuda and torch.cuda.is_current_stream_capturing():
-        return lists
-    if known is None or known[0] != version:
-        known = (version, {})
-        _cache[topology] = known
-    known[1][key] = lists
-    return lists
-
-
 def _with_spare(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values.to(torch.int32), (0, 1))
 
@@ -127,7 +99,7 @@ def forward_lists(topology: Tensor, weight_shape: Sequence[int], block: Sequence
         ids = torch.arange(entries.numel(), dtype=torch.int32, device=topology.device)
         return RowLists(ptr, entries, ids, _heavy_first(ptr))
 
-    return _cached(topology, ("forward", *weight_shape, *block), build)
+    return cached(topology, ("forward", *weight_shape, *block), build)
 
 
 def input_grad_lists(
@@ -156,7 +128,7 @@ def input_grad_lists(
         entries = _pack(index.block_row, index.block_tap, weight_shape[2:])[order]
         return RowLists(ptr, _with_spare(entries), _with_spare(order), _heavy_first(ptr))
 
-    return _cached(topology, ("input_grad", *weight_shape, *block, *stride, *padding, *dilation), build)
+    return cached(topology, ("input_grad", *weight_shape, *block, *stride, *padding, *dilation), build)
 
 
 def weight_grad_groups(
@@ -183,4 +155,4 @@ def weight_grad_groups(
 
     if by not in ("row", "col"):
         raise ValueError(f"by must be 'row' or 'col', got {by!r}")
-    return _cached(topology, ("weight_grad", *weight_shape, *block, by, size), build)
+    return cached(topology, ("weight_grad", *weight_shape, *block, by, size), build)

@@ -24,9 +24,10 @@ from torch import Tensor
 from ddst.benchmarks import registry
 from ddst.benchmarks.gpu import workers
 from ddst.benchmarks.gpu.budget import Deadline
-from ddst.benchmarks.gpu.correctness import device_is_lost, in_a_line, poisoned
+from ddst.benchmarks.gpu.correctness import device_is_lost, poisoned
 from ddst.benchmarks.gpu.environment import KINDS, describe
 from ddst.benchmarks.gpu.kernel_rows import BATCHES, Spec, activations, problems_of, specs
+from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.sweep import TABLE_NAMES
 from ddst.benchmarks.gpu.timing import Program, Watch, forget, in_turn, precision, sets_needed, watch_of, without_cudnn
 from ddst.benchmarks.problem import PASSES, Problem

@@ -1,15 +1,16 @@
 """Lists derived from a topology tensor, made once and kept while it lives unchanged.
 
 They are kept under the tensor itself, by weak reference, and its version counter: an in-place change makes new ones.
-Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and those missing
-while a CUDA graph is captured, whose contents would exist only after its first replay. Lists are made on the stream of
-the call that needs them first; another stream has to wait for it, as for any tensor.
+Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and those
+missing while a CUDA graph is captured, whose contents would exist only after its first replay. A graph that finds its
+lists here keeps their addresses: after a change of the mask it has to be captured again. Lists are made on the stream
+of the call that needs them first; another stream has to wait for it, as for any tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,15 +30,18 @@ def cached(topology: Tensor, key: Hashable, build: Callable[[], _Lists]) -> _Lis
     """
     if topology.is_inference():
         return build()
-    known: tuple[int, dict[Hashable, Any]] = _cache.get(topology, (-1, {}))
-    version, lists = known
-    if version == topology._version and key in lists:
+    version, lists = _cache.get(topology, (None, {}))
+    if version != topology._version:
+        version, lists = topology._version, {}
+    if key in lists:
         return lists[key]
     made = build()
-    if topology.is_cuda and torch.cuda.is_current_stream_capturing():
-        return made
-    if version != topology._version:
-        lists = {}
-        _cache[topology] = (topology._version, lists)
-    lists[key] = made
+    if not _is_captured(topology):
+        lists[key] = made
+        _cache[topology] = (version, lists)
     return made
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether operations on the tensor are being captured in a CUDA graph, and do not run now."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

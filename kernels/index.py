@@ -1,10 +1,8 @@
 """Index lists of the kernels, built from a topology on its device and kept as long as it lives.
 
 All torch operations here have results of fixed size (the number of blocks is known from the topology's shape), so
-nothing waits for the device and everything may run while a CUDA graph is captured. A graph keeps the addresses of the
-lists it was captured with: after a change of the mask it has to be captured again.
-
-How long they are kept: :mod:`ddst.index_cache`.
+nothing waits for the device and everything may run while a CUDA graph is captured. :mod:`ddst.index_cache` keeps
+them.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ddst.ops.precision import tf32_allowed
+
 #: Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when they were imported).
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -98,10 +100,7 @@ def native_rows(rows: Tensor) -> Tensor:
 
 def product_precision(dtype: torch.dtype, linear: bool) -> str:
     """ "tf32" for float32 where torch allows it for linear layers or convolutions, else "ieee"."""
-    if dtype != torch.float32:
-        return "ieee"
-    chosen = torch.backends.cuda.matmul.fp32_precision if linear else torch.backends.cudnn.conv.fp32_precision
-    return "tf32" if chosen == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed(linear) else "ieee"
 
 
 def upcast(dtype: torch.dtype) -> bool:

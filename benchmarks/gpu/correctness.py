@@ -27,6 +27,7 @@ from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.environment import KINDS
 from ddst.benchmarks.gpu.problems import SHAPES, Shape, Tensors
+from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.timing import precision, watch_of, without_cudnn
 
 #: Largest relative errors: root mean square, and of the largest entry. Accumulation is in float32; the 16-bit kinds add
@@ -302,11 +303,6 @@ def _noting(report: Report, what: str) -> Iterator[None]:
             raise workers.DeviceLostError(
                 f"the rest was not checked, the device was lost at {message}", None
             ) from error
-
-
-def in_a_line(error: Exception) -> str:
-    """An error's kind and the beginning of what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def device_is_lost(error: Exception) -> bool:

@@ -15,8 +15,8 @@ import torch
 
 from ddst.benchmarks.gan_iteration import wrong_gradients
 from ddst.benchmarks.gpu.budget import Deadline
-from ddst.benchmarks.gpu.correctness import in_a_line
 from ddst.benchmarks.gpu.networks import NETWORKS, Autocast, Network, flops_of, players_of
+from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.timing import Program, Work, cudnn_benchmark, forget, precision, watch_of
 from ddst.measure import Spread
 from ddst.train.players import Players, gan_iteration

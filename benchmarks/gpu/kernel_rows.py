@@ -18,8 +18,9 @@ from torch import Tensor
 from ddst import topology
 from ddst.benchmarks.gpu import calls
 from ddst.benchmarks.gpu.budget import Deadline
-from ddst.benchmarks.gpu.correctness import compare, device_is_lost, in_a_line
+from ddst.benchmarks.gpu.correctness import compare, device_is_lost
 from ddst.benchmarks.gpu.environment import KINDS, peak_of
+from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.timing import (
     Program,
     Watch,

@@ -66,6 +66,11 @@ class Results:
         return [f"{name}: {why}" for name, part in self.parts.items() for why in part.get("wrong", [])]
 
 
+def in_a_line(error: Exception) -> str:
+    """An error's kind and the beginning of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old one or the new one, whole."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".part-", delete=False) as file:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
-from ddst.benchmarks.gpu.correctness import compare, device_is_lost, in_a_line, poisoned
+from ddst.benchmarks.gpu.correctness import compare, device_is_lost, poisoned
 from ddst.benchmarks.gpu.environment import KINDS
 from ddst.benchmarks.gpu.problems import Shape, Tensors
+from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.timing import precision
 from ddst.topology import mask_shape
 

@@ -21,7 +21,7 @@ inline void* current_stream(const char* op, int32_t device) {
   }();
   if (function == nullptr) fail(op, "this torch has no libtorch_cuda.so with aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  if (function(device, &stream) != AOTI_TORCH_SUCCESS) fail(op, "torch has no current stream on CUDA device ", device);
   return stream;
 }
 

@@ -15,6 +15,7 @@ from ..backends import Problem
 from . import cuda_gather, cuda_weight_grad
 from .cuda_gather import conv2d, conv2d_input_grad, linear, linear_input_grad
 from .cuda_weight_grad import conv2d_weight_grad, linear_weight_grad
+from .precision import tf32_allowed
 
 __all__ = [
     "conv2d",
@@ -57,11 +58,10 @@ def supports(
         return False, f"{op} is not written in CUDA C++: use backend 'triton'"
     if dtype not in cuda_gather.DTYPES:
         return False, f"dtype must be bfloat16, float16 or float32, got {dtype}"
-    if dtype == torch.float32:
-        switch = "cuda.matmul" if op.startswith("linear") else "cudnn"
-        allowed = torch.backends.cuda.matmul.allow_tf32 if switch == "cuda.matmul" else torch.backends.cudnn.allow_tf32
-        if not allowed:
-            return False, f"float32 is multiplied in TF32, and torch.backends.{switch}.allow_tf32 is False"
+    linear = op.startswith("linear")
+    if dtype == torch.float32 and not tf32_allowed(linear):
+        switch = "cuda.matmul" if linear else "cudnn"
+        return False, f"float32 is multiplied in TF32, which torch.backends.{switch}.allow_tf32 = True allows"
     if not _extension.cuda_kernels_loaded():
         return False, "libddst_cuda.so is not loaded: it needs a CUDA torch and a build with nvcc"
     facts = cuda_gather.facts(device)

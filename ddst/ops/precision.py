@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,12 @@ def compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     (torch.float32, torch.bfloat16)
     """
     return torch.float32 if device == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def tf32_allowed(linear: bool) -> bool:
+    """Whether torch lets float32 products be TF32 on CUDA devices: those of linear layers, or of convolutions.
+
+    Asked of ``fp32_precision``, which follows the older ``allow_tf32``; that one raises once the new setting is used.
+    """
+    settings: Any = torch.backends.cuda.matmul if linear else torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return settings.fp32_precision == "tf32"

@@ -17,6 +17,7 @@ import ddst
 from ddst.benchmarks.gpu import __main__ as program
 from ddst.benchmarks.gpu import results, run, timing, workers
 from ddst.benchmarks.gpu.budget import SHARES, Budget, Deadline
+from ddst.benchmarks.gpu.table import markdown
 from ddst.benchmarks.gpu.timing import HostWatch, Program, in_turn, precision
 from helpers.worker_tasks import act
 
@@ -177,6 +178,17 @@ def test_a_part_that_fails_is_wrong_and_the_next_one_runs(tmp_path: Path, capsys
     assert kept.wrong == ["host: RuntimeError: out of memory"]
     assert kept.parts["train"]["left"] == 10.0
     assert "train: 0 s, 0 wrong, no time for 1" in capsys.readouterr().out
+
+
+def test_rates_that_cannot_be_measured_keep_nothing_else_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: str) -> dict[str, Any]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(program.environment, "measure", broken)
+    known = program.surroundings("cpu")
+    assert known["device"] == "cpu" and known["versions"]["torch"] == torch.__version__
+    assert known["wrong"] == ["rates were not measured: RuntimeError: operation not permitted when stream is capturing"]
+    assert "operation not permitted" in markdown({"environment": known})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says something on machines without a GPU")

@@ -143,3 +143,16 @@ def test_lists_are_kept_until_the_topology_changes() -> None:
     with torch.inference_mode():
         inference = torch.arange(4)
         assert [index_cache.cached(inference, "a", build) for _ in range(2)] == [6, 7]
+
+
+def test_a_graph_is_captured_with_the_lists_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is built while it is captured, which has not run, is not kept."""
+    topology = torch.arange(4)
+    assert index_cache.cached(topology, "a", lambda: "warm") == "warm"
+    with monkeypatch.context() as capturing:
+        capturing.setattr(index_cache, "_is_captured", lambda tensor: True)
+        assert index_cache.cached(topology, "a", lambda: "captured") == "warm"
+        assert index_cache.cached(topology, "b", lambda: "captured") == "captured"
+        topology.add_(1)
+        assert index_cache.cached(topology, "a", lambda: "captured") == "captured"
+    assert [index_cache.cached(topology, key, lambda: "run") for key in "ab"] == ["run", "run"]

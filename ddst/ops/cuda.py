@@ -15,6 +15,7 @@ from ..backends import Problem
 from . import cuda_gather, cuda_weight_grad
 from .cuda_gather import conv2d, conv2d_input_grad, linear, linear_input_grad
 from .cuda_weight_grad import conv2d_weight_grad, linear_weight_grad
+from .tf32 import is_tf32_allowed
 
 __all__ = [
     "conv2d",
@@ -57,11 +58,6 @@ def supports(
         return False, f"{op} is not written in CUDA C++: use backend 'triton'"
     if dtype not in cuda_gather.DTYPES:
         return False, f"dtype must be bfloat16, float16 or float32, got {dtype}"
-    if dtype == torch.float32:
-        switch = "cuda.matmul" if op.startswith("linear") else "cudnn"
-        allowed = torch.backends.cuda.matmul.allow_tf32 if switch == "cuda.matmul" else torch.backends.cudnn.allow_tf32
-        if not allowed:
-            return False, f"float32 is multiplied in TF32, and torch.backends.{switch}.allow_tf32 is False"
     if not _extension.cuda_kernels_loaded():
         return False, "libddst_cuda.so is not loaded: it needs a CUDA torch and a build with nvcc"
     facts = cuda_gather.facts(device)
@@ -81,7 +77,8 @@ def supports(
     size = (max(32, shape[2]), max(32, shape[3]))
     window = cuda_gather.Window(size, (stride[0], stride[1]), (padding[0], padding[1]))
     why = cuda_gather.refusal(
-        dtype, shape, sides, window, 1, input_gradient=_GATHERS[op], large_tile=False, device=facts
+        dtype, shape, sides, window, 1, input_gradient=_GATHERS[op], large_tile=False,
+        allow_tf32=is_tf32_allowed(linear=op.startswith("linear")), device=facts,
     )  # fmt: skip
     return not why, why
 

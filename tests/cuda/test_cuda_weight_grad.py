@@ -207,8 +207,9 @@ def test_shapes_that_do_not_fit_are_named(library: Library) -> None:
         with pytest.raises(Caught, match=message):
             library.run(problem, wrong)
     geometry = problem.geometry._replace(block=(32, 8), weight_shape=(64, 16, 3, 3))
+    narrow = torch.zeros(1, 8, 8, 16, dtype=torch.bfloat16).permute(0, 3, 1, 2)
     with pytest.raises(Caught, match=r"block\[1\] is 8, expected 16, 32 or 64"):
-        library.run(replace(problem, geometry=geometry, x=problem.x[:, :16]), plan)
+        library.run(replace(problem, geometry=geometry, x=narrow), plan)
 
 
 # Small slips: each must be caught. (name, what stands in weight_grad.cuh, what is put there)
@@ -216,7 +217,8 @@ MUTATIONS = [
     ("transposed channels of a", "m * 16 + lane / 8 % 2 * 8));", "m * 16 + lane / 16 * 8));"),
     ("pixels of a", "(lane / 16 * 8 + lane % 8) * pitch", "(lane / 8 % 2 * 8 + lane % 8) * pitch"),
     ("tf32 pixels", "(lane % 4 + i / 2 * 4) * pitch", "(lane % 4 + i % 2 * 4) * pitch"),
-    ("tf32 not rounded", "dev::to_tf32(dev::load(x +", "std::uint32_t(dev::load(x.template as<int>() +"),
+    ("tf32 not rounded", "r[i] = dev::to_tf32(value)", "r[i] = dev::float_bits(value)"),
+    ("full float32 without low parts", "multiply_low(sum, a, b);", ""),
     ("next image", "image < s.images && ", ""),
     ("channels beyond the last", "present = channel < s.channels", "present = true"),
     ("right edge", "unsigned(x) < unsigned(s.width)", "unsigned(x) <= unsigned(s.width)"),
@@ -243,8 +245,9 @@ def mutation_problems() -> list[tuple[Problem, cwg.Plan, Tensor, Tensor]]:
         Problem.random(torch.bfloat16, 3, (9, 7), (72, 40, 3, 2), (16, 16), (1, 2), (1, 2), (1, 2), density=0.6),
         Problem.random(torch.bfloat16, 3, (5, 6), (69, 35, 2, 3), (64, 64), (2, 1), density=0.8),
         Problem.random(torch.float32, 2, (5, 6), (72, 40, 2, 3), (32, 16), (2, 1), (0, 1), (2, 1), density=0.6),
+        Problem.random(torch.float32, 1, (3, 4), (16, 16, 1, 1), (16, 16), density=1.0, allow_tf32=False),
     ]
-    tiles = [(1, 3, 5), (2, 2, 5), (2, 2, 3)]
+    tiles = [(1, 3, 5), (2, 2, 5), (2, 2, 3), (1, 3, 4)]
     plans = [plan_for(c)._replace(tile=tile, shares=2) for c, tile in zip(cases, tiles, strict=True)]
     return [(case, plan, *case.reference()) for case, plan in zip(cases, plans, strict=True)]
 

@@ -32,13 +32,14 @@ def fastest(rows: Sequence[dict[str, Any]], device: str) -> dict[Kind, tuple[flo
     """
     timed: dict[tuple[Kind, float, str], dict[str, dict[str, float]]] = {}
     for row in rows:
-        if row.get("wrong") or "cold" not in row or row["kind"] == "fp32":
+        if row.get("wrong") or "cold" not in row:
             continue
         layer = LAYERS[row["layer"]]
         block = (row["block"][0], row["block"][1])
         dtype: torch.dtype = KINDS[row["kind"]][0]
         sides = ((layer.kernel,) * 2, (layer.stride,) * 2)
-        kind = preferred.kind(device, layer.op + OPERATORS[row["pass"]], dtype, block, *sides)
+        op, tf32 = layer.op + OPERATORS[row["pass"]], row["kind"] == "tf32"
+        kind = preferred.kind(device, op, dtype, block, *sides, tf32=tf32)
         timed.setdefault((kind, row["density"], f"{row['layer']} {row['batch']}"), {})[row["backend"]] = row["cold"]
     wins: dict[Kind, dict[float, bool]] = {}
     for (kind, density, _), by_backend in timed.items():

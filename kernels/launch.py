@@ -100,7 +100,7 @@ def native_rows(rows: Tensor) -> Tensor:
 
 def product_precision(dtype: torch.dtype, linear: bool) -> str:
     """ "tf32" for float32 where torch allows it for linear layers or convolutions, else "ieee"."""
-    return "tf32" if dtype == torch.float32 and tf32_allowed(linear) else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed(linear=linear) else "ieee"
 
 
 def upcast(dtype: torch.dtype) -> bool:

@@ -26,14 +26,18 @@ cudaError_t launch(const GatherGeometry& g, const ddst_cuda_gather_arrays& a, cu
   return cudaGetLastError();
 }
 
-template <class T>
-cudaError_t launch_traits(bool input_gradient, bool large, const GatherGeometry& g, const ddst_cuda_gather_arrays& a,
-                          cudaStream_t stream) {
-  if (input_gradient)
-    return large ? launch<GatherTraits<T, true, true, PlainSource>>(g, a, stream)
-                 : launch<GatherTraits<T, true, false, PlainSource>>(g, a, stream);
-  return large ? launch<GatherTraits<T, false, true, PlainSource>>(g, a, stream)
-               : launch<GatherTraits<T, false, false, PlainSource>>(g, a, stream);
+template <class Number, bool kLarge>
+cudaError_t launch_direction(bool input_gradient, const GatherGeometry& g, const ddst_cuda_gather_arrays& a,
+                             cudaStream_t stream) {
+  return input_gradient ? launch<GatherTraits<Number, true, kLarge, PlainSource>>(g, a, stream)
+                        : launch<GatherTraits<Number, false, kLarge, PlainSource>>(g, a, stream);
+}
+
+template <class Number>
+cudaError_t launch_tile(bool input_gradient, bool large, const GatherGeometry& g, const ddst_cuda_gather_arrays& a,
+                        cudaStream_t stream) {
+  return large ? launch_direction<Number, true>(input_gradient, g, a, stream)
+               : launch_direction<Number, false>(input_gradient, g, a, stream);
 }
 
 }  // namespace
@@ -45,11 +49,14 @@ int ddst_cuda_conv2d_gather(int dtype, bool input_gradient, bool large_tile, con
   const auto on = static_cast<cudaStream_t>(stream);
   switch (dtype) {
     case DDST_CUDA_BFLOAT16:
-      return cuda::launch_traits<dev::bf16>(input_gradient, large_tile, *geometry, *arrays, on);
+      return cuda::launch_tile<dev::bf16>(input_gradient, large_tile, *geometry, *arrays, on);
     case DDST_CUDA_FLOAT16:
-      return cuda::launch_traits<dev::fp16>(input_gradient, large_tile, *geometry, *arrays, on);
+      return cuda::launch_tile<dev::fp16>(input_gradient, large_tile, *geometry, *arrays, on);
     case DDST_CUDA_TFLOAT32:
-      return cuda::launch_traits<float>(input_gradient, large_tile, *geometry, *arrays, on);
+      return cuda::launch_tile<float>(input_gradient, large_tile, *geometry, *arrays, on);
+    case DDST_CUDA_FLOAT32:
+      return large_tile ? cudaErrorInvalidValue
+                        : cuda::launch_direction<cuda::tf32x3, false>(input_gradient, *geometry, *arrays, on);
   }
   return cudaErrorInvalidValue;
 }

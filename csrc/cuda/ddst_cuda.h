@@ -2,7 +2,14 @@
 #pragma once
 #include <stdint.h>
 
-enum { DDST_CUDA_BFLOAT16 = 0, DDST_CUDA_FLOAT16 = 1, DDST_CUDA_TFLOAT32 = 2 /* float32, multiplied as TF32 */ };
+enum {
+  DDST_CUDA_BFLOAT16 = 0,
+  DDST_CUDA_FLOAT16 = 1,
+  DDST_CUDA_TFLOAT32 = 2,  // float32, multiplied as TF32
+  DDST_CUDA_FLOAT32 = 3,   // float32, multiplied in full precision
+};
+
+inline int ddst_cuda_element_bytes(int dtype) { return dtype >= DDST_CUDA_TFLOAT32 ? 4 : 2; }
 
 // A block-sparse convolution, dilation 1. Its tensors are dense NHWC memory at addresses that are multiples of 16.
 struct ddst_cuda_conv2d_problem {

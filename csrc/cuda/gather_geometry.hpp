@@ -95,11 +95,13 @@ inline void set_pixel_tile(GatherGeometry& g, const GatherTile& tile, int log_ro
 // Fills `g` and returns "", or says why the kernel cannot run the problem.
 inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input_gradient, const GatherTile& tile,
                                    int shared_limit, GatherGeometry& g) {
-  const int element_bytes = p.dtype == DDST_CUDA_TFLOAT32 ? 4 : 2, vector = 16 / element_bytes;
+  const int element_bytes = ddst_cuda_element_bytes(p.dtype), vector = 16 / element_bytes;
   const auto text = [](int a, int b) { return std::to_string(a) + " x " + std::to_string(b); };
   const auto side = [](int b) { return b == 16 || b == 32 || b == 64; };
   const auto stride = [](int s) { return s == 1 || s == 2; };
-  if (p.dtype < 0 || p.dtype > DDST_CUDA_TFLOAT32) return "dtype must be bfloat16, float16 or float32";
+  if (p.dtype < 0 || p.dtype > DDST_CUDA_FLOAT32) return "dtype must be bfloat16, float16 or float32";
+  if (p.dtype == DDST_CUDA_FLOAT32 && tile.channels > gather_tile(false, 4).channels)
+    return "float32 in full precision has no large tile";  // its registers would not do
   if (!side(p.block_out) || !side(p.block_in))
     return "block must have sides of 16, 32 or 64, got " + text(p.block_out, p.block_in);
   if (!stride(p.stride_y) || !stride(p.stride_x)) return "stride must be 1 or 2, got " + text(p.stride_y, p.stride_x);

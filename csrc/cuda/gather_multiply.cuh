@@ -6,11 +6,14 @@
 
 namespace ddst::cuda {
 
-// One m16 x k16 x n16 product. A pixel fragment holds 16 pixels x 16 channels, a weight fragment a granule.
-template <class T>
+// One m16 x k16 x n16 product. A pixel fragment holds 16 pixels x 16 channels, a weight fragment a granule: as loaded
+// while another one is multiplied, then as multiplied.
+template <class Number>
 struct Fragments {  // 16-bit floats: one m16n8k16 step for each half of the granule
   using Pixels = std::uint32_t[4];
+  using LoadedWeights = std::uint32_t[4];
   using Weights = std::uint32_t[4];
+  using T = Number;
   // `pixel`: the patch slot of pixel lane % 16. Matrices: (pixel 0, k 0), (8, 0), (0, 8), (8, 8).
   static DDST_DEVICE void load_pixels(Pixels& a, dev::shared_ptr<T> patch, int pixel, int lane) {
     dev::ldmatrix_x4(a, patch + swizzled<2>(pixel, lane / 16) * 8);
@@ -23,6 +26,7 @@ struct Fragments {  // 16-bit floats: one m16n8k16 step for each half of the gra
     else
       dev::ldmatrix_x4(b, granule + swizzled<2>(lane / 16 * 8 + lane % 8, lane / 8 % 2) * 8);
   }
+  static DDST_DEVICE void prepare(Weights& b, const LoadedWeights& loaded) { std::memcpy(b, loaded, sizeof b); }
   static DDST_DEVICE void multiply(float (&c)[2][4], const Pixels& a, const Weights& b) {
     DDST_UNROLL
     for (int n = 0; n < 2; ++n) {
@@ -32,24 +36,15 @@ struct Fragments {  // 16-bit floats: one m16n8k16 step for each half of the gra
   }
 };
 
-template <>
-struct Fragments<float> {  // TF32: two k8 steps for each half
-  using Pixels = std::uint32_t[2][4];
-  using Weights = std::uint32_t[2][4];
-  template <class Registers>
-  static DDST_DEVICE void round(Registers& r) {
+// float32, two k8 steps for each half: [step][register], as it is stored.
+struct LoadedFloats {
+  using Registers = std::uint32_t[2][4];
+  static DDST_DEVICE void load_pixels(Registers& a, dev::shared_ptr<float> patch, int pixel, int lane) {
     DDST_UNROLL
-    for (int i = 0; i < 4; ++i) r[i] = dev::to_tf32(dev::float_of(r[i]));
-  }
-  static DDST_DEVICE void load_pixels(Pixels& a, dev::shared_ptr<float> patch, int pixel, int lane) {
-    DDST_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      dev::ldmatrix_x4(a[k], patch + swizzled<4>(pixel, k * 2 + lane / 16) * 4);
-      round(a[k]);
-    }
+    for (int k = 0; k < 2; ++k) dev::ldmatrix_x4(a[k], patch + swizzled<4>(pixel, k * 2 + lane / 16) * 4);
   }
   template <bool kTransposed>
-  static DDST_DEVICE void load_weights(Weights& b, dev::shared_ptr<float> granule, int lane) {
+  static DDST_DEVICE void load_weights(Registers& b, dev::shared_ptr<float> granule, int lane) {
     DDST_UNROLL
     for (int k = 0; k < 2; ++k) {
       if constexpr (kTransposed) {  // ldmatrix transposes 16-bit elements only
@@ -61,9 +56,29 @@ struct Fragments<float> {  // TF32: two k8 steps for each half
       } else {
         dev::ldmatrix_x4(b[k], granule + swizzled<4>(lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2) * 4);
       }
-      round(b[k]);
     }
   }
+};
+
+template <>
+struct Fragments<float> {  // TF32
+  using Pixels = LoadedFloats::Registers;
+  using LoadedWeights = LoadedFloats::Registers;
+  using Weights = LoadedFloats::Registers;
+  static DDST_DEVICE void round(LoadedFloats::Registers& r) {
+    DDST_UNROLL
+    for (int i = 0; i < 8; ++i) r[i / 4][i % 4] = dev::to_tf32(dev::float_of(r[i / 4][i % 4]));
+  }
+  static DDST_DEVICE void load_pixels(Pixels& a, dev::shared_ptr<float> patch, int pixel, int lane) {
+    LoadedFloats::load_pixels(a, patch, pixel, lane);
+    round(a);
+  }
+  template <bool kTransposed>
+  static DDST_DEVICE void load_weights(LoadedWeights& b, dev::shared_ptr<float> granule, int lane) {
+    LoadedFloats::load_weights<kTransposed>(b, granule, lane);
+    round(b);
+  }
+  static DDST_DEVICE void prepare(Weights& b, const LoadedWeights& loaded) { std::memcpy(b, loaded, sizeof b); }
   static DDST_DEVICE void multiply(float (&c)[2][4], const Pixels& a, const Weights& b) {
     DDST_UNROLL
     for (int k = 0; k < 2; ++k) {
@@ -72,6 +87,38 @@ struct Fragments<float> {  // TF32: two k8 steps for each half
         const std::uint32_t half[2] = {b[k][2 * n], b[k][2 * n + 1]};
         dev::mma_m16n8k8_tf32(c[n], a[k], half);
       }
+    }
+  }
+};
+
+template <>
+struct Fragments<tf32x3> {
+  using Pixels = Split<4>[2];
+  using LoadedWeights = LoadedFloats::Registers;
+  using Weights = Split<2>[2][2];  // [step][half]
+  static DDST_DEVICE void load_pixels(Pixels& a, dev::shared_ptr<float> patch, int pixel, int lane) {
+    LoadedFloats::Registers loaded;
+    LoadedFloats::load_pixels(loaded, patch, pixel, lane);
+    DDST_UNROLL
+    for (int i = 0; i < 8; ++i) a[i / 4].set(i % 4, dev::float_of(loaded[i / 4][i % 4]));
+  }
+  template <bool kTransposed>
+  static DDST_DEVICE void load_weights(LoadedWeights& b, dev::shared_ptr<float> granule, int lane) {
+    LoadedFloats::load_weights<kTransposed>(b, granule, lane);
+  }
+  static DDST_DEVICE void prepare(Weights& b, const LoadedWeights& loaded) {
+    DDST_UNROLL
+    for (int i = 0; i < 8; ++i) b[i / 4][i / 2 % 2].set(i % 2, dev::float_of(loaded[i / 4][i % 4]));
+  }
+  static DDST_DEVICE void multiply(float (&c)[2][4], const Pixels& a, const Weights& b) {
+    DDST_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      float sum[4] = {};
+      DDST_UNROLL
+      for (int k = 0; k < 2; ++k) multiply_low(sum, a[k], b[k][n]);
+      DDST_UNROLL
+      for (int k = 0; k < 2; ++k) dev::mma_m16n8k8_tf32(sum, a[k].high, b[k][n].high);
+      add(c[n], sum);
     }
   }
 };
@@ -91,9 +138,9 @@ template <class Traits, int kFirst, int kCount>
 DDST_DEVICE void multiply_tap(Accumulators<Traits>& acc, dev::shared_ptr<typename Traits::T> patch,
                               dev::shared_ptr<typename Traits::T> granule, std::uint32_t mask, const WarpPixels& pixels,
                               int shift) {
-  using F = Fragments<typename Traits::T>;
+  using F = Fragments<typename Traits::Number>;
   const int lane = dev::thread_index() & 31;
-  typename F::Weights next;
+  typename F::LoadedWeights next;
   F::template load_weights<Traits::kTransposed>(next, granule, lane);
   typename F::Pixels a[kCount];
   DDST_UNROLL
@@ -105,7 +152,7 @@ DDST_DEVICE void multiply_tap(Accumulators<Traits>& acc, dev::shared_ptr<typenam
   for (int o = 0; o < Traits::kGranules; ++o) {
     if (!(mask >> o & 1)) continue;
     typename F::Weights b;
-    std::memcpy(b, next, sizeof b);
+    F::prepare(b, next);
     granule = granule + (mask >> o > 1 ? Traits::kGranuleElements : 0);  // the last one again, rather than a branch
     F::template load_weights<Traits::kTransposed>(next, granule, lane);
     DDST_UNROLL

@@ -1,7 +1,10 @@
 // Copies of the gather kernel: the patch of pixels, the active weight blocks and the records that list them.
 #pragma once
+#include <type_traits>
+
 #include "device/primitives.cuh"
 #include "gather_geometry.hpp"
+#include "tf32x3.cuh"
 
 namespace ddst::cuda {
 
@@ -17,20 +20,21 @@ struct GatherParams {
   GatherLayout layout;
 };
 
-// T: the type of the tensors; float is multiplied as TF32. kTransposed: the input gradient. Source: what a source pixel
-// goes through before it is multiplied.
-template <class T_, bool kTransposed_, bool kLarge, class Source_>
+// Number: what is multiplied (tf32x3.cuh), T: the type of the tensors. kTransposed: the input gradient. Source: what a
+// source pixel goes through before it is multiplied.
+template <class Number_, bool kTransposed_, bool kLarge, class Source_>
 struct GatherTraits {
-  using T = T_;
+  using Number = Number_;
+  using T = stored_t<Number>;
   using Source = Source_;
   static constexpr bool kTransposed = kTransposed_;
   static constexpr GatherTile kTile = gather_tile(kLarge, sizeof(T));
   static constexpr int kStages = kTile.stages, kThreads = kTile.threads(), kRecords = kTile.records();
-  static constexpr int kMinBlocks = kLarge ? 1 : sizeof(T) == 2 ? 4 : 3;  // per multiprocessor
-  static constexpr int kGranules = kTile.channels / kSlice;               // of 16 output channels
-  static constexpr int kPixelTiles = 2;                                   // of 16 pixels, per warp
-  static constexpr int kVector = 16 / int(sizeof(T));                     // elements in 16 bytes
-  static constexpr int kChunks = kSlice / kVector;  // 16-byte chunks of a pixel, or of a row of a granule
+  static constexpr int kMinBlocks = kLarge ? 1 : sizeof(T) == 2 ? 4 : std::is_same_v<Number, float> ? 3 : 2;  // per SM
+  static constexpr int kGranules = kTile.channels / kSlice;  // of 16 output channels
+  static constexpr int kPixelTiles = 2;                      // of 16 pixels, per warp
+  static constexpr int kVector = 16 / int(sizeof(T));        // elements in 16 bytes
+  static constexpr int kChunks = kSlice / kVector;           // 16-byte chunks of a pixel, or of a row of a granule
   static constexpr int kGranuleElements = kSlice * kSlice;
 };
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../topology.hpp"
+#include "ddst_cuda.h"
 #include "device.h"
 
 namespace ddst::cuda {
@@ -33,6 +34,20 @@ inline int64_t shared_limit(const char* op, int32_t device) {
   int bytes = 0;
   check_launch(op, ddst_cuda_shared_limit(device, &bytes));
   return bytes;
+}
+
+// DDST_CUDA_... of a tensor. allow_tf32: whether products of float32 may be TF32.
+inline int dtype_code(const char* op, const Tensor& t, bool allow_tf32) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DDST_CUDA_BFLOAT16;
+    case ScalarType::Half:
+      return DDST_CUDA_FLOAT16;
+    case ScalarType::Float:
+      return allow_tf32 ? DDST_CUDA_TFLOAT32 : DDST_CUDA_FLOAT32;
+    default:
+      fail(op, "input has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected BFloat16, Half or Float");
+  }
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, int32_t device) {

@@ -13,19 +13,6 @@ namespace {
 
 constexpr const char* kOp = "conv2d_gather";
 
-int dtype_code(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return DDST_CUDA_BFLOAT16;
-    case ScalarType::Half:
-      return DDST_CUDA_FLOAT16;
-    case ScalarType::Float:
-      return DDST_CUDA_TFLOAT32;
-    default:
-      fail(kOp, "input has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected BFloat16, Half or Float");
-  }
-}
-
 int out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
   const int64_t room = size + 2 * padding - kernel;
   return room < 0 ? 0 : static_cast<int>(room / stride + 1);
@@ -58,7 +45,7 @@ std::string conv2d_gather_refusal(const Ints& weight_shape, const Ints& block, i
   const WeightGrid grid = grid_of_block(kOp, block, weight_shape, 4);
   const auto problem = describe(grid, images, input_size, stride, padding, static_cast<int>(dtype));
   GatherGeometry geometry;
-  const GatherTile tile = gather_tile(large_tile, dtype == DDST_CUDA_TFLOAT32 ? 4 : 2);
+  const GatherTile tile = gather_tile(large_tile, ddst_cuda_element_bytes(problem.dtype));
   return gather_geometry(problem, input_gradient, tile, static_cast<int>(shared_bytes), geometry);
 }
 
@@ -66,12 +53,12 @@ std::string conv2d_gather_refusal(const Ints& weight_shape, const Ints& block, i
 Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& records,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, const Ints& weight_shape,
                      const Ints& input_size, const Ints& stride, const Ints& padding, bool input_gradient, bool relu,
-                     bool large_tile) {
+                     bool large_tile, bool allow_tf32) {
   if (values.dim() != 3) fail(kOp, "values has shape ", shape_text(values), ", expected [nnz, b_out, b_in]");
   const WeightGrid grid = grid_of_block(kOp, {values.size(1), values.size(2)}, weight_shape, 4);
   const int32_t device = input.get_device_index();
   check_channels_last(kOp, "input", input, device);
-  const auto problem = describe(grid, input.size(0), input_size, stride, padding, dtype_code(input));
+  const auto problem = describe(grid, input.size(0), input_size, stride, padding, dtype_code(kOp, input, allow_tf32));
   const Ints forward_shape{problem.images, problem.in_channels, problem.height, problem.width};
   const Ints result_shape{problem.images, problem.out_channels, problem.out_height, problem.out_width};
   const Ints& written = input_gradient ? forward_shape : result_shape;
@@ -94,7 +81,7 @@ Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& re
   }
 
   GatherGeometry g;
-  const GatherTile tile = gather_tile(large_tile, problem.dtype == DDST_CUDA_TFLOAT32 ? 4 : 2);
+  const GatherTile tile = gather_tile(large_tile, ddst_cuda_element_bytes(problem.dtype));
   const auto why = gather_geometry(problem, input_gradient, tile, static_cast<int>(shared_limit(kOp, device)), g);
   if (!why.empty()) fail(kOp, why);
   const int64_t lines = int64_t{g.phases_y} * g.phases_x * g.groups * g.in_blocks;
@@ -121,7 +108,8 @@ Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& re
 STABLE_TORCH_LIBRARY_FRAGMENT(ddst_cuda, m) {
   m.def(
       "conv2d_gather(Tensor input, Tensor values, Tensor records, Tensor? bias, Tensor? residual, int[] weight_shape, "
-      "int[] input_size, int[] stride, int[] padding, bool input_gradient, bool relu, bool large_tile) -> Tensor");
+      "int[] input_size, int[] stride, int[] padding, bool input_gradient, bool relu, bool large_tile, "
+      "bool allow_tf32) -> Tensor");
   m.def(
       "conv2d_gather_refusal(int[] weight_shape, int[] block, int images, int[] input_size, int[] stride, "
       "int[] padding, int dtype, bool input_gradient, bool large_tile, int shared_bytes) -> str");

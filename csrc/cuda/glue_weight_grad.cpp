@@ -11,24 +11,11 @@ namespace {
 
 constexpr const char* kOp = "conv2d_weight_grad";
 
-int dtype_code(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return DDST_CUDA_BFLOAT16;
-    case ScalarType::Half:
-      return DDST_CUDA_FLOAT16;
-    case ScalarType::Float:
-      return DDST_CUDA_TFLOAT32;
-    default:
-      fail(kOp, "input has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected BFloat16, Half or Float");
-  }
-}
-
 // The entries of block_row, block_col, block_tap and units are trusted: reading them would wait for the device.
 Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& block_row,
                           const Tensor& block_col, const Tensor& block_tap, const Tensor& units,
                           const Ints& weight_shape, const Ints& block, const Ints& stride, const Ints& padding,
-                          const Ints& dilation, const Ints& band, const Ints& tile, int64_t shares) {
+                          const Ints& dilation, const Ints& band, const Ints& tile, int64_t shares, bool allow_tf32) {
   const WeightGrid grid = grid_of_block(kOp, block, weight_shape, 4);
   check_ints(kOp, "stride", stride, 2, 1);
   check_ints(kOp, "padding", padding, 2, 0);
@@ -37,7 +24,7 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   check_ints(kOp, "tile", tile, 3, 1);
   check_ints(kOp, "shares", {shares}, 1, 1);
 
-  const int dtype = dtype_code(input);
+  const int dtype = dtype_code(kOp, input, allow_tf32);
   const int32_t device = input.get_device_index();
   check_channels_last(kOp, "input", input, device);
   check_channels_last(kOp, "grad_output", grad_output, device);
@@ -63,7 +50,7 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   s.tile_images = narrow(tile[0]), s.tile_h = narrow(tile[1]), s.tile_w = narrow(tile[2]);
   s.shares = narrow(shares);
 
-  const int element_bytes = dtype == DDST_CUDA_TFLOAT32 ? 4 : 2;
+  const int element_bytes = ddst_cuda_element_bytes(dtype);
   std::string error = weight_grad_error(s, element_bytes, shared_limit(kOp, device));
   if (!error.empty()) fail(kOp, error);
   const int64_t group_units = weight_grad_group_units(s);
@@ -97,7 +84,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ddst_cuda, m) {
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor block_row, Tensor block_col, Tensor block_tap, "
       "Tensor units, int[] weight_shape, int[] block, int[] stride, int[] padding, int[] dilation, int[] band, "
-      "int[] tile, int shares) -> Tensor");
+      "int[] tile, int shares, bool allow_tf32) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ddst_cuda, CUDA, m) {
   m.impl("conv2d_weight_grad", TORCH_BOX(&ddst::cuda::conv2d_weight_grad));

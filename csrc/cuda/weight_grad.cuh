@@ -10,7 +10,10 @@
 // in order, so that the same call gives the same bits.
 #pragma once
 
+#include <type_traits>
+
 #include "device/primitives.cuh"
+#include "tf32x3.cuh"
 #include "weight_grad_shape.hpp"
 
 namespace ddst::cuda {
@@ -37,8 +40,11 @@ struct Unit {
 };
 
 // Fragments of both operands for one step of kStep pixels: `a` is gy transposed, `b` is x.
-template <class T>
+template <class Number>
 struct Fragments {  // bf16, fp16
+  using T = Number;
+  using A = std::uint32_t[4];
+  using B = std::uint32_t[2];
   static constexpr int kStep = 16;
 
   // Matrices: (channel, pixel), (channel + 8, pixel), (channel, pixel + 8), (channel + 8, pixel + 8).
@@ -70,17 +76,28 @@ struct Fragments {  // bf16, fp16
   }
 };
 
-template <>
-struct Fragments<float> {  // tf32, rounded to nearest; ldmatrix transposes 16-bit elements only
+template <class Number>
+struct FloatFragments {  // float32; ldmatrix transposes 16-bit elements only
+  static constexpr bool kThree = std::is_same_v<Number, tf32x3>;
+  using A = std::conditional_t<kThree, Split<4>, std::uint32_t[4]>;
+  using B = std::conditional_t<kThree, Split<2>, std::uint32_t[2]>;
   static constexpr int kStep = 8;
 
+  template <int kCount>
+  static DDST_DEVICE void set(Split<kCount>& r, int i, float value) {
+    r.set(i, value);
+  }
+  template <int kCount>
+  static DDST_DEVICE void set(std::uint32_t (&r)[kCount], int i, float value) {
+    r[i] = dev::to_tf32(value);
+  }
   template <int kM>
-  static DDST_DEVICE void load_a(std::uint32_t (&a)[kM][4], dev::shared_ptr<float> gy, int pitch, int lane) {
+  static DDST_DEVICE void load_a(A (&a)[kM], dev::shared_ptr<float> gy, int pitch, int lane) {
     DDST_UNROLL
     for (int m = 0; m < kM; ++m) {
       DDST_UNROLL
       for (int i = 0; i < 4; ++i) {
-        a[m][i] = dev::to_tf32(dev::load(gy + ((lane % 4 + i / 2 * 4) * pitch + m * 16 + lane / 4 + i % 2 * 8)));
+        set(a[m], i, dev::load(gy + ((lane % 4 + i / 2 * 4) * pitch + m * 16 + lane / 4 + i % 2 * 8)));
       }
     }
   }
@@ -91,17 +108,28 @@ struct Fragments<float> {  // tf32, rounded to nearest; ldmatrix transposes 16-b
         : offset{pixel_offset(lane % 4), pixel_offset(lane % 4 + 4)} {}
   };
   template <int kN>
-  static DDST_DEVICE void load_b(std::uint32_t (&b)[kN][2], dev::shared_ptr<float> x, const Place& place, int lane) {
+  static DDST_DEVICE void load_b(B (&b)[kN], dev::shared_ptr<float> x, const Place& place, int lane) {
     DDST_UNROLL
     for (int n = 0; n < kN; ++n) {
       DDST_UNROLL
-      for (int i = 0; i < 2; ++i) b[n][i] = dev::to_tf32(dev::load(x + (place.offset[i] + n * 8 + lane / 4)));
+      for (int i = 0; i < 2; ++i) set(b[n], i, dev::load(x + (place.offset[i] + n * 8 + lane / 4)));
     }
   }
-  static DDST_DEVICE void multiply(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-    dev::mma_m16n8k8_tf32(c, a, b);
+  static DDST_DEVICE void multiply(float (&c)[4], const A& a, const B& b) {
+    if constexpr (kThree) {
+      float sum[4] = {};
+      multiply_low(sum, a, b);
+      dev::mma_m16n8k8_tf32(sum, a.high, b.high);
+      add(c, sum);
+    } else {
+      dev::mma_m16n8k8_tf32(c, a, b);
+    }
   }
 };
+template <>
+struct Fragments<float> : FloatFragments<float> {};
+template <>
+struct Fragments<tf32x3> : FloatFragments<tf32x3> {};
 
 // A place in a tile or patch as one int: image, row and column within it, ten bits each; negative: none.
 DDST_DEVICE int pack_place(int image, int y, int x) { return image << 20 | y << 10 | x; }
@@ -165,8 +193,9 @@ struct UnitPlace {
   DDST_DEVICE bool same_gy(UnitPlace other) const { return ((packed ^ other.packed) & 15) == 0; }
 };
 
-template <class T, class U>
+template <class Number, class U>
 struct WeightGrad {
+  using T = stored_t<Number>;
   using Params = WeightGradParams<T>;
 
   static DDST_DEVICE void fill_tables(const Params& p, dev::shared_ptr<int> patch_places,
@@ -200,18 +229,18 @@ struct WeightGrad {
   static DDST_DEVICE void multiply_tile(const Params& p, dev::shared_ptr<T> gy, dev::shared_ptr<T> x,
                                         dev::shared_ptr<int> tile_offsets, const UnitPlace (&places)[U::kCount],
                                         float (&acc)[U::kCount][U::kM][U::kN][4]) {
-    using F = Fragments<T>;
+    using F = Fragments<Number>;
     const int lane = dev::thread_index() % 32;
     for (int k = 0; k < p.sizes.pixels; k += F::kStep) {
       const typename F::Place place([&](int pixel) { return dev::load(tile_offsets + (k + pixel)); }, lane);
-      std::uint32_t a[U::kM][4];
+      typename F::A a[U::kM];
       DDST_UNROLL
       for (int u = 0; u < U::kCount; ++u) {
         if (!places[u].present()) break;  // the same for the whole warp, as is the next condition
         if (u == 0 || !places[u].same_gy(places[u - 1])) {
           F::load_a(a, gy + (k * p.sizes.grad_pitch + places[u].gy()), p.sizes.grad_pitch, lane);
         }
-        std::uint32_t b[U::kN][2];
+        typename F::B b[U::kN];
         F::load_b(b, x + places[u].x(), place, lane);
         DDST_UNROLL
         for (int m = 0; m < U::kM; ++m) {
@@ -283,11 +312,11 @@ struct WeightGrad {
   }
 };
 
-// Grid: x = groups, y = shares.
-template <class T, class U>
-DDST_KERNEL(kWeightGradThreads)
-weight_grad(const WeightGradParams<T> p) {
-  WeightGrad<T, U>::run(p);
+// Grid: x = groups, y = shares. Blocks of threads per multiprocessor: the split operands of tf32x3 leave room for one.
+template <class Number, class U>
+DDST_KERNEL(kWeightGradThreads, std::is_same_v<Number, tf32x3> ? 1 : 2)
+weight_grad(const WeightGradParams<stored_t<Number>> p) {
+  WeightGrad<Number, U>::run(p);
 }
 
 DDST_DEVICE void store_element(dev::global_ptr<float> to, float value) { dev::store(to, value); }

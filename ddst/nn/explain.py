@@ -15,7 +15,7 @@ from ..backends import BACKENDS, Problem, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
 from ..ops import preferred
 from ..ops.conv2d import resolve_padding
-from ..ops.precision import compute_dtype
+from ..ops.precision import compute_dtype, tf32_allowed
 from .base import SparseLayer
 from .conv2d import SparseConv2d
 
@@ -180,6 +180,7 @@ def cuda_preference(layer: SparseLayer, problem: Problem, device: torch.device) 
             layer.block,
             problem.kernel,
             problem.stride,
+            tf32=tf32_allowed(linear=problem.linear),
         )
         found[name] = preferred.is_cuda_preferred(kind, layer.density)[1]
     return "; ".join(f"{name}: {reason}" for name, reason in found.items())

@@ -58,10 +58,6 @@ def supports(
         return False, f"{op} is not written in CUDA C++: use backend 'triton'"
     if dtype not in cuda_gather.DTYPES:
         return False, f"dtype must be bfloat16, float16 or float32, got {dtype}"
-    linear = op.startswith("linear")
-    if dtype == torch.float32 and not tf32_allowed(linear):
-        switch = "cuda.matmul" if linear else "cudnn"
-        return False, f"float32 is multiplied in TF32, which torch.backends.{switch}.allow_tf32 = True allows"
     if not _extension.cuda_kernels_loaded():
         return False, "libddst_cuda.so is not loaded: it needs a CUDA torch and a build with nvcc"
     facts = cuda_gather.facts(device)
@@ -81,7 +77,8 @@ def supports(
     size = (max(32, shape[2]), max(32, shape[3]))
     window = cuda_gather.Window(size, (stride[0], stride[1]), (padding[0], padding[1]))
     why = cuda_gather.refusal(
-        dtype, shape, sides, window, 1, input_gradient=_GATHERS[op], large_tile=False, device=facts
+        dtype, shape, sides, window, 1, input_gradient=_GATHERS[op], large_tile=False,
+        allow_tf32=tf32_allowed(linear=op.startswith("linear")), device=facts,
     )  # fmt: skip
     return not why, why
 

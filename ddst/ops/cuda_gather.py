@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .. import topology as tp
 from ..index_cache import cached
+from .precision import tf32_allowed
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of DDST_CUDA_… in csrc/cuda/ddst_cuda.h
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILE_PIXELS, _TILE_CHANNELS = {True: 256, False: 128}, {True: 128, False: 64}  # by large_tile, as gather_tile()
 _GRANULE, _HEADER = 16, 4  # kSlice, kRecordHeader of csrc/cuda/gather_geometry.hpp
 
@@ -90,6 +91,15 @@ def gather_records(
     return records.view(lines, ints)
 
 
+def dtype_code(dtype: torch.dtype, allow_tf32: bool) -> int:
+    """``DDST_CUDA_…`` of csrc/cuda/ddst_cuda.h.
+
+    >>> dtype_code(torch.bfloat16, True), dtype_code(torch.float32, True), dtype_code(torch.float32, False)
+    (0, 2, 3)
+    """
+    return DTYPES.index(dtype) + (dtype == torch.float32 and not allow_tf32)
+
+
 @lru_cache(maxsize=4096)
 def refusal(
     dtype: torch.dtype,
@@ -100,12 +110,13 @@ def refusal(
     *,
     input_gradient: bool,
     large_tile: bool,
+    allow_tf32: bool,
     device: Device,
 ) -> str:
     """Why the kernel cannot run this on the device, from the kernel's own geometry; empty if it can."""
     return torch.ops.ddst_cuda.conv2d_gather_refusal(
         list(weight_shape), list(block), images, list(window.input_size), list(window.stride), list(window.padding),
-        DTYPES.index(dtype), input_gradient, large_tile, device.shared_bytes,
+        dtype_code(dtype, allow_tf32), input_gradient, large_tile, device.shared_bytes,
     )  # fmt: skip
 
 
@@ -118,18 +129,18 @@ def _large_tile(
     images: int,
     pixels: int,
     input_gradient: bool,
+    allow_tf32: bool,
     device: Device,
 ) -> bool:
     """Whether to take the large tile: where it fits and occupies three of four multiprocessors; unmeasured."""
     channels = weight_shape[1] if input_gradient else weight_shape[0]
     tiles = pixels // _TILE_PIXELS[True] * -(-channels // _TILE_CHANNELS[True])
-    return (
-        channels > _TILE_CHANNELS[False]
-        and 4 * tiles >= 3 * device.multiprocessors
-        and not refusal(
-            dtype, weight_shape, block, window, images, input_gradient=input_gradient, large_tile=True, device=device
-        )
-    )
+    if channels <= _TILE_CHANNELS[False] or 4 * tiles < 3 * device.multiprocessors:
+        return False
+    return not refusal(
+        dtype, weight_shape, block, window, images,
+        input_gradient=input_gradient, large_tile=True, allow_tf32=allow_tf32, device=device,
+    )  # fmt: skip
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -155,14 +166,15 @@ def _gather(
     *,
     input_gradient: bool,
     relu: bool,
+    linear: bool,
 ) -> Tensor:
     shape, block, images = tuple(weight_shape), (values.shape[1], values.shape[2]), input.shape[0]
     channels, pixels = shape[1 if input_gradient else 0], images * output_size[0] * output_size[1]
     if pixels == 0:
         output = input.new_empty(images, *output_size, channels)
     else:
-        device = facts(input.device)
-        large = _large_tile(input.dtype, shape, block, window, images, pixels, input_gradient, device)
+        device, allow_tf32 = facts(input.device), tf32_allowed(linear=linear)
+        large = _large_tile(input.dtype, shape, block, window, images, pixels, input_gradient, allow_tf32, device)
         tile = _TILE_CHANNELS[large]
         phases = window.stride if input_gradient else (1, 1)
         rows, cols, _ = tp.grid(shape, block)
@@ -178,7 +190,7 @@ def _gather(
             _dense_channels_last(input), _dense(values), records.view(-1),
             None if bias is None else _dense(bias), None if residual is None else _dense_channels_last(residual),
             list(shape), list(window.input_size), list(window.stride), list(window.padding),
-            input_gradient, relu, large,
+            input_gradient, relu, large, allow_tf32,
         )  # fmt: skip
     output = output.permute(0, 3, 1, 2)
     return output if channels_last else output.contiguous()
@@ -197,16 +209,18 @@ def conv2d(
     *,
     relu: bool = False,
     residual: Tensor | None = None,
+    linear: bool = False,
 ) -> Tensor:
     """``y = act(bias[o] + residual + Σ_{active blocks} W[o, c, t] · x[n, c, p · stride - padding + t])``.
 
     Args:
-        input: ``[N, C_in, H, W]`` on a CUDA device; bfloat16, float16, or float32, which is multiplied in TF32. Other
-            memory than channels_last is copied.
+        input: ``[N, C_in, H, W]`` on a CUDA device; bfloat16, float16 or float32. Other memory than channels_last is
+            copied.
         values: packed weight ``[nnz, b_out, b_in]`` with sides of 16, 32 or 64; bias: ``[C_out]`` or None.
         topology: int32 vector (:mod:`ddst.topology`).
         stride: 1 or 2; dilation: 1 only; kernels of at most 16 taps.
         channels_last: memory format of the result. residual: of the result's shape, added before the ReLU.
+        linear: whether it stands for a linear layer, for which torch has a setting of its own as to TF32.
 
     Returns:
         ``[N, C_out, H_out, W_out]`` in the input's dtype.
@@ -214,14 +228,18 @@ def conv2d(
     Raises:
         ValueError: an argument does not fit; `ddst.ops.cuda.supports` tells beforehand.
 
-    Numerics: sums in float32, in an order that depends on shapes and mask alone: the same call, the same bits.
+    Numerics: sums in float32, in an order that depends on shapes and mask alone: the same call, the same bits. float32
+    is multiplied in TF32 where torch allows it (`ddst.ops.precision`), else in full precision as three products of TF32
+    ("3xTF32", csrc/cuda/tf32x3.cuh): relative error of a product below 2⁻²⁰, sums rounded; infinities and NaN as in
+    float32, but above 3.4·10³⁸ (the largest TF32 number) a number may count as infinite. It takes three times as long
+    as TF32 where multiplication is the limit.
     """
     _check_dilation(dilation)
     window = Window((input.shape[2], input.shape[3]), (stride[0], stride[1]), (padding[0], padding[1]))
     out = [(window.input_size[i] + 2 * padding[i] - weight_shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
     return _gather(
         input, values, bias, residual, topology, weight_shape, window, (out[0], out[1]), channels_last,
-        input_gradient=False, relu=relu,
+        input_gradient=False, relu=relu, linear=linear,
     )  # fmt: skip
 
 
@@ -235,6 +253,8 @@ def conv2d_input_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     channels_last: bool,
+    *,
+    linear: bool = False,
 ) -> Tensor:
     """``∂L/∂x[n, c, q] = Σ_{active blocks, p · stride - padding + t = q} W[o, c, t] · grad_output[n, o, p]``.
 
@@ -244,7 +264,7 @@ def conv2d_input_grad(
     window = Window((input_size[0], input_size[1]), (stride[0], stride[1]), (padding[0], padding[1]))
     return _gather(
         grad_output, values, None, None, topology, weight_shape, window, window.input_size, channels_last,
-        input_gradient=True, relu=False,
+        input_gradient=True, relu=False, linear=linear,
     )  # fmt: skip
 
 
@@ -259,13 +279,13 @@ def linear(
 ) -> Tensor:
     """`conv2d` of a linear layer, a 1 × 1 convolution of ``B`` images of one pixel: ``[B, in]`` to ``[B, out]``."""
     pixels, shape, one = input[:, :, None, None], (*weight_shape, 1, 1), (1, 1)
-    return conv2d(pixels, values, bias, topology, shape, one, (0, 0), one, True, relu=relu)[:, :, 0, 0]
+    return conv2d(pixels, values, bias, topology, shape, one, (0, 0), one, True, relu=relu, linear=True)[:, :, 0, 0]
 
 
 def linear_input_grad(grad_output: Tensor, values: Tensor, topology: Tensor, weight_shape: Sequence[int]) -> Tensor:
     """`conv2d_input_grad` of a linear layer: ``[B, out]`` to ``[B, in]``."""
     pixels, shape, one = grad_output[:, :, None, None], (*weight_shape, 1, 1), (1, 1)
-    return conv2d_input_grad(pixels, values, topology, shape, one, one, (0, 0), one, True)[:, :, 0, 0]
+    return conv2d_input_grad(pixels, values, topology, shape, one, one, (0, 0), one, True, linear=True)[:, :, 0, 0]
 
 
 def _check_dilation(dilation: Sequence[int]) -> None:

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from .. import topology as tp
 from ..index_cache import cached
+from .precision import tf32_allowed
 
 WARPS = 8  # of a CTA
 _ACCUMULATORS = 2048  # fp32 sums of a warp
-_BLOCKS = ((16, 16), (32, 16), (64, 16), (32, 32), (64, 64))
+_SIDES = (16, 32, 64)  # of blocks
 # Assumptions about the device, until measured: bytes from L2 and multiplications per clock and multiprocessor, clocks
-# that a tile costs besides.
+# that a tile costs besides; how much longer a multiplication takes than one of 16-bit numbers.
 _L2_BYTES, _PRODUCTS, _TILE_CLOCKS = 24, 700, 100
+_COST_16, _COST_TF32, _COST_FLOAT32 = 1, 2, 6
 _PIXELS = 64  # of a tile
 
 
@@ -65,7 +67,8 @@ def parts_of(block: tuple[int, int]) -> tuple[int, int]:
     >>> parts_of((16, 16)), parts_of((64, 64))
     ((1, 8), (4, 2))
     """
-    rows, cols = min(block[0], 32), min(block[1], 32)
+    rows = min(block[0], 32)
+    cols = min(block[1], rows)
     return block[0] // rows * (block[1] // cols), _ACCUMULATORS // (rows * cols)
 
 
@@ -152,13 +155,12 @@ def _fits(geometry: Geometry, band: tuple[int, int], tile: tuple[int, int, int],
 def refusal(geometry: Geometry, itemsize: int, shared_limit: int) -> str:
     """Why the kernel cannot run this, whatever the images' size, on a device with so much shared memory for a CTA.
 
-    >>> geometry = Geometry(1, (9, 9), (9, 9), (64, 64, 3, 3), (16, 32), (1, 1), (1, 1), (1, 1))
+    >>> geometry = Geometry(1, (9, 9), (9, 9), (64, 64, 3, 3), (16, 8), (1, 1), (1, 1), (1, 1))
     >>> refusal(geometry, 2, 99 * 1024)
-    'the CUDA weight gradient takes blocks of 16x16, 32x16, 64x16, 32x32, 64x64, got 16x32'
+    'block must have sides of 16, 32 or 64, got 16 x 8'
     """
-    if geometry.block not in _BLOCKS:
-        names = ", ".join(f"{out}x{in_}" for out, in_ in _BLOCKS)
-        return f"the CUDA weight gradient takes blocks of {names}, got {geometry.block[0]}x{geometry.block[1]}"
+    if not set(geometry.block) <= set(_SIDES):
+        return f"block must have sides of 16, 32 or 64, got {geometry.block[0]} x {geometry.block[1]}"
     if not _fits(geometry, (1, 1), (1, 1, 1), itemsize, shared_limit):
         return (
             f"the CUDA weight gradient of a kernel of {list(geometry.weight_shape[2:])} with dilation "
@@ -197,21 +199,22 @@ def _expected_groups(geometry: Geometry, density: float, band: tuple[int, int]) 
 
 @lru_cache(maxsize=1024)
 def _band_and_tile(
-    geometry: Geometry, density: float, itemsize: int, shared_limit: int
+    geometry: Geometry, density: float, itemsize: int, cost: int, shared_limit: int
 ) -> tuple[tuple[int, int], tuple[int, int, int]] | None:
     """Those of least estimated time: a tile's bytes from L2 or its multiplications, and a constant for each group.
 
-    Two CTAs share a multiprocessor if any choice allows that. None if nothing fits.
+    Two CTAs share a multiprocessor if any choice allows that, but for full float32, whose registers leave room for one.
+    None if nothing fits.
     """
     block = geometry.block
     rows, cols, taps = tp.grid(geometry.weight_shape, block)
-    products = rows * cols * taps * density * block[0] * block[1] * itemsize / 2  # per pixel; tf32 has half the rate
+    products = rows * cols * taps * density * block[0] * block[1] * cost  # per pixel
     bands = [(i, j) for i in range(1, min(rows, 128 // block[0]) + 1) for j in range(1, min(cols, 128 // block[1]) + 1)]
     tiles = [
         (tile, _tile_count(geometry, tile), -(-math.prod(tile) // 16) * 16, patch_pixels(geometry, tile))
         for tile in _tiles(geometry)
     ]
-    for limit in (shared_limit // 2 - 1024, shared_limit):
+    for limit in (shared_limit // 2 - 1024, shared_limit) if _ctas(cost) == 2 else (shared_limit,):
         best = None
         for band in bands:
             groups = _expected_groups(geometry, density, band)
@@ -229,8 +232,13 @@ def _band_and_tile(
     return None
 
 
-def plan(geometry: Geometry, nnz: int, itemsize: int, device: Device) -> Plan:
-    """How to run it: twice as many CTAs with work as the device has multiprocessors, where there are enough tiles.
+def _ctas(cost: int) -> int:
+    """CTAs that a multiprocessor has registers for, as launch bounds in csrc/cuda/weight_grad.cuh say."""
+    return 1 if cost == _COST_FLOAT32 else 2
+
+
+def plan(geometry: Geometry, nnz: int, itemsize: int, device: Device, *, allow_tf32: bool = True) -> Plan:
+    """How to run it: as many CTAs with work as the device's multiprocessors take, where there are enough tiles.
 
     The choice is made for a density rounded to a quarter of an octave, once, so that a slowly changing number of blocks
     costs no new search.
@@ -240,12 +248,13 @@ def plan(geometry: Geometry, nnz: int, itemsize: int, device: Device) -> Plan:
     """
     rows, cols, taps = tp.grid(geometry.weight_shape, geometry.block)
     density = 2 ** (round(4 * math.log2(max(nnz, 1) / (rows * cols * taps))) / 4)
-    choice = _band_and_tile(geometry, density, itemsize, device.shared_bytes)
+    cost = _COST_16 if itemsize == 2 else _COST_TF32 if allow_tf32 else _COST_FLOAT32
+    choice = _band_and_tile(geometry, density, itemsize, cost, device.shared_bytes)
     if choice is None:
         raise ValueError(f"{refusal(geometry, itemsize, device.shared_bytes)}: use backend 'triton'")
     band, tile = choice
     groups = most_groups(nnz, -(-rows // band[0]) * -(-cols // band[1]), geometry.block)
-    shares = 2 * device.multiprocessors // _expected_groups(geometry, density, band)
+    shares = _ctas(cost) * device.multiprocessors // _expected_groups(geometry, density, band)
     return Plan(band, tile, groups, max(1, min(shares, _tile_count(geometry, tile))))
 
 
@@ -283,6 +292,8 @@ def conv2d_weight_grad(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    *,
+    linear: bool = False,
 ) -> Tensor:
     """``∂L/∂values[id, i, j] = Σ_{n, y, x} grad_output[n, row · b_out + i, y, x] · input[n, col · b_in + j, y′, x′]``
 
@@ -291,8 +302,9 @@ def conv2d_weight_grad(
 
     Args:
         grad_output: ``[N, C_out, H_out, W_out]``; input: ``[N, C_in, H, W]``, on one CUDA device, of one dtype:
-            bfloat16, float16, or float32, which is multiplied in TF32. Other memory than channels_last is copied.
+            bfloat16, float16 or float32. Other memory than channels_last is copied.
         topology: int32 vector (:mod:`ddst.topology`); block: one that `refusal` accepts.
+        linear: as for `ddst.ops.cuda_gather.conv2d`.
 
     Returns:
         ``[nnz, b_out, b_in]`` in their dtype.
@@ -301,7 +313,8 @@ def conv2d_weight_grad(
         ValueError: an argument does not fit; `refusal` tells beforehand.
 
     Numerics: sums in float32, in an order that depends on shapes, mask and device alone: the same call, the same bits.
-    A NaN or infinity in a pixel may reach every tap of its channel.
+    float32 is multiplied as `ddst.ops.cuda_gather.conv2d` says. A NaN or infinity in a pixel may reach every tap of its
+    channel.
     """
     geometry = Geometry(
         input.shape[0], (input.shape[2], input.shape[3]), (grad_output.shape[2], grad_output.shape[3]),
@@ -314,12 +327,14 @@ def conv2d_weight_grad(
     if nnz == 0 or input.numel() == 0 or grad_output.numel() == 0:
         return input.new_zeros(nnz, *block)
     flat, (gy, x) = flattened(geometry, *(_dense_channels_last(t) for t in (grad_output, input)))
-    chosen = plan(flat, nnz, x.element_size(), _device(x.device.index))
+    allow_tf32 = tf32_allowed(linear=linear)
+    chosen = plan(flat, nnz, x.element_size(), _device(x.device.index), allow_tf32=allow_tf32)
     key = ("cuda_weight_grad", geometry.block, chosen.band)
     units = cached(topology, key, lambda: list_units(index, grid, geometry.block, chosen.band))
     return torch.ops.ddst_cuda.conv2d_weight_grad(
         gy, x, index.block_row, index.block_col, index.block_tap, units.view(-1), list(weight_shape), list(block),
         list(stride), list(padding), list(dilation), list(chosen.band), list(chosen.tile), chosen.shares,
+        allow_tf32,
     )  # fmt: skip
 
 
@@ -328,4 +343,5 @@ def linear_weight_grad(
 ) -> Tensor:
     """`conv2d_weight_grad` of a linear layer: ``grad_output [B, out]``, ``input [B, in]``."""
     gy, x = grad_output[:, :, None, None], input[:, :, None, None]
-    return conv2d_weight_grad(gy, x, topology, (*weight_shape, 1, 1), block, (1, 1), (0, 0), (1, 1))
+    shape, one = (*weight_shape, 1, 1), (1, 1)
+    return conv2d_weight_grad(gy, x, topology, shape, block, one, (0, 0), one, linear=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import backends
 from .. import topology as tp
 from . import preferred
+from .precision import tf32_allowed
 
 _library = torch.library.Library("ddst", "IMPL")
 Shape = tuple[int, ...]
@@ -64,7 +65,10 @@ def _is_cuda_preferred(
     rows, cols, taps = tp.grid(weight_shape, (block[0], block[1]))
     kernel = (weight_shape[2], weight_shape[3]) if len(weight_shape) == 4 else (1, 1)
     name = torch.cuda.get_device_name(first.device)
-    kind = preferred.kind(name, op, first.dtype, (block[0], block[1]), kernel, (stride[0], stride[1]))
+    kind = preferred.kind(
+        name, op, first.dtype, (block[0], block[1]), kernel, (stride[0], stride[1]),
+        tf32=tf32_allowed(linear=op.startswith("linear")),
+    )  # fmt: skip
     count = (topology.numel() - rows - cols - 2) // 4
     return preferred.is_cuda_preferred(kind, count / (rows * cols * taps))[0]
 

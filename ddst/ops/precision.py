@@ -50,7 +50,7 @@ def compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def tf32_allowed(linear: bool) -> bool:
+def tf32_allowed(*, linear: bool) -> bool:
     """Whether torch lets float32 products be TF32 on CUDA devices: those of linear layers, or of convolutions.
 
     Asked of ``fp32_precision``, which follows the older ``allow_tf32``; that one raises once the new setting is used.

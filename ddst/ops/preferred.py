@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     Attributes:
         device: the model, as ``torch.cuda.get_device_name`` calls it.
         op: the operator, such as "conv2d_input_grad".
-        dtype: such as "bfloat16".
+        dtype: such as "bfloat16"; "tf32" for float32 multiplied in TF32.
         block, kernel, stride: as texts, such as "32x32".
     """
 
@@ -41,14 +41,17 @@ def kind(
     block: tuple[int, int],
     kernel: tuple[int, int] = (1, 1),
     stride: tuple[int, int] = (1, 1),
+    *,
+    tf32: bool = False,
 ) -> Kind:
-    """The kind of a call.
+    """The kind of a call; ``tf32``: whether torch lets float32 be multiplied in TF32.
 
     >>> kind("X1", "linear", torch.bfloat16, (32, 16))
     Kind(device='X1', op='linear', dtype='bfloat16', block='32x16', kernel='1x1', stride='1x1')
     """
     texts = (f"{a}x{b}" for a, b in (block, kernel, stride))
-    return Kind(device, op, str(dtype).removeprefix("torch."), *texts)
+    products = "tf32" if tf32 and dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    return Kind(device, op, products, *texts)
 
 
 @functools.cache

@@ -40,7 +40,12 @@ KIND = preferred.kind("X1", "conv2d_input_grad", torch.bfloat16, (32, 32), (3, 3
         ([row("cuda", 9.5), row("triton", 9.9)], {}),  # dense is the fastest
         ([row("triton", 1.0)], {}),
         ([row("cuda", 1.0, wrong="NaN"), row("triton", 2.0)], {}),
-        ([row("cuda", 1.0, kind="fp32"), row("triton", 2.0, kind="fp32")], {}),  # nothing of it runs there
+        (
+            [row("cuda", 1.0, kind="fp32"), row("triton", 2.0, kind="fp32"),
+             row("cuda", 3.0, kind="tf32"), row("triton", 2.0, kind="tf32")],
+            {KIND._replace(dtype="float32"): (0.1, 0.1)},
+        ),
+        ([row("cuda", 1.0, kind="tf32"), row("triton", 2.0, kind="tf32")], {KIND._replace(dtype="tf32"): (0.1, 0.1)}),
         (
             [*(row("cuda", s, density=d) for s, d in ((1, 0.1), (1, 0.3), (3, 0.2))), row("triton", 2.0, density=0.2)],
             {KIND: (0.1, 0.1)},

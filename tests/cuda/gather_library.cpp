@@ -52,12 +52,16 @@ void run(const ddst_cuda_conv2d_problem& problem, const Arrays& a) {
   std::memcpy(a.output, output.host<T>(), output.size());
 }
 
-template <class T>
-void run_traits(const ddst_cuda_conv2d_problem& problem, bool input_gradient, bool large, const Arrays& a) {
-  if (input_gradient)
-    large ? run<test::Traits<T, true, true>>(problem, a) : run<test::Traits<T, true, false>>(problem, a);
-  else
-    large ? run<test::Traits<T, false, true>>(problem, a) : run<test::Traits<T, false, false>>(problem, a);
+template <class Number, bool kLarge>
+void run_direction(const ddst_cuda_conv2d_problem& problem, bool input_gradient, const Arrays& a) {
+  input_gradient ? run<test::Traits<Number, true, kLarge>>(problem, a)
+                 : run<test::Traits<Number, false, kLarge>>(problem, a);
+}
+
+template <class Number>
+void run_tile(const ddst_cuda_conv2d_problem& problem, bool input_gradient, bool large, const Arrays& a) {
+  large ? run_direction<Number, true>(problem, input_gradient, a)
+        : run_direction<Number, false>(problem, input_gradient, a);
 }
 
 }  // namespace
@@ -68,7 +72,7 @@ extern "C" {
 void gather_refusal(const ddst_cuda_conv2d_problem* problem, bool input_gradient, bool large, int shared_bytes,
                     char* message, int size) {
   GatherGeometry g;
-  const GatherTile tile = gather_tile(large, problem->dtype == DDST_CUDA_TFLOAT32 ? 4 : 2);
+  const GatherTile tile = gather_tile(large, ddst_cuda_element_bytes(problem->dtype));
   std::snprintf(message, std::size_t(size), "%s",
                 gather_geometry(*problem, input_gradient, tile, shared_bytes, g).c_str());
 }
@@ -78,11 +82,15 @@ void gather(const ddst_cuda_conv2d_problem* problem, bool input_gradient, bool l
   message[0] = 0;
   try {
     if (problem->dtype == DDST_CUDA_BFLOAT16)
-      run_traits<dev::bf16>(*problem, input_gradient, large, *arrays);
+      run_tile<dev::bf16>(*problem, input_gradient, large, *arrays);
     else if (problem->dtype == DDST_CUDA_FLOAT16)
-      run_traits<dev::fp16>(*problem, input_gradient, large, *arrays);
+      run_tile<dev::fp16>(*problem, input_gradient, large, *arrays);
+    else if (problem->dtype == DDST_CUDA_TFLOAT32)
+      run_tile<float>(*problem, input_gradient, large, *arrays);
+    else if (large)
+      throw emu::Failure("float32 has no large tile");
     else
-      run_traits<float>(*problem, input_gradient, large, *arrays);
+      run_direction<tf32x3, false>(*problem, input_gradient, *arrays);
   } catch (const emu::Failure& failure) {
     std::snprintf(message, std::size_t(size), "%s", failure.what());
   }

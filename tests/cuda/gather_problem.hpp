@@ -13,15 +13,19 @@ using namespace cuda;
 using Rng = std::mt19937;
 inline int pick(Rng& rng, int low, int high) { return low + int(rng() % unsigned(high - low + 1)); }
 
-template <class T>
-constexpr int kDtype = std::is_same_v<T, dev::bf16>   ? DDST_CUDA_BFLOAT16
-                       : std::is_same_v<T, dev::fp16> ? DDST_CUDA_FLOAT16
-                                                      : DDST_CUDA_TFLOAT32;
+template <class Number>
+constexpr int kDtype = std::is_same_v<Number, dev::bf16>   ? DDST_CUDA_BFLOAT16
+                       : std::is_same_v<Number, dev::fp16> ? DDST_CUDA_FLOAT16
+                       : std::is_same_v<Number, float>     ? DDST_CUDA_TFLOAT32
+                                                           : DDST_CUDA_FLOAT32;
 // Largest relative error of a rounding.
 template <class T>
 constexpr double kRounding = std::is_same_v<T, dev::bf16>   ? 0x1p-8
                              : std::is_same_v<T, dev::fp16> ? 0x1p-11
                                                             : 0x1p-24;
+// Error allowed of the products and their sum, relative to the sum of magnitudes.
+template <class Number>
+constexpr double kSums = std::is_same_v<Number, tf32x3> ? 0x1p-21 : 0x1p-20;
 
 inline double widen(dev::bf16 v) { return emu::bf16_to_float(v.bits); }
 inline double widen(dev::fp16 v) { return emu::fp16_to_float(v.bits); }
@@ -36,16 +40,17 @@ T narrow(float v) {
     return v;
 }
 // What the multiplication sees of a value.
-template <class T>
-double operand(T v) {
-  if constexpr (std::is_same_v<T, float>)
+template <class Number>
+double operand(stored_t<Number> v) {
+  if constexpr (std::is_same_v<Number, float>)
     return emu::float_to_tf32(v);
   else
     return widen(v);
 }
 
-template <class T>
+template <class Number>
 struct GatherProblem {
+  using T = stored_t<Number>;
   ddst_cuda_conv2d_problem p;
   bool input_gradient, relu = false;
   std::vector<bool> mask;  // [rows, cols, taps]
@@ -58,7 +63,7 @@ struct GatherProblem {
 
   GatherProblem(const ddst_cuda_conv2d_problem& problem, bool input_gradient, double density, bool epilogue, Rng& rng)
       : p(problem), input_gradient(input_gradient) {
-    p.dtype = kDtype<T>;
+    p.dtype = kDtype<Number>;
     p.out_height = (p.height + 2 * p.padding_y - p.kernel_height) / p.stride_y + 1;
     p.out_width = (p.width + 2 * p.padding_x - p.kernel_width) / p.stride_x + 1;
     rows = ceil(p.out_channels, p.block_out), cols = ceil(p.in_channels, p.block_in);
@@ -127,11 +132,12 @@ struct GatherProblem {
             for (int i = c * p.block_in; i < std::min((c + 1) * p.block_in, p.in_channels); ++i) {
               const std::size_t at = (std::size_t(id) * p.block_out + o % p.block_out) * p.block_in + i % p.block_in;
               const int read = input_gradient ? o : i, written = input_gradient ? i : o;
-              dense[(std::size_t(tap) * read_channels + read) * written_channels + written] = operand(values[at]);
+              dense[(std::size_t(tap) * read_channels + read) * written_channels + written] =
+                  operand<Number>(values[at]);
             }
         }
     std::vector<double> x(input.size());
-    for (std::size_t i = 0; i < x.size(); ++i) x[i] = operand(input[i]);
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = operand<Number>(input[i]);
     std::vector<double> sum(std::size_t(written_pixels) * written_channels), magnitude(sum.size());
     const auto add = [&](std::int64_t to, std::int64_t from, int tap) {
       double *s = &sum[std::size_t(to * written_channels)], *m = &magnitude[std::size_t(to * written_channels)];
@@ -157,7 +163,7 @@ struct GatherProblem {
       if (!bias.empty())
         sum[i] += widen(bias[i % std::size_t(written_channels)]) + widen(residual[i]), magnitude[i] += 2;
       const double expected = relu ? std::max(sum[i], 0.0) : sum[i];
-      const double allowed = std::abs(sum[i]) * kRounding<T> * 1.01 + magnitude[i] * 0x1p-20 + 1e-30;
+      const double allowed = std::abs(sum[i]) * kRounding<T> * 1.01 + magnitude[i] * kSums<Number> + 1e-30;
       const double off = std::abs(widen(got[i]) - expected) / allowed;
       worst = std::max(worst, off == off ? off : 1e30);
     }
@@ -176,7 +182,7 @@ constexpr int kSharedLimit = 227 * 1024;  // sm_90
 
 // Runs the kernel; with `compare`, every output must be written once and be right.
 template <class Traits>
-emu::Stats run(const GatherProblem<typename Traits::T>& problem, emu::Options options, const std::string& name,
+emu::Stats run(const GatherProblem<typename Traits::Number>& problem, emu::Options options, const std::string& name,
                bool compare = true) {
   using T = typename Traits::T;
   GatherParams<T> p{};
@@ -206,7 +212,7 @@ emu::Stats run(const GatherProblem<typename Traits::T>& problem, emu::Options op
   return block.stats;
 }
 
-template <class T, bool kTransposed, bool kLarge>
-using Traits = cuda::GatherTraits<T, kTransposed, kLarge, cuda::PlainSource>;
+template <class Number, bool kTransposed, bool kLarge>
+using Traits = cuda::GatherTraits<Number, kTransposed, kLarge, cuda::PlainSource>;
 
 }  // namespace ddst::test

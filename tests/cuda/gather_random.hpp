@@ -26,19 +26,19 @@ inline ddst_cuda_conv2d_problem random_problem(Rng& rng, int vector, bool large,
   return p;
 }
 
-template <class T, bool kTransposed, bool kLarge>
+template <class Number, bool kTransposed, bool kLarge>
 void test_random(const char* name, int count, int most_channels) {
   Rng rng(kTransposed * 2 + kLarge + 17);
   const double start = seconds();
   long products = 0, blocks = 0;
   for (int i = 0; i < count; ++i) {
     const double density = pick(rng, 0, 8) == 0 ? pick(rng, 0, 1) : pick(rng, 1, 6) / 10.0;
-    const GatherProblem<T> problem(random_problem(rng, 16 / sizeof(T), kLarge, most_channels), kTransposed, density,
-                                   rng() % 2, rng);
+    const GatherProblem<Number> problem(random_problem(rng, 16 / sizeof(stored_t<Number>), kLarge, most_channels),
+                                        kTransposed, density, rng() % 2, rng);
     emu::Options options;
     options.seed = rng(), options.delay_copies = rng() % 2;
     const auto stats =
-        run<Traits<T, kTransposed, kLarge>>(problem, options, std::string(name) + " " + std::to_string(i));
+        run<Traits<Number, kTransposed, kLarge>>(problem, options, std::string(name) + " " + std::to_string(i));
     products += stats.mma, blocks += stats.blocks;
   }
   std::printf("%s: %d random problems, %ld blocks of threads, %ld products, %.1f s\n", name, count, blocks, products,

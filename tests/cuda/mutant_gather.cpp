@@ -9,7 +9,7 @@ namespace {
 template <class Traits>
 void check(const char* name, ddst_cuda_conv2d_problem p, double density) {
   Rng rng(3);
-  const GatherProblem<typename Traits::T> problem(p, Traits::kTransposed, density, true, rng);
+  const GatherProblem<typename Traits::Number> problem(p, Traits::kTransposed, density, true, rng);
   for (const bool delay : {false, true}) {
     emu::Options options;
     options.seed = 5, options.delay_copies = delay;
@@ -28,5 +28,6 @@ int main() {
   check<Traits<dev::bf16, false, false>>("forward", problem(3, 6, 17, 56, 88, 3, 2, 1, 2, 32, 32), 0.6);
   check<Traits<dev::bf16, true, false>>("input gradient", problem(9, 4, 5, 88, 56, 3, 2, 2, 2, 32, 32), 0.6);
   check<Traits<float, true, false>>("tf32 input gradient", problem(1, 4, 8, 20, 36, 2, 3, 1, 1, 16, 16), 0.7);
+  check<Traits<cuda::tf32x3, false, false>>("float32", problem(1, 3, 5, 20, 20, 1, 3, 1, 1, 16, 16), 0.7);
   return finish("gather");
 }

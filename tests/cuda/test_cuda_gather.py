@@ -204,8 +204,7 @@ def test_records_are_those_of_the_definition() -> None:
         ({"block": (8, 16)}, "block must have sides of 16, 32 or 64, got 8 x 16"),
         ({"stride": (3, 1)}, "stride must be 1 or 2, got 3 x 1"),
         ({"dilation": (1, 2)}, r"dilation must be 1, got \(1, 2\)"),
-        ({"op": "conv2d_weight_grad", "block": (16, 32)}, "weight gradient takes blocks of"),
-        ({"dtype": torch.float32, "op": "linear", "weight_shape": (64, 64)}, "torch.backends.cuda.matmul.allow_tf32"),
+        ({"op": "conv2d_weight_grad", "block": (16, 8)}, "block must have sides of 16, 32 or 64, got 16 x 8"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )

@@ -38,6 +38,10 @@ MUTATIONS = {
         ("granules of a skipped tap", "granule = granule + dev::pop", "if (first) granule = granule + dev::pop"),
         ("second tile alone", "multiply_tap<Traits, 1, 1>", "multiply_tap<Traits, 0, 1>"),
     ],
+    "tf32x3.cuh": [
+        ("a product left out", "dev::mma_m16n8k8_tf32(c, a.finite, b.low);", ""),
+        ("rest of nothing", "value - dev::float_of(high[i])", "value"),
+    ],
     "gather_epilogue.cuh": [
         ("taps of a tile", "lanes < 16; lanes *= 2", "lanes < 8; lanes *= 2"),
         ("output phase", "(place.first_row + pixel.row) * g.phases_y + place.phase_y", "place.first_row + pixel.row"),
@@ -57,7 +61,10 @@ def test_slips_are_found(tmp_path: Path) -> None:
         """The first thing that is found, empty if nothing is."""
         folder = tmp_path / f"{file}-{abs(hash((old, new)))}"
         folder.mkdir()
-        for header in (*emulation.KERNELS.glob("*gather*"), emulation.KERNELS / "ddst_cuda.h"):
+        for header in (
+            *emulation.KERNELS.glob("*gather*"),
+            *(emulation.KERNELS / n for n in ("ddst_cuda.h", "tf32x3.cuh")),
+        ):
             shutil.copy(header, folder)
         for helper in emulation.TESTS.glob("*gather*"):
             shutil.copy(helper, folder)

@@ -41,8 +41,9 @@ def test_weight_gradients_leave_room_for_two_blocks_of_threads(
 ) -> None:
     for kernels in resources.values():
         counts = {name: numbers["REG"] for name, numbers in kernels.items() if name.startswith("weight_grad<")}
-        assert len(counts) == 9
-        assert max(counts.values()) <= 128  # 2 · 256 threads · 128 registers are a multiprocessor's 65536
+        assert len(counts) == 12
+        two = [count for name, count in counts.items() if "tf32x3" not in name]
+        assert max(two) <= 128  # 2 · 256 threads · 128 registers are a multiprocessor's 65536
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,9 @@ def count(instructions: Counter[str], start: str, *parts: str) -> int:
 
 def test_tensor_cores_and_wide_copies(sass: dict[str, Counter[str]]) -> None:
     kernels = {name: counts for name, counts in sass.items() if name.startswith(("conv2d_gather<", "weight_grad<"))}
-    assert len(kernels) > 9
+    assert len(kernels) == 26
     for name, counts in kernels.items():
-        wide = "float" in name
+        wide = "float" in name or "tf32x3" in name
         assert count(counts, "HMMA.1688" if wide else "HMMA.16816", "TF32" if wide else "F32") >= 16, name
         assert count(counts, "LDGSTS", "128") >= 2, name
         assert count(counts, "LDL") == count(counts, "STL") == 0, name

@@ -18,7 +18,7 @@ ddst_cuda_conv2d_problem square(int images, int size, int channels_in, int chann
 template <class Traits>
 void test_fault_injection(const char* name) {
   Rng rng(5);
-  const GatherProblem<typename Traits::T> problem(square(1, 8, 112, 48, 16), Traits::kTransposed, 0.6, false, rng);
+  const GatherProblem<typename Traits::Number> problem(square(1, 8, 112, 48, 16), Traits::kTransposed, 0.6, false, rng);
   const auto stats = run<Traits>(problem, {}, name);
   const int barriers = int(stats.barriers / stats.blocks), waits = int(stats.waits / stats.blocks / Traits::kThreads);
   expect(barriers == 1 + 7 - Traits::kTransposed * 4 && waits == barriers, std::string(name) + ": number of barriers");
@@ -117,6 +117,7 @@ void test_refusals() {
   refused("channels must", [](auto& q) { q.in_channels = 12; });
   refused("must be positive", [](auto& q) { q.images = 0; });
   refused("dtype must", [](auto& q) { q.dtype = 7; });
+  refused("float32 in full precision has no large tile", [](auto& q) { q.dtype = DDST_CUDA_FLOAT32; });
   refused("2^31 pixels", [](auto& q) { q.images = 1 << 26; });
   refused("shared memory", [](auto& q) { q.kernel_height = q.kernel_width = 4; });
 }

@@ -1,4 +1,4 @@
-// The gather kernel in TF32 and float16 on random ragged problems, against float64.
+// The gather kernel in TF32, full float32 and float16 on random ragged problems, against float64.
 #include "gather_random.hpp"
 
 int main() {
@@ -7,7 +7,9 @@ int main() {
   test::test_random<float, false, false>("tf32 forward, small tile", 60, 84);
   test::test_random<float, true, true>("tf32 input gradient, large tile", 20, 140);
   test::test_random<float, true, false>("tf32 input gradient, small tile", 60, 84);
+  test::test_random<cuda::tf32x3, false, false>("float32 forward", 20, 84);
+  test::test_random<cuda::tf32x3, true, false>("float32 input gradient", 20, 84);
   test::test_random<dev::fp16, false, false>("fp16 forward, small tile", 20, 96);
   test::test_random<dev::fp16, true, true>("fp16 input gradient, large tile", 20, 160);
-  return finish("gather tf32, fp16");
+  return finish("gather tf32, float32, fp16");
 }

@@ -24,8 +24,9 @@ Buffer input(const char* name, const void* from, std::int64_t count) {
   return buffer;
 }
 
-template <class T, class U>
+template <class Number, class U>
 emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::Options& options) {
+  using T = cuda::stored_t<Number>;
   const cuda::WeightGradSizes sizes = cuda::weight_grad_sizes(s, sizeof(T));
   Buffer gy = input<T>("gy", arrays.gy, std::int64_t(s.images) * s.out_h * s.out_w * s.out_channels);
   Buffer x = input<T>("x", arrays.x, std::int64_t(s.images) * s.in_h * s.in_w * s.in_channels);
@@ -49,7 +50,7 @@ emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::
   block.options = options;
   block.stats = {};
   block.launch({s.groups, s.shares, 1}, cuda::kWeightGradThreads, std::size_t(sizes.shared_bytes),
-               [&] { cuda::weight_grad<T, U>(p); });
+               [&] { cuda::weight_grad<Number, U>(p); });
   block.launch({s.groups, cuda::kAccumulators / 4, 1}, cuda::kWeightGradThreads, 0,
                [&] { cuda::weight_grad_reduce<T, U>(p); });
   if (!values_grad.fully_written()) throw emu::Failure("values_grad was not fully written");
@@ -57,14 +58,13 @@ emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::
   return block.stats;
 }
 
-template <class T>
+template <class Number>
 emu::Stats run_unit(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::Options& options) {
-  const std::string error = cuda::weight_grad_error(s, sizeof(T), 227 * 1024);
+  const std::string error = cuda::weight_grad_error(s, sizeof(cuda::stored_t<Number>), 227 * 1024);
   if (!error.empty()) throw emu::Failure(error);
-  const cuda::WeightGradSizes sizes = cuda::weight_grad_sizes(s, sizeof(T));
-  if (sizes.unit_rows == 16) return run<T, cuda::Unit<16, 16>>(s, arrays, options);
-  if (sizes.unit_cols == 16) return run<T, cuda::Unit<32, 16>>(s, arrays, options);
-  return run<T, cuda::Unit<32, 32>>(s, arrays, options);
+  if (cuda::weight_grad_unit_rows(s) == 16) return run<Number, cuda::Unit<16, 16>>(s, arrays, options);
+  if (cuda::weight_grad_unit_cols(s) == 16) return run<Number, cuda::Unit<32, 16>>(s, arrays, options);
+  return run<Number, cuda::Unit<32, 32>>(s, arrays, options);
 }
 
 }  // namespace
@@ -85,9 +85,10 @@ int weight_grad(int dtype, const cuda::WeightGradShape* shape, const Arrays* arr
   chosen.seed = std::uint64_t(options[0]), chosen.delay_copies = options[1] != 0;
   chosen.drop_barrier = options[2], chosen.drop_wait = options[3];
   try {
-    const emu::Stats found = dtype == DDST_CUDA_BFLOAT16  ? run_unit<dev::bf16>(*shape, *arrays, chosen)
-                             : dtype == DDST_CUDA_FLOAT16 ? run_unit<dev::fp16>(*shape, *arrays, chosen)
-                                                          : run_unit<float>(*shape, *arrays, chosen);
+    const emu::Stats found = dtype == DDST_CUDA_BFLOAT16   ? run_unit<dev::bf16>(*shape, *arrays, chosen)
+                             : dtype == DDST_CUDA_FLOAT16  ? run_unit<dev::fp16>(*shape, *arrays, chosen)
+                             : dtype == DDST_CUDA_TFLOAT32 ? run_unit<float>(*shape, *arrays, chosen)
+                                                           : run_unit<cuda::tf32x3>(*shape, *arrays, chosen);
     stats[0] = found.mma, stats[1] = found.ldmatrix_conflicts, stats[2] = found.barriers;
     return 0;
   } catch (const emu::Failure& failure) {

@@ -56,10 +56,10 @@ class EmulatedOps:
     def conv2d_gather(
         self, input: Tensor, values: Tensor, records: Tensor, bias: Tensor | None, residual: Tensor | None,
         weight_shape: list[int], input_size: list[int], stride: list[int], padding: list[int], input_gradient: bool,
-        relu: bool, large_tile: bool,
+        relu: bool, large_tile: bool, allow_tf32: bool,
     ) -> Tensor:  # fmt: skip
         self.calls.append(large_tile)
-        block, dtype = values.shape[1:], cuda_gather.DTYPES.index(input.dtype)
+        block, dtype = values.shape[1:], cuda_gather.dtype_code(input.dtype, allow_tf32)
         problem = _problem(weight_shape, block, input.shape[0], input_size, stride, padding, dtype)
         size = input_size if input_gradient else list(problem)[4:6]
         output = input.new_empty(input.shape[0], *size, weight_shape[1 if input_gradient else 0])

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ddst import topology as tp
 from ddst.ops import cuda_weight_grad as cwg
+from ddst.ops.cuda_gather import dtype_code
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # float32 is computed in tf32
+BLOCKS = [(rows, cols) for rows in (16, 32, 64) for cols in (16, 32, 64)]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICE = cwg.Device(multiprocessors=4, shared_bytes=227 * 1024)
 
 
@@ -57,18 +59,19 @@ def shape_array(geometry: cwg.Geometry, nnz: int, plan: cwg.Plan, groups: int) -
 
 @dataclass
 class Problem:
-    """Operands of a weight gradient, channels_last, and what is active."""
+    """Operands of a weight gradient, channels_last, and what is active; whether float32 is multiplied in TF32."""
 
     geometry: cwg.Geometry
     mask: Tensor
     x: Tensor
     gy: Tensor
+    allow_tf32: bool = True
 
     @classmethod
     def random(
         cls, dtype: torch.dtype, images: int, size: Sequence[int], weight_shape: Sequence[int], block: tuple[int, int],
         stride: Sequence[int] = (1, 1), padding: Sequence[int] = (1, 1), dilation: Sequence[int] = (1, 1),
-        density: float = 0.5, seed: int = 0,
+        density: float = 0.5, seed: int = 0, allow_tf32: bool = True,
     ) -> Problem:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         out = [
@@ -83,11 +86,15 @@ class Problem:
             tensor = torch.empty(images, channels, height, width).uniform_(-1, 1, generator=generator)
             return tensor.to(dtype, memory_format=torch.channels_last)
 
-        return cls(geometry, mask, operand(weight_shape[1], *size), operand(weight_shape[0], *out))
+        return cls(geometry, mask, operand(weight_shape[1], *size), operand(weight_shape[0], *out), allow_tf32)
 
     @property
     def nnz(self) -> int:
         return int(self.mask.sum())
+
+    @property
+    def is_tf32(self) -> bool:
+        return self.x.dtype == torch.float32 and self.allow_tf32
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """Packed gradient in float64 of the operands as the kernel rounds them, and that of their magnitudes."""
@@ -97,7 +104,7 @@ class Problem:
             window = {"stride": g.stride, "padding": g.padding, "dilation": g.dilation}
             return tp.pack(torch.nn.grad.conv2d_weight(x, g.weight_shape, gy, **window), self.mask, g.block)
 
-        x, gy = (_as_multiplied(t).double() for t in (self.x, self.gy))
+        x, gy = ((_as_tf32(t) if self.is_tf32 else t).double() for t in (self.x, self.gy))
         return gradient(x, gy), gradient(x.abs(), gy.abs())
 
     def error(self, got: Tensor, *reference: Tensor) -> float:
@@ -111,9 +118,7 @@ class Problem:
         return float(ratio.nan_to_num(nan=float("inf")).max()) if ratio.numel() else 0.0
 
 
-def _as_multiplied(tensor: Tensor) -> Tensor:
-    if tensor.dtype != torch.float32:
-        return tensor
+def _as_tf32(tensor: Tensor) -> Tensor:
     return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)  # tf32, ties away from zero
 
 
@@ -138,7 +143,7 @@ class Library:
     def conv2d_weight_grad(
         self, grad_output: Tensor, input: Tensor, block_row: Tensor, block_col: Tensor, block_tap: Tensor,
         units: Tensor, weight_shape: list[int], block: list[int], stride: list[int], padding: list[int],
-        dilation: list[int], band: list[int], tile: list[int], shares: int,
+        dilation: list[int], band: list[int], tile: list[int], shares: int, allow_tf32: bool,
     ) -> Tensor:  # fmt: skip
         """`Caught` if the emulator reports anything."""
         for tensor in (grad_output, input):
@@ -154,7 +159,7 @@ class Library:
         chosen = (ctypes.c_int * 4)(o.seed, o.delay_copies, o.drop_barrier, o.drop_wait)
         stats, message = (ctypes.c_long * 3)(), ctypes.create_string_buffer(2000)
         failed = self._library.weight_grad(
-            DTYPES.index(input.dtype), shape_array(geometry, nnz, plan, plan.groups), ctypes.byref(arrays),
+            dtype_code(input.dtype, allow_tf32), shape_array(geometry, nnz, plan, plan.groups), ctypes.byref(arrays),
             chosen, stats, message, len(message),
         )  # fmt: skip
         if failed:
@@ -173,6 +178,7 @@ class Library:
         got = self.conv2d_weight_grad(
             gy, x, index.block_row, index.block_col, index.block_tap, units, list(g.weight_shape), list(g.block),
             list(g.stride), list(g.padding), list(g.dilation), list(plan.band), list(plan.tile), plan.shares,
+            problem.allow_tf32,
         )  # fmt: skip
         return got, self.stats
 
@@ -180,4 +186,4 @@ class Library:
 def plan_for(problem: Problem, device: cwg.Device = DEVICE) -> cwg.Plan:
     """What ddst would choose for the problem on a device."""
     flat, _ = cwg.flattened(problem.geometry, problem.x, problem.gy)
-    return cwg.plan(flat, problem.nnz, problem.x.element_size(), device)
+    return cwg.plan(flat, problem.nnz, problem.x.element_size(), device, allow_tf32=problem.allow_tf32)

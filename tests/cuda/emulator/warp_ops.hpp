@@ -26,20 +26,27 @@ struct MmaArgs {
   const std::uint32_t *a, *b;
 };
 
-// d = a b + c with rows of `c` in fp32. The hardware's order and rounding of the sum are not specified: never compare
-// bits.
+inline float toward_zero(double value) {  // an infinite one where it overflows
+  const auto nearest = float(value);
+  if (std::isinf(nearest)) return nearest;
+  return std::abs(double(nearest)) > std::abs(value) ? std::bit_cast<float>(std::bit_cast<std::uint32_t>(nearest) - 1)
+                                                     : nearest;
+}
+
+// d = a b + c with rows of `c` in fp32. The hardware's order and rounding of the sum are not specified, never compare
+// bits; known GPUs cut it off (Fasi, Higham, Mikaitis, Pranesh, PeerJ Comput. Sci. 7:e330, 2021), and so does this.
 template <int K>
 void multiply(Block& block, void* const* args, const float (&a)[16][K], const float (&b)[K][8]) {
-  float c[16][8];
+  double c[16][8];
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i)
       c[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2] = static_cast<MmaArgs*>(args[lane])->c[i];
   for (int m = 0; m < 16; ++m)
     for (int k = 0; k < K; ++k)
-      for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+      for (int n = 0; n < 8; ++n) c[m][n] += double(a[m][k]) * double(b[k][n]);
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i)
-      static_cast<MmaArgs*>(args[lane])->c[i] = c[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2];
+      static_cast<MmaArgs*>(args[lane])->c[i] = toward_zero(c[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2]);
   ++block.stats.mma;
 }
 

@@ -37,7 +37,12 @@ OPS = ("forward", "plain", "relu", "dgrad", "wgrad", "scores")
 #: "plain" (no bias) and "relu" are compiled apart and differ in the last step only: these shapes do for them.
 FINISHES = ("aligned", "ragged", "linear ragged")
 REPLAYED = ("aligned", "4x4 stride 2", "linear")
-LOST = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert", "CUDA error")
+#: Errors of CUDA that every later call of the process repeats. A capture that fails, or a launch that is refused
+#: (too much shared memory, say), is none of them.
+LOST = (
+    *("illegal memory access", "illegal instruction", "misaligned address", "address space not", "program counter"),
+    *("unspecified launch failure", "device-side assert", "hardware stack error", "launch timed out", "uncorrectable"),
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -62,8 +62,11 @@ class CudaGraph:
                 self._graph.capture_begin()
                 try:
                     self.outputs = _last_results(works, keep)
-                finally:
-                    self._graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):  # that the capture is broken; what broke it is to be seen
+                        self._graph.capture_end()
+                    raise
+                self._graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self) -> None:

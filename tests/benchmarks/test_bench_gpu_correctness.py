@@ -225,3 +225,18 @@ def test_problems_are_guarded_and_shaped_as_said() -> None:
             mask = mask.view(*mask.shape[:2], -1).any(2)
             assert not mask.any(0).all() and not mask.any(1).all()
             assert mask[-1].any() and mask[:, -1].any() and min(shape.ragged) > 0
+
+
+@pytest.mark.parametrize(
+    "said, lost",
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: misaligned address", True),
+        ("ddst_cuda::conv2d_gather: CUDA error 719 (unspecified launch failure)", True),
+        ("CUDA error: operation not permitted when stream is capturing", False),
+        ("ddst_cuda::conv2d_gather: CUDA error 1 (invalid argument)", False),
+        ("out of resource: shared memory, Required: 300000, Hardware limit: 232448", False),
+    ],
+)
+def test_only_errors_that_stay_end_a_process(said: str, lost: bool) -> None:
+    assert correctness.device_is_lost(RuntimeError(said)) == lost

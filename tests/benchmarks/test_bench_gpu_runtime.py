@@ -7,7 +7,9 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +76,34 @@ def test_a_rerun_stands_for_a_graph() -> None:
     assert [o.tolist() for o in outputs] == [[10.0] * 3, [6.0] * 3]
     assert len(watch.capture([lambda: x] * 5, keep=2).outputs) == 2
     assert watch.seconds(watch.capture([lambda: x], keep=0)) > 0
+
+
+def test_what_breaks_a_capture_is_what_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending a broken capture raises as well, and says less."""
+    said: list[str] = []
+
+    class Graph:
+        def capture_begin(self) -> None:
+            said.append("begin")
+
+        def capture_end(self) -> None:
+            said.append("end")
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda s: nullcontext(),
+        "synchronize": lambda: None, "CUDAGraph": Graph,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def work() -> None:
+        if said:
+            raise ValueError("the cause")
+
+    with pytest.raises(ValueError, match="the cause"):
+        timing.CudaGraph([work])
+    assert said == ["begin", "end"]
 
 
 def test_precision_is_put_back() -> None:

@@ -99,7 +99,7 @@ def test_cuda_library_loads_into_any_torch() -> None:
         assert _extension.cuda_kernels_loaded() and ddst.build_info()["cuda_loaded"] == "yes"
         torch.ops.ddst_cuda.conv2d_gather.default
         x, index = torch.zeros(1, 16, 4, 4), torch.zeros(1, dtype=torch.int32)
-        geometry = [16, 16, 1, 1], [16, 16], [1, 1], [0, 0], [1, 1], [1, 1], [1, 4, 4], 1
+        geometry = [16, 16, 1, 1], [16, 16], [1, 1], [0, 0], [1, 1], [1, 1], [1, 4, 4], 1, True
         try:
             torch.ops.ddst_cuda.conv2d_weight_grad(x, x, index, index, index, index, *geometry)
         except NotImplementedError as error:

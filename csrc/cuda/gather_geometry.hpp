@@ -101,7 +101,7 @@ inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
   const auto stride = [](int s) { return s == 1 || s == 2; };
   if (p.dtype < 0 || p.dtype > DDST_CUDA_FLOAT32) return "dtype must be bfloat16, float16 or float32";
   if (p.dtype == DDST_CUDA_FLOAT32 && tile.channels > gather_tile(false, 4).channels)
-    return "float32 in full precision has no large tile";  // its registers would not do
+    return "float32 in full precision has no large tile";  // multiplication is the limit: it would save nothing
   if (!side(p.block_out) || !side(p.block_in))
     return "block must have sides of 16, 32 or 64, got " + text(p.block_out, p.block_in);
   if (!stride(p.stride_y) || !stride(p.stride_x)) return "stride must be 1 or 2, got " + text(p.stride_y, p.stride_x);

@@ -3,6 +3,8 @@
 #   make test    set up, then formatting, lint, types and all tests
 #   make wheel   dist/ddst-*.whl          make format   rewrite the sources in the project's format
 #   make bench   measure against dense    make clean    remove builds and caches (not .venv, not runs)
+#   make gpu     prove and measure the library on a GPU: with any python3 that has torch and CMake, no network, no .venv
+#                (make gpu PYTHON=… ARGS='--only correctness --budget 120 --out DIR')
 
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 VENV ?= .venv
@@ -11,14 +13,14 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 
 BIN := $(VENV)/bin
-CXX_SOURCES := $(wildcard csrc/*.c csrc/*.cpp csrc/*.hpp csrc/*/*.cpp csrc/*/*.hpp)
+CXX_SOURCES := $(shell find csrc tests/cuda -name "*.[ch]" -o -name "*.[ch]pp" -o -name "*.cu" -o -name "*.cuh")
 BUILD_FILES := setup.py CMakeLists.txt
 
 # Threads that wait go to sleep. OpenMP's default, waiting busily, costs several times the time where other programs want
 # the cores too (measured: 0.70 s a step instead of 0.13 s on a busy machine of two cores).
 demo test: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint check-format check-lint check-types format wheel bench clean
+.PHONY: demo test lint check-format check-lint check-types format wheel bench gpu clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the second demo goes to runs/demo-2.
@@ -53,6 +55,11 @@ bench: $(VENV)/built
 	$(BIN)/pytest -q benchmarks/bench_layers.py --benchmark-min-rounds=3 --benchmark-max-time=0.3 \
 		--benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
 	$(BIN)/python -P -m ddst.benchmarks
+
+# Nothing is installed: what python3 has is used, not .venv, and the library runs from this tree.
+gpu: PYTHON = python3
+gpu:
+	@$(PYTHON) -P benchmarks/gpu/run.py $(ARGS)
 
 # torch first, and the build without isolation: an isolated one would download torch a second time.
 $(VENV)/installed: pyproject.toml

@@ -4,6 +4,9 @@ Metadata and the version stand in pyproject.toml. Environment variables:
 
 * ``MAX_JOBS``: compilers at once (default: one per core).
 * ``DDST_BUILD_TYPE``: CMake's build type (default: Release).
+* ``DDST_BUILD_CUDA``: 1 builds ``libddst_cuda.so`` and fails without a CUDA compiler (nvcc 12.8 or later on PATH, or
+  ``CUDACXX``), 0 leaves it out; unset: it is built where nvcc is found.
+* ``DDST_CUDA_ARCHS``: what it holds code for (default: ``80-real;90-real;100-real;100-virtual``).
 * ``DDST_EXTRA_PYTHONS``: further interpreters, separated like PATH, to build the pybind11 module for.
 * ``DDST_PLAT``: the wheel's platform tag (default: this machine's).
 """
@@ -69,6 +72,14 @@ def host_pythons() -> list[str]:
     return specs
 
 
+def build_cuda() -> str:
+    """CMake's ``DDST_BUILD_CUDA``."""
+    asked = os.environ.get("DDST_BUILD_CUDA", "")
+    if asked not in ("", "0", "1"):
+        sys.exit(f"ddst: DDST_BUILD_CUDA must be 0, 1 or unset, got {asked!r}")
+    return {"": "AUTO", "0": "OFF", "1": "ON"}[asked]
+
+
 class CMakeBuild(build_ext):
     """Runs CMake, and puts what it installs into ``ddst/_lib``."""
 
@@ -89,6 +100,8 @@ class CMakeBuild(build_ext):
             "DDST_TORCH_INCLUDE": torch_include(),
             "DDST_PYBIND11_INCLUDE": pybind11.get_include(),
             "DDST_PYTHONS": ";".join(host_pythons()),
+            "DDST_BUILD_CUDA": build_cuda(),
+            "DDST_CUDA_ARCHS": os.environ.get("DDST_CUDA_ARCHS") or "80-real;90-real;100-real;100-virtual",
         }
         definitions = [f"-D{name}={value}" for name, value in arguments.items()]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
@@ -127,7 +140,7 @@ class Build(build):
 
 
 class Wheel(bdist_wheel):
-    """Tag py3-none: libddst.so knows no Python, and _host, one file per CPython, has a twin in Python."""
+    """Tag py3-none: the libraries know no Python, and _host, one file per CPython, has a twin in Python."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

@@ -6,6 +6,7 @@
     python -m ddst.benchmarks --layer targets --against main             this library beside another commit's
     python -m ddst.benchmarks --list --layer all                         what there is to measure
     python -m ddst.benchmarks table RUN.json [--readme README.md]        a kept run as a Markdown table
+    python -m ddst.benchmarks tune --help                                the fastest configurations of a GPU's kernels
 
 Printed for every pass: ms, the floor (the larger of useful operations at the measured peak and bytes at the measured
 bandwidth), shares of both, then the dense time ("n" NCHW or "c" channels_last, the faster) and its share of peak.
@@ -148,6 +149,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["table"]:
         return table(argv[1:])
+    if argv[:1] == ["tune"]:
+        from ddst.benchmarks import tune
+
+        return tune.main(argv[1:])
+    if argv[:1] == ["prefer"]:
+        from ddst.benchmarks import prefer
+
+        return prefer.main(argv[1:])
     command = parser()
     arguments = command.parse_args(argv)
     if arguments.against and arguments.picture:

@@ -75,6 +75,13 @@ NETWORKS: dict[str, list[Layer]] = {
         Layer(128, 4096),
         Layer(1024, 1024),
     ],
+    # The shapes that the targets on GPUs are stated for.
+    "gpu-targets": [
+        *_conv(16, 32, of=(256, 256)),
+        *_conv(32, of=(128, 128)),
+        *_conv(32, of=(768, 384)),
+        Layer(4096, 4096),
+    ],
     "sngan32-g": [
         Layer(128, 4096),
         *_conv(8, 16, 32, of=(256, 256)),

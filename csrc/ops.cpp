@@ -1,5 +1,6 @@
 // Schemas of every registered op, and the two ops that describe this build. The tensor ops' CPU kernels are
-// registered in cpu/conv2d.cpp and cpu/linear.cpp; fake kernels and autograd are in ddst/ops.
+// registered in cpu/conv2d.cpp and cpu/linear.cpp, those for CUDA devices in ddst/ops/device.py; fake kernels and
+// autograd are in ddst/ops. The argument backend is the one asked for, so that derivatives run on it too.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -19,7 +20,7 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 std::string build_info() {
   return std::string("compiler=") + kCompiler +
          "\nbuild_type=" DDST_BUILD_TYPE "\ntorch_headers=" TORCH_VERSION "\ntorch_abi_target=" DDST_TORCH_TARGET
-         "\ncuda=no";
+         "\ncuda_architectures=" DDST_CUDA_FACT;
 }
 
 std::string cpu_capability() { return ddst::cpu::active_kernels().name; }
@@ -29,21 +30,26 @@ std::string cpu_capability() { return ddst::cpu::active_kernels().name; }
 STABLE_TORCH_LIBRARY(ddst, m) {
   m.def(
       "conv2d(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, int[] stride, "
-      "int[] padding, int[] dilation, bool channels_last) -> Tensor");
+      "int[] padding, int[] dilation, bool channels_last, str backend='auto') -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, "
-      "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool channels_last) -> Tensor");
+      "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool channels_last, str backend='auto') "
+      "-> Tensor");
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "
-      "int[] stride, int[] padding, int[] dilation) -> Tensor");
+      "int[] stride, int[] padding, int[] dilation, str backend='auto') -> Tensor");
   m.def(
       "conv2d_block_scores(Tensor grad_output, Tensor input, int[] weight_shape, int[] block, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor");
-  m.def("linear(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape) -> Tensor");
-  m.def("linear_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape) -> Tensor");
   m.def(
-      "linear_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block) "
+      "linear(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, str backend='auto') "
       "-> Tensor");
+  m.def(
+      "linear_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, str backend='auto') "
+      "-> Tensor");
+  m.def(
+      "linear_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "
+      "str backend='auto') -> Tensor");
   m.def("linear_block_scores(Tensor grad_output, Tensor input, int[] weight_shape, int[] block) -> Tensor");
   m.def("build_info() -> str");
   m.def("cpu_capability() -> str");

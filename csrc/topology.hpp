@@ -85,6 +85,10 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   if (!t.is_cpu()) fail(op, name, " is not on the CPU");
 }
 
+inline void check_backend(const char* op, const std::string& backend) {
+  if (backend != "auto" && backend != "cpu") fail(op, "backend is ", backend, ", expected auto or cpu for CPU tensors");
+}
+
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType expected, const char* like) {
   if (t.scalar_type() != expected) {
     fail(op, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,6 +27,10 @@ from ddst.nn import explain, set_backend
         ("cpu", "cpu", torch.int32, (16, 16), False),
         ("reference", "cpu", torch.float32, (3, 5), True),
         ("reference", "cuda", torch.float64, (16, 16), True),
+        ("triton", "cpu", torch.float32, (16, 16), False),
+        ("cuda", "cpu", torch.float32, (16, 16), False),
+        ("cuda", "cuda", torch.float64, (16, 16), False),
+        ("cuda", "cuda", torch.bfloat16, None, False),
     ],
 )
 def test_supports_answers_with_a_reason(
@@ -43,23 +50,39 @@ def test_slow_blocks_say_so() -> None:
 
 
 def test_auto_takes_the_cpu_kernels_and_never_the_reference() -> None:
-    x = torch.zeros(1)
-    assert backends.choose("auto", x, None) == "cpu"
-    assert backends.choose("cpu", x, torch.zeros(1, 3, 5)) == "cpu"
-    assert backends.choose("reference", x, None) == "reference"
+    problem = Problem("cpu", torch.float32, (16, 16))
+    assert backends.choose("auto", problem) == "cpu"
+    assert backends.choose("cpu", replace(problem, block=(3, 5))) == "cpu"
+    assert backends.choose("reference", problem) == "reference"
     with pytest.raises(RuntimeError, match="float16"):
-        backends.choose("auto", x.half(), None)
+        backends.choose("auto", replace(problem, dtype=torch.float16))
     with pytest.raises(RuntimeError, match="meta"):
-        backends.choose("cpu", x.to("meta"), None)
-    with pytest.raises(RuntimeError, match="reference"):
-        backends.choose("auto", x.to("meta"), None)
+        backends.choose("cpu", replace(problem, device="meta"))
+    with pytest.raises(RuntimeError, match=r"cpu: .*triton: .*reference"):
+        backends.choose("auto", replace(problem, device="meta"))
 
 
-@pytest.mark.parametrize("name", ["cuda", "", "CPU", "triton"])
+def test_problem_is_read_off_the_tensors() -> None:
+    found = Problem.of(torch.zeros(1, 8, 4, 4), torch.zeros(2, 4, 8), (3, 3), (2, 1), (1, 1))
+    assert found == Problem("cpu", torch.float32, (4, 8), (3, 3), (2, 1))
+    for values in (torch.zeros(4, 8), torch.zeros(2, 0, 8)):
+        with pytest.raises(ValueError, match=r"values.*\[nnz, b_out, b_in\]"):
+            Problem.of(torch.zeros(1), values)
+
+
+def test_triton_says_when_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    backends._supports_triton.cache_clear()
+    with pytest.raises(RuntimeError, match=r"triton.*pip install"):
+        backends.choose("auto", Problem("cuda", torch.float32, (16, 16)))
+    backends._supports_triton.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["", "CPU", "tpu"])
 def test_unknown_backend_is_an_error_that_lists_the_known_ones(name: str) -> None:
     for call in (
         lambda: backends.supports(name, Problem("cpu", torch.float32, None)),
-        lambda: backends.choose(name, torch.zeros(1), None),
+        lambda: backends.choose(name, Problem("cpu", torch.float32, None)),
         lambda: backends.check_backend(name),
         lambda: set_backend(torch.nn.Sequential(ddst.SparseLinear(8, 8, density=1.0)), name),
     ):
@@ -92,7 +115,7 @@ def test_explain_says_what_runs_and_why_not_the_others(asked: str, chosen: str, 
     found = explain(layer, torch.zeros(1, 16, 5, 5))
     assert found.backend == chosen
     assert found.reason
-    assert set(found.refused) == {refused}
+    assert set(found.refused) == {refused, "triton", "cuda"}
     assert found.refused[refused]
     text = str(found)
     assert "SparseConv2d" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 from pathlib import Path
 
@@ -12,11 +13,17 @@ import pytest
 import ddst
 import ddst.benchmarks
 
+# ddst.kernels is not imported to find its modules: on import it decides whether it is interpreted (tests/kernels).
+KERNELS = importlib.util.find_spec("ddst.kernels")
+assert KERNELS is not None
 MODULES = sorted(
-    module.name
-    for package in (ddst, ddst.benchmarks)
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    if not module.name.startswith("ddst._lib.")
+    {
+        module.name
+        for package in (ddst, ddst.benchmarks)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not module.name.startswith(("ddst._lib.", "ddst.kernels"))
+    }
+    | {module.name for module in pkgutil.iter_modules(KERNELS.submodule_search_locations, "ddst.kernels.")}
 )
 
 

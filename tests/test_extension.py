@@ -26,7 +26,9 @@ def test_build_info_describes_the_loaded_library() -> None:
     assert facts["torch_abi_target"] == "0x020a000000000000"
     assert tuple(map(int, facts["torch_headers"].split(".")[:2])) >= (2, 11)
     assert facts["cpu_capability"] in ("portable", "avx2", "avx512")
-    assert facts["cuda"] == "no"
+    assert facts["cuda"] == ("yes" if _extension.CUDA_LIBRARY.is_file() else "no")
+    assert (facts["cuda"] == "no") == (facts["cuda_architectures"] == "none")
+    assert facts["cuda_loaded"] == ("yes" if facts["cuda"] == "yes" and torch.version.cuda else "no")
     assert facts["torch"] == torch.__version__
     assert facts["host"] == _host.IMPLEMENTATION == _host.build_info()["implementation"]
 
@@ -53,6 +55,60 @@ def test_broken_library_is_named(tmp_path: Path) -> None:
     broken.write_bytes(b"not a library")
     with pytest.raises(ImportError, match=r"libddst\.so does not load into torch"):
         _extension.load(broken)
+
+
+built_with_cuda = pytest.mark.skipif(not _extension.CUDA_LIBRARY.is_file(), reason="built without libddst_cuda.so")
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The libraries that are asked for, none of which is loaded."""
+    asked: list[Path] = []
+    monkeypatch.setattr(torch.ops, "load_library", asked.append)
+    return asked
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+@pytest.mark.parametrize("built", [False, True])
+def test_cuda_kernels_are_loaded_where_torch_has_cuda(
+    loads: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: bool, cuda: str | None
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    kernels = tmp_path / "libddst_cuda.so"
+    if built:
+        kernels.touch()
+    _extension.load(cuda_library=kernels)
+    assert loads == [_extension.LIBRARY, *([kernels] if built and cuda else [])]
+
+
+def test_broken_cuda_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    broken = tmp_path / "libddst_cuda.so"
+    broken.write_bytes(b"not a library")
+    with pytest.raises(ImportError, match=r"libddst_cuda\.so does not load into torch"):
+        _extension.load(cuda_library=broken)
+
+
+@built_with_cuda
+def test_cuda_library_loads_into_any_torch() -> None:
+    """Nothing of libtorch_cuda is linked; without CUDA tensors its operators find no kernel."""
+    code = """if True:
+        import torch, ddst
+        from ddst import _extension
+        torch.ops.load_library(_extension.CUDA_LIBRARY)
+        assert _extension.cuda_kernels_loaded() and ddst.build_info()["cuda_loaded"] == "yes"
+        torch.ops.ddst_cuda.conv2d_gather.default
+        x, index = torch.zeros(1, 16, 4, 4), torch.zeros(1, dtype=torch.int32)
+        geometry = [16, 16, 1, 1], [16, 16], [1, 1], [0, 0], [1, 1], [1, 1], [1, 4, 4], 1
+        try:
+            torch.ops.ddst_cuda.conv2d_weight_grad(x, x, index, index, index, index, *geometry)
+        except NotImplementedError as error:
+            assert "'ddst_cuda::conv2d_weight_grad' with arguments from the 'CPU' backend" in str(error)
+        else:
+            raise AssertionError
+    """
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_import_without_the_library_fails(tmp_path: Path) -> None:

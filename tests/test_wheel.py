@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddst import _extension
+
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 # What `pip install ddst` brings besides torch and numpy: nothing. The layers must do without these.
@@ -83,11 +85,17 @@ def test_contents(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "ddst").rglob("*.py")}
-    sources |= {f"ddst/{path.relative_to(ROOT)}" for path in (ROOT / "benchmarks").rglob("*.py")}
-    data = {str(path.relative_to(ROOT)) for path in (ROOT / "ddst").rglob("*.safetensors")}
+    for folder in ("benchmarks", "kernels"):
+        sources |= {f"ddst/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
+    data = {
+        str(path.relative_to(ROOT)) for kind in ("safetensors", "json") for path in (ROOT / "ddst").rglob(f"*.{kind}")
+    }
+    data |= {f"ddst/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.json")}
     compiled = {"ddst/_lib/libddst.so"}
     if Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         compiled.add(f"ddst/_lib/_host{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if _extension.CUDA_LIBRARY.is_file():  # this build's DDST_BUILD_CUDA and nvcc are those of the wheel's
+        compiled.add("ddst/_lib/libddst_cuda.so")
     expected = sources | data | compiled | {"ddst/py.typed"}
     shipped = {name for name in names if not name.startswith(f"ddst-{VERSION}.dist-info/")}
     others = shipped - expected
@@ -96,9 +104,16 @@ def test_contents(wheel: Path) -> None:
     assert all(re.fullmatch(r"ddst/_lib/_host\.cpython-.*\.so", name) for name in others), others
 
 
-def test_library_needs_torch_by_name_and_no_python(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture(params=["libddst.so", "libddst_cuda.so"])
+def library(request: pytest.FixtureRequest, wheel: Path, tmp_path: Path) -> str:
+    """A library taken from the wheel."""
+    if not (_extension.LIBRARY.parent / request.param).is_file():
+        pytest.skip(f"built without {request.param}")
     with zipfile.ZipFile(wheel) as archive:
-        library = archive.extract("ddst/_lib/libddst.so", tmp_path)
+        return archive.extract(f"ddst/_lib/{request.param}", tmp_path)
+
+
+def test_library_needs_torch_by_name_and_no_python(library: str, tmp_path: Path) -> None:
     dynamic = run("readelf", "--dynamic", "--wide", library, cwd=tmp_path)
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
     assert "libtorch_cpu.so" in needed
@@ -106,9 +121,7 @@ def test_library_needs_torch_by_name_and_no_python(wheel: Path, tmp_path: Path) 
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
 
 
-def test_library_asks_for_the_stable_abi_only(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        library = archive.extract("ddst/_lib/libddst.so", tmp_path)
+def test_library_asks_for_the_stable_abi_only(library: str, tmp_path: Path) -> None:
     undefined = run("nm", "--dynamic", "--undefined-only", library, cwd=tmp_path).split()
     assert any(name.startswith("aoti_torch_") for name in undefined)
     assert not [name for name in undefined if re.search(r"N?K?(2at|3c10|5torch)\d", name)]
@@ -135,7 +148,9 @@ def test_source_distribution_holds_what_a_build_reads(tmp_path: Path) -> None:
         ("ddst", "*.py"),
         ("ddst", "*.safetensors"),
         ("benchmarks", "*.py"),
+        ("kernels", "*.py"),
         ("tests", "*.py"),
+        ("tests/cuda", "*.[ch]*"),
     ]
     expected = {str(path.relative_to(ROOT)) for folder, files in folders for path in (ROOT / folder).rglob(files)}
     expected |= {"setup.py", "CMakeLists.txt", "pyproject.toml", "Makefile", "README.md", "LICENSE", "ddst/py.typed"}

@@ -165,8 +165,9 @@ Tensor block_scores(const Tensor& grad_output, const Tensor& input, const Weight
 
 Tensor conv2d(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& topology,
               const Ints& weight_shape, const Ints& stride, const Ints& padding, const Ints& dilation,
-              bool channels_last) {
+              bool channels_last, const std::string& backend) {
   const char* op = "conv2d";
+  check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 4);
   const Window window = read_window(op, stride, padding, dilation);
   check_activation(op, "input", input, "C_in", grid.in_channels);
@@ -185,8 +186,9 @@ Tensor conv2d(const Tensor& input, const Tensor& values, const std::optional<Ten
 
 Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& values, const Tensor& topology,
                          const Ints& weight_shape, const Ints& input_size, const Ints& stride, const Ints& padding,
-                         const Ints& dilation, bool channels_last) {
+                         const Ints& dilation, bool channels_last, const std::string& backend) {
   const char* op = "conv2d_input_grad";
+  check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 4);
   const Window window = read_window(op, stride, padding, dilation);
   check_pair(op, "input_size", input_size, 1);
@@ -215,8 +217,9 @@ ConvGeometry check_gradient_operands(const char* op, const Tensor& grad_output, 
 
 Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& topology,
                           const Ints& weight_shape, const Ints& block, const Ints& stride, const Ints& padding,
-                          const Ints& dilation) {
+                          const Ints& dilation, const std::string& backend) {
   const char* op = "conv2d_weight_grad";
+  check_backend(op, backend);
   const WeightGrid grid = grid_of_block(op, block, weight_shape, 4);
   const Window window = read_window(op, stride, padding, dilation);
   const ConvGeometry g = check_gradient_operands(op, grad_output, input, grid, window);

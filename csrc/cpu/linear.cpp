@@ -84,8 +84,9 @@ Tensor block_scores(const Tensor& grad_output, const Tensor& input, const Weight
 }
 
 Tensor linear(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& topology,
-              const Ints& weight_shape) {
+              const Ints& weight_shape, const std::string& backend) {
   const char* op = "linear";
+  check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 2);
   check_matrix(op, "input", input, "C_in", grid.in_channels);
   check_dtype(op, "input", input, values.scalar_type(), "values");
@@ -100,8 +101,9 @@ Tensor linear(const Tensor& input, const Tensor& values, const std::optional<Ten
 }
 
 Tensor linear_input_grad(const Tensor& grad_output, const Tensor& values, const Tensor& topology,
-                         const Ints& weight_shape) {
+                         const Ints& weight_shape, const std::string& backend) {
   const char* op = "linear_input_grad";
+  check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 2);
   check_matrix(op, "grad_output", grad_output, "C_out", grid.out_channels);
   check_dtype(op, "grad_output", grad_output, values.scalar_type(), "values");
@@ -124,8 +126,9 @@ void check_gradient_operands(const char* op, const Tensor& grad_output, const Te
 }
 
 Tensor linear_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& topology,
-                          const Ints& weight_shape, const Ints& block) {
+                          const Ints& weight_shape, const Ints& block, const std::string& backend) {
   const char* op = "linear_weight_grad";
+  check_backend(op, backend);
   const WeightGrid grid = grid_of_block(op, block, weight_shape, 2);
   check_gradient_operands(op, grad_output, input, grid);
   const Topology topo = read_topology(op, topology, grid);

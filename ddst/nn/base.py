@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import topology as tp
-from ..backends import check_backend
+from ..backends import Problem, check_backend
 from ..ops.reference import block_norms_of
 from ..ops.scores import GradientRecord, ScoreRecorder
 from .spectral_norm import SpectralNorm, rename_dense_keys
@@ -284,6 +284,10 @@ class SparseLayer(nn.Module):
     def _compute(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def problem(self, device: str, dtype: torch.dtype) -> Problem:
+        """What a backend has to know of this layer to say whether it can run it."""
+        raise NotImplementedError
+
     # --- moves, copies and state dicts ------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -369,7 +373,7 @@ def mask_for(weight: Tensor, block: tuple[int, int], density: float | None, bloc
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Makes every sparse layer of ``model`` compute with ``backend``: "auto", "cpu" or "reference".
+    """Makes every sparse layer of ``model`` compute with ``backend``: "auto", "cpu", "triton", "cuda" or "reference".
 
     >>> from ddst.nn import SparseLinear
     >>> model = nn.Sequential(SparseLinear(32, 32))

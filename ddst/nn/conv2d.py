@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from .. import ops, topology
+from ..backends import Problem
 from ..ops.conv2d import output_is_channels_last, pair, resolve_padding
 from .base import SparseLayer, check_plain, copy_of, mask_for
 
@@ -168,6 +169,9 @@ class SparseConv2d(SparseLayer):
             self.dilation,
             backend=self.backend,
         )
+
+    def problem(self, device: str, dtype: torch.dtype) -> Problem:
+        return Problem(device, dtype, self.block, self.kernel_size, self.stride, self.dilation)
 
     def _recorded_padding(self) -> tuple[int, int]:
         # What the operator saw: padding by F.pad, and the odd part of 'same', are already in the recorded input.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import BACKENDS, Problem, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
+from ..ops import preferred
+from ..ops.conv2d import resolve_padding
+from ..ops.precision import compute_dtype
 from .base import SparseLayer
 from .conv2d import SparseConv2d
 
@@ -50,10 +53,12 @@ class Explanation:
 
     Attributes:
         backend: the backend that runs.
-        capability: the instruction set of its kernels ("portable", "avx2", "avx512"), or "" where it has none.
+        capability: the instruction set of its kernels ("portable", "avx2", "avx512", on a GPU for example "sm_90"), or
+            "" where it has none.
         reason: why it runs.
         refused: every other backend and why it was not taken.
-        forms: pass -> which kernel form the shape of the block leads to.
+        forms: pass -> which kernel form the shape of the block leads to; with Triton, which configuration runs and
+            whether it was measured on this device model.
         slow: the passes for which the block's shape is a slow one.
         rates: "forward" and "backward" -> what they reach; empty without ``measure``.
     """
@@ -98,17 +103,28 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     """
     if not isinstance(layer, SparseLayer):
         raise TypeError(f"layer must be a block-sparse layer, got {type(layer).__name__}")
-    computed = torch.float64 if input.dtype == torch.float64 else torch.float32
-    chosen = choose(layer.backend, input.to(computed), layer.values)
-    problem = Problem(input.device.type, computed, layer.block)
+    computed = compute_dtype(input.dtype, input.device.type)
+    problem = layer.problem(input.device.type, computed)
+    chosen = choose(layer.backend, problem)
     asked = f"backend={layer.backend!r} asked for, " if layer.backend != "auto" else ""
     refused = {}
     for name in BACKENDS:
         if name != chosen:
             ok, reason = supports(name, problem)
-            refused[name] = reason if not ok or name == "reference" else f"backend={layer.backend!r} asked for"
-    capability = torch.ops.ddst.cpu_capability() if chosen == "cpu" else ""
-    forms, slow = kernel_forms(layer.block, pixels=_pixels(layer, input)) if chosen == "cpu" else ({}, ())
+            if ok and name == "cuda" and layer.backend == "auto":
+                reason = cuda_preference(layer, problem, input.device)
+            elif ok and name != "reference":
+                reason = f"backend={layer.backend!r} asked for"
+            refused[name] = reason
+    capability = ""
+    forms: dict[str, str] = {}
+    slow: tuple[str, ...] = ()
+    if chosen == "cpu":
+        capability = torch.ops.ddst.cpu_capability()
+        forms, slow = kernel_forms(layer.block, pixels=_pixels(layer, input))
+    elif chosen == "triton":
+        capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(input.device)))
+        forms = triton_forms(layer, input)
     rates = _rates(layer, input, computed) if measure else {}
     reason = asked + supports(chosen, problem)[1]
     return Explanation(repr(layer), chosen, capability, reason, refused, forms, slow, rates)
@@ -153,21 +169,60 @@ def _form(side: int, which: str, pixels: int = 0) -> str:
     return f"vectors along the {side} {which} channels of a block, no multiple of 8: the last is partly empty"
 
 
+def cuda_preference(layer: SparseLayer, problem: Problem, device: torch.device) -> str:
+    """Of every pass, whether a kept measurement says that "auto" runs it in CUDA C++."""
+    found: dict[str, str] = {}
+    for name, suffix in (("forward", ""), ("input gradient", "_input_grad"), ("weight gradient", "_weight_grad")):
+        kind = preferred.kind(
+            torch.cuda.get_device_name(device),
+            ("linear" if problem.linear else "conv2d") + suffix,
+            problem.dtype,
+            layer.block,
+            problem.kernel,
+            problem.stride,
+        )
+        found[name] = preferred.is_cuda_preferred(kind, layer.density)[1]
+    return "; ".join(f"{name}: {reason}" for name, reason in found.items())
+
+
+def triton_forms(layer: SparseLayer, input: Tensor) -> dict[str, str]:
+    """``pass -> configuration`` of the Triton kernels that ``layer(input)`` and its backward pass run."""
+    configs, tuning = (importlib.import_module(f"ddst.kernels.{name}") for name in ("configs", "tuning"))
+    dtype, device = compute_dtype(input.dtype, "cuda"), tuning.device_name(input.get_device())
+    sizes = _sizes(layer, input)
+    forms = {}
+    for name, op in (("forward", "forward"), ("input gradient", "input_grad"), ("weight gradient", "weight_grad")):
+        shape = (*layer.weight_shape, 1, 1)[:4]
+        linear = len(layer.weight_shape) == 2
+        problem = configs.Problem(op, linear, dtype, layer.block, shape, *sizes, layer.nnz)
+        measured = tuning.table_of(device).fastest(problem) is not None
+        why = f"fastest measured on {device}" if measured else f"the default: not measured on {device}"
+        forms[name] = f"{tuning.choose(problem, device)}, {why}"
+    return forms
+
+
+def _sizes(layer: SparseLayer, input: Tensor) -> tuple[Any, ...]:
+    """Stride, padding, dilation, number of images, input size and output size of what an operator computes."""
+    if not isinstance(layer, SparseConv2d):
+        return (1, 1), (0, 0), (1, 1), input.numel() // input.shape[-1], (1, 1), (1, 1)
+    padding, extra = resolve_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
+    if layer.padding_mode != "zeros":
+        extra, padding = (2 * padding[0] + extra[0], 2 * padding[1] + extra[1]), (0, 0)
+    images = input.shape[0] if input.dim() == 4 else 1
+    size = (input.shape[-2] + extra[0], input.shape[-1] + extra[1])
+    out = [
+        (size[i] + 2 * padding[i] - layer.dilation[i] * (layer.kernel_size[i] - 1) - 1) // layer.stride[i] + 1
+        for i in (0, 1)
+    ]
+    return layer.stride, padding, layer.dilation, images, size, tuple(out)
+
+
 def _pixels(layer: SparseLayer, input: Tensor) -> tuple[int, int]:
     """Pixels of output and input of a layer at stride 1, over all images; zeros at other strides."""
-    if not isinstance(layer, SparseConv2d):
-        return (input.numel() // input.shape[-1],) * 2
-    if tuple(layer.stride) != (1, 1):
+    stride, _, _, images, size, out = _sizes(layer, input)
+    if tuple(stride) != (1, 1):
         return 0, 0
-    input = input if input.dim() == 4 else input[None]
-    with torch.no_grad():
-        shape = F.conv2d(
-            torch.empty(input.shape[0], 1, *input.shape[2:], device="meta"),
-            torch.empty(1, 1, *layer.kernel_size, device="meta"),
-            padding=layer.padding,
-            dilation=layer.dilation,
-        ).shape
-    return shape.numel(), input.numel() // input.shape[1]
+    return images * out[0] * out[1], images * size[0] * size[1]
 
 
 def _rates(layer: SparseLayer, input: Tensor, computed: torch.dtype) -> dict[str, Rate]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, topology
+from ..backends import Problem
 from .base import SparseLayer, check_plain, copy_of, mask_for
 
 
@@ -106,6 +107,9 @@ class SparseLinear(SparseLayer):
         return ops.linear(
             input, self.effective_values(), self.bias, self.topology, self.weight_shape, backend=self.backend
         )
+
+    def problem(self, device: str, dtype: torch.dtype) -> Problem:
+        return Problem(device, dtype, self.block, linear=True)
 
     def _block_scores(self, grad_output: Tensor, input: Tensor) -> Tensor:
         return ops.linear_block_scores(grad_output, input, self.weight_shape, self.block, backend=self.backend)

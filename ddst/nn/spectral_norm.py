@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
-from .. import backends
 from .. import topology as tp
 from ..ops.reference import dense_weight
 
@@ -268,8 +267,7 @@ class SpectralNorm(nn.Module):
         return torch.dot(values.flatten(), direction.flatten())
 
     def _matrix(self, values: Tensor, backend: str) -> _Matrix:
-        chosen = backends.choose(backend, values, values)
-        kind = _Dense if chosen == "reference" else _Packed
+        kind = _Dense if backend == "reference" else _Packed
         return kind(values, self.topology, self._matrix_shape)
 
     def _iterate(self, matrix: _Matrix, dtype: torch.dtype, iterations: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Block-sparse operators on packed weights: functions that are differentiable any number of times."""
 
+from . import device as device  # serves the operators on CUDA devices
 from .conv2d import conv2d, conv2d_block_scores
 from .linear import linear, linear_block_scores
 

@@ -83,13 +83,14 @@ def conv2d(
 
     Args:
         input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``, any strides; float32 or float64, or a 16-bit float, which is
-            computed in float32 and returned in its own dtype. Under autocast the autocast dtype applies.
+            computed in float32 on the CPU and returned in its own dtype. Under autocast the autocast dtype applies.
         values: packed weight ``[nnz, b_out, b_in]`` in the order of :mod:`ddst.topology`.
         bias: ``[C_out]`` or None.
         topology: int32 vector of :func:`ddst.topology.build_topology`, on the input's device.
         weight_shape: ``(C_out, C_in, kH, kW)`` of the dense weight.
         stride, padding, dilation: as in :func:`torch.nn.functional.conv2d`.
-        backend: "auto", "cpu" or "reference" (dense arithmetic on the unpacked weight, the oracle of the tests).
+        backend: "auto", "cpu", "triton", "cuda" (CUDA C++) or "reference" (dense arithmetic on the unpacked weight, the
+            oracle of the tests); derivatives run on the same.
 
     Returns:
         ``[N, C_out, H_out, W_out]``, channels_last where ``F.conv2d`` would return channels_last.
@@ -133,12 +134,12 @@ def conv2d(
     if any(extra):
         x = torch.nn.functional.pad(x, (0, extra[1], 0, extra[0]))
     dtype, (x, values, bias) = in_compute_dtype(x, values, bias)
-    chosen = backends.choose(backend, x, values)
-    shape = list(weight_shape)
-    if chosen == "reference":
+    shape, last = list(weight_shape), output_is_channels_last(x)
+    problem = backends.Problem.of(x, values, (shape[2], shape[3]), strides, dilations)
+    if backends.choose(backend, problem) == "reference":
         y = reference.conv2d(x, values, bias, topology, shape, strides, paddings, dilations)
     else:
-        y = _ops.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, output_is_channels_last(x))
+        y = _ops.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, last, backend)
     y = y.to(dtype)
     return y.squeeze(0) if input.dim() == 3 else y
 
@@ -170,7 +171,10 @@ def conv2d_block_scores(
     """
     grad_output, input = grad_output.detach(), input.detach()
     args = (list(weight_shape), list(block), list(stride), list(padding), list(dilation))
-    if backends.choose(backend, input, None) == "reference":
+    problem = backends.Problem(
+        input.device.type, input.dtype, block, (weight_shape[2], weight_shape[3]), stride, dilation
+    )
+    if backends.choose(backend, problem) == "reference":
         return reference.conv2d_block_scores(grad_output, input, *args)
     return _ops.conv2d_block_scores(grad_output, input, *args)
 
@@ -195,6 +199,7 @@ def _conv2d_fake(
     padding: list[int],
     dilation: list[int],
     channels_last: bool,
+    backend: str = "auto",
 ) -> Tensor:
     size = [_output_size(input.shape[2 + i], weight_shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     return _empty(input, [input.shape[0], weight_shape[0], *size], channels_last)
@@ -211,6 +216,7 @@ def _conv2d_input_grad_fake(
     padding: list[int],
     dilation: list[int],
     channels_last: bool,
+    backend: str = "auto",
 ) -> Tensor:
     return _empty(grad_output, [grad_output.shape[0], weight_shape[1], *input_size], channels_last)
 
@@ -225,6 +231,7 @@ def _conv2d_weight_grad_fake(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    backend: str = "auto",
 ) -> Tensor:
     rows, cols = -(-weight_shape[0] // block[0]), -(-weight_shape[1] // block[1])
     return input.new_empty([(topology.shape[0] - rows - cols - 2) // 4, *block])
@@ -244,74 +251,78 @@ def _conv2d_block_scores_fake(
     return input.new_empty([rows, cols, *weight_shape[2:]])
 
 
-def _geometry(ctx: Any) -> tuple[list[int], list[int], list[int]]:
-    return ctx.stride, ctx.padding, ctx.dilation
-
-
 def _block(values: Tensor) -> list[int]:
     return [values.shape[1], values.shape[2]]
 
 
 def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, topology, ctx.weight_shape, ctx.stride, ctx.padding, ctx.dilation, ctx.channels_last = inputs
+    x, values, _, topology, ctx.weight_shape, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
     ctx.save_for_backward(x, values, topology)
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, topology = ctx.saved_tensors
-    geometry = _geometry(ctx)
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_input = _ops.conv2d_input_grad(
-            grad, values, topology, ctx.weight_shape, x.shape[2:], *geometry, ctx.channels_last
+            grad, values, topology, ctx.weight_shape, x.shape[2:], *ctx.geometry, ctx.channels_last, ctx.backend
         )
     grad_values = values_gradient(
         ctx, values, topology, grad, x,
-        lambda: _ops.conv2d_weight_grad(grad, x, topology, ctx.weight_shape, _block(values), *geometry),
+        lambda: _ops.conv2d_weight_grad(
+            grad, x, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend
+        ),
     )  # fmt: skip
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum((0, 2, 3))
-    return grad_input, grad_values, grad_bias, None, None, None, None, None, None
+    return grad_input, grad_values, grad_bias, None, None, None, None, None, None, None
 
 
 def _conv2d_input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, values, topology, ctx.weight_shape, _, ctx.stride, ctx.padding, ctx.dilation, ctx.channels_last = inputs
+    grad, values, topology, ctx.weight_shape, _, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
     ctx.save_for_backward(grad, values, topology)
 
 
 def _conv2d_input_grad_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | None, ...]:
     grad, values, topology = ctx.saved_tensors
-    geometry = _geometry(ctx)
     grad_grad_output = None
     if ctx.needs_input_grad[0]:
         grad_grad_output = _ops.conv2d(
-            grad_grad, values, None, topology, ctx.weight_shape, *geometry, ctx.channels_last
+            grad_grad, values, None, topology, ctx.weight_shape, *ctx.geometry, ctx.channels_last, ctx.backend
         )
     grad_values = values_gradient(
         ctx, values, topology, grad, grad_grad,
-        lambda: _ops.conv2d_weight_grad(grad, grad_grad, topology, ctx.weight_shape, _block(values), *geometry),
+        lambda: _ops.conv2d_weight_grad(
+            grad, grad_grad, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend
+        ),
     )  # fmt: skip
-    return grad_grad_output, grad_values, None, None, None, None, None, None, None
+    return grad_grad_output, grad_values, None, None, None, None, None, None, None, None
 
 
 def _conv2d_weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, x, topology, ctx.weight_shape, _, ctx.stride, ctx.padding, ctx.dilation = inputs
+    grad, x, topology, ctx.weight_shape, _, *ctx.geometry, ctx.backend = inputs
     ctx.save_for_backward(grad, x, topology)
 
 
 def _conv2d_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
     grad, x, topology = ctx.saved_tensors
-    geometry = _geometry(ctx)
     grad_grad_output = grad_input = None
     if ctx.needs_input_grad[0]:
         grad_grad_output = _ops.conv2d(
-            x, grad_values, None, topology, ctx.weight_shape, *geometry, output_is_channels_last(x)
+            x, grad_values, None, topology, ctx.weight_shape, *ctx.geometry, output_is_channels_last(x), ctx.backend
         )
     if ctx.needs_input_grad[1]:
         grad_input = _ops.conv2d_input_grad(
-            grad, grad_values, topology, ctx.weight_shape, x.shape[2:], *geometry, output_is_channels_last(x)
+            grad,
+            grad_values,
+            topology,
+            ctx.weight_shape,
+            x.shape[2:],
+            *ctx.geometry,
+            output_is_channels_last(x),
+            ctx.backend,
         )
-    return grad_grad_output, grad_input, None, None, None, None, None, None
+    return grad_grad_output, grad_input, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("ddst::conv2d", _conv2d_backward, setup_context=_conv2d_setup)

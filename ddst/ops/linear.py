@@ -28,12 +28,12 @@ def linear(
     """``y[…, o] = bias[o] + Σ_{active blocks} Σ_i W[o, i] · x[…, i]``.
 
     Args:
-        input: ``[…, in_features]``, any strides; float32, float64, or a 16-bit float, which is computed in float32 and
-            returned in its own dtype.
+        input: ``[…, in_features]``, any strides; float32, float64, or a 16-bit float, which is computed in float32 on
+            the CPU and returned in its own dtype.
         values: packed weight ``[nnz, b_out, b_in]``; topology: its int32 index vector (:mod:`ddst.topology`).
         bias: ``[out_features]`` or None.
         weight_shape: ``(out_features, in_features)``.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton", "cuda" or "reference"; derivatives run on the same.
 
     Returns:
         ``[…, out_features]``.
@@ -59,12 +59,11 @@ def linear(
     if input.dim() == 0 or input.shape[-1] != weight_shape[1]:
         raise ValueError(f"input must have {weight_shape[1]} features, got the shape {tuple(input.shape)}")
     dtype, (x, values, bias) = in_compute_dtype(input, values, bias)
-    chosen = backends.choose(backend, x, values)
     lead = input.shape[:-1]
-    if chosen == "reference":
+    if backends.choose(backend, backends.Problem.of(x, values, linear=True)) == "reference":
         y = reference.linear(x, values, bias, topology, list(weight_shape))
     else:
-        y = _ops.linear(x.reshape(lead.numel(), weight_shape[1]), values, bias, topology, list(weight_shape))
+        y = _ops.linear(x.reshape(lead.numel(), weight_shape[1]), values, bias, topology, list(weight_shape), backend)
         y = y.view(*lead, weight_shape[0])
     return y.to(dtype)
 
@@ -87,26 +86,39 @@ def linear_block_scores(
     [[2.0, 2.0]]
     """
     grad_output, input = grad_output.detach(), input.detach()
-    if backends.choose(backend, input, None) == "reference":
+    problem = backends.Problem(input.device.type, input.dtype, block, linear=True)
+    if backends.choose(backend, problem) == "reference":
         return reference.linear_block_scores(grad_output, input, list(weight_shape), list(block))
     return _ops.linear_block_scores(grad_output, input, list(weight_shape), list(block))
 
 
 @torch.library.register_fake("ddst::linear")
 def _linear_fake(
-    input: Tensor, values: Tensor, bias: Tensor | None, topology: Tensor, weight_shape: list[int]
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    topology: Tensor,
+    weight_shape: list[int],
+    backend: str = "auto",
 ) -> Tensor:
     return input.new_empty([input.shape[0], weight_shape[0]])
 
 
 @torch.library.register_fake("ddst::linear_input_grad")
-def _linear_input_grad_fake(grad_output: Tensor, values: Tensor, topology: Tensor, weight_shape: list[int]) -> Tensor:
+def _linear_input_grad_fake(
+    grad_output: Tensor, values: Tensor, topology: Tensor, weight_shape: list[int], backend: str = "auto"
+) -> Tensor:
     return grad_output.new_empty([grad_output.shape[0], weight_shape[1]])
 
 
 @torch.library.register_fake("ddst::linear_weight_grad")
 def _linear_weight_grad_fake(
-    grad_output: Tensor, input: Tensor, topology: Tensor, weight_shape: list[int], block: list[int]
+    grad_output: Tensor,
+    input: Tensor,
+    topology: Tensor,
+    weight_shape: list[int],
+    block: list[int],
+    backend: str = "auto",
 ) -> Tensor:
     rows, cols = -(-weight_shape[0] // block[0]), -(-weight_shape[1] // block[1])
     return input.new_empty([(topology.shape[0] - rows - cols - 2) // 4, *block])
@@ -118,7 +130,7 @@ def _linear_block_scores_fake(grad_output: Tensor, input: Tensor, weight_shape: 
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, topology, ctx.weight_shape = inputs
+    x, values, _, topology, ctx.weight_shape, ctx.backend = inputs
     ctx.save_for_backward(x, values, topology)
 
 
@@ -126,19 +138,19 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, topology = ctx.saved_tensors
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = _ops.linear_input_grad(grad, values, topology, ctx.weight_shape)
+        grad_input = _ops.linear_input_grad(grad, values, topology, ctx.weight_shape, ctx.backend)
     block = [values.shape[1], values.shape[2]]
     grad_values = values_gradient(
         ctx, values, topology, grad, x,
-        lambda: _ops.linear_weight_grad(grad, x, topology, ctx.weight_shape, block),
+        lambda: _ops.linear_weight_grad(grad, x, topology, ctx.weight_shape, block, ctx.backend),
     )  # fmt: skip
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum(0)
-    return grad_input, grad_values, grad_bias, None, None
+    return grad_input, grad_values, grad_bias, None, None, None
 
 
 def _linear_input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, values, topology, ctx.weight_shape = inputs
+    grad, values, topology, ctx.weight_shape, ctx.backend = inputs
     ctx.save_for_backward(grad, values, topology)
 
 
@@ -146,17 +158,17 @@ def _linear_input_grad_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | N
     grad, values, topology = ctx.saved_tensors
     grad_grad_output = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _ops.linear(grad_grad, values, None, topology, ctx.weight_shape)
+        grad_grad_output = _ops.linear(grad_grad, values, None, topology, ctx.weight_shape, ctx.backend)
     block = [values.shape[1], values.shape[2]]
     grad_values = values_gradient(
         ctx, values, topology, grad, grad_grad,
-        lambda: _ops.linear_weight_grad(grad, grad_grad, topology, ctx.weight_shape, block),
+        lambda: _ops.linear_weight_grad(grad, grad_grad, topology, ctx.weight_shape, block, ctx.backend),
     )  # fmt: skip
-    return grad_grad_output, grad_values, None, None
+    return grad_grad_output, grad_values, None, None, None
 
 
 def _linear_weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, x, topology, ctx.weight_shape, _ = inputs
+    grad, x, topology, ctx.weight_shape, _, ctx.backend = inputs
     ctx.save_for_backward(grad, x, topology)
 
 
@@ -164,10 +176,10 @@ def _linear_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor 
     grad, x, topology = ctx.saved_tensors
     grad_grad_output = grad_input = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _ops.linear(x, grad_values, None, topology, ctx.weight_shape)
+        grad_grad_output = _ops.linear(x, grad_values, None, topology, ctx.weight_shape, ctx.backend)
     if ctx.needs_input_grad[1]:
-        grad_input = _ops.linear_input_grad(grad, grad_values, topology, ctx.weight_shape)
-    return grad_grad_output, grad_input, None, None, None
+        grad_input = _ops.linear_input_grad(grad, grad_values, topology, ctx.weight_shape, ctx.backend)
+    return grad_grad_output, grad_input, None, None, None, None
 
 
 torch.library.register_autograd("ddst::linear", _linear_backward, setup_context=_linear_setup)

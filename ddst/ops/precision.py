@@ -11,8 +11,9 @@ def in_compute_dtype(
 ) -> tuple[torch.dtype, tuple[Tensor, Tensor, Tensor | None]]:
     """``(result dtype, (input, values, bias) in the compute dtype)``.
 
-    16-bit floats compute in float32 and return their own dtype. Under autocast all floating arguments but float64 are
-    taken as of the autocast dtype first, as torch does for its own convolution.
+    On the CPU, 16-bit floats compute in float32 and return their own dtype; elsewhere they are computed in themselves,
+    with float32 sums. Under autocast all floating arguments but float64 are taken as of the autocast dtype first, as
+    torch does for its own convolution.
 
     Raises:
         TypeError: dtypes that differ, or that no kernel computes in.
@@ -32,9 +33,16 @@ def in_compute_dtype(
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(f"{name} must have the dtype of input, {dtype}, got {tensor.dtype}")
-    if dtype in (torch.float32, torch.float64):
-        return dtype, (input, values, bias)
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"input must be float32, float64, float16 or bfloat16, got {dtype}")
-    wide = None if bias is None else bias.float()
-    return dtype, (input.float(), values.float(), wide)
+    wide = compute_dtype(dtype, device)
+    return dtype, (input.to(wide), values.to(wide), None if bias is None else bias.to(wide))
+
+
+def compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The dtype in which tensors of a floating dtype are multiplied on a type of device.
+
+    >>> compute_dtype(torch.bfloat16, "cpu"), compute_dtype(torch.bfloat16, "cuda")
+    (torch.float32, torch.bfloat16)
+    """
+    return torch.float32 if device == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype

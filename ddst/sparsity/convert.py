@@ -72,7 +72,7 @@ def sparsify(
             every swapped layer has the density. ``{name: density}``: these layers have theirs, all other swapped layers
             ``density``; a layer named here is swapped even if it has fewer channels than the block.
         exclude: names, modules or classes to leave alone, with everything inside them.
-        backend: of the new layers: "auto", "cpu" or "reference".
+        backend: of the new layers: "auto", "cpu", "triton", "cuda" or "reference".
         generator: of random masks; torch's default generator by default.
         mask: "random" blocks (every block row and column covered where the count allows) or those of largest
             "magnitude" (L2 norm).

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ddst.measure import clock_of
 from ddst.train.loop import Trainer
 from ddst.train.players import Players, build_networks, gan_iteration, with_optimizers
 
@@ -39,26 +39,28 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
         pairs: iterations of each, after one of each that is not counted.
         limit: seconds after which no further pair is begun.
     """
-    config, players = trainer.config, trainer.players
-    with torch.random.fork_rng(devices=[]):
+    config, players, device = trainer.config, trainer.players, trainer.device
+    clock = clock_of(device.type)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         mine = with_optimizers(config, copy.deepcopy(players.generator), copy.deepcopy(players.discriminator))
-        twin = with_optimizers(config, *build_networks(config, trainer.images.channels))
+        generator_twin, discriminator_twin = build_networks(config, trainer.images.channels)
+        twin = with_optimizers(config, generator_twin.to(device), discriminator_twin.to(device))
         generator = torch.Generator().manual_seed(0)
         picked = torch.randint(len(trainer.images), (config.d_steps, config.batch), generator=generator)
-        reals = [trainer.images.batch(row) for row in picked]
+        reals = [trainer.images.batch(row).to(device) for row in picked]
 
         def draw_noise() -> Tensor:
-            return torch.randn(config.batch, config.latent, generator=generator)
+            return torch.randn(config.batch, config.latent, generator=generator).to(device)
 
         def timed(who: Players) -> float:
-            started = time.perf_counter()
+            started = clock()
             gan_iteration(who, reals, draw_noise)
-            return time.perf_counter() - started
+            return clock() - started
 
-        begun = time.perf_counter()
+        begun = clock()
         timed(mine), timed(twin)
         times: list[tuple[float, float]] = []
-        while len(times) < pairs and (not times or time.perf_counter() - begun < limit):
+        while len(times) < pairs and (not times or clock() - begun < limit):
             times.append((timed(mine), timed(twin)))
     sparse, dense = zip(*times, strict=True)
     return Timing(statistics.median(sparse), statistics.median(dense), len(times))

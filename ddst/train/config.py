@@ -97,6 +97,7 @@ class TrainConfig:
                              range=SHARE, metavar="SHARE")
     backend: str = option("auto", str, "'reference' computes with dense weights and masks, for comparison",
                           choices=("auto", "reference"))
+    device: str = option("cpu", str, "where the networks are trained", choices=("cpu", "cuda"))
 
     # Moving G's blocks.
     interval_g: int = option(_published(25, 500), int, "steps between G's topology updates",

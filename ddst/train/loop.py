@@ -89,22 +89,26 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, images: ImageSet) -> None:
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no CUDA device here")
         if config.threads:
             torch.set_num_threads(config.threads)
+        self.device = torch.device(config.device)
         self.config, self.images = config, images
         self.out = Path(config.out)
         self.warnings: list[str] = []
         with setting_errors():
             generator, discriminator = build_networks(config, images.channels)
             make_sparse(config, generator, discriminator)
-            self.players = with_optimizers(config, generator, discriminator)
+            self.players = with_optimizers(config, generator.to(self.device), discriminator.to(self.device))
             self.ema = EMA(generator, decay=config.ema, start=config.ema_start)
             self.scheduler = self._make_scheduler()
         self.sampler = Sampler(len(images), config.batch, config.seed)
         self._noise = torch.Generator().manual_seed(config.seed + 1)
         self.grid_noise = torch.randn(GRID, config.latent, generator=torch.Generator().manual_seed(config.seed + 2))
-        shape = (1, images.channels, config.resolution, config.resolution)
-        counters = FlopCounter(generator, torch.zeros(1, config.latent)), FlopCounter(discriminator, torch.zeros(shape))
+        one_noise = torch.zeros(1, config.latent, device=self.device)
+        one_image = torch.zeros(1, images.channels, config.resolution, config.resolution, device=self.device)
+        counters = FlopCounter(generator, one_noise), FlopCounter(discriminator, one_image)
         self.flops = TrainingFlops(*counters, d_steps=config.d_steps)
         self.forward_flops = (0.0, 0.0)
         self.step, self.seconds = 0, 0.0
@@ -149,7 +153,8 @@ class Trainer:
         return scheduler
 
     def _draw_noise(self) -> Tensor:
-        return torch.randn(self.config.batch, self.config.latent, generator=self._noise)
+        # Drawn on the CPU, so that a run meets the same noise on every device.
+        return torch.randn(self.config.batch, self.config.latent, generator=self._noise).to(self.device)
 
     def train_step(self) -> tuple[float, float, StepReport]:
         """One GAN iteration and what the scheduler does after it: loss of D, loss of G, report.
@@ -161,7 +166,7 @@ class Trainer:
         self.flops.update()
         g, d = self.forward_flops
         self.forward_flops = g + self.flops.generator.forward, d + self.flops.discriminator.forward
-        reals = [self.images.batch(self.sampler.next()) for _ in range(self.config.d_steps)]
+        reals = [self.images.batch(self.sampler.next()).to(self.device) for _ in range(self.config.d_steps)]
         mean_d, mean_g, noise, scores = gan_iteration(self.players, reals, self._draw_noise)
         loss_d, loss_g = mean_d.item(), mean_g.item()
         if not (math.isfinite(loss_d) and math.isfinite(loss_g)):
@@ -195,6 +200,7 @@ class Trainer:
             "sampler": self.sampler.state_dict(),
             "noise": self._noise.get_state(),
             "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,6 +225,8 @@ class Trainer:
         self.forward_flops = state["flops"]["forward"]
         # Last: building and loading networks may draw random numbers.
         torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
 
     def checkpoint(self, log: RunLog) -> None:
         """Write the checkpoint, whole or not at all, together with the length of the log it belongs to."""

@@ -14,11 +14,14 @@ from ddst.train.checkpoint import replacing
 
 @torch.no_grad()
 def generate(generator: nn.Module, noise: Tensor, batch: int = 128) -> Tensor:
-    """Images `[N, C, H, W]` in [-1, 1] of a generator in eval mode, `batch` at a time; its mode is put back."""
-    training = generator.training
+    """Images `[N, C, H, W]` in [-1, 1] of a generator in eval mode, `batch` at a time; its mode is put back.
+
+    The noise is taken to where the generator is; the images come back on the CPU.
+    """
+    training, device = generator.training, next(generator.parameters()).device
     generator.eval()
     try:
-        return torch.cat([generator(part) for part in noise.split(batch)])
+        return torch.cat([generator(part.to(device)).cpu() for part in noise.split(batch)])
     finally:
         generator.train(training)
 

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import ddst
 from ddst.data import load_images
@@ -115,3 +116,11 @@ def test_threads_that_wait_sleep_in_make(target, given, expected):
 def test_noise_of_the_spectral_norm_reaches_every_sparse_layer(tmp_path, settings, noise):
     discriminator = trainer_for(tmp_path, **settings).players.discriminator
     assert {layer.spectral_norm.noise for layer in ddst.nn.sparse_layers(discriminator).values()} == {noise}
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = resolve({"out": str(tmp_path / "run"), "device": "cuda"})
+    with pytest.raises(ConfigError, match="--device cuda: torch sees no CUDA device"):
+        Trainer(config, load_images("digits", config.resolution))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,68 @@
+"""The CUDA C++ primitives on the device itself: programs that test the wrappers the kernels are built on.
+
+Every ``tests/cuda/*_device.cu`` is a program without arguments: it is compiled by nvcc for the device at hand, and must
+end with exit code 0. The last line that it prints is kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddst.benchmarks.gpu.budget import Deadline
+from ddst.benchmarks.report import ROOT
+
+SOURCES = ROOT / "tests" / "cuda"
+INCLUDE = ROOT / "csrc" / "cuda"
+FLAGS = ("-std=c++17", "-O2", "-lineinfo")
+
+
+def run_all(
+    architecture: str, deadline: Deadline, sources: Path = SOURCES, compiler: Sequence[str] = ("nvcc",)
+) -> dict[str, Any]:
+    """The part "primitives": program -> its last line; ``wrong``: those that failed or did not compile.
+
+    Args:
+        architecture: such as "sm_90a".
+    """
+    part: dict[str, Any] = {"programs": {}, "wrong": []}
+    programs = sorted(sources.glob("*_device.cu"))
+    if not programs:
+        return part | {"missing": "no tests/cuda/*_device.cu in this tree"}
+    if shutil.which(compiler[0]) is None:
+        return part | {"missing": f"no {compiler[0]} on this machine: {len(programs)} programs were not compiled"}
+    with tempfile.TemporaryDirectory() as folder:
+        for source in programs:
+            binary = Path(folder, source.stem)
+            command = [*compiler, *FLAGS, f"-arch={architecture}", f"-I{INCLUDE}", str(source), "-o", str(binary)]
+            said, trouble = _run(command, deadline)
+            if trouble is None:
+                said, trouble = _run([str(binary)], deadline)
+            part["programs"][source.stem] = said
+            if trouble is not None:
+                part["wrong"].append(f"{source.stem}: {trouble}: {said}")
+    return part
+
+
+def _run(command: Sequence[str], deadline: Deadline) -> tuple[str, str | None]:
+    """``(last line of output, what went wrong or None)``."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, deadline.left))
+    except subprocess.TimeoutExpired:
+        return "", "did not end in time"
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return (lines[-1] if lines else ""), None if done.returncode == 0 else f"exit code {done.returncode}"
+
+
+def architecture_of(capability: str) -> str:
+    """nvcc's name of a compute capability; from 9.0 on with the instructions of that very architecture.
+
+    >>> architecture_of("9.0"), architecture_of("8.6")
+    ('sm_90a', 'sm_86')
+    """
+    major, minor = capability.split(".")
+    return f"sm_{major}{minor}{'a' if int(major) >= 9 else ''}"

@@ -1,0 +1,9 @@
+#include <cuda_runtime.h>
+
+#include "device.h"
+
+const char* ddst_cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+int ddst_cuda_shared_limit(int device, int* bytes) {
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}

@@ -1,0 +1,83 @@
+// What the glue of the CUDA ops shares: torch's current stream, launch errors, checks of tensors. Stable ABI only.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdint>
+
+#include "../topology.hpp"
+#include "device.h"
+
+namespace ddst::cuda {
+
+// aoti_torch_get_current_cuda_stream lives in libtorch_cuda.so only. It is looked up, not linked, so that this library
+// can be linked on a machine without a CUDA torch, and also loads there.
+inline void* current_stream(const char* op, int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  if (function == nullptr) fail(op, "this torch has no libtorch_cuda.so with aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
+inline void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error == 0, "ddst_cuda::", op, ": CUDA error ", error, " (", ddst_cuda_error_text(error), ")");
+}
+
+inline int64_t shared_limit(const char* op, int32_t device) {
+  int bytes = 0;
+  check_launch(op, ddst_cuda_shared_limit(device, &bytes));
+  return bytes;
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, int32_t device) {
+  if (!t.is_cuda() || t.get_device_index() != device) fail(op, name, " is not on CUDA device ", device);
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, const Ints& expected) {
+  if (shape_text(t) != shape_text(expected)) {
+    fail(op, name, " has shape ", shape_text(t), ", expected ", shape_text(expected));
+  }
+}
+
+inline void check_aligned(const char* op, const char* name, const Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) {
+    fail(op, name, " begins at an address that is no multiple of 16");
+  }
+}
+
+// [N, C, H, W] with dense NHWC memory, aligned to 16 bytes.
+inline void check_channels_last(const char* op, const char* name, const Tensor& t, int32_t device) {
+  check_device(op, name, t, device);
+  if (t.dim() != 4) fail(op, name, " has shape ", shape_text(t), ", expected 4 dimensions [N, C, H, W]");
+  const int64_t strides[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
+  for (int i = 0; i < 4; ++i) {
+    if (t.size(i) > INT32_MAX) fail(op, name, " has shape ", shape_text(t), ", expected int32 sizes");
+    if (t.size(i) > 1 && t.stride(i) != strides[i] && t.numel() > 0)
+      fail(op, name, " is not dense channels_last memory");
+  }
+  check_aligned(op, name, t);
+}
+
+// A contiguous int32 vector; returns its entries.
+inline const int32_t* check_index(const char* op, const char* name, const Tensor& t, int64_t numel, int32_t device) {
+  check_device(op, name, t, device);
+  if (t.scalar_type() != ScalarType::Int || t.dim() != 1 || t.numel() != numel || !t.is_contiguous()) {
+    fail(op, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), " and shape ", shape_text(t),
+         ", expected a contiguous int32 vector of ", numel);
+  }
+  return t.const_data_ptr<int32_t>();
+}
+
+inline void check_ints(const char* op, const char* name, const Ints& ints, size_t count, int64_t least) {
+  bool ok = ints.size() == count;
+  for (int64_t i : ints) ok = ok && i >= least && i <= INT32_MAX;
+  if (!ok) fail(op, name, " is ", shape_text(ints), ", expected ", count, " int32 numbers of at least ", least);
+}
+
+}  // namespace ddst::cuda

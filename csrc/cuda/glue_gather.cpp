@@ -1,0 +1,132 @@
+// ddst_cuda::conv2d_gather and conv2d_gather_refusal. The records are made by ddst/ops/cuda_gather.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "conv2d_gather.h"
+#include "glue.hpp"
+
+namespace ddst::cuda {
+namespace {
+
+constexpr const char* kOp = "conv2d_gather";
+
+int dtype_code(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DDST_CUDA_BFLOAT16;
+    case ScalarType::Half:
+      return DDST_CUDA_FLOAT16;
+    case ScalarType::Float:
+      return DDST_CUDA_TFLOAT32;
+    default:
+      fail(kOp, "input has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected BFloat16, Half or Float");
+  }
+}
+
+int out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
+  const int64_t room = size + 2 * padding - kernel;
+  return room < 0 ? 0 : static_cast<int>(room / stride + 1);
+}
+
+// input_size: height and width of the forward input.
+ddst_cuda_conv2d_problem describe(const WeightGrid& grid, int64_t images, const Ints& input_size, const Ints& stride,
+                                  const Ints& padding, int dtype) {
+  check_ints(kOp, "input_size", input_size, 2, 1);
+  check_ints(kOp, "stride", stride, 2, 1);
+  check_ints(kOp, "padding", padding, 2, 0);
+  check_ints(kOp, "images", {images}, 1, 1);
+  const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
+  ddst_cuda_conv2d_problem p{};
+  p.images = narrow(images), p.height = narrow(input_size[0]), p.width = narrow(input_size[1]);
+  p.in_channels = narrow(grid.in_channels), p.out_channels = narrow(grid.out_channels);
+  p.kernel_height = narrow(grid.kernel_h), p.kernel_width = narrow(grid.kernel_w);
+  p.stride_y = narrow(stride[0]), p.stride_x = narrow(stride[1]);
+  p.padding_y = narrow(padding[0]), p.padding_x = narrow(padding[1]);
+  p.out_height = out_size(p.height, p.kernel_height, p.stride_y, p.padding_y);
+  p.out_width = out_size(p.width, p.kernel_width, p.stride_x, p.padding_x);
+  p.block_out = narrow(grid.block_out), p.block_in = narrow(grid.block_in), p.dtype = dtype;
+  return p;
+}
+
+// Why a CTA with so much shared memory cannot run the kernel on this problem; empty if it can.
+std::string conv2d_gather_refusal(const Ints& weight_shape, const Ints& block, int64_t images, const Ints& input_size,
+                                  const Ints& stride, const Ints& padding, int64_t dtype, bool input_gradient,
+                                  bool large_tile, int64_t shared_bytes) {
+  const WeightGrid grid = grid_of_block(kOp, block, weight_shape, 4);
+  const auto problem = describe(grid, images, input_size, stride, padding, static_cast<int>(dtype));
+  GatherGeometry geometry;
+  const GatherTile tile = gather_tile(large_tile, dtype == DDST_CUDA_TFLOAT32 ? 4 : 2);
+  return gather_geometry(problem, input_gradient, tile, static_cast<int>(shared_bytes), geometry);
+}
+
+// The entries of `records` are trusted: reading them would wait for the device.
+Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& records,
+                     const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, const Ints& weight_shape,
+                     const Ints& input_size, const Ints& stride, const Ints& padding, bool input_gradient, bool relu,
+                     bool large_tile) {
+  if (values.dim() != 3) fail(kOp, "values has shape ", shape_text(values), ", expected [nnz, b_out, b_in]");
+  const WeightGrid grid = grid_of_block(kOp, {values.size(1), values.size(2)}, weight_shape, 4);
+  const int32_t device = input.get_device_index();
+  check_channels_last(kOp, "input", input, device);
+  const auto problem = describe(grid, input.size(0), input_size, stride, padding, dtype_code(input));
+  const Ints forward_shape{problem.images, problem.in_channels, problem.height, problem.width};
+  const Ints result_shape{problem.images, problem.out_channels, problem.out_height, problem.out_width};
+  const Ints& written = input_gradient ? forward_shape : result_shape;
+  check_shape(kOp, "input", input, input_gradient ? result_shape : forward_shape);
+  check_device(kOp, "values", values, device);
+  check_dtype(kOp, "values", values, input.scalar_type(), "input");
+  if (!values.is_contiguous()) fail(kOp, "values is not contiguous");
+  check_aligned(kOp, "values", values);
+  if (bias.has_value()) {
+    check_device(kOp, "bias", *bias, device);
+    check_dtype(kOp, "bias", *bias, input.scalar_type(), "input");
+    check_shape(kOp, "bias", *bias, {written[1]});
+    if (!bias->is_contiguous()) fail(kOp, "bias is not contiguous");
+    check_aligned(kOp, "bias", *bias);
+  }
+  if (residual.has_value()) {
+    check_channels_last(kOp, "residual", *residual, device);
+    check_dtype(kOp, "residual", *residual, input.scalar_type(), "input");
+    check_shape(kOp, "residual", *residual, written);
+  }
+
+  GatherGeometry g;
+  const GatherTile tile = gather_tile(large_tile, problem.dtype == DDST_CUDA_TFLOAT32 ? 4 : 2);
+  const auto why = gather_geometry(problem, input_gradient, tile, static_cast<int>(shared_limit(kOp, device)), g);
+  if (!why.empty()) fail(kOp, why);
+  const int64_t lines = int64_t{g.phases_y} * g.phases_x * g.groups * g.in_blocks;
+  const int32_t* lists = check_index(kOp, "records", records, lines * g.record_ints, device);
+  check_aligned(kOp, "records", records);
+
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor output = torch::stable::new_empty(input, {written[0], written[2], written[3], written[1]});
+  const ddst_cuda_gather_arrays arrays{input.data_ptr(),
+                                       values.data_ptr(),
+                                       lists,
+                                       bias.has_value() ? bias->data_ptr() : nullptr,
+                                       residual.has_value() ? residual->data_ptr() : nullptr,
+                                       output.data_ptr(),
+                                       relu};
+  check_launch(kOp, ddst_cuda_conv2d_gather(problem.dtype, input_gradient, large_tile, &g, &arrays,
+                                            current_stream(kOp, device)));
+  return output;
+}
+
+}  // namespace
+}  // namespace ddst::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ddst_cuda, m) {
+  m.def(
+      "conv2d_gather(Tensor input, Tensor values, Tensor records, Tensor? bias, Tensor? residual, int[] weight_shape, "
+      "int[] input_size, int[] stride, int[] padding, bool input_gradient, bool relu, bool large_tile) -> Tensor");
+  m.def(
+      "conv2d_gather_refusal(int[] weight_shape, int[] block, int images, int[] input_size, int[] stride, "
+      "int[] padding, int dtype, bool input_gradient, bool large_tile, int shared_bytes) -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(ddst_cuda, CUDA, m) { m.impl("conv2d_gather", TORCH_BOX(&ddst::cuda::conv2d_gather)); }
+STABLE_TORCH_LIBRARY_IMPL(ddst_cuda, CompositeExplicitAutograd, m) {
+  m.impl("conv2d_gather_refusal", TORCH_BOX(&ddst::cuda::conv2d_gather_refusal));
+}

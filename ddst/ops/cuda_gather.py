@@ -1,0 +1,273 @@
+"""Forward pass and input gradient by CUDA C++ (``csrc/cuda/conv2d_gather.cuh``): the lists the kernel walks, the calls.
+
+A block of threads computes a tile of pixels by a *group* of output channels, one input block after another. What it
+needs of an input block stands in one *record*: which granules of 16 output channels have a block at each tap, and the
+blocks' ids. The input gradient is the same gather with rows and columns of the block grid exchanged; at stride s the
+pixels of its s × s *phases* (position modulo s) use different taps, and each phase has records of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import topology as tp
+from .index_cache import cached
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of DDST_CUDA_… in csrc/cuda/ddst_cuda.h
+_TILE_PIXELS, _TILE_CHANNELS = {True: 256, False: 128}, {True: 128, False: 64}  # by large_tile, as gather_tile()
+_GRANULE, _HEADER = 16, 4  # kSlice, kRecordHeader of csrc/cuda/gather_geometry.hpp
+
+
+class Window(NamedTuple):
+    """Where a convolution's taps lie."""
+
+    input_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+class Device(NamedTuple):
+    """Facts of a CUDA device: multiprocessors, bytes of shared memory that a CTA may have, compute capability."""
+
+    multiprocessors: int
+    shared_bytes: int
+    capability: tuple[int, int]
+
+
+@lru_cache(maxsize=64)
+def facts(device: torch.device) -> Device:
+    """The facts of a CUDA device."""
+    its = torch.cuda.get_device_properties(device)
+    shared = its.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Device(its.multi_processor_count, shared, (its.major, its.minor))
+
+
+def gather_records(
+    index: tp.Index,
+    weight_shape: Sequence[int],
+    block: tuple[int, int],
+    stride: tuple[int, int],
+    *,
+    input_gradient: bool,
+    tile_channels: int,
+) -> Tensor:
+    """``[phases · groups · input blocks, ints]``: what the kernel walks, of the blocks in ``index``, on its device.
+
+    A record is ``[n, 0, 0, 0 | masks | ids]``. Bit i of a tap's mask says that channels ``16 i … 16 i + 15`` of the
+    group have a block there; masks are padded to a multiple of four. ``ids`` are the n blocks' by tap, then channel.
+
+    Returns:
+        int32. Built by operations of fixed size, without a host synchronisation. Cost: one sort of ``nnz`` keys.
+    """
+    width, taps = weight_shape[3], weight_shape[2] * weight_shape[3]
+    out, inner = (index.block_col, index.block_row) if input_gradient else (index.block_row, index.block_col)
+    side, depth = (block[1], block[0]) if input_gradient else block
+    out_channels, in_channels = (weight_shape[1], weight_shape[0]) if input_gradient else weight_shape[:2]
+    phases = stride if input_gradient else (1, 1)
+    per_group, granules = tile_channels // side, side // _GRANULE
+    groups, in_blocks = -(-out_channels // tile_channels), -(-in_channels // depth)
+    padded_taps = -(-taps // 4) * 4
+    ints = _HEADER + padded_taps + -(-taps * per_group // 4) * 4
+    lines, nnz, device = phases[0] * phases[1] * groups * in_blocks, out.numel(), out.device
+
+    tap, place = index.block_tap.long(), out.long() % per_group
+    phase = tap // width % phases[0] * phases[1] + tap % width % phases[1]
+    line = (phase * groups + out // per_group) * in_blocks + inner
+    records = torch.zeros(lines * ints, dtype=torch.int32, device=device)
+    bits = torch.full_like(place, (1 << granules) - 1) << place * granules
+    records.scatter_add_(0, line * ints + _HEADER + tap, bits.int())
+    order = torch.argsort((line * taps + tap) * per_group + place)
+    line = line[order]
+    begin = torch.searchsorted(line, torch.arange(lines + 1, device=device))
+    records[::ints] = begin.diff().int()
+    rank = torch.arange(nnz, device=device) - begin[line]
+    records.scatter_(0, line * ints + _HEADER + padded_taps + rank, order.int())
+    return records.view(lines, ints)
+
+
+@lru_cache(maxsize=4096)
+def refusal(
+    dtype: torch.dtype,
+    weight_shape: tuple[int, ...],
+    block: tuple[int, int],
+    window: Window,
+    images: int,
+    *,
+    input_gradient: bool,
+    large_tile: bool,
+    device: Device,
+) -> str:
+    """Why the kernel cannot run this on the device, from the kernel's own geometry; empty if it can."""
+    return torch.ops.ddst_cuda.conv2d_gather_refusal(
+        list(weight_shape), list(block), images, list(window.input_size), list(window.stride), list(window.padding),
+        DTYPES.index(dtype), input_gradient, large_tile, device.shared_bytes,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _large_tile(
+    dtype: torch.dtype,
+    weight_shape: tuple[int, ...],
+    block: tuple[int, int],
+    window: Window,
+    images: int,
+    pixels: int,
+    input_gradient: bool,
+    device: Device,
+) -> bool:
+    """Whether to take the large tile: where it fits and occupies three of four multiprocessors; unmeasured."""
+    channels = weight_shape[1] if input_gradient else weight_shape[0]
+    tiles = pixels // _TILE_PIXELS[True] * -(-channels // _TILE_CHANNELS[True])
+    return (
+        channels > _TILE_CHANNELS[False]
+        and 4 * tiles >= 3 * device.multiprocessors
+        and not refusal(
+            dtype, weight_shape, block, window, images, input_gradient=input_gradient, large_tile=True, device=device
+        )
+    )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor in dense memory that begins at a multiple of 16 bytes, copied only where it is not."""
+    dense = tensor.contiguous()
+    return dense if dense.data_ptr() % 16 == 0 else dense.clone()
+
+
+def _dense_channels_last(tensor: Tensor) -> Tensor:
+    return _dense(tensor.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _gather(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    topology: Tensor,
+    weight_shape: Sequence[int],
+    window: Window,
+    output_size: tuple[int, int],
+    channels_last: bool,
+    *,
+    input_gradient: bool,
+    relu: bool,
+) -> Tensor:
+    shape, block, images = tuple(weight_shape), (values.shape[1], values.shape[2]), input.shape[0]
+    channels, pixels = shape[1 if input_gradient else 0], images * output_size[0] * output_size[1]
+    if pixels == 0:
+        output = input.new_empty(images, *output_size, channels)
+    else:
+        device = facts(input.device)
+        large = _large_tile(input.dtype, shape, block, window, images, pixels, input_gradient, device)
+        tile = _TILE_CHANNELS[large]
+        phases = window.stride if input_gradient else (1, 1)
+        rows, cols, _ = tp.grid(shape, block)
+        records = cached(
+            topology,
+            ("cuda_gather", shape, block, phases, input_gradient, tile),
+            lambda: gather_records(
+                tp.split_topology(topology, rows, cols), shape, block, window.stride,
+                input_gradient=input_gradient, tile_channels=tile,
+            ),
+        )  # fmt: skip
+        output = torch.ops.ddst_cuda.conv2d_gather(
+            _dense_channels_last(input), _dense(values), records.view(-1),
+            None if bias is None else _dense(bias), None if residual is None else _dense_channels_last(residual),
+            list(shape), list(window.input_size), list(window.stride), list(window.padding),
+            input_gradient, relu, large,
+        )  # fmt: skip
+    output = output.permute(0, 3, 1, 2)
+    return output if channels_last else output.contiguous()
+
+
+def conv2d(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    topology: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    *,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``y = act(bias[o] + residual + Σ_{active blocks} W[o, c, t] · x[n, c, p · stride - padding + t])``.
+
+    Args:
+        input: ``[N, C_in, H, W]`` on a CUDA device; bfloat16, float16, or float32, which is multiplied in TF32. Other
+            memory than channels_last is copied.
+        values: packed weight ``[nnz, b_out, b_in]`` with sides of 16, 32 or 64; bias: ``[C_out]`` or None.
+        topology: int32 vector (:mod:`ddst.topology`).
+        stride: 1 or 2; dilation: 1 only; kernels of at most 16 taps.
+        channels_last: memory format of the result. residual: of the result's shape, added before the ReLU.
+
+    Returns:
+        ``[N, C_out, H_out, W_out]`` in the input's dtype.
+
+    Raises:
+        ValueError: an argument does not fit; `ddst.ops.cuda.supports` tells beforehand.
+
+    Numerics: sums in float32, in an order that depends on shapes and mask alone: the same call, the same bits.
+    """
+    _check_dilation(dilation)
+    window = Window((input.shape[2], input.shape[3]), (stride[0], stride[1]), (padding[0], padding[1]))
+    out = [(window.input_size[i] + 2 * padding[i] - weight_shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
+    return _gather(
+        input, values, bias, residual, topology, weight_shape, window, (out[0], out[1]), channels_last,
+        input_gradient=False, relu=relu,
+    )  # fmt: skip
+
+
+def conv2d_input_grad(
+    grad_output: Tensor,
+    values: Tensor,
+    topology: Tensor,
+    weight_shape: Sequence[int],
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    """``∂L/∂x[n, c, q] = Σ_{active blocks, p · stride - padding + t = q} W[o, c, t] · grad_output[n, o, p]``.
+
+    Arguments and numerics as for `conv2d`; ``input_size`` is the input's ``(H, W)``.
+    """
+    _check_dilation(dilation)
+    window = Window((input_size[0], input_size[1]), (stride[0], stride[1]), (padding[0], padding[1]))
+    return _gather(
+        grad_output, values, None, None, topology, weight_shape, window, window.input_size, channels_last,
+        input_gradient=True, relu=False,
+    )  # fmt: skip
+
+
+def linear(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    topology: Tensor,
+    weight_shape: Sequence[int],
+    *,
+    relu: bool = False,
+) -> Tensor:
+    """`conv2d` of a linear layer, a 1 × 1 convolution of ``B`` images of one pixel: ``[B, in]`` to ``[B, out]``."""
+    pixels, shape, one = input[:, :, None, None], (*weight_shape, 1, 1), (1, 1)
+    return conv2d(pixels, values, bias, topology, shape, one, (0, 0), one, True, relu=relu)[:, :, 0, 0]
+
+
+def linear_input_grad(grad_output: Tensor, values: Tensor, topology: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    """`conv2d_input_grad` of a linear layer: ``[B, out]`` to ``[B, in]``."""
+    pixels, shape, one = grad_output[:, :, None, None], (*weight_shape, 1, 1), (1, 1)
+    return conv2d_input_grad(pixels, values, topology, shape, one, one, (0, 0), one, True)[:, :, 0, 0]
+
+
+def _check_dilation(dilation: Sequence[int]) -> None:
+    if tuple(dilation) != (1, 1):
+        raise ValueError(f"dilation must be 1 in the CUDA C++ kernels, got {tuple(dilation)}: use backend 'triton'")

@@ -1,0 +1,331 @@
+"""The weight gradient by CUDA C++ (``csrc/cuda/weight_grad.cuh``): what each group of threads works on.
+
+A *unit* is what one warp accumulates: a block, or a part of at most 32 × 32 of a larger one. A *band* is a rectangle of
+the block grid. A *group* is a list of units of one band, for one CTA, whose staged activations serve all of them. The
+pixels are cut into *tiles*, and the tiles into *shares*; every share of every group is a CTA, and the shares are summed
+in order.
+
+`plan` chooses the sizes from what the host knows, `list_units` makes the groups on the device without waiting for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import topology as tp
+from .index_cache import cached
+
+WARPS = 8  # of a CTA
+_ACCUMULATORS = 2048  # fp32 sums of a warp
+_BLOCKS = ((16, 16), (32, 16), (64, 16), (32, 32), (64, 64))
+# Assumptions about the device, until measured: bytes from L2 and multiplications per clock and multiprocessor, clocks
+# that a tile costs besides.
+_L2_BYTES, _PRODUCTS, _TILE_CLOCKS = 24, 700, 100
+_PIXELS = 64  # of a tile
+
+
+class Geometry(NamedTuple):
+    """Sizes of a convolution whose weight gradient is asked for."""
+
+    images: int
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    weight_shape: tuple[int, int, int, int]
+    block: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+class Plan(NamedTuple):
+    """``band``: block rows and columns; ``tile``: images, rows, columns of output pixels; ``groups``: at most."""
+
+    band: tuple[int, int]
+    tile: tuple[int, int, int]
+    groups: int
+    shares: int
+
+
+class Device(NamedTuple):
+    """What a plan depends on of the device: multiprocessors, and bytes of shared memory that a CTA may have."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+
+def parts_of(block: tuple[int, int]) -> tuple[int, int]:
+    """``(units of a block, units that a warp accumulates)``.
+
+    >>> parts_of((16, 16)), parts_of((64, 64))
+    ((1, 8), (4, 2))
+    """
+    rows, cols = min(block[0], 32), min(block[1], 32)
+    return block[0] // rows * (block[1] // cols), _ACCUMULATORS // (rows * cols)
+
+
+def most_groups(nnz: int, bands: int, block: tuple[int, int]) -> int:
+    """At most so many groups hold ``nnz`` blocks, however they lie in the bands.
+
+    >>> most_groups(0, 4, (16, 16)), most_groups(3, 4, (16, 16)), most_groups(1000, 4, (16, 16))
+    (0, 3, 19)
+    """
+    parts, per_warp = parts_of(block)
+    full = min(nnz, bands)
+    return full + (nnz * parts - full) // (WARPS * per_warp)
+
+
+def list_units(index: tp.Index, grid: tuple[int, int, int], block: tuple[int, int], band: tuple[int, int]) -> Tensor:
+    """``units[group, warp, i] = id · parts + part`` of the group's units, -1 where there is none.
+
+    The units of a band are dealt to as few groups as hold them, and those of a group to its warps, evenly and in the
+    order of their ids, so that a warp's units share output rows. A warp's units come first in its list, and a group
+    that has any has one in its first place. Groups without units come last.
+
+    Args:
+        index: the sections of the topology vector, whose device gets the list; grid: ``(R, C, T)``.
+
+    Returns:
+        int32 ``[most_groups(…), WARPS, units of a warp]``. Made without a host synchronisation.
+    """
+    parts, per_warp = parts_of(block)
+    nnz, device = index.block_row.numel(), index.block_row.device
+    across = -(-grid[1] // band[1])
+    bands = -(-grid[0] // band[0]) * across
+    size = WARPS * per_warp
+    units = torch.full((most_groups(nnz, bands, block), WARPS, per_warp), -1, dtype=torch.int32, device=device)
+    band_of = index.block_row.long() // band[0] * across + index.block_col // band[1]
+    count = torch.zeros(bands, dtype=torch.int64, device=device).scatter_add_(0, band_of, torch.ones_like(band_of))
+    count = count * parts
+    groups = _ceil_div(count, size)
+    order = torch.argsort(band_of, stable=True)
+    unit = (order[:, None] * parts + torch.arange(parts, device=device)).flatten()
+    its = band_of[order, None].expand(nnz, parts).flatten()
+    count, groups, first_group, first_unit = (
+        table[its] for table in (count, groups, groups.cumsum(0) - groups, count.cumsum(0) - count)
+    )
+    rank = torch.arange(nnz * parts, device=device) - first_unit
+    group = rank * groups // count
+    begin, end = _ceil_div(group * count, groups), _ceil_div((group + 1) * count, groups)
+    warp = (rank - begin) * WARPS // (end - begin)
+    place = rank - begin - _ceil_div(warp * (end - begin), WARPS)
+    units.view(-1).scatter_(0, ((first_group + group) * WARPS + warp) * per_warp + place, unit.int())
+    return units
+
+
+def _ceil_div(a: Tensor, b: Tensor | int) -> Tensor:
+    return -(-a // b)
+
+
+def _reach(geometry: Geometry, tile: tuple[int, int, int]) -> tuple[int, int]:
+    """Height and width of the input patch that the taps of a tile's output pixels read."""
+    height, width = (
+        (tile[1 + i] - 1) * geometry.stride[i] + (geometry.weight_shape[2 + i] - 1) * geometry.dilation[i] + 1
+        for i in (0, 1)
+    )
+    return height, width
+
+
+def patch_pixels(geometry: Geometry, tile: tuple[int, int, int]) -> int:
+    """Input pixels that the taps of a tile's output pixels read."""
+    height, width = _reach(geometry, tile)
+    return tile[0] * height * width
+
+
+def shared_bytes(geometry: Geometry, band: tuple[int, int], tile: tuple[int, int, int], itemsize: int) -> int:
+    """Shared memory of a CTA: the twin of ``weight_grad_sizes`` in csrc/cuda/weight_grad_shape.hpp."""
+    pixels, patch = -(-tile[0] * tile[1] * tile[2] // 16) * 16, patch_pixels(geometry, tile)
+    tables = -(-(patch + 2 * pixels) * 4 // 128) * 128
+    grad, input = (band[i] * geometry.block[i] + 8 for i in (0, 1))
+    return tables + 2 * (pixels * grad + patch * input) * itemsize
+
+
+def _fits(geometry: Geometry, band: tuple[int, int], tile: tuple[int, int, int], itemsize: int, limit: int) -> bool:
+    return max(_reach(geometry, tile)) <= 1024 and shared_bytes(geometry, band, tile, itemsize) <= limit
+
+
+def refusal(geometry: Geometry, itemsize: int, shared_limit: int) -> str:
+    """Why the kernel cannot run this, whatever the images' size, on a device with so much shared memory for a CTA.
+
+    >>> geometry = Geometry(1, (9, 9), (9, 9), (64, 64, 3, 3), (16, 32), (1, 1), (1, 1), (1, 1))
+    >>> refusal(geometry, 2, 99 * 1024)
+    'the CUDA weight gradient takes blocks of 16x16, 32x16, 64x16, 32x32, 64x64, got 16x32'
+    """
+    if geometry.block not in _BLOCKS:
+        names = ", ".join(f"{out}x{in_}" for out, in_ in _BLOCKS)
+        return f"the CUDA weight gradient takes blocks of {names}, got {geometry.block[0]}x{geometry.block[1]}"
+    if not _fits(geometry, (1, 1), (1, 1, 1), itemsize, shared_limit):
+        return (
+            f"the CUDA weight gradient of a kernel of {list(geometry.weight_shape[2:])} with dilation "
+            f"{list(geometry.dilation)} needs more than the {shared_limit} bytes of shared memory of a CTA"
+        )
+    return ""
+
+
+def _tiles(geometry: Geometry) -> list[tuple[int, int, int]]:
+    """Tiles worth a try, of at most `_PIXELS` pixels: of several images only where it holds each of them whole."""
+    height, width = geometry.output_size
+
+    def cuts(size: int) -> list[int]:
+        return sorted({-(-size // n) for n in (*range(1, 9), 16, 32, 64)} | {n for n in (1, 2, 4, 8, 16) if n <= size})
+
+    def images(h: int, w: int) -> list[int]:
+        most = max(1, min(_PIXELS // (h * w), geometry.images)) if (h, w) == (height, width) else 1
+        return sorted({most, -(-most // 2), -(-most // 4)})
+
+    sizes = [(h, w) for h in cuts(height) for w in cuts(width) if h * w <= _PIXELS]
+    return [(n, h, w) for h, w in sizes for n in images(h, w)]
+
+
+def _tile_count(geometry: Geometry, tile: tuple[int, int, int]) -> int:
+    height, width = geometry.output_size
+    return -(-geometry.images // tile[0]) * -(-height // tile[1]) * -(-width // tile[2])
+
+
+def _expected_groups(geometry: Geometry, density: float, band: tuple[int, int]) -> int:
+    rows, cols, taps = tp.grid(geometry.weight_shape, geometry.block)
+    parts, per_warp = parts_of(geometry.block)
+    units = min(band[0], rows) * min(band[1], cols) * taps * density * parts
+    in_band = max(1, -(-int(units * 1.15) // (WARPS * per_warp)))  # some bands hold more than others
+    return in_band * -(-rows // band[0]) * -(-cols // band[1])
+
+
+@lru_cache(maxsize=1024)
+def _band_and_tile(
+    geometry: Geometry, density: float, itemsize: int, shared_limit: int
+) -> tuple[tuple[int, int], tuple[int, int, int]] | None:
+    """Those of least estimated time: a tile's bytes from L2 or its multiplications, and a constant for each group.
+
+    Two CTAs share a multiprocessor if any choice allows that. None if nothing fits.
+    """
+    block = geometry.block
+    rows, cols, taps = tp.grid(geometry.weight_shape, block)
+    products = rows * cols * taps * density * block[0] * block[1] * itemsize / 2  # per pixel; tf32 has half the rate
+    bands = [(i, j) for i in range(1, min(rows, 128 // block[0]) + 1) for j in range(1, min(cols, 128 // block[1]) + 1)]
+    tiles = [
+        (tile, _tile_count(geometry, tile), -(-math.prod(tile) // 16) * 16, patch_pixels(geometry, tile))
+        for tile in _tiles(geometry)
+    ]
+    for limit in (shared_limit // 2 - 1024, shared_limit):
+        best = None
+        for band in bands:
+            groups = _expected_groups(geometry, density, band)
+            for tile, count, pixels, patch in tiles:
+                if not _fits(geometry, band, tile, itemsize, limit):
+                    continue
+                staged = (pixels * band[0] * block[0] + patch * band[1] * block[1]) * itemsize
+                clocks = count * (
+                    groups * _TILE_CLOCKS + max(groups * staged / _L2_BYTES, pixels * products / _PRODUCTS)
+                )
+                if best is None or clocks < best[0]:
+                    best = (clocks, band, tile)
+        if best is not None:
+            return best[1:]
+    return None
+
+
+def plan(geometry: Geometry, nnz: int, itemsize: int, device: Device) -> Plan:
+    """How to run it: twice as many CTAs with work as the device has multiprocessors, where there are enough tiles.
+
+    The choice is made for a density rounded to a quarter of an octave, once, so that a slowly changing number of blocks
+    costs no new search.
+
+    Raises:
+        ValueError: `refusal` has a reason.
+    """
+    rows, cols, taps = tp.grid(geometry.weight_shape, geometry.block)
+    density = 2 ** (round(4 * math.log2(max(nnz, 1) / (rows * cols * taps))) / 4)
+    choice = _band_and_tile(geometry, density, itemsize, device.shared_bytes)
+    if choice is None:
+        raise ValueError(f"{refusal(geometry, itemsize, device.shared_bytes)}: use backend 'triton'")
+    band, tile = choice
+    groups = most_groups(nnz, -(-rows // band[0]) * -(-cols // band[1]), geometry.block)
+    shares = 2 * device.multiprocessors // _expected_groups(geometry, density, band)
+    return Plan(band, tile, groups, max(1, min(shares, _tile_count(geometry, tile))))
+
+
+def flattened(geometry: Geometry, *tensors: Tensor) -> tuple[Geometry, list[Tensor]]:
+    """A 1 × 1 convolution without stride and padding as one of a single row of pixels; others unchanged.
+
+    The tensors, ``[N, C, H, W]`` in channels_last memory, become views ``[1, C, 1, N · H · W]``.
+    """
+    pointwise = geometry.weight_shape[2:] == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0)
+    if not pointwise:
+        return geometry, list(tensors)
+    pixels = geometry.images * geometry.output_size[0] * geometry.output_size[1]
+    views = [t.permute(0, 2, 3, 1).reshape(pixels, t.shape[1]).t()[None, :, None, :] for t in tensors]
+    return geometry._replace(images=1, input_size=(1, pixels), output_size=(1, pixels)), views
+
+
+def _dense_channels_last(tensor: Tensor) -> Tensor:
+    """The tensor in dense channels_last memory that begins at a multiple of 16 bytes, copied only where it is not."""
+    dense = tensor.contiguous(memory_format=torch.channels_last)
+    return dense if dense.data_ptr() % 16 == 0 else dense.clone(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=64)
+def _device(index: int) -> Device:
+    facts = torch.cuda.get_device_properties(index)
+    return Device(facts.multi_processor_count, facts.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def conv2d_weight_grad(
+    grad_output: Tensor,
+    input: Tensor,
+    topology: Tensor,
+    weight_shape: Sequence[int],
+    block: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """``∂L/∂values[id, i, j] = Σ_{n, y, x} grad_output[n, row · b_out + i, y, x] · input[n, col · b_in + j, y′, x′]``
+
+    with ``y′ = y · stride + kh · dilation - padding``, of the active blocks of a convolution's weight; exactly zero in
+    the part of a block outside of it.
+
+    Args:
+        grad_output: ``[N, C_out, H_out, W_out]``; input: ``[N, C_in, H, W]``, on one CUDA device, of one dtype:
+            bfloat16, float16, or float32, which is multiplied in TF32. Other memory than channels_last is copied.
+        topology: int32 vector (:mod:`ddst.topology`); block: one that `refusal` accepts.
+
+    Returns:
+        ``[nnz, b_out, b_in]`` in their dtype.
+
+    Raises:
+        ValueError: an argument does not fit; `refusal` tells beforehand.
+
+    Numerics: sums in float32, in an order that depends on shapes, mask and device alone: the same call, the same bits.
+    A NaN or infinity in a pixel may reach every tap of its channel.
+    """
+    geometry = Geometry(
+        input.shape[0], (input.shape[2], input.shape[3]), (grad_output.shape[2], grad_output.shape[3]),
+        (weight_shape[0], weight_shape[1], weight_shape[2], weight_shape[3]), (block[0], block[1]),
+        (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
+    )  # fmt: skip
+    grid = tp.grid(weight_shape, geometry.block)
+    index = tp.split_topology(topology, *grid[:2])
+    nnz = index.block_row.numel()
+    if nnz == 0 or input.numel() == 0 or grad_output.numel() == 0:
+        return input.new_zeros(nnz, *block)
+    flat, (gy, x) = flattened(geometry, *(_dense_channels_last(t) for t in (grad_output, input)))
+    chosen = plan(flat, nnz, x.element_size(), _device(x.device.index))
+    key = ("cuda_weight_grad", geometry.block, chosen.band)
+    units = cached(topology, key, lambda: list_units(index, grid, geometry.block, chosen.band))
+    return torch.ops.ddst_cuda.conv2d_weight_grad(
+        gy, x, index.block_row, index.block_col, index.block_tap, units.view(-1), list(weight_shape), list(block),
+        list(stride), list(padding), list(dilation), list(chosen.band), list(chosen.tile), chosen.shares,
+    )  # fmt: skip
+
+
+def linear_weight_grad(
+    grad_output: Tensor, input: Tensor, topology: Tensor, weight_shape: Sequence[int], block: Sequence[int]
+) -> Tensor:
+    """`conv2d_weight_grad` of a linear layer: ``grad_output [B, out]``, ``input [B, in]``."""
+    gy, x = grad_output[:, :, None, None], input[:, :, None, None]
+    return conv2d_weight_grad(gy, x, topology, (*weight_shape, 1, 1), block, (1, 1), (0, 0), (1, 1))

@@ -1,0 +1,186 @@
+"""Index lists of the kernels, built from a topology on its device and kept as long as it lives.
+
+All torch operations here have results of fixed size (the number of blocks is known from the topology's shape), so
+nothing waits for the device and everything may run while a CUDA graph is captured. A graph keeps the addresses of the
+lists it was captured with: after a change of the mask it has to be captured again.
+
+Lists are cached under the topology tensor itself, by weak reference, and its version counter: an in-place change makes
+new ones. Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and
+those missing while a graph is captured, whose contents would exist only after its first replay. Lists are made on the
+stream of the call that needs them first; another stream has to wait for it, as for any tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ddst.topology import grid, split_topology
+
+
+class RowLists(NamedTuple):
+    """What each row of programs walks through; a row is an output block, of one phase in the input gradient.
+
+    Attributes:
+        ptr: ``[rows + 1]``; row r owns the positions ``ptr[r] … ptr[r + 1] - 1``.
+        entries: ``[nnz + 1]``, packed (channel block, tap) as :mod:`.tile` says; one spare, read ahead and never used.
+        ids: ``[nnz + 1]``, the id of each position's block in ``values``.
+        order: ``[rows]``, the rows by falling number of entries.
+    """
+
+    ptr: Tensor
+    entries: Tensor
+    ids: Tensor
+    order: Tensor
+
+
+class Groups(NamedTuple):
+    """Blocks that share one operand of the weight gradient, at most ``size`` per group.
+
+    Attributes:
+        bounds: ``[groups, 2]``, the first position of each group and its end. As the number of groups is known to the
+            device only, there is room for the most there can be; the rest is empty (first and end are equal).
+        ids: ``[nnz]``, the id of the block at each position.
+        row, col, tap: ``[nnz]``, output block row, input block and tap ``kh · kW + kw`` of each id.
+    """
+
+    bounds: Tensor
+    ids: Tensor
+    row: Tensor
+    col: Tensor
+    tap: Tensor
+
+
+def tap_bits(kernel: Sequence[int]) -> int:
+    """Bits that one coordinate of a tap takes in an entry: 5, more for kernels wider than 32.
+
+    >>> tap_bits((3, 3)), tap_bits((1, 40))
+    (5, 6)
+    """
+    return max(5, (max(kernel, default=1) - 1).bit_length())
+
+
+def max_channel_blocks(kernel: Sequence[int]) -> int:
+    """How many channel blocks an entry can tell apart.
+
+    >>> max_channel_blocks((3, 3))
+    2097152
+    """
+    return 1 << (31 - 2 * tap_bits(kernel))
+
+
+_cache = WeakTensorKeyDictionary()
+
+
+def _cached(topology: Tensor, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+    """``build()``, kept under ``key`` while the topology lives and is not written to."""
+    if topology.is_inference():
+        return build()
+    version = topology._version
+    known = _cache.get(topology)
+    if known is not None and known[0] == version:
+        found = known[1].get(key)
+        if found is not None:
+            return found
+    lists = build()
+    if topology.is_cuda and torch.cuda.is_current_stream_capturing():
+        return lists
+    if known is None or known[0] != version:
+        known = (version, {})
+        _cache[topology] = known
+    known[1][key] = lists
+    return lists
+
+
+def _with_spare(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values.to(torch.int32), (0, 1))
+
+
+def _pack(block: Tensor, tap: Tensor, kernel: Sequence[int]) -> Tensor:
+    bits = tap_bits(kernel)
+    width = kernel[1] if len(kernel) else 1
+    return (block << 2 * bits) | (tap // width << bits) | tap % width
+
+
+def _heavy_first(ptr: Tensor) -> Tensor:
+    return torch.argsort(ptr[:-1] - ptr[1:], stable=True).to(torch.int32)
+
+
+def _starts(sorted_keys: Tensor, count: int) -> Tensor:
+    """``[count + 1]``: position of the first key that is at least 0, 1, … ``count``."""
+    bounds = torch.arange(count + 1, dtype=sorted_keys.dtype, device=sorted_keys.device)
+    return torch.searchsorted(sorted_keys, bounds, out_int32=True)
+
+
+def forward_lists(topology: Tensor, weight_shape: Sequence[int], block: Sequence[int]) -> RowLists:
+    """Rows are output blocks; within one, entries stand by input block, then tap, which is the order of the ids."""
+
+    def build() -> RowLists:
+        rows, cols, _ = grid(weight_shape, (block[0], block[1]))
+        index = split_topology(topology, rows, cols)
+        ptr = index.row_ptr.clone()
+        entries = _with_spare(_pack(index.block_col, index.block_tap, weight_shape[2:]))
+        ids = torch.arange(entries.numel(), dtype=torch.int32, device=topology.device)
+        return RowLists(ptr, entries, ids, _heavy_first(ptr))
+
+    return _cached(topology, ("forward", *weight_shape, *block), build)
+
+
+def input_grad_lists(
+    topology: Tensor,
+    weight_shape: Sequence[int],
+    block: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> RowLists:
+    """Rows are (phase, input block); within one, entries stand by output block, then tap.
+
+    Input pixels of equal ``(h mod stride, w mod stride)`` are a *phase*. Tap ``k`` takes part in the gradient of the
+    pixels with ``h + padding ≡ k · dilation (mod stride)``, a single phase: a row holds only what its pixels need.
+    """
+
+    def build() -> RowLists:
+        rows, cols, _ = grid(weight_shape, (block[0], block[1]))
+        index = split_topology(topology, rows, cols)
+        width = weight_shape[3] if len(weight_shape) == 4 else 1
+        phase_h = (index.block_tap // width * dilation[0] - padding[0]) % stride[0]
+        phase_w = (index.block_tap % width * dilation[1] - padding[1]) % stride[1]
+        key = (phase_h * stride[1] + phase_w) * cols + index.block_col
+        order = torch.argsort(key, stable=True)
+        ptr = _starts(key[order], stride[0] * stride[1] * cols)
+        entries = _pack(index.block_row, index.block_tap, weight_shape[2:])[order]
+        return RowLists(ptr, _with_spare(entries), _with_spare(order), _heavy_first(ptr))
+
+    return _cached(topology, ("input_grad", *weight_shape, *block, *stride, *padding, *dilation), build)
+
+
+def weight_grad_groups(
+    topology: Tensor, weight_shape: Sequence[int], block: Sequence[int], by: str, size: int
+) -> Groups:
+    """Groups of at most ``size`` blocks that share an output block row ("row"), or input block and tap ("col")."""
+
+    def build() -> Groups:
+        rows, cols, taps = grid(weight_shape, (block[0], block[1]))
+        _, _, row, col, tap, _ = (section.clone() for section in split_topology(topology, rows, cols))
+        nnz = row.numel()
+        runs = rows if by == "row" else cols * taps
+        key, ids = torch.sort(row if by == "row" else col * taps + tap, stable=True)
+        position = torch.arange(nnz, dtype=torch.int32, device=topology.device)
+        start = _starts(key, runs)
+        run = key.long()
+        first = (position - start[run]) % size == 0
+        most = min(nnz, (nnz + runs * (size - 1)) // size)
+        line = torch.where(first, first.cumsum(0) - 1, most)  # positions that begin no group go to one spare line
+        end = torch.minimum(position + size, start[run + 1])
+        bounds = torch.zeros(most + 1, 2, dtype=torch.int32, device=topology.device)
+        bounds[line] = torch.stack([position, end], 1)
+        return Groups(bounds[:most], ids.to(torch.int32), row, col, tap)
+
+    if by not in ("row", "col"):
+        raise ValueError(f"by must be 'row' or 'col', got {by!r}")
+    return _cached(topology, ("weight_grad", *weight_shape, *block, by, size), build)

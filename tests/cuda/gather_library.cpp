@@ -1,0 +1,90 @@
+// The gather kernel on the emulator as a shared library, for tests/cuda/test_cuda_gather.py.
+#include "conv2d_gather.cuh"
+#include "emulator/memory.hpp"
+#include "gather_problem.hpp"
+
+using namespace ddst;
+using namespace ddst::cuda;
+using emu::Buffer;
+
+namespace {
+
+struct Arrays {
+  const void *input, *values, *records, *bias, *residual;
+  void* output;
+  std::int64_t blocks, record_ints;  // of values, of records
+  int relu, seed;
+};
+
+template <class T>
+Buffer input(const char* name, const void* from, std::int64_t count) {
+  Buffer buffer(name, std::size_t(count) * sizeof(T), Buffer::Role::input);
+  if (from) std::memcpy(buffer.host<T>(), from, std::size_t(count) * sizeof(T));
+  return buffer;
+}
+
+template <class Traits>
+void run(const ddst_cuda_conv2d_problem& problem, const Arrays& a) {
+  using T = typename Traits::T;
+  GatherParams<T> p{};
+  const std::string why = gather_geometry(problem, Traits::kTransposed, Traits::kTile, test::kSharedLimit, p.g);
+  if (!why.empty()) throw emu::Failure(why);
+  p.layout = gather_layout(p.g, Traits::kTile, sizeof(T));
+  p.relu = a.relu;
+  const auto pixels = [&](int height, int width) { return std::int64_t(p.g.images) * height * width; };
+  const std::int64_t read = pixels(p.g.in_height, p.g.in_width) * p.g.in_channels;
+  const std::int64_t written = pixels(p.g.out_height, p.g.out_width) * p.g.out_channels;
+  const std::int64_t lines = std::int64_t(p.g.phases_y) * p.g.phases_x * p.g.groups * p.g.in_blocks;
+  if (lines * p.g.record_ints != a.record_ints) throw emu::Failure("records have another size than the kernel's");
+  Buffer x = input<T>("input", a.input, read), values = input<T>("values", a.values, a.blocks * p.g.block_elements);
+  Buffer records = input<int>("records", a.records, a.record_ints);
+  Buffer bias = input<T>("bias", a.bias, p.g.out_channels), residual = input<T>("residual", a.residual, written);
+  Buffer output("output", std::size_t(written) * sizeof(T), Buffer::Role::output_once);
+  p.input = dev::global_ptr<const T>(x), p.values = dev::global_ptr<const T>(values);
+  p.records = dev::global_ptr<const int>(records), p.output = dev::global_ptr<T>(output);
+  if (a.bias) p.bias = dev::global_ptr<const T>(bias);
+  if (a.residual) p.residual = dev::global_ptr<const T>(residual);
+  static emu::Block block;  // keeps the stacks of its fibers
+  block.options.seed = std::uint64_t(a.seed);
+  block.launch({gather_blocks(p.g), 1, 1}, Traits::kThreads, std::size_t(p.layout.bytes),
+               [&] { conv2d_gather<Traits>(p); });
+  if (!output.fully_written()) throw emu::Failure("output was not fully written");
+  std::memcpy(a.output, output.host<T>(), output.size());
+}
+
+template <class T>
+void run_traits(const ddst_cuda_conv2d_problem& problem, bool input_gradient, bool large, const Arrays& a) {
+  if (input_gradient)
+    large ? run<test::Traits<T, true, true>>(problem, a) : run<test::Traits<T, true, false>>(problem, a);
+  else
+    large ? run<test::Traits<T, false, true>>(problem, a) : run<test::Traits<T, false, false>>(problem, a);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Both write why they fail into `message`, "" if they do not.
+void gather_refusal(const ddst_cuda_conv2d_problem* problem, bool input_gradient, bool large, int shared_bytes,
+                    char* message, int size) {
+  GatherGeometry g;
+  const GatherTile tile = gather_tile(large, problem->dtype == DDST_CUDA_TFLOAT32 ? 4 : 2);
+  std::snprintf(message, std::size_t(size), "%s",
+                gather_geometry(*problem, input_gradient, tile, shared_bytes, g).c_str());
+}
+
+void gather(const ddst_cuda_conv2d_problem* problem, bool input_gradient, bool large, const Arrays* arrays,
+            char* message, int size) {
+  message[0] = 0;
+  try {
+    if (problem->dtype == DDST_CUDA_BFLOAT16)
+      run_traits<dev::bf16>(*problem, input_gradient, large, *arrays);
+    else if (problem->dtype == DDST_CUDA_FLOAT16)
+      run_traits<dev::fp16>(*problem, input_gradient, large, *arrays);
+    else
+      run_traits<float>(*problem, input_gradient, large, *arrays);
+  } catch (const emu::Failure& failure) {
+    std::snprintf(message, std::size_t(size), "%s", failure.what());
+  }
+}
+}

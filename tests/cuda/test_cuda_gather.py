@@ -1,0 +1,243 @@
+"""Forward and input gradient in CUDA C++: ddst's lists and calls, with the kernel on the emulator, against float64."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddst import _extension
+from ddst import topology as tp
+from ddst.ops import cuda, cuda_gather
+from helpers import emulation
+from helpers.emulated_gather import EmulatedOps, slow_records
+
+pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
+BLOCKS = [(16, 16), (32, 32), (64, 64), (32, 16), (64, 16)]
+WINDOWS = [  # kernel, stride, padding
+    ((1, 1), (1, 1), (0, 0)),
+    ((3, 3), (1, 1), (1, 1)),
+    ((3, 3), (2, 2), (1, 1)),
+    ((4, 4), (2, 2), (1, 1)),
+    ((1, 1), (2, 2), (0, 0)),
+    ((2, 3), (1, 2), (3, 4)),
+]
+SM90 = cuda_gather.Device(132, 227 * 1024, (9, 0))
+ONE_SM = SM90._replace(multiprocessors=1)  # one large tile is enough of them
+TINY = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-10}  # float32: operands are rounded
+
+
+@pytest.fixture(scope="module")
+def library(request: pytest.FixtureRequest) -> EmulatedOps:
+    folder = Path(request.config.cache.mkdir("cuda"))
+    return EmulatedOps(emulation.compile_program(emulation.TESTS / "gather_library.cpp", folder, "-shared", "-fPIC"))
+
+
+@pytest.fixture
+def ops(library: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> EmulatedOps:
+    """``torch.ops.ddst_cuda`` on the CPU, on what says to be an H100."""
+    library.calls = []
+    monkeypatch.setattr(torch.ops, "ddst_cuda", library)
+    monkeypatch.setattr(cuda_gather, "facts", lambda device: SM90)
+    return library
+
+
+class Problem:
+    """A convolution's tensors; dense weight and results in float64."""
+
+    def __init__(self, dtype, images, size, shape, block, window, density=0.4, seed=0) -> None:
+        g = torch.Generator().manual_seed(seed)
+        kernel, self.stride, self.padding = window
+        self.shape, self.block, self.dtype = (*shape, *kernel), block, dtype
+        self.mask = torch.rand(tp.mask_shape(self.shape, block), generator=g) < density
+        self.topology = tp.build_topology(self.mask)
+        self.values = tp.pack(torch.empty(self.shape).uniform_(-1, 1, generator=g), self.mask, block).to(dtype)
+        self.x = torch.empty(images, shape[1], *size).uniform_(-1, 1, generator=g).to(dtype)
+        self.bias = torch.empty(shape[0]).uniform_(-1, 1, generator=g).to(dtype)
+        out = [(size[i] + 2 * self.padding[i] - kernel[i]) // self.stride[i] + 1 for i in (0, 1)]
+        self.gy = torch.empty(images, shape[0], *out).uniform_(-1, 1, generator=g).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return tp.unpack(self.values.double(), self.mask, self.shape)
+
+    def y(self, x: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        x, weight = self.x.double() if x is None else x, self.weight if weight is None else weight
+        return F.conv2d(x, weight, None, self.stride, self.padding)
+
+    def gx(self, gy: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        gy, weight = self.gy.double() if gy is None else gy, self.weight if weight is None else weight
+        return torch.nn.grad.conv2d_input(self.x.shape, weight, gy, self.stride, self.padding)
+
+    def check(self) -> None:
+        """Both passes. The error allowed is what rounding of result, operands (TF32) and float32 sums explain."""
+        args = (self.stride, self.padding, (1, 1), True)
+        y = cuda.conv2d(self.x, self.values, self.bias, self.topology, self.shape, *args)
+        close(y, self.y() + self.bias.double()[:, None, None], self.y(self.x.double().abs(), self.weight.abs()) + 1)
+        gx = cuda.conv2d_input_grad(self.gy, self.values, self.topology, self.shape, self.x.shape[2:], *args)
+        close(gx, self.gx(), self.gx(self.gy.double().abs(), self.weight.abs()))
+
+
+def close(got: Tensor, want: Tensor, magnitude: Tensor) -> None:
+    relative = magnitude if got.dtype == torch.float32 else want.abs()
+    assert got.shape == want.shape
+    assert bool(((got.double() - want).abs() <= relative * TINY[got.dtype] + magnitude * 2.0**-20).all())
+
+
+@pytest.mark.parametrize(
+    "dtype, block, window",
+    [
+        (cuda_gather.DTYPES[(i + j) % 3], block, window)
+        for i, window in enumerate(WINDOWS)
+        for j, block in enumerate(BLOCKS)
+    ],
+    ids=str,
+)
+def test_matches_float64(ops: EmulatedOps, dtype, block, window) -> None:
+    Problem(dtype, 2, (9, 7), (104, 40), block, window).check()
+    assert ops.calls == [False, False]
+
+
+@pytest.mark.parametrize("block, window", [*zip(BLOCKS, [*WINDOWS[:3], *WINDOWS[4:]], strict=True)], ids=str)
+def test_large_tile(ops: EmulatedOps, monkeypatch: pytest.MonkeyPatch, block, window) -> None:
+    monkeypatch.setattr(cuda_gather, "facts", lambda device: ONE_SM)
+    Problem(torch.bfloat16, 3, (19, 18), (144, 96), block, window, density=0.3).check()
+    assert ops.calls == [True, True]
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_no_and_all_blocks(ops: EmulatedOps, density: float) -> None:
+    Problem(torch.bfloat16, 1, (5, 6), (48, 80), (16, 16), WINDOWS[1], density).check()
+
+
+def test_random_problems(ops: EmulatedOps) -> None:
+    rng = random.Random(3)
+    for i in range(20):
+        ops.seed = i
+        dtype, block = rng.choice(cuda_gather.DTYPES), rng.choice(BLOCKS)
+        kernel = rng.choice([(1, 1), (3, 3), (4, 4), (1, 3), (2, 2)])
+        window = (kernel, (rng.randint(1, 2), rng.randint(1, 2)), (rng.randint(0, 3), rng.randint(0, 3)))
+        size = (rng.randint(kernel[0], 11), rng.randint(kernel[1], 11))
+        channels = (8 * rng.randint(1, 14), 8 * rng.randint(1, 14))
+        Problem(dtype, rng.randint(1, 4), size, channels, block, window, rng.random(), seed=i).check()
+    ops.seed = 0
+
+
+@pytest.mark.parametrize("dtype", cuda_gather.DTYPES, ids=str)
+def test_linear(ops: EmulatedOps, dtype) -> None:
+    p = Problem(dtype, 37, (1, 1), (72, 56), (16, 16), WINDOWS[0])
+    mask, shape = p.mask[:, :, 0, 0], p.shape[:2]
+    x, gy, weight = p.x[:, :, 0, 0], p.gy[:, :, 0, 0], p.weight[:, :, 0, 0]
+    topology = tp.build_topology(mask)
+    y = cuda.linear(x, p.values, p.bias, topology, shape, relu=True)
+    want = F.linear(x.double(), weight, p.bias.double())
+    close(y, want.relu(), F.linear(x.double().abs(), weight.abs()) + 1)
+    gx = cuda.linear_input_grad(gy, p.values, topology, shape)
+    close(gx, gy.double() @ weight, gy.double().abs() @ weight.abs())
+
+
+def test_layouts_residual_and_relu(ops: EmulatedOps) -> None:
+    p = Problem(torch.float16, 2, (6, 5), (32, 24), (16, 16), WINDOWS[1])
+    residual = torch.randn_like(p.gy)
+    want = (p.y() + p.bias.double()[:, None, None] + residual.double()).relu()
+    misaligned = torch.empty(p.values.numel() + 1, dtype=p.dtype)[1:].view_as(p.values).copy_(p.values)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for layout, channels_last in itertools.product(layouts, (True, False)):
+        y = cuda.conv2d(
+            p.x.contiguous(memory_format=layout), misaligned, p.bias, p.topology, p.shape, p.stride, p.padding, (1, 1),
+            channels_last, relu=True, residual=residual.contiguous(memory_format=layout),
+        )  # fmt: skip
+        close(y, want, p.y(p.x.double().abs(), p.weight.abs()) + 8)
+        assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_nan_reaches_its_pixels_only(ops: EmulatedOps) -> None:
+    p = Problem(torch.bfloat16, 2, (8, 8), (16, 32), (16, 16), WINDOWS[1], density=1.0)
+    p.x[1, 3, 4, 4] = float("nan")
+    y = cuda.conv2d(p.x, p.values, None, p.topology, p.shape, p.stride, p.padding, (1, 1), True)
+    assert torch.equal(y.isnan(), p.y().isnan())
+
+
+def test_empty_batch(ops: EmulatedOps) -> None:
+    p = Problem(torch.bfloat16, 0, (8, 8), (16, 32), (16, 16), WINDOWS[1])
+    y = cuda.conv2d(p.x, p.values, None, p.topology, p.shape, p.stride, p.padding, (1, 1), True)
+    assert y.shape == (0, 16, 8, 8) and ops.calls == []
+
+
+def test_changed_topology_makes_new_records(ops: EmulatedOps) -> None:
+    p = Problem(torch.bfloat16, 1, (4, 4), (48, 48), (16, 16), WINDOWS[1], density=0.3)
+    p.check()
+    p.mask = p.mask.view(-1)[torch.randperm(p.mask.numel())].view_as(p.mask)
+    p.topology.copy_(tp.build_topology(p.mask))
+    p.check()
+
+
+def test_records_are_those_of_the_definition() -> None:
+    rng = random.Random(1)
+    for i in range(60):
+        block, gradient = rng.choice(BLOCKS), bool(rng.getrandbits(1))
+        shape = (rng.randint(1, 200), rng.randint(1, 200), rng.randint(1, 4), rng.randint(1, 4))
+        stride, channels = (rng.randint(1, 2), rng.randint(1, 2)), rng.choice([64, 128])
+        generator = torch.Generator().manual_seed(i)
+        mask = torch.rand(tp.mask_shape(shape, block), generator=generator) < rng.choice([0.0, 0.2, 0.7, 1.0])
+        rows, cols, _ = tp.grid(shape, block)
+        index = tp.split_topology(tp.build_topology(mask), rows, cols)
+        options = {"input_gradient": gradient, "tile_channels": channels}
+        got = cuda_gather.gather_records(index, shape, block, stride, **options)
+        assert got.dtype == torch.int32 and got.tolist() == slow_records(mask, shape, block, stride, **options)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"op": "conv2d_block_scores"}, "conv2d_block_scores is not written in CUDA C++"),
+        ({"dtype": torch.float64}, "dtype must be bfloat16, float16 or float32, got torch.float64"),
+        ({"weight_shape": (64, 60, 3, 3)}, "channels must be multiples of 8, got 60 in, 64 out"),
+        ({"weight_shape": (64, 64, 5, 5)}, "the kernel must have at most 16 taps, got 5 x 5"),
+        ({"block": (8, 16)}, "block must have sides of 16, 32 or 64, got 8 x 16"),
+        ({"stride": (3, 1)}, "stride must be 1 or 2, got 3 x 1"),
+        ({"dilation": (1, 2)}, r"dilation must be 1, got \(1, 2\)"),
+        ({"op": "conv2d_weight_grad", "block": (16, 32)}, "weight gradient takes blocks of"),
+        ({"dtype": torch.float32, "op": "linear", "weight_shape": (64, 64)}, "torch.backends.cuda.matmul.allow_tf32"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_refusals(ops: EmulatedOps, monkeypatch: pytest.MonkeyPatch, change: dict, reason: str) -> None:
+    monkeypatch.setattr(_extension, "cuda_kernels_loaded", lambda: True)
+    good = {
+        "op": "conv2d", "device": torch.device("cuda:0"), "dtype": torch.bfloat16, "weight_shape": (64, 64, 3, 3),
+        "block": (16, 16), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1),
+    }  # fmt: skip
+    assert cuda.supports(**good) == (True, "")
+    ok, why = cuda.supports(**(good | change))
+    assert not ok and re.search(reason, why), why
+
+
+def test_refusals_of_the_machine(ops: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("conv2d", torch.device("cuda:0"), torch.bfloat16, (64, 64, 3, 3), (16, 16))
+    monkeypatch.setattr(_extension, "cuda_kernels_loaded", lambda: False)
+    assert "libddst_cuda.so is not loaded" in cuda.supports(*args)[1]
+    monkeypatch.setattr(_extension, "cuda_kernels_loaded", lambda: True)
+    monkeypatch.setattr(cuda_gather, "facts", lambda device: SM90._replace(capability=(7, 5)))
+    assert cuda.supports(*args) == (False, "needs compute capability 8.0, cuda:0 has 7.5")
+    monkeypatch.setattr(cuda_gather, "facts", lambda device: SM90._replace(shared_bytes=40 * 1024))
+    assert cuda.supports(*args) == (False, "the tile needs more shared memory than 40960 bytes")
+
+
+def test_the_emulated_operators_take_what_the_compiled_ones_do() -> None:
+    glue = (emulation.KERNELS / "glue_gather.cpp").read_text()
+    schemas = [
+        re.fullmatch(r"(\w+)\((.*)\) -> \w+", "".join(re.findall(r'"([^"]*)"', text))).groups()
+        for text in re.findall(r"m\.def\((.*?)\);", glue, re.DOTALL)
+    ]
+    assert {name for name, _ in schemas} == {"conv2d_gather", "conv2d_gather_refusal"}
+    for name, parameters in schemas:
+        mine = [p for p in inspect.signature(getattr(EmulatedOps, name)).parameters if p != "self"]
+        assert [p.split()[-1] for p in parameters.split(",")] == mine

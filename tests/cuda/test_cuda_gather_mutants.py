@@ -1,0 +1,82 @@
+"""Small slips planted in the gather kernel, one at a time: the emulator's checks and a float64 reference find each."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from helpers import emulation
+
+pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
+PROGRAM = emulation.TESTS / "mutant_gather.cpp"
+FLAGS = ("-std=c++20", "-O0", "-w", f"-I{emulation.KERNELS}", f"-I{emulation.TESTS}")
+MUTATIONS = {
+    "conv2d_gather.cuh": [
+        ("wait too weak", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
+        ("no barrier", "dev::sync_threads();  // slice", "// slice"),
+        ("copies too far ahead", "copy_slice(i + kStages - 1);", "copy_slice(i + kStages);"),
+        ("records too late", "kAhead = 2 * kStages - 2", "kAhead = 2 * kStages - 3"),
+    ],
+    "gather_stage.cuh": [
+        ("channels beyond the last", "inside = channel < p.g.in_channels", "inside = true"),
+        ("right edge", "x < g.in_width", "x <= g.in_width"),
+        ("columns not sorted", "column % g.patch_half * g.step_x + column / g.patch_half", "column"),
+        ("origin of a phase", "(phase + padding) / phases - reach", "phase + padding / phases - reach"),
+        ("phase of the taps", "(place.phase_y + g.padding_y) % g.phases_y", "place.phase_y"),
+        ("slice of a block", "(slice & ((1 << p.g.log_slices_per_block) - 1)) * kSlice", "0"),
+        ("granule of a block", " + line / kSlice * kSlice", ""),
+        ("no swizzle", "(chunk ^ (row / (8 / kChunks) % kChunks))", "chunk"),
+    ],
+    "gather_multiply.cuh": [
+        ("halves of a granule", "lane / 16 * 8 + lane % 8, lane / 8 % 2", "lane / 8 % 2 * 8 + lane % 8, lane / 16"),
+        ("tf32 transposed", "k * 8 + i % 2 * 4 + lane % 4", "k * 8 + i / 2 * 4 + lane % 4"),
+        ("next granule", "granule + (mask >> o > 1 ?", "granule + (mask >> o > 0 ?"),
+        ("granules of a skipped tap", "granule = granule + dev::pop", "if (first) granule = granule + dev::pop"),
+        ("second tile alone", "multiply_tap<Traits, 1, 1>", "multiply_tap<Traits, 0, 1>"),
+    ],
+    "gather_epilogue.cuh": [
+        ("taps of a tile", "lanes < 16; lanes *= 2", "lanes < 8; lanes *= 2"),
+        ("output phase", "(place.first_row + pixel.row) * g.phases_y + place.phase_y", "place.first_row + pixel.row"),
+        ("channels beyond the last", "mine >= 0 && first < channels", "mine >= 0"),
+    ],
+}  # fmt: skip
+
+
+def test_slips_are_found(tmp_path: Path) -> None:
+    common = tmp_path / "common.hpp"  # precompiled: what no mutation changes
+    includes = ("<random>", "<vector>", '"check.hpp"', '"device/primitives.cuh"')
+    common.write_text("".join(f"#include {name}\n" for name in includes))
+    cxx = emulation.compiler()
+    subprocess.run([cxx, *FLAGS, "-x", "c++-header", common, "-o", f"{common}.gch"], check=True)
+
+    def outcome(file: str, old: str, new: str) -> str:
+        """The first thing that is found, empty if nothing is."""
+        folder = tmp_path / f"{file}-{abs(hash((old, new)))}"
+        folder.mkdir()
+        for header in (*emulation.KERNELS.glob("*gather*"), emulation.KERNELS / "ddst_cuda.h"):
+            shutil.copy(header, folder)
+        for helper in emulation.TESTS.glob("*gather*"):
+            shutil.copy(helper, folder)
+        text = (folder / file).read_text()
+        assert old in text, f"{file} has no {old!r}"
+        (folder / file).write_text(text.replace(old, new, 1))
+        program = folder / "program"
+        command = [cxx, f"-I{folder}", *FLAGS, "-include", common, folder / PROGRAM.name, "-o", program]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:2000]
+        ran = subprocess.run([program], capture_output=True, text=True, check=False)
+        lines = [line for line in (ran.stdout + ran.stderr).splitlines() if "FAIL" in line or "what()" in line]
+        return (lines[0] if lines else f"exit status {ran.returncode}") if ran.returncode else ""
+
+    slips = [("ddst_cuda.h", "#pragma once", "#pragma once")]  # no slip: nothing may be found
+    slips += [(file, old, new) for file, changes in MUTATIONS.items() for _, old, new in changes]
+    names = ["unchanged", *(f"{file}: {name}" for file, changes in MUTATIONS.items() for name, _, _ in changes)]
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(names, pool.map(lambda slip: outcome(*slip), slips), strict=True))
+    print("\n".join(f"{name:50s} {what}" for name, what in found.items()))
+    assert found.pop("unchanged") == ""
+    assert [name for name, what in found.items() if not what] == []

@@ -1,0 +1,68 @@
+"""The compiled kernels of libddst_cuda.so: no spills, registers as recorded, the instructions that make them fast."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ddst import _extension
+from helpers import cuda_resources
+
+RECORD = json.loads((Path(__file__).parent / "resources.json").read_text())
+pytestmark = [
+    pytest.mark.skipif(not _extension.CUDA_LIBRARY.is_file(), reason="built without libddst_cuda.so"),
+    pytest.mark.skipif(cuda_resources.tool() is None, reason="needs cuobjdump (CUDA toolkit, or triton's package)"),
+]
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[str, dict[str, dict[str, int]]]:
+    return cuda_resources.resources()
+
+
+def test_no_spills_and_no_local_memory(resources: dict[str, dict[str, dict[str, int]]]) -> None:
+    assert resources
+    for kernels in resources.values():
+        assert {name: numbers for name, numbers in kernels.items() if numbers["STACK"] or numbers["LOCAL"]} == {}
+
+
+def test_registers_are_the_recorded_ones(resources: dict[str, dict[str, dict[str, int]]]) -> None:
+    if cuda_resources.compiler() != RECORD["compiler"]:
+        pytest.skip(f"recorded with {RECORD['compiler']}, built with {cuda_resources.compiler()}")
+    for arch, kernels in resources.items():
+        assert {name: numbers["REG"] for name, numbers in kernels.items()} == RECORD["registers"][arch]
+
+
+def test_weight_gradients_leave_room_for_two_blocks_of_threads(
+    resources: dict[str, dict[str, dict[str, int]]],
+) -> None:
+    for kernels in resources.values():
+        counts = {name: numbers["REG"] for name, numbers in kernels.items() if name.startswith("weight_grad<")}
+        assert len(counts) == 9
+        assert max(counts.values()) <= 128  # 2 · 256 threads · 128 registers are a multiprocessor's 65536
+
+
+@pytest.fixture(scope="module")
+def sass(resources: dict[str, dict[str, dict[str, int]]]) -> dict[str, Counter[str]]:
+    return cuda_resources.instructions("sm_90" if "sm_90" in resources else next(iter(resources)))
+
+
+def count(instructions: Counter[str], start: str, *parts: str) -> int:
+    return sum(n for name, n in instructions.items() if name.startswith(start) and all(part in name for part in parts))
+
+
+def test_tensor_cores_and_wide_copies(sass: dict[str, Counter[str]]) -> None:
+    kernels = {name: counts for name, counts in sass.items() if name.startswith(("conv2d_gather<", "weight_grad<"))}
+    assert len(kernels) > 9
+    for name, counts in kernels.items():
+        wide = "float" in name
+        assert count(counts, "HMMA.1688" if wide else "HMMA.16816", "TF32" if wide else "F32") >= 16, name
+        assert count(counts, "LDGSTS", "128") >= 2, name
+        assert count(counts, "LDL") == count(counts, "STL") == 0, name
+        if not wide:
+            assert count(counts, "LDSM", "88.4") >= 2, name
+            if name.startswith("weight_grad<"):
+                assert count(counts, "LDSM", ".M88.4") == 0, name  # both operands are transposed on the way

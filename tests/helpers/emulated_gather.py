@@ -1,0 +1,107 @@
+"""``torch.ops.ddst_cuda.conv2d_gather`` on CPU tensors: the kernel on the emulator (tests/cuda/gather_library.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddst import topology as tp
+from ddst.ops import cuda_gather
+
+
+class _Arrays(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("input", "values", "records", "bias", "residual", "output")),
+        ("blocks", ctypes.c_int64), ("record_ints", ctypes.c_int64), ("relu", ctypes.c_int), ("seed", ctypes.c_int),
+    ]  # fmt: skip
+
+
+def _problem(
+    weight_shape: Sequence[int], block: Sequence[int], images: int, input_size: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dtype: int,
+) -> ctypes.Array[ctypes.c_int]:  # fmt: skip
+    """``ddst_cuda_conv2d_problem`` of csrc/cuda/ddst_cuda.h, whose fields are ints only."""
+    out = [(input_size[i] + 2 * padding[i] - weight_shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
+    fields = (
+        images, *input_size, weight_shape[1], *out, weight_shape[0], *weight_shape[2:], *stride, *padding, *block, dtype
+    )  # fmt: skip
+    return (ctypes.c_int * len(fields))(*fields)
+
+
+class EmulatedOps:
+    """Stands for ``torch.ops.ddst_cuda``: the same operators, same arguments, on CPU tensors.
+
+    Attributes:
+        seed: order of warps and lanes; calls: the ``large_tile`` of every call.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._library = ctypes.CDLL(str(file))
+        self.seed = 0
+        self.calls: list[bool] = []
+
+    def conv2d_gather_refusal(
+        self, weight_shape: list[int], block: list[int], images: int, input_size: list[int], stride: list[int],
+        padding: list[int], dtype: int, input_gradient: bool, large_tile: bool, shared_bytes: int,
+    ) -> str:  # fmt: skip
+        message = ctypes.create_string_buffer(2000)
+        problem = _problem(weight_shape, block, images, input_size, stride, padding, dtype)
+        self._library.gather_refusal(problem, input_gradient, large_tile, shared_bytes, message, len(message))
+        return message.value.decode()
+
+    def conv2d_gather(
+        self, input: Tensor, values: Tensor, records: Tensor, bias: Tensor | None, residual: Tensor | None,
+        weight_shape: list[int], input_size: list[int], stride: list[int], padding: list[int], input_gradient: bool,
+        relu: bool, large_tile: bool,
+    ) -> Tensor:  # fmt: skip
+        self.calls.append(large_tile)
+        block, dtype = values.shape[1:], cuda_gather.DTYPES.index(input.dtype)
+        problem = _problem(weight_shape, block, input.shape[0], input_size, stride, padding, dtype)
+        size = input_size if input_gradient else list(problem)[4:6]
+        output = input.new_empty(input.shape[0], *size, weight_shape[1 if input_gradient else 0])
+        kept = [
+            None if t is None else t.permute(0, 2, 3, 1).contiguous() if t.dim() == 4 else t.contiguous()
+            for t in (input, values, records, bias, residual)
+        ]
+        arrays = _Arrays(
+            *(None if t is None else t.data_ptr() for t in (*kept, output)),
+            values.shape[0], records.numel(), relu, self.seed,
+        )  # fmt: skip
+        message = ctypes.create_string_buffer(2000)
+        self._library.gather(problem, input_gradient, large_tile, ctypes.byref(arrays), message, len(message))
+        assert not message.value, message.value.decode()
+        return output
+
+
+def slow_records(
+    mask: Tensor, weight_shape: Sequence[int], block: tuple[int, int], stride: tuple[int, int],
+    *, input_gradient: bool, tile_channels: int,
+) -> list[list[int]]:  # fmt: skip
+    """`cuda_gather.gather_records` by its definition, entry by entry."""
+    rows, cols, taps = tp.grid(weight_shape, block)
+    ids = torch.where(mask.reshape(-1), mask.reshape(-1).cumsum(0) - 1, -1).view(rows, cols, taps)
+    ids = ids.transpose(0, 1) if input_gradient else ids  # [out, in, tap]
+    side = block[1] if input_gradient else block[0]
+    granules, per_group = side // 16, tile_channels // side
+    outs, ins = ids.shape[:2]
+    phases = [(y, x) for y in range(stride[0]) for x in range(stride[1])] if input_gradient else [(0, 0)]
+    records = []
+    for phase in phases:
+        for group in range(-(-outs // per_group)):
+            for inner in range(ins):
+                masks, listed = [0] * (-(-taps // 4) * 4), []
+                for tap in range(taps):
+                    y, x = divmod(tap, weight_shape[3])
+                    if input_gradient and (y % stride[0], x % stride[1]) != phase:
+                        continue
+                    for place, out in enumerate(range(group * per_group, min((group + 1) * per_group, outs))):
+                        if (found := int(ids[out, inner, tap])) >= 0:
+                            masks[tap] |= ((1 << granules) - 1) << (place * granules)
+                            listed.append(found)
+                room = -(-taps * per_group // 4) * 4
+                records.append([len(listed), 0, 0, 0, *masks, *listed, *[0] * (room - len(listed))])
+    return records

@@ -1,0 +1,49 @@
+"""Compiles the test programs of tests/cuda: CUDA kernels that g++ builds on an emulator of the device."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "csrc" / "cuda"
+TESTS = ROOT / "tests" / "cuda"
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes")
+
+
+def compiler() -> str | None:
+    """The C++ compiler, None if there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _digest(*folders: Path) -> str:
+    suffixes = (".cpp", ".hpp", ".cu", ".cuh", ".h")
+    files = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix in suffixes)
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
+
+
+def compile_program(source: Path, folder: Path, *flags: str, kernels: Path = KERNELS, optimize: str = "-O2") -> Path:
+    """Compiles one test program into ``folder``, unless an equal one is there; a compiler error is an AssertionError.
+
+    Args:
+        kernels: the folder of the kernels' sources, another one to test a changed copy.
+    """
+    cxx = compiler()
+    assert cxx is not None, "no C++ compiler: install g++ or set CXX"
+    program = folder / f"{source.stem}-{_digest(kernels, TESTS)}-{'-'.join((optimize, *flags))}".replace("=", "-")
+    if program.exists():
+        return program
+    partial = program.with_suffix(f".{os.getpid()}")
+    command = [cxx, "-std=c++20", optimize, "-g1", *WARNINGS, *flags, f"-I{kernels}", f"-I{TESTS}"]
+    done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr[:8000]}"
+    partial.rename(program)
+    return program
+
+
+def run_program(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a test program; its exit status is 0 if all its checks hold."""
+    return subprocess.run([str(program), *arguments], capture_output=True, text=True, check=False)

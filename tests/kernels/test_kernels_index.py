@@ -1,0 +1,180 @@
+"""Index lists of the Triton kernels against lists written out with loops, and when they are made anew."""
+
+from __future__ import annotations
+
+import doctest
+import gc
+import importlib
+import pkgutil
+import weakref
+
+import pytest
+import torch
+
+import ddst.kernels
+from ddst.kernels import index
+from helpers.dense import active_blocks, topology_of
+
+SHAPES = [
+    ((40, 60, 3, 3), (16, 16), (1, 1), (1, 1), (1, 1)),
+    ((40, 60, 3, 2), (16, 32), (2, 3), (1, 4), (1, 2)),
+    ((33, 20, 4, 4), (32, 16), (2, 2), (1, 1), (2, 1)),
+    ((16, 70, 1, 1), (16, 16), (2, 1), (0, 0), (1, 1)),
+    ((20, 20, 1, 40), (16, 16), (1, 2), (0, 3), (1, 1)),
+]
+MASKS = ["0.3", "none", "full", "empty_lines"]
+
+
+def make(weight_shape: tuple[int, ...], block: tuple[int, int], kind: str) -> torch.Tensor:
+    rows, cols = (-(-weight_shape[i] // block[i]) for i in (0, 1))
+    mask = torch.full((rows, cols, *weight_shape[2:]), kind == "full")
+    if kind == "0.3":
+        mask = torch.rand(mask.shape) < 0.3
+    if kind == "empty_lines":
+        mask = torch.rand(mask.shape) < 0.8
+        mask[0], mask[:, -1] = False, False
+    return mask
+
+
+def unpack(entry: int, bits: int) -> tuple[int, int, int]:
+    return entry >> 2 * bits, (entry >> bits) % 2**bits, entry % 2**bits
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("weight_shape, block, stride, padding, dilation", SHAPES)
+def test_row_lists(weight_shape, block, stride, padding, dilation, kind) -> None:  # type: ignore[no-untyped-def]
+    mask = make(weight_shape, block, kind)
+    topology, blocks = topology_of(mask), active_blocks(mask)
+    rows, cols, width = mask.shape[0], mask.shape[1], weight_shape[3]
+    bits = index.tap_bits(weight_shape[2:])
+
+    forward: list[list[tuple[int, ...]]] = [[] for _ in range(rows)]
+    backward: list[list[tuple[int, ...]]] = [[] for _ in range(stride[0] * stride[1] * cols)]
+    for number, (row, col, tap) in enumerate(blocks):
+        kh, kw = divmod(tap, width)
+        forward[row].append((number, col, kh, kw))
+        phase_h = next(p for p in range(stride[0]) if (p + padding[0] - kh * dilation[0]) % stride[0] == 0)
+        phase_w = next(p for p in range(stride[1]) if (p + padding[1] - kw * dilation[1]) % stride[1] == 0)
+        backward[(phase_h * stride[1] + phase_w) * cols + col].append((number, row, kh, kw))
+
+    made = {
+        "forward": (index.forward_lists(topology, weight_shape, block), forward),
+        "input_grad": (index.input_grad_lists(topology, weight_shape, block, stride, padding, dilation), backward),
+    }
+    for op, (lists, wanted) in made.items():
+        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in lists), op
+        ptr, entries, ids, order = (t.tolist() for t in lists)
+        found = [[(ids[p], *unpack(entries[p], bits)) for p in range(*ptr[r : r + 2])] for r in range(len(wanted))]
+        assert found == wanted, op
+        assert len(entries) == len(ids) == len(blocks) + 1, "one to read ahead"
+        assert sorted(order) == list(range(len(wanted)))
+        assert [len(wanted[r]) for r in order] == sorted((len(w) for w in wanted), reverse=True), "heavy rows first"
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("by", ["row", "col"])
+def test_weight_grad_groups(by: str, size: int, kind: str) -> None:
+    """Every block is in one group; a group's blocks share what they must; as few groups as their number allows."""
+    weight_shape, block = (70, 60, 3, 2), (16, 16)
+    mask = make(weight_shape, block, kind)
+    blocks = active_blocks(mask)
+    made = index.weight_grad_groups(topology_of(mask), weight_shape, block, by, size)
+    bounds, ids = made.bounds.tolist(), made.ids.tolist()
+    assert [list(b) for b in zip(made.row.tolist(), made.col.tolist(), made.tap.tolist(), strict=True)] == [
+        list(b) for b in blocks
+    ]
+    groups = [[blocks[i] for i in ids[first:end]] for first, end in bounds]
+    groups = [g for g in groups if g]
+    assert sorted(b for g in groups for b in g) == blocks
+    shared = [{b[0] if by == "row" else b[1:] for b in g} for g in groups]
+    assert all(len(s) == 1 for s in shared) and all(len(g) <= size for g in groups)
+    lines = {b[0] if by == "row" else b[1:] for b in blocks}
+    wanted = sum(-(-sum((b[0] if by == "row" else b[1:]) == line for b in blocks) // size) for line in lines)
+    assert len(groups) == wanted
+    with pytest.raises(ValueError, match="by must be 'row' or 'col', got 'tap'"):
+        index.weight_grad_groups(topology_of(mask), weight_shape, block, "tap", size)
+
+
+ARGUMENTS = ((32, 32, 3, 3), (16, 16))
+
+
+def some_topology(seed: int = 0) -> torch.Tensor:
+    return topology_of(torch.rand(2, 2, 3, 3, generator=torch.Generator().manual_seed(seed)) < 0.5)
+
+
+def test_lists_are_kept() -> None:
+    topology = some_topology()
+    lists = index.forward_lists(topology, *ARGUMENTS)
+    assert index.forward_lists(topology, *ARGUMENTS) is lists
+    assert index.forward_lists(topology.clone(), *ARGUMENTS) is not lists, "by identity"
+    one = index.input_grad_lists(topology, *ARGUMENTS, (1, 1), (1, 1), (1, 1))
+    two = index.input_grad_lists(topology, *ARGUMENTS, (2, 2), (1, 1), (1, 1))
+    assert one.ptr.numel() == 3 and two.ptr.numel() == 9, "by geometry"
+    assert index.input_grad_lists(topology, *ARGUMENTS, (1, 1), (1, 1), (1, 1)) is one
+
+
+def test_a_write_makes_new_lists() -> None:
+    topology = some_topology()
+    lists = index.forward_lists(topology, *ARGUMENTS)
+    before = lists.entries.clone()
+    nnz = lists.ids.numel() - 1
+    topology[-nnz - nnz : -nnz] = topology[-nnz - nnz : -nnz].flip(0)  # the taps
+    assert torch.equal(lists.entries, before), "kept lists are no views of the topology"
+    assert not torch.equal(index.forward_lists(topology, *ARGUMENTS).entries, before)
+
+
+def test_lists_die_with_the_topology() -> None:
+    topology = some_topology()
+    kept = weakref.ref(index.forward_lists(topology, *ARGUMENTS).entries)
+    assert kept() is not None
+    del topology
+    gc.collect()
+    assert kept() is None
+
+
+def test_inference_tensors_are_never_stale() -> None:
+    """They count no writes, so their lists are not kept."""
+    with torch.inference_mode():
+        topology = some_topology()
+        nnz = index.forward_lists(topology, *ARGUMENTS).ids.numel() - 1
+        other = topology.clone()
+        other[-nnz - nnz : -nnz] = other[-nnz - nnz : -nnz].flip(0)
+        topology.copy_(other)
+        found = index.forward_lists(topology, *ARGUMENTS).entries
+        assert torch.equal(found, index.forward_lists(other, *ARGUMENTS).entries)
+    normal = some_topology()  # made outside, it counts its writes inside too
+    lists = index.forward_lists(normal, *ARGUMENTS)
+    with torch.inference_mode():
+        assert index.forward_lists(normal, *ARGUMENTS) is lists
+        normal.copy_(other)
+        assert torch.equal(index.forward_lists(normal, *ARGUMENTS).entries, found)
+
+
+def test_the_device_is_never_waited_for() -> None:
+    """Operations whose result has a size, or a value, that the host must learn from the device."""
+    waits = {"nonzero", "bincount", "item", "_local_scalar_dense", "unique_dim", "_unique2", "masked_select", "equal"}
+    topology = some_topology()
+    called: set[str] = set()
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        index.forward_lists(topology, *ARGUMENTS)
+        index.input_grad_lists(topology, *ARGUMENTS, (2, 2), (1, 1), (1, 1))
+        for by in ("row", "col"):
+            index.weight_grad_groups(topology, *ARGUMENTS, by, 2)
+    assert "searchsorted" in called, "the record works"
+    assert not called & waits
+
+
+MODULES = ["ddst.kernels", *(f"ddst.kernels.{m.name}" for m in pkgutil.iter_modules(ddst.kernels.__path__))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    """Of docstrings; tests/test_doctests.py must not import these modules outside the interpreter."""
+    assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0

@@ -18,6 +18,7 @@ from torch.nn.utils.spectral_norm import (
     SpectralNormStateDictHook,
 )
 
+from ..models.sngan import ImageConv2d
 from ..nn import SparseLayer
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -154,7 +155,7 @@ def _examine(module: nn.Module, excluded: bool, owners: dict[int, list[str]]) ->
     candidate.weight, candidate.norm, candidate.reason = _raw_weight(module)
     if excluded:
         candidate.reason = "excluded"
-    elif kind not in (nn.Conv2d, nn.Linear):
+    elif kind not in (nn.Conv2d, nn.Linear, ImageConv2d):
         known = kind.__module__.startswith("torch.nn.modules.conv")
         candidate.reason = f"{kind.__name__} is not supported" if known else "a subclass with code of its own"
     elif isinstance(module, nn.Conv2d) and module.groups != 1:

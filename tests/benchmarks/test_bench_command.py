@@ -33,6 +33,7 @@ def test_a_run_prints_a_table_and_keeps_json_and_picture(tmp_path: Path, capsys:
     assert f"{SMALL.name:<24}     2   50% 16x16 random forward" in printed
     (row,) = report.load(kept)["rows"]
     assert (row["layer"], row["baselines"], row["device"]) == (SMALL.name, ["dense"], "cpu")
+    assert f"allocator: {report.load(kept)['allocator']}" in printed
     assert drawn.stat().st_size > 0
     readme = tmp_path / "README.md"
     readme.write_text("\n".join(report.MARKERS))

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+import ddst
 from ddst.models import Discriminator, Generator, generator_plan
+from ddst.models.sngan import ImageConv2d
 
 
 def count(module: nn.Module) -> int:
@@ -59,6 +61,39 @@ def test_cheap_shortcut_order_equals_the_published_one():
     h = down.conv2(torch.relu(down.conv1(torch.relu(x))))
     published = nn.functional.avg_pool2d(h + down.shortcut(x), 2)
     torch.testing.assert_close(down(x), published)
+
+
+@pytest.mark.parametrize(("channels", "side", "size"), [(3, 3, (6, 6)), (1, 5, (4, 7)), (2, 1, (3, 2)), (3, 3, (1, 1))])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_image_convolution_is_the_convolution_it_stands_for(channels, side, size, layout):
+    torch.manual_seed(0)
+    layer = ImageConv2d(8, channels, side).double()
+    x = torch.randn(2, 8, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    wanted = nn.functional.conv2d(x, layer.weight, layer.bias, padding=side // 2)
+    y = layer(x)
+    torch.testing.assert_close(y, wanted)
+    assert y.is_contiguous(memory_format=layout)
+    into = (x, layer.weight, layer.bias)
+    grad = torch.randn_like(wanted)
+    for ours, theirs in zip(torch.autograd.grad(y, into, grad), torch.autograd.grad(wanted, into, grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_image_convolution_becomes_sparse_like_any_other():
+    torch.manual_seed(0)
+    model = nn.Sequential(ImageConv2d(8, 3, 3)).double()
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    wanted = model(x)
+    ddst.sparsify(model, 1.0, block=(1, 4), distribution="uniform")
+    assert isinstance(model[0], ddst.SparseConv2d)
+    torch.testing.assert_close(model(x), wanted)
+    ddst.densify(model)
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_image_convolution_refuses_even_kernels():
+    with pytest.raises(ValueError, match="odd, got 2"):
+        ImageConv2d(8, 3, 2)
 
 
 @pytest.mark.parametrize("resolution", [4, 10, 20, 7, 0])

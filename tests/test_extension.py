@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from hypothesis.extra import numpy as npst
 import ddst
 from ddst import _extension, _host, topology
 
+ROOT = Path(ddst.__file__).resolve().parents[1]
+
 
 def test_build_info_describes_the_loaded_library() -> None:
     facts = ddst.build_info()
@@ -31,6 +34,16 @@ def test_build_info_describes_the_loaded_library() -> None:
     assert facts["cuda_loaded"] == ("yes" if facts["cuda"] == "yes" and torch.version.cuda else "no")
     assert facts["torch"] == torch.__version__
     assert facts["host"] == _host.IMPLEMENTATION == _host.build_info()["implementation"]
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a source tree")
+def test_sources_compile_against_the_headers_of_the_oldest_torch() -> None:
+    """As far as macros tell, of which newer headers have more: ``make gpu`` builds against whatever torch is there."""
+    in_2_11 = "AOTI_TORCH_SUCCESS STABLE_TORCH_LIBRARY STABLE_TORCH_LIBRARY_FRAGMENT STABLE_TORCH_LIBRARY_IMPL"
+    in_2_11 += " STD_TORCH_CHECK TORCH_BOX TORCH_VERSION"
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.[chp]*"))
+    used = set(re.findall(r"\b(?:AOTI|STABLE|STD_TORCH|TORCH)_[A-Z_]+\b", sources))
+    assert "TORCH_BOX" in used and used <= set(in_2_11.split())
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.11.0a0+git1", "2.13.0+cpu", "3.0.1"])

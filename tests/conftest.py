@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Triton's own functions, like ddst's kernels, are decorated at import, and torch may import triton at any time.
+# Programs that compile kernels are started without it.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import random
 from collections.abc import Iterator
 

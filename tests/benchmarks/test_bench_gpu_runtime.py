@@ -238,7 +238,10 @@ def test_without_a_gpu_it_says_so_in_a_line_and_builds_nothing(
 @pytest.mark.skipif(not (ROOT / "Makefile").is_file(), reason="not a source tree")
 def test_make_gpu_starts_it_with_its_arguments() -> None:
     made = subprocess.run(
-        ["make", "-n", "gpu", "PYTHON=python-of-mine", "ARGS=--only host"], cwd=ROOT, capture_output=True, text=True
+        ["make", "--no-print-directory", "-n", "gpu", "PYTHON=python-of-mine", "ARGS=--only host"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert made.stdout.split() == ["python-of-mine", "-P", "benchmarks/gpu/run.py", "--only", "host"]
 

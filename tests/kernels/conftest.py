@@ -1,15 +1,9 @@
-"""Runs the Triton kernels in Triton's interpreter: they are decorated at import, so the switch comes first."""
+"""Makes Triton's interpreter, in which tests/conftest.py lets the kernels run, work with new versions of numpy."""
 
 from __future__ import annotations
 
-import os
-import sys
-
-assert "ddst.kernels" not in sys.modules, "ddst.kernels was imported before TRITON_INTERPRET=1: no other part may do so"
-os.environ["TRITON_INTERPRET"] = "1"
-
-import numpy as np  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import numpy as np
+from triton.runtime import interpreter
 
 _patch_lang_tensor = interpreter._patch_lang_tensor
 

@@ -2,8 +2,8 @@
 
     python -m ddst.kernels.compile [--arch 80 90 100] [--json FILE | --check FILE] [--jobs N]
 
-Every configuration that tuning may choose is compiled in bfloat16 for every architecture, and in TF32 for sm_90; the
-defaults of square blocks also in TF32 for the others, and in float16 and full float32 for sm_90. The table holds
+Every configuration that tuning may choose is compiled in bfloat16 and TF32 for every architecture; the defaults of
+square blocks also in float16 and full float32 for sm_90, which differ by the kind of product only. The table holds
 registers, spilled bytes, shared memory, tensor-core instructions, the number of instructions in the innermost loop
 around them, and how that loop loads. What is compiled is taken from the launches themselves, of a 3×3 convolution of
 256 channels at 10 % (and one of ragged channels with stride 2). ``--json`` writes the table, ``--check`` compares with
@@ -105,7 +105,7 @@ def _all_jobs(architectures: Sequence[int]) -> Iterator[Job]:
                 yield Job(arch, example(op, dtype, (16, 16), False), None, precision, adds=True)
         for op, block in itertools.product(("forward", "input_grad", "weight_grad"), blocks):
             chosen = candidates(op, dtype, block)
-            if dtype == torch.bfloat16 or (arch == 90 and main):
+            if main:
                 yield from (Job(arch, example(op, dtype, block, False), config, precision) for config in chosen)
             elif block[0] == block[1]:
                 yield Job(arch, example(op, dtype, block, False), chosen[0], precision)

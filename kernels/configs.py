@@ -86,6 +86,14 @@ class GatherConfig:
             raise ValueError(f"box must hold {self.pixels} pixels, with fuse 1; got {self}")
 
 
+#: All others spill registers on sm_100.
+_FLOAT32_INPUT_GRAD = {
+    (16, 32): GatherConfig(stages=4),
+    (16, 64): GatherConfig(fuse=2, stages=2),
+    (32, 64): GatherConfig(bits=False, stages=2),
+}
+
+
 def gather_candidates(op: str, dtype: torch.dtype, block: Sequence[int]) -> list[GatherConfig]:
     """What the forward pass or the input gradient may be run with, the default first.
 
@@ -93,22 +101,27 @@ def gather_candidates(op: str, dtype: torch.dtype, block: Sequence[int]) -> list
     4
     """
     summed = block[1 if op == "forward" else 0]
-    fuse = max(1, (64 if dtype.itemsize == 2 else 32) // summed) if summed == 16 else 1
-    narrow = dtype.itemsize == 4 and min(block) >= 32  # 128 pixels spill registers: for 64 × 64, on sm_80 for 32 × 32
+    square, wide = block[0] == block[1], dtype.itemsize == 4
+    # In float32, two blocks at once spill registers on sm_100 unless they are square, boxes of 64 × 64 on sm_80.
+    fuse = (2 if wide else 4) if summed == 16 and (square or not wide) else 1
+    narrow = wide and min(block) >= 32  # 128 pixels spill registers: for 64 × 64, on sm_80 for 32 × 32
+    if wide and op == "input_grad" and tuple(block) in _FLOAT32_INPUT_GRAD:
+        return [_FLOAT32_INPUT_GRAD[block[0], block[1]]]
     first = GatherConfig(pixels=64 if narrow else 128, fuse=fuse)
     found = [first]
-    if not narrow or min(block) < 64:
+    if not narrow:
         # With 3 stages ptxas keeps 64 × 64 sums of depth 32 in 80 registers on sm_80, and spills.
         sides = tuple(block) if op == "forward" else (block[1], block[0])
         stages = 4 if sides == (64, 32) else first.stages
-        found.append(replace(first, pixels=128 if narrow else 64, stages=stages))
-    if block[0] == block[1] or dtype.itemsize == 2:
+        found.append(replace(first, pixels=64, stages=stages))
+    boxes = not wide or (square and block[0] < 64)
+    if boxes:
         found.append(replace(first, fuse=1, pixels=128, box=(1, 8, 16)))
-    if block[0] == block[1]:  # other blocks are rarer, and everything listed here is tested and compiled
+    if square:  # other blocks are rarer, and everything listed here is tested and compiled
         found += [
             replace(first, stages=4 if dtype.itemsize == 2 else 2),
             replace(first, fuse=1 if fuse > 1 else max(1, 64 // summed)),
-            replace(first, fuse=1, pixels=64, box=(1, 8, 8)),
+            *([replace(first, fuse=1, pixels=64, box=(1, 8, 8))] if boxes else []),
         ]
     if block[0] == block[1] and dtype.itemsize == 2:
         found.append(replace(first, copy=8))

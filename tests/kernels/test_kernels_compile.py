@@ -39,11 +39,11 @@ def test_every_kernel_compiles_to_what_is_recorded(tmp_path: Path) -> None:
 
 
 def test_all_that_tuning_may_choose_is_compiled() -> None:
-    """In bfloat16 everywhere, in TF32 for sm_90; float16 compiles alike and has the same candidates."""
+    """In bfloat16 and TF32 for every architecture; float16 compiles alike and has the same candidates."""
     compiled = {(j.arch, j.problem.op, j.problem.dtype, j.problem.block, j.config) for j in ahead.jobs((80, 90, 100))}
     for op, block in itertools.product(("forward", "input_grad", "weight_grad"), itertools.product(SIDES, SIDES)):
         assert candidates(op, torch.float16, block) == candidates(op, torch.bfloat16, block)
-        for arch, dtype in ((80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (90, torch.float32)):
+        for arch, dtype in itertools.product((80, 90, 100), (torch.bfloat16, torch.float32)):
             for config in candidates(op, dtype, block):
                 tiles = replace(config, waves=4) if hasattr(config, "waves") else config
                 assert (arch, op, dtype, block, tiles) in compiled

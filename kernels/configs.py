@@ -88,9 +88,9 @@ class GatherConfig:
 
 #: All others spill registers on sm_100.
 _FLOAT32_INPUT_GRAD = {
-    (16, 32): GatherConfig(stages=4),
-    (16, 64): GatherConfig(fuse=2, stages=2),
-    (32, 64): GatherConfig(bits=False, stages=2),
+    (16, 32): [GatherConfig(stages=4), GatherConfig(bits=False)],
+    (16, 64): [GatherConfig(fuse=2, stages=2), GatherConfig(fuse=4, stages=2)],
+    (32, 64): [GatherConfig(bits=False, stages=2), GatherConfig(pixels=128, stages=2)],
 }
 
 
@@ -106,7 +106,7 @@ def gather_candidates(op: str, dtype: torch.dtype, block: Sequence[int]) -> list
     fuse = (2 if wide else 4) if summed == 16 and (square or not wide) else 1
     narrow = wide and min(block) >= 32  # 128 pixels spill registers: for 64 × 64, on sm_80 for 32 × 32
     if wide and op == "input_grad" and tuple(block) in _FLOAT32_INPUT_GRAD:
-        return [_FLOAT32_INPUT_GRAD[block[0], block[1]]]
+        return list(_FLOAT32_INPUT_GRAD[block[0], block[1]])
     first = GatherConfig(pixels=64 if narrow else 128, fuse=fuse)
     found = [first]
     if not narrow:
@@ -114,6 +114,8 @@ def gather_candidates(op: str, dtype: torch.dtype, block: Sequence[int]) -> list
         sides = tuple(block) if op == "forward" else (block[1], block[0])
         stages = 4 if sides == (64, 32) else first.stages
         found.append(replace(first, pixels=64, stages=stages))
+    elif not square:
+        found.append(replace(first, stages=2))
     boxes = not wide or (square and block[0] < 64)
     if boxes:
         found.append(replace(first, fuse=1, pixels=128, box=(1, 8, 16)))

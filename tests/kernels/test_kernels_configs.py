@@ -39,7 +39,7 @@ def test_candidates(op: str) -> None:
     """
     for dtype, block in itertools.product(DTYPES, BLOCKS):
         listed = candidates(op, dtype, block)
-        assert (1 if dtype == torch.float32 else 2) <= len(listed) <= 8  # all others of some float32 blocks spill
+        assert 2 <= len(listed) <= 8
         assert len(set(listed)) == len(listed)
         for config in listed:
             assert config.warps == 4

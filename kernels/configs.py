@@ -86,11 +86,31 @@ class GatherConfig:
             raise ValueError(f"box must hold {self.pixels} pixels, with fuse 1; got {self}")
 
 
-#: All others spill registers on sm_100.
-_FLOAT32_INPUT_GRAD = {
-    (16, 32): [GatherConfig(stages=4), GatherConfig(bits=False)],
-    (16, 64): [GatherConfig(fuse=2, stages=2), GatherConfig(fuse=4, stages=2)],
-    (32, 64): [GatherConfig(bits=False, stages=2), GatherConfig(pixels=128, stages=2)],
+#: Instead of the rule's, which spill registers on some architecture in TF32 or in full float32.
+_FLOAT32 = {
+    ("forward", (16, 16)): [
+        GatherConfig(pixels=128, fuse=2, stages=2),
+        GatherConfig(fuse=2),
+        GatherConfig(pixels=128, fuse=4),
+        GatherConfig(pixels=128),
+        GatherConfig(pixels=128, box=(1, 8, 16)),
+        GatherConfig(box=(1, 8, 8)),
+    ],
+    ("forward", (32, 16)): [GatherConfig(pixels=128, stages=2), GatherConfig()],
+    ("forward", (32, 64)): [GatherConfig(stages=2), GatherConfig(pixels=128)],
+    ("forward", (64, 64)): [GatherConfig(bits=False, stages=2), GatherConfig(bits=False, stages=4)],
+    ("input_grad", (16, 32)): [GatherConfig(stages=4), GatherConfig(bits=False)],
+    ("input_grad", (16, 64)): [GatherConfig(fuse=2, stages=2), GatherConfig(fuse=4, stages=2)],
+    ("input_grad", (32, 16)): [GatherConfig(pixels=128, stages=4), GatherConfig()],
+    ("input_grad", (32, 32)): [
+        GatherConfig(),
+        GatherConfig(stages=2),
+        GatherConfig(pixels=128),
+        GatherConfig(pixels=128, box=(1, 8, 16)),
+        GatherConfig(box=(1, 8, 8)),
+    ],
+    ("input_grad", (32, 64)): [GatherConfig(bits=False, stages=2), GatherConfig(pixels=128, stages=2)],
+    ("input_grad", (64, 32)): [GatherConfig(stages=2), GatherConfig(pixels=128)],
 }
 
 
@@ -100,13 +120,14 @@ def gather_candidates(op: str, dtype: torch.dtype, block: Sequence[int]) -> list
     >>> gather_candidates("forward", torch.bfloat16, (16, 16))[0].fuse
     4
     """
+    found = _FLOAT32.get((op, (block[0], block[1]))) if dtype.itemsize == 4 else None
+    if found is not None:
+        return list(found)
     summed = block[1 if op == "forward" else 0]
     square, wide = block[0] == block[1], dtype.itemsize == 4
     # In float32, two blocks at once spill registers on sm_100 unless they are square, boxes of 64 × 64 on sm_80.
     fuse = (2 if wide else 4) if summed == 16 and (square or not wide) else 1
     narrow = wide and min(block) >= 32  # 128 pixels spill registers: for 64 × 64, on sm_80 for 32 × 32
-    if wide and op == "input_grad" and tuple(block) in _FLOAT32_INPUT_GRAD:
-        return list(_FLOAT32_INPUT_GRAD[block[0], block[1]])
     first = GatherConfig(pixels=64 if narrow else 128, fuse=fuse)
     found = [first]
     if not narrow:

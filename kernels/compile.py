@@ -2,12 +2,11 @@
 
     python -m ddst.kernels.compile [--arch 80 90 100] [--json FILE | --check FILE] [--jobs N]
 
-Every configuration that tuning may choose is compiled in bfloat16 and TF32 for every architecture; the defaults of
-square blocks also in float16 and full float32 for sm_90, which differ by the kind of product only. The table holds
-registers, spilled bytes, shared memory, tensor-core instructions, the number of instructions in the innermost loop
-around them, and how that loop loads. What is compiled is taken from the launches themselves, of a 3×3 convolution of
-256 channels at 10 % (and one of ragged channels with stride 2). ``--json`` writes the table, ``--check`` compares with
-one; both exit with 1 where a law of :func:`violations` is broken.
+Every configuration that tuning may choose is compiled for every architecture with every kind of product: bfloat16,
+float16, TF32 and full float32. The table holds registers, spilled bytes, shared memory, tensor-core instructions, the
+number of instructions in the innermost loop around them, and how that loop loads. What is compiled is taken from the
+launches themselves, of a 3×3 convolution of 256 channels at 10 % (and one of ragged channels with stride 2). ``--json``
+writes the table, ``--check`` compares with one; both exit with 1 where a law of :func:`violations` is broken.
 """
 
 from __future__ import annotations
@@ -93,23 +92,15 @@ def jobs(architectures: Sequence[int]) -> Iterator[Job]:
 
 
 def _all_jobs(architectures: Sequence[int]) -> Iterator[Job]:
-    dtypes = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float16, "ieee"), (torch.float32, "ieee"))
-    blocks = list(itertools.product(SIDES, SIDES))
-    for arch, (dtype, precision) in itertools.product(architectures, dtypes):
-        main = dtype == torch.bfloat16 or precision == "tf32"  # the others differ by the kind of product only
-        if arch != 90 and not main:
-            continue
+    kinds = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+    for arch, (dtype, precision) in itertools.product(architectures, kinds):
         yield Job(arch, example("block_scores", dtype, (16, 16), False), None, precision)
-        if main:
-            for op in ("block_scores", "weight_grad"):
-                yield Job(arch, example(op, dtype, (16, 16), False), None, precision, adds=True)
-        for op, block in itertools.product(("forward", "input_grad", "weight_grad"), blocks):
+        for op in ("block_scores", "weight_grad"):
+            yield Job(arch, example(op, dtype, (16, 16), False), None, precision, adds=True)
+        for op, block in itertools.product(("forward", "input_grad", "weight_grad"), itertools.product(SIDES, SIDES)):
             chosen = candidates(op, dtype, block)
-            if main:
-                yield from (Job(arch, example(op, dtype, block, False), config, precision) for config in chosen)
-            elif block[0] == block[1]:
-                yield Job(arch, example(op, dtype, block, False), chosen[0], precision)
-            if arch == 90 and main and block[0] == block[1]:
+            yield from (Job(arch, example(op, dtype, block, False), config, precision) for config in chosen)
+            if arch == 90 and block[0] == block[1]:
                 yield Job(arch, example(op, dtype, block, True), chosen[0], precision)
 
 

@@ -18,13 +18,16 @@ from ddst.topology import grid, split_topology
 
 
 class RowLists(NamedTuple):
-    """What each row of programs walks through; a row is an output block, of one phase in the input gradient.
+    """What each program of a tile walks through: the union of the entries of a group of ``rows`` consecutive rows.
+
+    A row is an output block, in the input gradient an input block of one phase. A phase's last group may be smaller.
 
     Attributes:
-        ptr: ``[rows + 1]``; row r owns the positions ``ptr[r] … ptr[r + 1] - 1``.
-        entries: ``[nnz + 1]``, packed (channel block, tap) as :mod:`.tile` says; one spare, read ahead and never used.
-        ids: ``[nnz + 1]``, the id of each position's block in ``values``.
-        order: ``[rows]``, the rows by falling number of entries.
+        ptr: ``[groups + 1]``; group g owns the positions ``ptr[g] … ptr[g + 1] - 1``.
+        entries: ``[nnz + 1]``, packed (channel block, tap) as :mod:`.tile` says, each once in a group. What follows the
+            last group's is read ahead and never used: one spare, and what the unions save.
+        ids: ``[(nnz + 1) · rows]``, for each position the id in ``values`` of each row's block, -1 where it has none.
+        order: ``[groups]``, the groups by falling number of entries.
     """
 
     ptr: Tensor
@@ -88,18 +91,44 @@ def _starts(sorted_keys: Tensor, count: int) -> Tensor:
     return torch.searchsorted(sorted_keys, bounds, out_int32=True)
 
 
-def forward_lists(topology: Tensor, weight_shape: Sequence[int], block: Sequence[int]) -> RowLists:
-    """Rows are output blocks; within one, entries stand by input block, then tap, which is the order of the ids."""
+def _unions(row: Tensor, across: int, entry: Tensor, phases: int, rows: int) -> RowLists:
+    """Lists of groups of ``rows`` of the ``across`` rows of each of ``phases``, entries in rising order.
+
+    Args:
+        row, entry: ``[nnz]``, phase · across + row, and packed entry of each id.
+    """
+    groups = -(-across // rows)
+    group = row // across * groups + row % across // rows
+    key, order = torch.sort(group.long() << 31 | entry, stable=True)
+    first = torch.ones_like(key, dtype=torch.bool)
+    first[1:] = key[1:] != key[:-1]
+    position = first.cumsum(0) - 1
+    starts = _starts(key >> 31, phases * groups).long()
+    before = torch.nn.functional.pad(first.cumsum(0, dtype=torch.int32), (1, 0))
+    ptr = before[starts]
+    entries = entry.new_zeros(entry.numel() + 1).scatter_(0, position, entry[order])
+    ids = entry.new_full(((entry.numel() + 1) * rows,), -1)
+    ids.scatter_(0, position * rows + row[order] % across % rows, order.to(torch.int32))
+    return RowLists(ptr, entries, ids, _heavy_first(ptr))
+
+
+def forward_lists(topology: Tensor, weight_shape: Sequence[int], block: Sequence[int], rows: int = 1) -> RowLists:
+    """Rows are output blocks; within a group, entries stand by input block, then tap. With ``rows`` 1 that is the order
+    of the ids.
+    """
 
     def build() -> RowLists:
-        rows, cols, _ = grid(weight_shape, (block[0], block[1]))
-        index = split_topology(topology, rows, cols)
+        out, cols, _ = grid(weight_shape, (block[0], block[1]))
+        index = split_topology(topology, out, cols)
+        entry = _pack(index.block_col, index.block_tap, weight_shape[2:])
+        if rows > 1:
+            return _unions(index.block_row, out, entry, 1, rows)
         ptr = index.row_ptr.clone()
-        entries = _with_spare(_pack(index.block_col, index.block_tap, weight_shape[2:]))
+        entries = _with_spare(entry)
         ids = torch.arange(entries.numel(), dtype=torch.int32, device=topology.device)
         return RowLists(ptr, entries, ids, _heavy_first(ptr))
 
-    return cached(topology, ("forward", *weight_shape, *block), build)
+    return cached(topology, ("forward", *weight_shape, *block, rows), build)
 
 
 def input_grad_lists(
@@ -109,26 +138,25 @@ def input_grad_lists(
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
+    rows: int = 1,
 ) -> RowLists:
-    """Rows are (phase, input block); within one, entries stand by output block, then tap.
+    """Rows are (phase, input block); within a group, entries stand by output block, then tap.
 
     Input pixels of equal ``(h mod stride, w mod stride)`` are a *phase*. Tap ``k`` takes part in the gradient of the
     pixels with ``h + padding ≡ k · dilation (mod stride)``, a single phase: a row holds only what its pixels need.
     """
 
     def build() -> RowLists:
-        rows, cols, _ = grid(weight_shape, (block[0], block[1]))
-        index = split_topology(topology, rows, cols)
+        out, cols, _ = grid(weight_shape, (block[0], block[1]))
+        index = split_topology(topology, out, cols)
         width = weight_shape[3] if len(weight_shape) == 4 else 1
         phase_h = (index.block_tap // width * dilation[0] - padding[0]) % stride[0]
         phase_w = (index.block_tap % width * dilation[1] - padding[1]) % stride[1]
-        key = (phase_h * stride[1] + phase_w) * cols + index.block_col
-        order = torch.argsort(key, stable=True)
-        ptr = _starts(key[order], stride[0] * stride[1] * cols)
-        entries = _pack(index.block_row, index.block_tap, weight_shape[2:])[order]
-        return RowLists(ptr, _with_spare(entries), _with_spare(order), _heavy_first(ptr))
+        row = (phase_h * stride[1] + phase_w) * cols + index.block_col
+        entry = _pack(index.block_row, index.block_tap, weight_shape[2:])
+        return _unions(row, cols, entry, stride[0] * stride[1], rows)
 
-    return cached(topology, ("input_grad", *weight_shape, *block, *stride, *padding, *dilation), build)
+    return cached(topology, ("input_grad", *weight_shape, *block, *stride, *padding, *dilation, rows), build)
 
 
 def weight_grad_groups(

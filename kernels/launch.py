@@ -6,7 +6,7 @@ is done once, for a kernel with all its numbers; afterwards a launch hands addre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Launch:
         scalars: the numbers, by position.
         constants: the constants, by name; another value of one is another compiled kernel.
         warps, stages: warps per program, steps of a pipelined loop in flight.
+        others: launches on the same tensors at another density, compiled with this one.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Launch:
         constants: Mapping[str, Any],
         warps: int,
         stages: int,
+        others: Sequence[Launch] = (),
     ) -> None:
         programs = 1
         for count in grid:
@@ -54,6 +56,7 @@ class Launch:
         self.scalars = scalars
         self.constants = dict(constants)
         self.options = {"num_warps": warps, "num_stages": stages}
+        self.others = others
         ordered = [name for name in kernel.arg_names if name in self.constants]
         self._tail = (*scalars, *[self.constants[name] for name in ordered])
         self._compiled: dict[int, Any] = {}  # by device
@@ -80,6 +83,8 @@ class Launch:
             compiled[self.grid](*arguments, *self._tail)
             return
         compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
+        for other in self.others:
+            other.kernel.warmup(*tensors, *other.scalars, grid=other.grid, **other.constants, **other.options)
         if aligned and compiled is not None:  # the interpreter has nothing to keep
             self._compiled[device] = compiled
 

@@ -4,7 +4,9 @@
 dtype, density bucket), the times of the candidates and where they come from. The fastest is chosen. A configuration
 that :func:`.configs.candidates` does not list is not tested for exactness and never chosen, whatever a table says.
 
-No table is in the repository, as none has been measured yet: everything runs with the defaults.
+No table is in the repository, as none has been measured yet: everything runs with the defaults. These depend on the
+bucket too (:func:`.configs.gather_default`), and a layer's first call compiles those of all buckets. What a table
+chooses for another bucket is compiled at the first call there.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +23,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from .configs import GatherConfig, Problem, WeightGradConfig, candidates, density_bucket, gather_runs, shape_class
+from .configs import (
+    GatherConfig,
+    Problem,
+    WeightGradConfig,
+    candidates,
+    density_bucket,
+    gather_default,
+    gather_runs,
+    shape_class,
+)
 
 Config = GatherConfig | WeightGradConfig
 Result = TypeVar("Result")
@@ -40,7 +52,19 @@ def device_file(name: str) -> str:
 
 def candidates_for(problem: Problem) -> list[Config]:
     """What tuning may choose from for a problem, the default first; empty where there is no choice."""
-    return [c for c in candidates(problem.op, problem.dtype, problem.block) if runs(c, problem)]
+    allowed = [c for c in candidates(problem.op, problem.dtype, problem.block) if runs(c, problem)]
+    gathering = [c for c in allowed if isinstance(c, GatherConfig)]
+    if gathering:
+        default = gather_default(gathering, problem)
+        allowed.sort(key=lambda config: config != default)  # stable
+    return allowed
+
+
+def defaults(problem: Problem) -> list[Config]:
+    """The defaults at every density, that of the problem first."""
+    all_blocks = math.prod(problem.grid)
+    densities = (problem, *(problem._replace(blocks=blocks) for blocks in (0, all_blocks)))
+    return list(dict.fromkeys(candidates_for(p)[0] for p in densities))
 
 
 def runs(config: Config, problem: Problem) -> bool:

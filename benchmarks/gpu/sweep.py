@@ -82,10 +82,10 @@ def check_sweep(sweep: Sweep) -> dict[str, Any]:
 
 def _check(sweep: Sweep, config: Any, shape: Shape, dtype: torch.dtype, found: dict[str, Any]) -> bool:
     """Whether the configuration does this shape; notes what is wrong with its results."""
-    from ddst.kernels import tuning
+    from ddst.kernels.configs import GatherConfig, gather_fits
 
-    tensors = tensors_of(sweep, config.stages, shape, dtype)
-    if not tuning.runs(config, table_problem(tensors, sweep.op)):
+    tensors = tensors_of(sweep, config.stages, shape, dtype, getattr(config, "rows", 1))
+    if isinstance(config, GatherConfig) and not gather_fits(config, table_problem(tensors, sweep.op)):
         return False
     expected = tensors.expected()[sweep.op].to(dtype)
     try:
@@ -104,14 +104,22 @@ def _check(sweep: Sweep, config: Any, shape: Shape, dtype: torch.dtype, found: d
     return True
 
 
-def tensors_of(sweep: Sweep, stages: int, shape: Shape, dtype: torch.dtype) -> Tensors:
-    """Whole numbers under a mask whose rows, for the input gradient columns, have all lengths of interest."""
+def tensors_of(sweep: Sweep, stages: int, shape: Shape, dtype: torch.dtype, rows: int = 1) -> Tensors:
+    """Whole numbers under a mask whose rows, for the input gradient columns, have all lengths of interest.
+
+    With ``rows`` > 1 the unions of as many have; the last one is alone.
+    """
     turned = sweep.op == "dgrad"
-    if turned:
-        shape = replace(shape, blocks=shape.blocks[::-1], ragged=shape.ragged[::-1])
+    blocks = ((shape.blocks[0] - 1) * rows + 1, shape.blocks[1])
+    shape = replace(shape, blocks=blocks[::-1] if turned else blocks)
+    shape = replace(shape, ragged=shape.ragged[::-1]) if turned else shape
     sizes = [shape.blocks[i] * sweep.block[i] for i in range(2)]
     dims = mask_shape(sizes if shape.linear else [*sizes, *shape.kernel], sweep.block)
-    mask = mask_of_lengths(dims if not turned else (dims[1], dims[0], *dims[2:]), stages)
+    dims = (dims[1], dims[0], *dims[2:]) if turned else dims
+    unions = mask_of_lengths((ROWS, *dims[1:]), stages)
+    mask = unions.repeat_interleave(rows, 0)[: dims[0]]
+    others = torch.arange(dims[0]) % rows != 0
+    mask[others] &= torch.rand(mask[others].shape, generator=torch.Generator().manual_seed(stages)) < 0.5
     mask = mask.transpose(0, 1).contiguous() if turned else mask
     return Tensors.make(shape, sweep.block, dtype, sweep.device, stages, whole=True, mask=mask)
 

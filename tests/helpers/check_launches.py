@@ -113,10 +113,15 @@ def main() -> None:
         kernels.conv2d(*args, *convolution.explicit(), True)
     report["odd"] = [function for function, *_ in launched]
 
-    counts = {"before": compiled()}
+    # Large enough for programs of several rows, which are the default at high density.
+    shared = replace(convolution, channels=(128, 256), block=(32, 32), size=(16, 16), batch=72, mask="0.1")
+    call(shared)
+    counts, report["shared"] = {"before": compiled()}, []
     for mask in ("0.1", "0.9", "full"):
         call(replace(convolution, mask=mask))
         call(replace(linear, mask=mask))
+        (function, *_), *_ = call(replace(shared, mask=mask))[0]
+        report["shared"].append(function)
     counts["density"] = compiled()
     call(replace(convolution, size=(9, 17), batch=3, padding=2, dilation=2))
     call(replace(linear, batch=(17,)))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ddst.kernels import compile as ahead
-from ddst.kernels.configs import SIDES, candidates
+from ddst.kernels.configs import DTYPES, SIDES, candidates
 
 TABLE = Path(__file__).with_name("compiled.json")
 
@@ -39,14 +39,15 @@ def test_every_kernel_compiles_to_what_is_recorded(tmp_path: Path) -> None:
 
 
 def test_all_that_tuning_may_choose_is_compiled() -> None:
-    """In bfloat16 and TF32 for every architecture; float16 compiles alike and has the same candidates."""
-    compiled = {(j.arch, j.problem.op, j.problem.dtype, j.problem.block, j.config) for j in ahead.jobs((80, 90, 100))}
+    """With every kind of product, for every architecture."""
+    jobs = ahead.jobs((80, 90, 100))
+    compiled = {(j.arch, j.problem.op, j.problem.dtype, j.precision, j.problem.block, j.config) for j in jobs}
+    kinds = [(dtype, "ieee") for dtype in DTYPES] + [(torch.float32, "tf32")]
     for op, block in itertools.product(("forward", "input_grad", "weight_grad"), itertools.product(SIDES, SIDES)):
-        assert candidates(op, torch.float16, block) == candidates(op, torch.bfloat16, block)
-        for arch, dtype in itertools.product((80, 90, 100), (torch.bfloat16, torch.float32)):
+        for arch, (dtype, precision) in itertools.product((80, 90, 100), kinds):
             for config in candidates(op, dtype, block):
                 tiles = replace(config, waves=4) if hasattr(config, "waves") else config
-                assert (arch, op, dtype, block, tiles) in compiled
+                assert (arch, op, dtype, precision, block, tiles) in compiled
 
 
 def test_interpreted_kernels_are_refused() -> None:

@@ -18,9 +18,10 @@ from ddst.kernels.configs import (
     WeightGradConfig,
     candidates,
     density_bucket,
+    expected_reads,
     shape_class,
 )
-from ddst.kernels.tuning import candidates_for
+from ddst.kernels.tuning import candidates_for, choose, defaults
 
 BLOCKS = list(itertools.product(SIDES, SIDES))
 ONE = (1, 1)
@@ -69,6 +70,30 @@ def test_a_box_that_covers_twice_the_pixels_is_no_candidate() -> None:
     boxes = [c for c in candidates_for(big) if isinstance(c, GatherConfig) and c.box is not None]
     assert boxes
     assert not set(boxes) & set(candidates_for(small))
+
+
+def test_rows_share_a_program_where_that_saves_a_quarter_of_the_reads() -> None:
+    """By default, from 30 % on; unless too few programs are left. Both defaults are known at every density."""
+    for op, block in itertools.product(("forward", "input_grad"), ((16, 16), (32, 32), (64, 64))):
+        asked = problem(op)._replace(block=block)
+        total = 9 * (256 // block[0]) ** 2
+        rows = {}
+        for density in DENSITIES:
+            now = asked._replace(blocks=round(density * total))
+            first = choose(now, "unknown device")
+            assert isinstance(first, GatherConfig) and first == defaults(now)[0]
+            assert set(defaults(now)) == set(defaults(asked))
+            rows[density] = first.rows
+            least = min(expected_reads(config, now) for config in candidates(op, now.dtype, block))
+            assert expected_reads(first, now) < least / 0.75
+        assert rows == {d: 4 if d >= 0.3 and block[0] < 64 else 1 for d in DENSITIES}
+        assert choose(asked._replace(blocks=total, images=1), "unknown device").rows == 1
+
+
+@pytest.mark.parametrize("settings", [{"rows": 3}, {"rows": 2, "fuse": 2}, {"rows": 8}])
+def test_rows_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="rows must be 1, 2 or 4, and more than 1 with fuse 1 only"):
+        GatherConfig(**settings)
 
 
 def test_shape_classes() -> None:

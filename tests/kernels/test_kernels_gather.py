@@ -76,20 +76,27 @@ def describe(op: str, problem: ConvProblem, dtype: torch.dtype, block: tuple[int
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.usefixtures("poison_outputs")
 def test_every_configuration_is_exact(op: str, block: tuple[int, int]) -> None:
-    """Ragged channels, several tiles of pixels, the last partly empty; the gradient with phases of unequal sizes."""
-    problem = ConvProblem(
-        batch=2, size=(5, 8), kernel=(3, 2), padding=(1, 2), stride=1 if op == "forward" else (1, 3), mask="0.4",
-        channels=(block[1] + 8, block[0] + 8), block=block, layout="channels_last", grad_layout="channels_last",
-    )  # fmt: skip
+    """Ragged channels, several tiles of pixels, the last partly empty; the gradient with phases of unequal sizes; where
+    rows share a program, a group of them and a row that is left over.
+    """
     for dtype in DTYPES:
-        case = guarded(problem.build(dtype, "whole"))
-        case.values.clamp_(-1, 1)
-        reference = expected(op, case)
-        assert reference.abs().max() <= 256, "bfloat16 holds the results exactly"
-        described = describe(op, problem, dtype, block)
-        for config in interpreted(op, block) if dtype == torch.float32 else [None]:
-            assert config is None or gather_fits(config, described)
-            assert torch.equal(run(op, problem, case, config).double(), reference), (dtype, config)
+        listed = interpreted(op, block) if dtype == torch.float32 else [None]
+        for rows in sorted({config.rows if config else 1 for config in listed}):
+            blocks = (1, rows) if op == "forward" else (rows, 1)
+            problem = ConvProblem(
+                batch=2, size=(5, 8), kernel=(3, 2), padding=(1, 2), stride=1 if op == "forward" else (1, 3),
+                mask="0.4", channels=(blocks[0] * block[1] + 8, blocks[1] * block[0] + 8), block=block,
+                layout="channels_last", grad_layout="channels_last",
+            )  # fmt: skip
+            case = guarded(problem.build(dtype, "whole"))
+            case.values.clamp_(-1, 1)
+            reference = expected(op, case)
+            assert reference.abs().max() <= 256, "bfloat16 holds the results exactly"
+            described = describe(op, problem, dtype, block)
+            for config in listed:
+                if config is None or config.rows == rows:
+                    assert config is None or gather_fits(config, described)
+                    assert torch.equal(run(op, problem, case, config).double(), reference), (dtype, config)
 
 
 GEOMETRIES = [
@@ -110,7 +117,15 @@ GEOMETRIES = [
     ConvProblem(channels=(3, 1), stride=2, kernel=(4, 4), size=(8, 8)),
     ConvProblem(batch=0),
 ]
-VARIETIES = [None, GatherConfig(), GatherConfig(bits=False), GatherConfig(fuse=2), GatherConfig(box=(2, 4, 8))]
+VARIETIES = [
+    None,
+    GatherConfig(),
+    GatherConfig(bits=False),
+    GatherConfig(fuse=2),
+    GatherConfig(rows=2),
+    GatherConfig(box=(2, 4, 8)),
+    GatherConfig(box=(2, 4, 8), rows=4),
+]
 
 
 @pytest.mark.parametrize("problem", GEOMETRIES, ids=str)
@@ -123,7 +138,7 @@ def test_geometries(problem: ConvProblem) -> None:
     for op in OPS:
         reference = expected(op, case)
         fitting = [c for c in VARIETIES if c is None or gather_fits(c, describe(op, problem, torch.float32, (16, 16)))]
-        assert len(fitting) >= 4
+        assert len(fitting) >= 5
         for config in fitting:
             assert_close(run(op, problem, case, config), reference, f"{op} {config}")
 
@@ -197,7 +212,38 @@ def test_operands_at_odd_addresses() -> None:
     assert torch.equal(run("forward", problem, moved).double(), expected("forward", case))
 
 
-@pytest.mark.parametrize("config", [GatherConfig(), GatherConfig(fuse=2), GatherConfig(box=(2, 4, 8))], ids=str)
+SHARING = [ConvProblem(stride=2, padding=(1, 2), size=(5, 6)), ConvProblem(kernel=(2, 1), dilation=2, size=(6, 3))]
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.usefixtures("poison_outputs")
+def test_rows_that_share_a_program_get_the_same_bits(op: str, rows: int) -> None:
+    """As alone, of numbers that are not whole: several groups in every phase, the last of one row; a row, and a group,
+    without blocks.
+    """
+    for problem in SHARING:
+        channels = (16 * rows, 32 * rows + 8)  # rows and 2 · rows + 1 blocks
+        channels = channels if op == "forward" else channels[::-1]
+        problem = replace(problem, channels=channels, block=(16, 16), layout="channels_last", mask="0.5")
+        case = guarded(problem.build(torch.float32))
+        kept = case.mask.clone()
+        lines = kept if op == "forward" else kept.transpose(0, 1)
+        lines[1], lines[rows : 2 * rows] = False, False
+        values = between_guards(case.values[kept[case.mask]])
+        case = replace(case, mask=kept, values=values, topology=between_guards(topology_of(kept)))
+        alone = run(op, problem, case, GatherConfig())
+        assert_close(alone, expected(op, case))
+        shared = GatherConfig(rows=rows)
+        for config in (shared, replace(shared, bits=False), replace(shared, box=(2, 4, 8))):
+            if gather_fits(config, describe(op, problem, torch.float32, (16, 16))):
+                assert torch.equal(run(op, problem, case, config), alone), config
+
+
+SOME = [GatherConfig(), GatherConfig(fuse=2), GatherConfig(rows=2), GatherConfig(box=(2, 4, 8))]
+
+
+@pytest.mark.parametrize("config", SOME, ids=str)
 def test_relu(config: GatherConfig) -> None:
     """max(y, 0), with the bias inside, where there are no blocks too; a NaN stays."""
     problem = ConvProblem(channels=(20, 36), block=(16, 16), mask="empty_lines", size=(4, 3))
@@ -212,7 +258,7 @@ def test_relu(config: GatherConfig) -> None:
     assert kernels.conv2d(*args, relu=True, config=config)[:, 5].isnan().all()
 
 
-@pytest.mark.parametrize("config", [GatherConfig(), GatherConfig(fuse=2), GatherConfig(box=(1, 4, 16))], ids=str)
+@pytest.mark.parametrize("config", [*SOME, GatherConfig(rows=4)], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_writes_the_whole_result_and_nothing_else(op: str, config: GatherConfig) -> None:
     problem = ConvProblem(channels=(20, 28), block=(16, 16), size=(5, 7), layout="channels_last")
@@ -231,7 +277,7 @@ def test_writes_the_whole_result_and_nothing_else(op: str, config: GatherConfig)
     assert area[:1024].isnan().all() and area[-1024:].isnan().all()
 
 
-@pytest.mark.parametrize("config", [GatherConfig(), GatherConfig(fuse=4), GatherConfig(box=(2, 4, 8))], ids=str)
+@pytest.mark.parametrize("config", [*SOME, GatherConfig(fuse=4)], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_a_nan_in_a_block_stays_in_its_row(op: str, config: GatherConfig) -> None:
     """Of all blocks in turn: steps of several blocks must not touch those after a row, or block 0 in their place."""
@@ -309,7 +355,7 @@ def test_results_beyond_int32() -> None:
     assert torch.equal(result[:, -16:].double(), x.double() @ values[0].double().T)
 
 
-@pytest.mark.parametrize("config", [GatherConfig(), GatherConfig(fuse=4), GatherConfig(box=(64, 1, 1))], ids=str)
+@pytest.mark.parametrize("config", [*SOME[:3], GatherConfig(fuse=4), GatherConfig(box=(64, 1, 1))], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_values_beyond_int32(op: str, config: GatherConfig) -> None:
     """A block at the end of values of more than 2**31 elements."""
@@ -322,7 +368,8 @@ def test_values_beyond_int32(op: str, config: GatherConfig) -> None:
     source = x if config.box is None else gather._boxes(x, launch.constants)
     ptr = torch.tensor([at, at + 1], dtype=torch.int32)
     entries = torch.zeros(at + 2, dtype=torch.int32)
-    ids = torch.arange(at + 2, dtype=torch.int32)
+    ids = torch.full((at + 2, config.rows), -1, dtype=torch.int32)
+    ids[:, 0] = torch.arange(at + 2)
     launch(source, values, result, values, ptr, entries, ids, entries)
     weight = values[at].double()
     assert torch.equal(result.double(), x.double() @ (weight.T if op == "forward" else weight))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import gc
 import importlib
+import itertools
 import pkgutil
 import weakref
 
@@ -69,6 +70,37 @@ def test_row_lists(weight_shape, block, stride, padding, dilation, kind) -> None
         assert len(entries) == len(ids) == len(blocks) + 1, "one to read ahead"
         assert sorted(order) == list(range(len(wanted)))
         assert [len(wanted[r]) for r in order] == sorted((len(w) for w in wanted), reverse=True), "heavy rows first"
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("weight_shape, block, stride, padding, dilation", SHAPES)
+@pytest.mark.parametrize("rows", [2, 4])
+def test_rows_in_groups(rows, weight_shape, block, stride, padding, dilation, kind) -> None:  # type: ignore[no-untyped-def]
+    """A group's entries are those of its rows, each once, in their order; phases are not mixed."""
+    topology = topology_of(make(weight_shape, block, kind))
+    geometry = (stride, padding, dilation)
+    across = {"forward": -(-weight_shape[0] // block[0]), "input_grad": -(-weight_shape[1] // block[1])}
+    pairs = {
+        "forward": [index.forward_lists(topology, weight_shape, block, n) for n in (1, rows)],
+        "input_grad": [index.input_grad_lists(topology, weight_shape, block, *geometry, n) for n in (1, rows)],
+    }
+    for op, (alone, shared) in pairs.items():
+        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in shared), op
+        ptr, entries, ids = alone.ptr.tolist(), alone.entries.tolist(), alone.ids.tolist()
+        by_row = [dict(zip(entries[a:b], ids[a:b], strict=True)) for a, b in itertools.pairwise(ptr)]
+        wanted = []
+        for first in range(0, len(by_row), across[op]):
+            phase = by_row[first : first + across[op]]
+            for group in (phase[n : n + rows] for n in range(0, len(phase), rows)):
+                group += [{}] * (rows - len(group))
+                wanted.append([(e, *[row.get(e, -1) for row in group]) for e in sorted(set().union(*group))])
+        ptr, entries, ids = shared.ptr.tolist(), shared.entries.tolist(), shared.ids.view(-1, rows).tolist()
+        lines = [(e, *own) for e, own in zip(entries, ids, strict=True)]
+        found = [lines[a:b] for a, b in itertools.pairwise(ptr)]
+        assert found == wanted, op
+        assert len(entries) == len(ids) == len(alone.entries), "one to read ahead"
+        assert [len(wanted[g]) for g in shared.order.tolist()] == sorted((len(w) for w in wanted), reverse=True)
+        assert sorted(shared.order.tolist()) == list(range(len(wanted)))
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -165,6 +197,7 @@ def test_the_device_is_never_waited_for() -> None:
     with Record():
         index.forward_lists(topology, *ARGUMENTS)
         index.input_grad_lists(topology, *ARGUMENTS, (2, 2), (1, 1), (1, 1))
+        index.forward_lists(topology, *ARGUMENTS, 2)
         for by in ("row", "col"):
             index.weight_grad_groups(topology, *ARGUMENTS, by, 2)
     assert "searchsorted" in called, "the record works"

@@ -53,6 +53,8 @@ def test_neither_density_nor_sizes_compile_a_kernel(report: dict[str, Any]) -> N
     """Other divisors of the channel counts do: the proof that compilations are counted."""
     compiled = report["compiled"]
     assert 0 < compiled["before"] == compiled["density"] == compiled["sizes"] < compiled["channels"]
+    few, *many = report["shared"]
+    assert few not in many and len(set(many)) == 1, "high density has a kernel of its own, compiled with the other"
 
 
 def test_operands_at_odd_addresses_get_a_kernel_of_their_own(report: dict[str, Any]) -> None:

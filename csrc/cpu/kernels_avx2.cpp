@@ -8,6 +8,7 @@
 #include "dot.hpp"
 #include "gather.hpp"
 #include "layout.hpp"
+#include "plane_gather.hpp"
 #include "planes.hpp"
 #include "weight_grad.hpp"
 
@@ -18,6 +19,7 @@ constexpr SliceShape kSlicesFloat[] = {{16, 6, 2.0f}, {8, 12, 1.0f}, {4, 12, 0.9
 constexpr SliceShape kSlicesDouble[] = {{8, 6, 2.0f}, {4, 12, 1.0f}, {0, 0, 0.0f}};
 constexpr DotShape kDotsFloat[] = {{1, 8, 12}, {2, 8, 6}, {4, 8, 3}, {0, 0, 0}};
 constexpr DotShape kDotsDouble[] = {{1, 4, 12}, {2, 4, 6}, {4, 4, 3}, {0, 0, 0}};
+constexpr SliceShape kPlaneSlices[] = {{4, 24, 1.0f}, {0, 0, 0.0f}};
 constexpr int kWeightGradFloat[] = {16, 8, 0};
 constexpr int kWeightGradDouble[] = {8, 4, 0};
 
@@ -57,10 +59,10 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 const KernelSet& kernels_avx2() {
   static constexpr KernelSet set{
       "avx2",
-      {kSlicesFloat, kDotsFloat, kWeightGradFloat, 8, &gather_float, &run_planes<float, 8, 3>, &pack_weights<float>,
-       &transpose<float>, &weight_grad<float, 8>},
-      {kSlicesDouble, kDotsDouble, kWeightGradDouble, 4, &gather_double, &run_planes<double, 4, 3>,
-       &pack_weights<double>, &transpose<double>, &weight_grad<double, 4>}};
+      {kSlicesFloat, kDotsFloat, kPlaneSlices, 8, kWeightGradFloat, 8, &gather_float, &run_planes<float, 8, 3>,
+       &run_plane_gather<float, 8, 4, 3>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 8>},
+      {kSlicesDouble, kDotsDouble, kPlaneSlices, 4, kWeightGradDouble, 4, &gather_double, &run_planes<double, 4, 3>,
+       &run_plane_gather<double, 4, 4, 3>, &pack_weights<double>, &transpose<double>, &weight_grad<double, 4>}};
   return set;
 }
 

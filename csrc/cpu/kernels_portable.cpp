@@ -2,6 +2,7 @@
 #include "gather.hpp"
 #include "kernels.hpp"
 #include "layout.hpp"
+#include "plane_gather.hpp"
 #include "planes.hpp"
 #include "weight_grad.hpp"
 
@@ -11,6 +12,7 @@ namespace {
 constexpr SliceShape kSlicesFloat[] = {{8, 5, 2.0f}, {4, 8, 1.1f}, {0, 0, 0.0f}};
 constexpr SliceShape kSlicesDouble[] = {{4, 5, 2.0f}, {2, 8, 1.1f}, {0, 0, 0.0f}};
 constexpr DotShape kNoDots[] = {{0, 0, 0}};
+constexpr SliceShape kPlaneSlices[] = {{4, 8, 1.0f}, {0, 0, 0.0f}};
 constexpr int kWeightGradFloat[] = {8, 4, 0};
 constexpr int kWeightGradDouble[] = {4, 2, 0};
 
@@ -35,10 +37,10 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 const KernelSet& kernels_portable() {
   static constexpr KernelSet set{
       "portable",
-      {kSlicesFloat, kNoDots, kWeightGradFloat, 4, &gather<float, 4>, &run_planes<float, 4, 2>, &pack_weights<float>,
-       &transpose<float>, &weight_grad<float, 4>},
-      {kSlicesDouble, kNoDots, kWeightGradDouble, 2, &gather<double, 2>, &run_planes<double, 2, 2>,
-       &pack_weights<double>, &transpose<double>, &weight_grad<double, 2>}};
+      {kSlicesFloat, kNoDots, kPlaneSlices, 4, kWeightGradFloat, 4, &gather<float, 4>, &run_planes<float, 4, 2>,
+       &run_plane_gather<float, 4, 4, 2>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 4>},
+      {kSlicesDouble, kNoDots, kPlaneSlices, 4, kWeightGradDouble, 2, &gather<double, 2>, &run_planes<double, 2, 2>,
+       &run_plane_gather<double, 2, 4, 2>, &pack_weights<double>, &transpose<double>, &weight_grad<double, 2>}};
   return set;
 }
 

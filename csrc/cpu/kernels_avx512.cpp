@@ -23,8 +23,8 @@ constexpr SliceShape kSlicesDouble[] = {{16, 12, 3.4f}, {8, 12, 1.8f}, {4, 12, 1
 constexpr DotShape kDotsFloat[] = {{1, 16, 12}, {2, 16, 12}, {4, 16, 6}, {1, 8, 12}, {2, 8, 12}, {4, 8, 6}, {0, 0, 0}};
 constexpr DotShape kDotsDouble[] = {{1, 8, 12}, {2, 8, 12}, {4, 8, 6}, {0, 0, 0}};
 constexpr SliceShape kPlaneSlices[] = {{4, 96, 0.54f}, {8, 48, 1.0f}, {0, 0, 0.0f}};  // pixels in float
-constexpr int kWeightGradFloat[] = {32, 16, 8, 0};
-constexpr int kWeightGradDouble[] = {16, 8, 4, 0};
+constexpr int kWeightGradFloat[] = {16, 8, 0};
+constexpr int kWeightGradDouble[] = {8, 4, 0};
 
 // N: lanes of a register.
 template <typename T, int N>
@@ -66,10 +66,8 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
     if (job.slice == N) return weight_grad_over_out<T, N, 12>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
     return weight_grad_over_out<T, N / 2, 12>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
   }
-  if (job.slice == 2 * N)
-    return weight_grad_over_in<T, N, 2, 12>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
-  if (job.slice == N) return weight_grad_over_in<T, N, 1, 16>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
-  weight_grad_over_in<T, N / 2, 1, 16>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
+  if (job.slice == N) return weight_grad_over_in<T, N, 32>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
+  weight_grad_over_in<T, N / 2, 32>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
 }
 
 }  // namespace

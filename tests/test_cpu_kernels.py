@@ -170,7 +170,13 @@ def many_pixels() -> Iterator[Problem]:
         ((3, 4), [20, 150, 2, 3], [25, 40], 2, [4, 5], [2, 1], torch.float64),  # padding beyond the kernel
         ((4, 2), [18, 33, 1, 1], [24, 31], 1, [0, 0], [1, 1], torch.float32),  # pixels without images
         ((2, 4), [18, 300, 1, 1], [1, 1], 700, [0, 0], [1, 1], torch.float64),  # linear
-        ((16, 16), [64, 48, 3, 3], [128, 130], 1, [1, 1], [1, 1], torch.float32),  # more than 4 MB of output
+        ((8, 8), [37, 43, 3, 3], [9, 7], 19, [1, 1], [1, 1], torch.float32),  # images side by side, the last group cut
+        ((5, 12), [31, 29, 2, 3], [8, 8], 21, [1, 1], [2, 1], torch.float32),
+        ((7, 6), [23, 20, 3, 1], [40, 21], 3, [2, 3], [1, 1], torch.float64),
+        ((4, 8), [72, 200, 3, 3], [33, 32], 2, [3, 0], [2, 2], torch.float32),  # strips of rows
+        ((12, 8), [40, 24, 1, 1], [16, 9], 4, [0, 0], [1, 1], torch.float32),  # pixels without images
+        ((8, 16), [64, 40, 3, 3], [128, 132], 1, [1, 1], [1, 1], torch.float32),  # more than 4 MB of output
+        ((16, 16), [64, 48, 3, 3], [128, 130], 1, [1, 1], [1, 1], torch.float32),  # the same
     ]:
         mask = torch.rand(topology.mask_shape(shape, block)) < 0.3
         weight = topology.unpack(topology.pack(torch.randn(shape, dtype=dtype), mask, block), mask, shape)

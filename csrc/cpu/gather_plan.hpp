@@ -115,6 +115,13 @@ inline const DotShape* choose_dot(const DotShape* shapes, int64_t block_out, int
   return nullptr;
 }
 
+// An odd number of cache lines: planes a power of two apart would compete for the same lines of the caches.
+template <typename T>
+int64_t plane_size(int64_t positions) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return (ceil_div(positions, kLine) | 1) * kLine;
+}
+
 // Entry lists of every pixel class, one after the other.
 struct GatherPlan {
   std::vector<PixelClass> classes;

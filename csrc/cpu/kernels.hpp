@@ -107,6 +107,33 @@ struct PlaneJob {
   const T* init;  // [out_channels]
 };
 
+// The same with the sums of an output block in registers, over its whole list of entries. A few images lie side by
+// side: pixel (image n of the group, row r of the strip, column c) stands in the planes of source at (top + r) *
+// row_pitch + (left + c) * group + n, so that vectors need not end with an image's row.
+template <typename T>
+struct PlaneGatherJob {
+  const T* source;  // NHWC
+  T* out;           // NHWC
+  int64_t images, source_h, source_w, source_channels, out_h, out_w, out_channels;
+  int64_t group;               // images side by side
+  int64_t top, left;           // rows and columns before an image's first, as far as taps reach
+  int64_t halo_rows;           // source rows that a strip needs beside its own
+  int64_t row_pitch;           // positions
+  int64_t source_plane;        // elements from one channel to the next
+  int64_t strip_rows, strips;  // output rows of a chunk, which covers one group of images; strips of a group
+  const int32_t* row_class;    // [out_h]: rows that the same taps reach share their lists
+  int64_t classes;
+  const Entry* entries;       // source: bytes from a pixel's position with top = left = 0
+  const int64_t* list_begin;  // [classes][out_blocks + 1], as in PixelClass
+  const int64_t* list_full;   // [classes][out_blocks]
+  const T* weights;           // [block][slice][k][slice width]
+  int64_t weights_slice;      // elements from one slice of a block to the next
+  const T* init;              // [out_blocks][slices][slice width]: the bias, or zeros
+  int64_t out_blocks;
+  int block_out, slice, slices, block_k, block_k_cut;  // as in GatherJob
+  bool stream;                                         // whole panels of channels are stored past the caches
+};
+
 // ---- weight gradient and block scores -----------------------------------------------------------------------------
 // dW[block][o][i] = sum over output pixels of grad_output[pixel, o] * input[pixel * stride + tap, i].
 
@@ -145,12 +172,18 @@ template <typename T>
 struct Kernels {
   const SliceShape* gather_slices;  // ends with width 0
   const DotShape* gather_dots;      // in order of preference, ends with channels 0
+  const SliceShape* plane_slices;   // of plane_gather, ends with width 0
+  int most_plane_channels;          // widest output block whose vectors run over pixels
   const int* weight_grad_slices;    // descending, ends with 0
   int vector_width;                 // lanes of the widest register
   // Computes tiles [tile_begin, tile_end) of output blocks [block_begin, block_end).
   void (*gather)(const GatherJob<T>& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
   // Computes chunks [chunk_begin, chunk_end).
   void (*planes)(const PlaneJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* source_planes, T* out_planes);
+  // Computes chunks [chunk_begin, chunk_end). spare holds a pixel of out; pixels and outs hold the vectors and
+  // positions of a chunk.
+  void (*plane_gather)(const PlaneGatherJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* planes, T* spare,
+                       const char** pixels, T** outs);
   // packed[id][slice][k][width] for ids [begin, end): transposed (vector over b_out) or straight (vector over b_in).
   void (*pack_weights)(const T* values, int block_out, int block_in, int slice, bool transposed, int64_t begin,
                        int64_t end, T* packed);

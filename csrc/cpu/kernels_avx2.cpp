@@ -8,6 +8,7 @@
 #include "dot.hpp"
 #include "gather.hpp"
 #include "layout.hpp"
+#include "plane_gather.hpp"
 #include "planes.hpp"
 #include "weight_grad.hpp"
 
@@ -18,8 +19,9 @@ constexpr SliceShape kSlicesFloat[] = {{16, 6, 2.0f}, {8, 12, 1.0f}, {4, 12, 0.9
 constexpr SliceShape kSlicesDouble[] = {{8, 6, 2.0f}, {4, 12, 1.0f}, {0, 0, 0.0f}};
 constexpr DotShape kDotsFloat[] = {{1, 8, 12}, {2, 8, 6}, {4, 8, 3}, {0, 0, 0}};
 constexpr DotShape kDotsDouble[] = {{1, 4, 12}, {2, 4, 6}, {4, 4, 3}, {0, 0, 0}};
-constexpr int kWeightGradFloat[] = {16, 8, 0};
-constexpr int kWeightGradDouble[] = {8, 4, 0};
+constexpr SliceShape kPlaneSlices[] = {{4, 24, 1.0f}, {0, 0, 0.0f}};
+constexpr int kWeightGradFloat[] = {8, 0};
+constexpr int kWeightGradDouble[] = {4, 0};
 
 // N: lanes of a register.
 template <typename T, int N>
@@ -47,9 +49,7 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
                  T* grad, Run* runs, int64_t* run_begin) {
   if (!job.vector_over_in)
     return weight_grad_over_out<T, N, 12>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
-  if (job.slice == 2 * N)
-    return weight_grad_over_in<T, N, 2, 6>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
-  weight_grad_over_in<T, N, 1, 12>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
+  weight_grad_over_in<T, N, 16>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
 }
 
 }  // namespace
@@ -57,10 +57,10 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 const KernelSet& kernels_avx2() {
   static constexpr KernelSet set{
       "avx2",
-      {kSlicesFloat, kDotsFloat, kWeightGradFloat, 8, &gather_float, &run_planes<float, 8, 3>, &pack_weights<float>,
-       &transpose<float>, &weight_grad<float, 8>},
-      {kSlicesDouble, kDotsDouble, kWeightGradDouble, 4, &gather_double, &run_planes<double, 4, 3>,
-       &pack_weights<double>, &transpose<double>, &weight_grad<double, 4>}};
+      {kSlicesFloat, kDotsFloat, kPlaneSlices, 4, kWeightGradFloat, 8, &gather_float, &run_planes<float, 8, 3>,
+       &run_plane_gather<float, 8, 4, 3>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 8>},
+      {kSlicesDouble, kDotsDouble, kPlaneSlices, 4, kWeightGradDouble, 4, &gather_double, &run_planes<double, 4, 3>,
+       &run_plane_gather<double, 4, 4, 3>, &pack_weights<double>, &transpose<double>, &weight_grad<double, 4>}};
   return set;
 }
 

@@ -10,6 +10,7 @@
 #include "dot.hpp"
 #include "gather.hpp"
 #include "layout.hpp"
+#include "plane_gather.hpp"
 #include "planes.hpp"
 #include "weight_grad.hpp"
 
@@ -21,8 +22,9 @@ constexpr SliceShape kSlicesFloat[] = {{32, 12, 3.4f}, {16, 12, 1.8f}, {8, 12, 1
 constexpr SliceShape kSlicesDouble[] = {{16, 12, 3.4f}, {8, 12, 1.8f}, {4, 12, 1.0f}, {0, 0, 0.0f}};
 constexpr DotShape kDotsFloat[] = {{1, 16, 12}, {2, 16, 12}, {4, 16, 6}, {1, 8, 12}, {2, 8, 12}, {4, 8, 6}, {0, 0, 0}};
 constexpr DotShape kDotsDouble[] = {{1, 8, 12}, {2, 8, 12}, {4, 8, 6}, {0, 0, 0}};
-constexpr int kWeightGradFloat[] = {32, 16, 8, 0};
-constexpr int kWeightGradDouble[] = {16, 8, 4, 0};
+constexpr SliceShape kPlaneSlices[] = {{4, 96, 0.54f}, {8, 48, 1.0f}, {0, 0, 0.0f}};  // pixels in float
+constexpr int kWeightGradFloat[] = {16, 8, 0};
+constexpr int kWeightGradDouble[] = {8, 4, 0};
 
 // N: lanes of a register.
 template <typename T, int N>
@@ -48,6 +50,14 @@ void gather_double(const GatherJob<double>& job, int64_t t0, int64_t t1, int64_t
   gather_slices<double, 4, 1, 12>(job, t0, t1, b0, b1);
 }
 
+// N: lanes of a register.
+template <typename T, int N>
+void plane_gather(const PlaneGatherJob<T>& job, int64_t c0, int64_t c1, T* planes, T* spare, const char** pixels,
+                  T** outs) {
+  if (job.slice == 8) return run_plane_gather<T, N, 8, 3>(job, c0, c1, planes, spare, pixels, outs);
+  run_plane_gather<T, N, 4, 6>(job, c0, c1, planes, spare, pixels, outs);
+}
+
 // N: lanes of a 512-bit register. Form 2 takes slices of a whole or half a register.
 template <typename T, int N>
 void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0, int64_t b1, T* partial, T* in,
@@ -56,10 +66,8 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
     if (job.slice == N) return weight_grad_over_out<T, N, 12>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
     return weight_grad_over_out<T, N / 2, 12>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
   }
-  if (job.slice == 2 * N)
-    return weight_grad_over_in<T, N, 2, 12>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
-  if (job.slice == N) return weight_grad_over_in<T, N, 1, 16>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
-  weight_grad_over_in<T, N / 2, 1, 16>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
+  if (job.slice == N) return weight_grad_over_in<T, N, 32>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
+  weight_grad_over_in<T, N / 2, 32>(job, c0, c1, b0, b1, partial, in, grad, runs, run_begin);
 }
 
 }  // namespace
@@ -67,10 +75,10 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 const KernelSet& kernels_avx512() {
   static constexpr KernelSet set{
       "avx512",
-      {kSlicesFloat, kDotsFloat, kWeightGradFloat, 16, &gather_float, &run_planes<float, 16, 6>, &pack_weights<float>,
-       &transpose<float>, &weight_grad<float, 16>},
-      {kSlicesDouble, kDotsDouble, kWeightGradDouble, 8, &gather_double, &run_planes<double, 8, 6>,
-       &pack_weights<double>, &transpose<double>, &weight_grad<double, 8>}};
+      {kSlicesFloat, kDotsFloat, kPlaneSlices, 12, kWeightGradFloat, 16, &gather_float, &run_planes<float, 16, 6>,
+       &plane_gather<float, 16>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 16>},
+      {kSlicesDouble, kDotsDouble, kPlaneSlices, 7, kWeightGradDouble, 8, &gather_double, &run_planes<double, 8, 6>,
+       &plane_gather<double, 8>, &pack_weights<double>, &transpose<double>, &weight_grad<double, 8>}};
   return set;
 }
 

@@ -53,6 +53,18 @@ struct Simd {
 #endif
   }
 
+  static DDST_INLINE V load_at(const char* base, int64_t offset) {
+#if defined(__AVX2__)
+    V v;
+    asm volatile("vmovups (%1,%2), %0" : "=v"(v) : "r"(base), "r"(offset));
+    return v;
+#else
+    V v;
+    std::memcpy(&v, base + offset, kBytes);
+    return v;
+#endif
+  }
+
   template <int kDisp>
   static DDST_INLINE V broadcast_at(const char* base, int64_t offset) {
 #if defined(__AVX2__)

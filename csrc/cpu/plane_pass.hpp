@@ -59,13 +59,6 @@ PlaneLists<T> plane_lists(const GatherShape& shape, const BlockLists& lists, con
   return found;
 }
 
-// An odd number of cache lines: planes a power of two apart would compete for the same lines of the caches.
-template <typename T>
-int64_t plane_size(int64_t positions) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  return (ceil_div(positions, kLine) | 1) * kLine;
-}
-
 // What gather_pass computes, for axes of stride 1.
 template <typename T>
 void plane_pass(const Kernels<T>& kernels, GatherShape shape, const BlockLists& lists, const AxisPlan& rows,

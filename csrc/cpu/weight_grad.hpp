@@ -9,53 +9,58 @@ namespace ddst::cpu {
 namespace {
 
 // acc[j][v] += scalar[pixel][j] * vector[pixel][v], the scalars being neighbours in memory.
-template <typename T, int N, int NV, int J, int kFirst = 0>
-DDST_INLINE void outer_step(typename Simd<T, N>::V (&acc)[J][NV], const typename Simd<T, N>::V (&x)[NV],
+template <typename T, int N, int V, int J, int kFirst = 0>
+DDST_INLINE void outer_step(typename Simd<T, N>::V (&acc)[J][V], const typename Simd<T, N>::V (&x)[V],
                             const char* scalars) {
   using S = Simd<T, N>;
   constexpr int kDisp = kFirst * static_cast<int>(sizeof(T));
-  if constexpr (NV == 1) {
+  if constexpr (V == 1) {
     S::template fma_broadcast<kDisp>(acc[kFirst][0], x[0], scalars, 0);
   } else {
     const typename S::V y = S::template broadcast_at<kDisp>(scalars, 0);
-    S::fma(acc[kFirst][0], y, x[0]);
-    S::fma(acc[kFirst][1], y, x[1]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) S::fma(acc[kFirst][v], y, x[v]);
   }
-  if constexpr (kFirst + 1 < J) outer_step<T, N, NV, J, kFirst + 1>(acc, x, scalars);
+  if constexpr (kFirst + 1 < J) outer_step<T, N, V, J, kFirst + 1>(acc, x, scalars);
 }
 
-// Form 1, the vector over input channels: J neighbouring output channels of one block.
-template <typename T, int N, int NV, int J>
-__attribute__((noinline)) void outer_tile(const Run* run, const Run* end, Operand<T> vectors, Operand<T> scalars,
-                                          T* grad, int64_t grad_stride, const char* next) {
+// Form 1, the vector over input channels: V vectors, from as many blocks of one row and tap as it takes, x J
+// neighbouring output channels.
+template <typename T, int N, int V, int J>
+__attribute__((noinline)) void outer_tile(const Run* run, const Run* end, const T* const* vectors,
+                                          int64_t vector_stride, Operand<T> scalars, T* const* grads,
+                                          int64_t grad_stride, const char* next) {
   using S = Simd<T, N>;
   compiler_barrier();
-  typename S::V acc[J][NV];
-#pragma GCC unroll 16
-  for (int j = 0; j < J; ++j) {
+  typename S::V acc[J][V];
+  const char* vector[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[j][v] = S::load(grad + j * grad_stride + v * N);
+  for (int v = 0; v < V; ++v) {
+    vector[v] = reinterpret_cast<const char*>(vectors[v]);
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) acc[j][v] = S::load(grads[v] + j * grad_stride);
   }
-  const int64_t x_step = vectors.pixel_bytes(), y_step = scalars.pixel_bytes();
+  const int64_t x_step = vector_stride * static_cast<int64_t>(sizeof(T)), y_step = scalars.pixel_bytes();
   for (; run != end; ++run) {
-    const char* x = reinterpret_cast<const char*>(vectors.first) + run->in * x_step;
+    int64_t x = run->in * x_step;
     const char* y = reinterpret_cast<const char*>(scalars.first) + run->out * y_step;
 #pragma GCC unroll 2
     for (int64_t i = run->length; i > 0; --i) {
-      typename S::V xv[NV];
-      xv[0] = S::template load_at<0>(x);
-      if constexpr (NV > 1) xv[1] = S::template load_at<S::kBytes>(x);
-      outer_step<T, N, NV, J>(acc, xv, y);
+      typename S::V xv[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) xv[v] = S::load_at(vector[v], x);
+      outer_step<T, N, V, J>(acc, xv, y);
       x += x_step;
       y += y_step;
       __builtin_prefetch(next, 0, 2);
       next += 64;
     }
   }
-#pragma GCC unroll 16
-  for (int j = 0; j < J; ++j) {
+  compiler_barrier();
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) S::store(grad + j * grad_stride + v * N, acc[j][v]);
+  for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) S::store(grads[v] + j * grad_stride, acc[j][v]);
   }
 }
 
@@ -92,15 +97,29 @@ __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end,
 }
 
 template <typename T>
-using OuterFunction = void (*)(const Run*, const Run*, Operand<T>, Operand<T>, T*, int64_t, const char*);
+using OuterFunction = void (*)(const Run*, const Run*, const T* const*, int64_t, Operand<T>, T* const*, int64_t,
+                               const char*);
 template <typename T>
 using GatherOuterFunction = void (*)(const Run*, const Run*, Operand<T>, const char* const*, int64_t, T* const*,
                                      const char*);
 
-template <typename T, int N, int NV, int kMax, int J = 1>
-DDST_INLINE void fill_outer(OuterFunction<T>* table) {
-  table[J] = &outer_tile<T, N, NV, J>;
-  if constexpr (J < kMax) fill_outer<T, N, NV, kMax, J + 1>(table);
+constexpr int kMaxOuter = 16;
+constexpr int kMaxVectors = 3;
+
+// Output channels that fit the registers beside so many vectors.
+constexpr int most_channels(int registers, int vectors) {
+  const int most = (registers - 1 - vectors) / vectors;
+  return most < kMaxOuter ? most : kMaxOuter;
+}
+
+template <typename T, int N, int kRegisters, int V = 1, int J = 1>
+DDST_INLINE void fill_outer(OuterFunction<T> (&table)[kMaxVectors + 1][kMaxOuter + 1]) {
+  table[V][J] = &outer_tile<T, N, V, J>;
+  if constexpr (J < most_channels(kRegisters, V)) {
+    fill_outer<T, N, kRegisters, V, J + 1>(table);
+  } else if constexpr (V < kMaxVectors) {
+    fill_outer<T, N, kRegisters, V + 1>(table);
+  }
 }
 template <typename T, int N, int kMax, int J = 1>
 DDST_INLINE void fill_gather_outer(GatherOuterFunction<T>* table) {
@@ -108,22 +127,39 @@ DDST_INLINE void fill_gather_outer(GatherOuterFunction<T>* table) {
   if constexpr (J < kMax) fill_gather_outer<T, N, kMax, J + 1>(table);
 }
 
-constexpr int kMaxOuter = 16;
 // Lanes of a packed group of single channels (form 2's scalars).
 constexpr int kScalarGroup = 16;
 
-template <typename T, int N, int NV, int kMaxJ>
+// End of the blocks from `position` on that have its row and tap.
+template <typename T>
+DDST_INLINE int64_t same_row_and_tap(const WeightGradJob<T>& job, int64_t position, int64_t end) {
+  const int64_t first = job.order[position];
+  while (++position < end && job.block_row[job.order[position]] == job.block_row[first] &&
+         job.block_tap[job.order[position]] == job.block_tap[first]) {
+  }
+  return position;
+}
+
+template <typename T, int N, int kRegisters>
 void weight_grad_over_in(const WeightGradJob<T>& job, int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
                          int64_t block_end, T* partial, T* input_scratch, T* grad_scratch, Run* runs,
                          int64_t* run_begin) {
   const auto& g = job.geometry;
-  OuterFunction<T> table[kMaxOuter + 1];
-  fill_outer<T, N, NV, kMaxJ>(table);
+  OuterFunction<T> table[kMaxVectors + 1][kMaxOuter + 1];
+  fill_outer<T, N, kRegisters>(table);
   const int64_t row_begin = job.first_row + job.block_row[job.order[block_begin]];
   const int64_t row_end = job.first_row + job.block_row[job.order[block_end - 1]] + 1;
   const Grouping in{job.block_in, job.slice, job.slices};
   const Grouping out{job.block_out, job.block_out, 1};
   const int64_t in_blocks = (g.in_channels + in.block - 1) / in.block;
+  // Slices of a block share source lines. Beyond them, vectors of whole lines cost more reads than they save.
+  const int together = job.slices > 1 ? 2 : N * sizeof(T) < 64 ? kMaxVectors : 1;
+  int64_t tiles = 0;
+  for (int64_t position = block_begin, end; position < block_end; position = end) {
+    end = same_row_and_tap(job, position, block_end);
+    tiles += ceil_div((end - position) * job.slices, together);
+  }
+  tiles *= ceil_div(job.block_out, most_channels(kRegisters, together));
   for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
     const ChunkView<T> view = chunk_view(job, chunk);
     const ChunkRows<T> rows = chunk_rows(job, view);
@@ -132,25 +168,34 @@ void weight_grad_over_in(const WeightGradJob<T>& job, int64_t chunk_begin, int64
     build_runs(job, view, runs, run_begin);
     ChunkPrefetcher prefetcher;
     const int64_t pixels = rows.out.pixels();
-    prefetcher.start(job, chunk + 1, chunk_end,
-                     (block_end - block_begin) * job.slices * ceil_div(job.block_out, kMaxJ));
-    for (int64_t position = block_begin; position < block_end; ++position) {
-      const int64_t id = job.order[position];
-      const int64_t row = job.first_row + job.block_row[id];
+    prefetcher.start(job, chunk + 1, chunk_end, tiles);
+    for (int64_t position = block_begin, group_end; position < block_end; position = group_end) {
+      group_end = same_row_and_tap(job, position, block_end);
+      const int64_t id = job.order[position], row = job.first_row + job.block_row[id];
       const Run* begin = runs + run_begin[job.block_tap[id]];
       const Run* end = runs + run_begin[job.block_tap[id] + 1];
       if (begin == end) continue;
       const Operand<T> scalars = out_side.group(row);
       int64_t channels = g.out_channels - row * job.block_out;
       if (channels > job.block_out) channels = job.block_out;
-      const int64_t parts = (channels + kMaxJ - 1) / kMaxJ;
-      for (int slice = 0; slice < job.slices; ++slice) {
-        const Operand<T> vectors = in_side.group(static_cast<int64_t>(job.block_col[id]) * job.slices + slice);
-        T* grad = partial + id * job.block_out * job.block_in + slice * job.slice;
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t j0 = channels * part / parts, j1 = channels * (part + 1) / parts;
-          table[j1 - j0](begin, end, vectors, {scalars.first + j0, scalars.stride}, grad + j0 * job.block_in,
-                         job.block_in, prefetcher.next(pixels));
+      const int64_t count = (group_end - position) * job.slices, vector_parts = ceil_div(count, together);
+      for (int64_t vector_part = 0; vector_part < vector_parts; ++vector_part) {
+        const int64_t first = count * vector_part / vector_parts, last = count * (vector_part + 1) / vector_parts;
+        const int vector_count = static_cast<int>(last - first);
+        const T* vectors[kMaxVectors];
+        T* grads[kMaxVectors];
+        for (int v = 0; v < vector_count; ++v) {
+          const int64_t block = job.order[position + (first + v) / job.slices], slice = (first + v) % job.slices;
+          vectors[v] = in_side.group(static_cast<int64_t>(job.block_col[block]) * job.slices + slice).first;
+          grads[v] = partial + block * job.block_out * job.block_in + slice * job.slice;
+        }
+        const int64_t parts = ceil_div(channels, most_channels(kRegisters, vector_count));
+        for (int64_t part = 0, j = 0; part < parts; ++part) {
+          const int64_t next = channels * (part + 1) / parts;
+          table[vector_count][next - j](begin, end, vectors, in_side.pixel_stride, {scalars.first + j, scalars.stride},
+                                    grads, job.block_in, prefetcher.next(pixels));
+          for (int v = 0; v < vector_count; ++v) grads[v] += (next - j) * job.block_in;
+          j = next;
         }
       }
     }
@@ -183,10 +228,7 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
       // All blocks of one row and tap share the vectors: their input channels fill the registers together.
       const int32_t block_row = job.block_row[job.order[position]], tap = job.block_tap[job.order[position]];
       const int64_t row = job.first_row + block_row;
-      int64_t group_end = position + 1;
-      while (group_end < block_end && job.block_row[job.order[group_end]] == block_row &&
-             job.block_tap[job.order[group_end]] == tap)
-        ++group_end;
+      const int64_t group_end = same_row_and_tap(job, position, block_end);
       const Run* begin = runs + run_begin[tap];
       const Run* end = runs + run_begin[tap + 1];
       if (begin == end) {

@@ -65,15 +65,16 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
     job.slice = slice_over_out(kernels.weight_grad_slices, kernels.vector_width, block_out);
     job.slices = static_cast<int>(ceil_div(block_out, job.slice));
     plan.partial_block = static_cast<int64_t>(job.slices) * job.slice * block_in;
-    std::stable_sort(plan.order.begin(), plan.order.end(), [&](int32_t a, int32_t b) {
-      return block_row[a] != block_row[b] ? block_row[a] < block_row[b] : block_tap[a] < block_tap[b];
-    });
   }
+  // Blocks of one row and tap share what registers hold.
+  std::stable_sort(plan.order.begin(), plan.order.end(), [&](int32_t a, int32_t b) {
+    return block_row[a] != block_row[b] ? block_row[a] < block_row[b] : block_tap[a] < block_tap[b];
+  });
 
   const int64_t whole_in = job.vector_over_in ? block_in : 1, whole_out = job.vector_over_in ? 1 : job.slice;
   job.direct = geometry.stride_w == 1 && geometry.in_channels % whole_in == 0 &&
                geometry.out_channels % whole_out == 0 && block_out % whole_out == 0 &&
-               job.slice * static_cast<int64_t>(sizeof(T)) >= 64;
+               (job.vector_over_in ? block_in : job.slice) * static_cast<int64_t>(sizeof(T)) % 64 == 0;
 
   // A chunk's packed activations should stay in L2, and be long enough to pay for loading the accumulators.
   constexpr int64_t kChunkBytes = 384 * 1024;

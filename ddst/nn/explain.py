@@ -121,7 +121,7 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     slow: tuple[str, ...] = ()
     if chosen == "cpu":
         capability = torch.ops.ddst.cpu_capability()
-        forms, slow = kernel_forms(layer.block, pixels=_pixels(layer, input))
+        forms, slow = kernel_forms(layer.block, pixels=_pixels(layer, input), narrow=_narrow(capability, computed))
     elif chosen == "triton":
         capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(input.device)))
         forms = triton_forms(layer, input)
@@ -130,11 +130,20 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     return Explanation(repr(layer), chosen, capability, reason, refused, forms, slow, rates)
 
 
-#: Blocks of at most so many channels run with vectors along pixels where there are so many (csrc/cpu/gather_pass.hpp).
-NARROW, MANY_PIXELS = 4, 512
+#: From so many pixels on, narrow blocks run with vectors along them (csrc/cpu/gather_pass.hpp).
+MANY_PIXELS = 512
 
 
-def kernel_forms(block: tuple[int, int], *, pixels: tuple[int, int] = (0, 0)) -> tuple[dict[str, str], tuple[str, ...]]:
+def _narrow(capability: str, dtype: torch.dtype) -> int:
+    """Channels of the widest block that counts as narrow (csrc/cpu/kernels_*.cpp)."""
+    if capability != "avx512":
+        return 4
+    return 7 if dtype == torch.float64 else 12
+
+
+def kernel_forms(
+    block: tuple[int, int], *, pixels: tuple[int, int] = (0, 0), narrow: int = 4
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """``(pass -> form, slow passes)`` of the CPU kernels for a block ``(b_out, b_in)``.
 
     Forward pass and input gradient keep a tile of pixels × channels of one block side in registers, the vectors along
@@ -143,27 +152,25 @@ def kernel_forms(block: tuple[int, int], *, pixels: tuple[int, int] = (0, 0)) ->
 
     Args:
         block: the block. pixels: of output and input, over all images; zeros at a stride above 1.
+        narrow: channels of the widest side that is narrow.
 
     >>> kernel_forms((16, 16))[0]["forward"]
     'vectors along the 16 output channels of a block'
     """
     sides = {"forward": (block[0], "output", pixels[0]), "input gradient": (block[1], "input", pixels[1])}
-    forms = {name: _form(*side) for name, side in sides.items()}
+    over_pixels = {name: side <= narrow and count >= MANY_PIXELS for name, (side, _, count) in sides.items()}
+    forms = {name: _form(side, which, over_pixels[name]) for name, (side, which, _) in sides.items()}
     over = (block[1], "input") if block[1] % 8 == 0 else (block[0], "output")
     forms["weight gradient"] = _form(*over)
-    slow = [name for name, (side, _, count) in sides.items() if side % 8 and not _over_pixels(side, count)]
+    slow = [name for name, (side, _, _) in sides.items() if side % 8 and not over_pixels[name]]
     return forms, (*slow, *["weight gradient"] * (over[0] % 8 > 0))
 
 
-def _over_pixels(side: int, pixels: int) -> bool:
-    return side <= NARROW and pixels >= MANY_PIXELS
-
-
-def _form(side: int, which: str, pixels: int = 0) -> str:
+def _form(side: int, which: str, over_pixels: bool = False) -> str:
+    if over_pixels:
+        return f"vectors along the pixels, as {side} {which} channel{'s' * (side > 1)} of a block do not fill one"
     if side % 8 == 0:
         return f"vectors along the {side} {which} channels of a block"
-    if _over_pixels(side, pixels):
-        return f"vectors along the pixels, as {side} {which} channel{'s' * (side > 1)} of a block do not fill one"
     if side < 8:
         return f"narrow form, {side} {which} channel{'s' * (side > 1)} of a block do not fill a vector"
     return f"vectors along the {side} {which} channels of a block, no multiple of 8: the last is partly empty"

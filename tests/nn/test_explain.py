@@ -49,6 +49,16 @@ def test_narrow_blocks_over_many_pixels_are_not_slow() -> None:
         assert explain(slow, x, measure=False).slow == ("input gradient",)
 
 
+@pytest.mark.parametrize("capability, dtype, narrow", [("avx2", torch.float32, 4), ("avx512", torch.float32, 12)])
+def test_what_counts_as_narrow_depends_on_the_instruction_set(capability: str, dtype: torch.dtype, narrow: int) -> None:
+    for side in (4, 8, 12, 16):
+        forms, _ = explain_module.kernel_forms(
+            (side, 16), pixels=(512, 512), narrow=explain_module._narrow(capability, dtype)
+        )
+        assert forms["forward"].startswith("vectors along the pixels") == (side <= narrow)
+        assert forms["input gradient"] == "vectors along the 16 input channels of a block"
+
+
 def test_rates_count_the_work_of_the_active_blocks() -> None:
     layer = ddst.SparseConv2d(32, 16, 3, padding=1, density=0.5)
     found = explain(layer, torch.randn(2, 32, 5, 5))

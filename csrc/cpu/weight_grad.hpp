@@ -8,22 +8,6 @@
 namespace ddst::cpu {
 namespace {
 
-// acc[j][v] += scalar[pixel][j] * vector[pixel][v], the scalars being neighbours in memory.
-template <typename T, int N, int NV, int J, int kFirst = 0>
-DDST_INLINE void outer_step(typename Simd<T, N>::V (&acc)[J][NV], const typename Simd<T, N>::V (&x)[NV],
-                            const char* scalars) {
-  using S = Simd<T, N>;
-  constexpr int kDisp = kFirst * static_cast<int>(sizeof(T));
-  if constexpr (NV == 1) {
-    S::template fma_broadcast<kDisp>(acc[kFirst][0], x[0], scalars, 0);
-  } else {
-    const typename S::V y = S::template broadcast_at<kDisp>(scalars, 0);
-    S::fma(acc[kFirst][0], y, x[0]);
-    S::fma(acc[kFirst][1], y, x[1]);
-  }
-  if constexpr (kFirst + 1 < J) outer_step<T, N, NV, J, kFirst + 1>(acc, x, scalars);
-}
-
 // Form 1, the vector over input channels: J neighbouring output channels of one block.
 template <typename T, int N, int NV, int J>
 __attribute__((noinline)) void outer_tile(const Run* run, const Run* end, Operand<T> vectors, Operand<T> scalars,
@@ -59,11 +43,10 @@ __attribute__((noinline)) void outer_tile(const Run* run, const Run* end, Operan
   }
 }
 
-// Form 2, the vector over output channels: J input channels, from as many blocks as it takes.
+// Form 2, the vector over output channels: planes of J input channels, from as many blocks as it takes.
 template <typename T, int N, int J>
 __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end, Operand<T> vectors,
-                                                 const char* const* scalars, int64_t scalar_stride, T* const* grads,
-                                                 const char* next) {
+                                                 const T* const* planes, T* const* grads, const char* next) {
   using S = Simd<T, N>;
   compiler_barrier();
   typename S::V acc[J];
@@ -71,22 +54,23 @@ __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end,
 #pragma GCC unroll 16
   for (int j = 0; j < J; ++j) {
     acc[j] = S::load(grads[j]);
-    scalar[j] = scalars[j];
+    scalar[j] = reinterpret_cast<const char*>(planes[j]);
   }
-  const int64_t step = scalar_stride * static_cast<int64_t>(sizeof(T)), y_step = vectors.pixel_bytes();
+  const int64_t y_step = vectors.pixel_bytes();
   for (; run != end; ++run) {
     const char* y = reinterpret_cast<const char*>(vectors.first) + run->out * y_step;
-    int64_t offset = run->in * step;
+    int64_t offset = run->in * static_cast<int64_t>(sizeof(T));
     for (int64_t i = run->length; i > 0; --i) {
       const typename S::V yv = S::template load_at<0>(y);
 #pragma GCC unroll 16
       for (int j = 0; j < J; ++j) S::template fma_broadcast<0>(acc[j], yv, scalar[j], offset);
       y += y_step;
-      offset += step;
+      offset += sizeof(T);
       __builtin_prefetch(next, 0, 2);
       next += 64;
     }
   }
+  compiler_barrier();  // grads is read again: kept over the loop it would lie in vector registers
 #pragma GCC unroll 16
   for (int j = 0; j < J; ++j) S::store(grads[j], acc[j]);
 }
@@ -94,8 +78,7 @@ __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end,
 template <typename T>
 using OuterFunction = void (*)(const Run*, const Run*, Operand<T>, Operand<T>, T*, int64_t, const char*);
 template <typename T>
-using GatherOuterFunction = void (*)(const Run*, const Run*, Operand<T>, const char* const*, int64_t, T* const*,
-                                     const char*);
+using GatherOuterFunction = void (*)(const Run*, const Run*, Operand<T>, const T* const*, T* const*, const char*);
 
 template <typename T, int N, int NV, int kMax, int J = 1>
 DDST_INLINE void fill_outer(OuterFunction<T>* table) {
@@ -109,8 +92,6 @@ DDST_INLINE void fill_gather_outer(GatherOuterFunction<T>* table) {
 }
 
 constexpr int kMaxOuter = 16;
-// Lanes of a packed group of single channels (form 2's scalars).
-constexpr int kScalarGroup = 16;
 
 template <typename T, int N, int NV, int kMaxJ>
 void weight_grad_over_in(const WeightGradJob<T>& job, int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
@@ -166,14 +147,12 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
   fill_gather_outer<T, N, kMaxJ>(table);
   const int64_t row_begin = job.first_row + job.block_row[job.order[block_begin]];
   const int64_t row_end = job.first_row + job.block_row[job.order[block_end - 1]] + 1;
-  const Grouping in{kScalarGroup, kScalarGroup, 1};
   const Grouping out{job.block_out, job.slice, job.slices};
-  const int64_t in_blocks = (g.in_channels + in.block - 1) / in.block;
   const int64_t padded_out = static_cast<int64_t>(job.slices) * job.slice;
   for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
     const ChunkView<T> view = chunk_view(job, chunk);
     const ChunkRows<T> rows = chunk_rows(job, view);
-    const ChunkSide<T> in_side = chunk_side(job.direct, rows.in, g.stride_w, in, 0, in_blocks, input_scratch);
+    pack_planes(job.direct, rows.in, g.stride_w, input_scratch, job.input_plane);
     const ChunkSide<T> out_side = chunk_side(job.direct, rows.out, 1, out, row_begin, row_end, grad_scratch);
     build_runs(job, view, runs, run_begin);
     ChunkPrefetcher prefetcher;
@@ -200,7 +179,7 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
       }
       int64_t channel = 0;
       while (position < group_end) {
-        const char* scalars[kMaxOuter];
+        const T* planes[kMaxOuter];
         T* grads[kMaxOuter];
         int count = 0;
         const int64_t parts = ceil_div(left, kMaxJ);
@@ -214,14 +193,14 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
             ++position;
             continue;
           }
-          scalars[count] = reinterpret_cast<const char*>(in_side.group(c / kScalarGroup).first + c % kScalarGroup);
+          planes[count] = input_scratch + c * job.input_plane;
           grads[count] = partial + (id * job.block_in + channel) * padded_out;
           ++count;
           ++channel;
         }
         for (int slice = 0; slice < job.slices && count > 0; ++slice) {
           const Operand<T> vectors = out_side.group(row * job.slices + slice);
-          table[count](begin, end, vectors, scalars, in_side.pixel_stride, grads, prefetcher.next(pixels));
+          table[count](begin, end, vectors, planes, grads, prefetcher.next(pixels));
           for (int j = 0; j < count; ++j) grads[j] += job.slice;
         }
       }

@@ -167,6 +167,8 @@ def many_pixels() -> Iterator[Problem]:
     for block, shape, size, batch, padding, dilation, dtype in [
         ((16, 1), [40, 37, 3, 3], [9, 7], 19, [1, 1], [1, 1], torch.float32),  # whole images, the last chunk shorter
         ((1, 16), [37, 40, 3, 2], [60, 33], 1, [2, 0], [1, 2], torch.float32),  # strips of rows
+        ((16, 1), [40, 37, 3, 3], [64, 48], 2, [1, 1], [1, 1], torch.float32),  # the same; vectors that end with a row
+        ((24, 2), [50, 21, 3, 2], [13, 15], 5, [2, 1], [1, 2], torch.float64),  # several images, rows not quite full
         ((3, 4), [20, 150, 2, 3], [25, 40], 2, [4, 5], [2, 1], torch.float64),  # padding beyond the kernel
         ((4, 2), [18, 33, 1, 1], [24, 31], 1, [0, 0], [1, 1], torch.float32),  # pixels without images
         ((2, 4), [18, 300, 1, 1], [1, 1], 700, [0, 0], [1, 1], torch.float64),  # linear
@@ -225,18 +227,19 @@ def test_unknown_instruction_set_is_refused() -> None:
     assert "DDST_CPU_CAPABILITY is 'sse9', expected portable, avx2 or avx512" in result.stderr
 
 
-def example() -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def example(block: tuple[int, int] = (16, 16)) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Input, values, topology and weight shape of a layer with an empty block row."""
     torch.manual_seed(0)
     shape = [48, 32, 3, 3]
-    mask = torch.rand(topology.mask_shape(shape, (16, 16))) < 0.5
+    mask = torch.rand(topology.mask_shape(shape, block)) < 0.5
     mask[1] = False
-    values = topology.pack(torch.randn(shape), mask, (16, 16))
+    values = topology.pack(torch.randn(shape), mask, block)
     return torch.randn(8, 32, 12, 12), values, topology.build_topology(mask), shape
 
 
-def test_threads_do_not_change_forward_and_dgrad() -> None:
-    x, values, topo, shape = example()
+@pytest.mark.parametrize("block", [(16, 16), (16, 1)], ids=str)
+def test_threads_do_not_change_forward_and_dgrad(block: tuple[int, int]) -> None:
+    x, values, topo, shape = example(block)
     gy = torch.randn(8, 48, 12, 12)
     window = ([1, 1], [1, 1], [1, 1])
     before = torch.get_num_threads()
@@ -248,7 +251,7 @@ def test_threads_do_not_change_forward_and_dgrad() -> None:
                 [
                     torch.ops.ddst.conv2d(x, values, None, topo, shape, *window, False),
                     torch.ops.ddst.conv2d_input_grad(gy, values, topo, shape, [12, 12], *window, False),
-                    torch.ops.ddst.conv2d_weight_grad(gy, x, topo, shape, [16, 16], *window),
+                    torch.ops.ddst.conv2d_weight_grad(gy, x, topo, shape, list(block), *window),
                 ]
             )
     finally:

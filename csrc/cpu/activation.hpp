@@ -53,6 +53,13 @@ void run_tasks(int64_t count, const F& f) {
   });
 }
 
+// An odd number of cache lines: planes a power of two apart would compete for the same lines of the caches.
+template <typename T>
+int64_t plane_size(int64_t positions) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return (ceil_div(positions, kLine) | 1) * kLine;
+}
+
 struct ImageShape {
   int64_t images, channels, h, w;
   int64_t pixels() const { return images * h * w; }

@@ -23,6 +23,38 @@ struct TileWork {
   bool stream;   // store past the caches
 };
 
+template <typename T>
+using TileFunction = void (*)(const char* const*, T* const*, const TileWork<T>&);
+
+template <typename T, int N, int NV, int P>
+DDST_INLINE void store_tile(const typename Simd<T, N>::V (&acc)[P][NV], T* const* outs, const TileWork<T>& work) {
+  using S = Simd<T, N>;
+  if (work.stream) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+      T* out = outs[p] + work.out_channel;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) S::stream(out + v * N, acc[p][v]);
+    }
+  } else if (work.channels == NV * N) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+      T* out = outs[p] + work.out_channel;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) S::store(out + v * N, acc[p][v]);
+    }
+  } else {  // channels past the end belong to the next pixel: only the real ones are written
+    T lanes[P][NV * N];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) S::store(&lanes[p][v * N], acc[p][v]);
+    }
+    for (int p = 0; p < P; ++p)
+      for (int c = 0; c < work.channels; ++c) outs[p][work.out_channel + c] = lanes[p][c];
+  }
+}
+
 // P pixels x (NV * N) channels stay in registers while the whole entry list streams past.
 template <typename T, int N, int NV, int P, int kUnroll>
 __attribute__((noinline)) void gather_tile(const char* const* pixels, T* const* outs, const TileWork<T>& work) {
@@ -62,34 +94,38 @@ __attribute__((noinline)) void gather_tile(const char* const* pixels, T* const* 
       w += NV * S::kBytes;
     }
   }
-  if (work.stream) {
-#pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) {
-      T* out = outs[p] + work.out_channel;
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) S::stream(out + v * N, acc[p][v]);
-    }
-  } else if (work.channels == NV * N) {
-#pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) {
-      T* out = outs[p] + work.out_channel;
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) S::store(out + v * N, acc[p][v]);
-    }
-  } else {  // channels past the end belong to the next pixel: only the real ones are written
-    T lanes[P][NV * N];
-#pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) S::store(&lanes[p][v * N], acc[p][v]);
-    }
-    for (int p = 0; p < P; ++p)
-      for (int c = 0; c < work.channels; ++c) outs[p][work.out_channel + c] = lanes[p][c];
-  }
+  store_tile<T, N, NV, P>(acc, outs, work);
 }
 
-template <typename T>
-using TileFunction = void (*)(const char* const*, T* const*, const TileWork<T>&);
+// The same for neighbouring pixels of planes, whose entries are single channels.
+template <typename T, int N, int NV, int P>
+__attribute__((noinline)) void row_tile(const char* const* pixels, T* const* outs, const TileWork<T>& work) {
+  using S = Simd<T, N>;
+  compiler_barrier();
+  typename S::V acc[P][NV];
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[p][v] = S::load(work.init + v * N);
+  }
+  const char* const row = pixels[0];
+  const char* const weights = work.weights;
+  const Entry* const end = work.end;
+#pragma GCC unroll 1
+  for (const Entry* entry = work.begin; entry != end; ++entry) {
+    typename S::V w[NV];
+    w[0] = S::template load_at<0>(weights + entry->weight);
+    if constexpr (NV > 1) w[1] = S::template load_at<S::kBytes>(weights + entry->weight);
+    outer_step<T, N, NV, P>(acc, w, row + entry->source);
+  }
+  store_tile<T, N, NV, P>(acc, outs, work);
+}
+
+template <typename T, int N, int NV, int kMax, int P = 1>
+DDST_INLINE void fill_row_tiles(TileFunction<T>* table) {
+  table[P] = &row_tile<T, N, NV, P>;
+  if constexpr (P < kMax) fill_row_tiles<T, N, NV, kMax, P + 1>(table);
+}
 
 // The functions for 1 .. kMax pixels, as a table.
 template <typename T, int N, int NV, int kMax, int kUnroll, int P = 1>
@@ -112,9 +148,6 @@ constexpr int kMaxGroupTiles = 48;
 // Bytes of source that one group of tiles may touch: it is read again for every output block, from L2.
 constexpr int64_t kGroupBytes = 80 * 1024;
 
-// Source bytes fetched ahead of the tile that is computed: a group, the row below it, and what the border tiles (which
-// come last in a batch of images) will make up for.
-constexpr int64_t kSourceLead = 128 * 1024;
 constexpr int64_t kOutLead = 64 * 1024;
 
 // Fetches an activation ahead of its use. Tiles follow memory order batch by batch, so that a cursor moving over the
@@ -234,12 +267,12 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
   const int64_t source_bytes = job.source_channels * static_cast<int64_t>(sizeof(T));
   int64_t group_tiles = kGroupBytes / (source_bytes * table.tile_pixels);
   if (group_tiles < 1) group_tiles = 1;
-  if (group_tiles > kMaxGroupTiles) group_tiles = kMaxGroupTiles;
+  if (job.planes || group_tiles > kMaxGroupTiles) group_tiles = kMaxGroupTiles;
 
   TileGroup<T> group;
   GroupWalk<T> walk{job, tile_begin, tile_end, group_tiles};
   constexpr int64_t kElement = sizeof(T);
-  Prefetcher<0> read{reinterpret_cast<const char*>(job.source), job.source_image * kElement, kSourceLead};
+  Prefetcher<0> read{reinterpret_cast<const char*>(job.ahead), job.ahead_image * kElement, job.ahead_bytes};
   Prefetcher<1> write{reinterpret_cast<const char*>(job.out), job.out_image * kElement, kOutLead};
   const PixelClass* const classes_end = job.classes + job.n_classes;
   read.start(class_of(job.classes, classes_end, tile_begin), tile_begin,
@@ -282,12 +315,18 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
   if (job.stream) stream_fence();
 }
 
-template <typename T, int N, int NV, int kTile>
+// kRow: pixels of a tile that reads planes.
+template <typename T, int N, int NV, int kTile, int kRow>
 void gather_slices(const GatherJob<T>& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin,
                    int64_t block_end) {
   TileTable<T> table;
-  table.tile_pixels = kTile;
-  table.step = choose_tiles<T, N, NV, kTile>(table.tile, job.block_k);
+  table.tile_pixels = job.planes ? kRow : kTile;
+  table.step = 1;
+  if (job.planes) {
+    fill_row_tiles<T, N, NV, kRow>(table.tile);
+  } else {
+    table.step = choose_tiles<T, N, NV, kTile>(table.tile, job.block_k);
+  }
   run_tiles(job, table, tile_begin, tile_end, block_begin, block_end);
 }
 

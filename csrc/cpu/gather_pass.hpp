@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "plane_gather_pass.hpp"
@@ -17,6 +18,95 @@ bool runs_over_pixels(const Kernels<T>& kernels, const GatherShape& shape, const
          shape.out.pixels() >= kLeastPixels;
 }
 
+// Source bytes fetched ahead of the tile that is computed: a group, the row below it, and what the border tiles (which
+// come last in a batch of images) will make up for.
+constexpr int64_t kSourceLead = 128 * 1024;
+
+// Whether the tiles read planes: of a block with few source channels they would use little of every cache line.
+inline bool reads_planes(const GatherShape& shape, const AxisPlan& rows, const AxisPlan& cols) {
+  constexpr int64_t kMostChannels = 2;
+  return shape.block_k <= kMostChannels && rows.offset.size() * cols.offset.size() > 1;
+}
+
+// Some consecutive classes and their tiles, whose source is made planes together.
+template <typename T>
+struct PlaneBatch {
+  int64_t first_class, classes, tile_begin, tile_end;
+  int64_t image_begin, images, row_begin, rows;  // of the source
+
+  const T* first(const T* source, const ImageShape& shape) const {
+    return source + (image_begin * shape.h + row_begin) * shape.w * shape.channels;
+  }
+};
+
+template <typename T>
+std::vector<PlaneBatch<T>> plane_batches(const GatherPlan& plan, const ImageShape& source, const AxisPlan& rows) {
+  const auto [least, most] = std::minmax_element(rows.offset.begin(), rows.offset.end());
+  std::vector<PlaneBatch<T>> batches;
+  for (size_t i = 0; i < plan.classes.size(); ++i) {
+    const PixelClass& c = plan.classes[i];
+    const int64_t row_begin = std::clamp<int64_t>(c.rows[0] + *least, 0, source.h);
+    const int64_t row_end = std::clamp<int64_t>(c.rows[c.n_rows - 1] + *most + 1, row_begin, source.h);
+    if (i == 0 || c.batch_tile != plan.classes[i - 1].batch_tile) {
+      batches.push_back({static_cast<int64_t>(i), 0, c.first_tile, 0, c.image_begin,
+                         c.pixels / (static_cast<int64_t>(c.n_rows) * c.n_cols), row_begin, row_end - row_begin});
+    }
+    PlaneBatch<T>& batch = batches.back();
+    const int64_t end = std::max(batch.row_begin + batch.rows, row_end);
+    batch.row_begin = std::min(batch.row_begin, row_begin);
+    batch.rows = end - batch.row_begin;
+    batch.classes += 1;
+    batch.tile_end = c.first_tile + c.tiles;
+  }
+  return batches;
+}
+
+// The most source rows of a batch.
+inline int64_t batch_rows(const GatherShape& shape, const AxisPlan& rows, int64_t element) {
+  const auto [least, most] = std::minmax_element(rows.offset.begin(), rows.offset.end());
+  const int64_t image_bytes = shape.source.h * shape.source.w * shape.source.channels * element;
+  if (image_bytes <= kBatchBytes) return kBatchBytes / image_bytes * shape.source.h;
+  const int64_t strips = std::min(ceil_div(image_bytes, kBatchBytes), shape.out.h);
+  return std::min(ceil_div(shape.out.h, strips) + *most - *least, shape.source.h);
+}
+
+// Runs a job whose entries address planes of so many elements, batch by batch.
+template <typename T>
+void run_on_planes(const Kernels<T>& kernels, const GatherJob<T>& job, const GatherPlan& plan, const ImageShape& source,
+                   const AxisPlan& rows, const PaddedAxis& cols, int64_t plane) {
+  const std::vector<PlaneBatch<T>> batches = plane_batches<T>(plan, source, rows);
+  const int64_t count = static_cast<int64_t>(batches.size());
+  const int64_t tasks = std::min(task_count(plan.multiply_adds), count);
+  std::vector<Buffer<T>> memory;
+  for (int64_t i = 0; i < tasks; ++i) memory.emplace_back(plane * source.channels);
+  run_tasks(tasks, [&](int64_t task) {
+    T* const planes = memory[task].get();
+    std::fill(planes, planes + plane * source.channels, T(0));
+    for (int64_t i = count * task / tasks; i < count * (task + 1) / tasks; ++i) {
+      const PlaneBatch<T>& batch = batches[i];
+      const int64_t image_pitch = batch.rows * cols.pitch, line = source.w * source.channels;
+      for (int64_t n = 0; n < batch.images; ++n) {
+        const T* const image = batch.first(job.source, source) + n * source.h * line;
+        for (int64_t r = 0; r < batch.rows; ++r) {
+          kernels.transpose(image + r * line, source.w, source.channels, source.channels,
+                            planes + n * image_pitch + r * cols.pitch + cols.before, plane);
+        }
+      }
+      GatherJob<T> part = job;
+      part.source = planes - batch.image_begin * image_pitch - batch.row_begin * cols.pitch;
+      part.source_image = image_pitch;
+      part.source_row = cols.pitch;
+      part.source_pixel = 1;
+      part.col_base = cols.plan.base.data();
+      part.ahead += i + 1 < count ? batches[i + 1].first(job.source, source) - batch.first(job.source, source) : 0;
+      part.ahead_bytes = 0;
+      part.classes += batch.first_class;
+      part.n_classes = batch.classes;
+      kernels.gather(part, batch.tile_begin, batch.tile_end, 0, job.out_blocks);
+    }
+  });
+}
+
 // out = bias + gathered products. transposed: the vector runs over b_out (forward), else over b_in (input gradient).
 template <typename T>
 void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const BlockLists& lists, const AxisPlan& rows,
@@ -28,11 +118,21 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   }
   const DotShape* dot = choose_dot(kernels.gather_dots, shape.block_out, shape.block_k);
   SliceShape slice = choose_slice(kernels.gather_slices, shape.block_out);
-  if (dot != nullptr) slice = {static_cast<int>(shape.block_out), dot->tile_pixels, 0};
+  if (dot != nullptr) slice = {static_cast<int>(shape.block_out), dot->tile_pixels, 0, 0};
   const PackedWeights<T> weights(kernels, shape, lists.nnz, slice.width, dot != nullptr, transposed, values);
   const std::vector<T> init = sliced_bias(shape, lists.out_blocks, slice.width, bias);
-  const GatherPlan plan =
-      plan_gather(shape, lists, rows, cols, slice.tile_pixels, sizeof(T), weights.block_size * sizeof(T));
+  const bool planes = dot == nullptr && reads_planes(shape, rows, cols);
+  const std::optional<PaddedAxis> padded =
+      planes ? std::optional<PaddedAxis>(PaddedAxis(cols, shape.out.w, shape.source.w)) : std::nullopt;
+  SourceLayout layout{shape.source.w * shape.source.channels, shape.source.channels, 1, kBatchBytes};
+  if (planes) {
+    layout = {padded->pitch, 1, 0, kBatchBytes};
+    const int64_t pixels = batch_rows(shape, rows, sizeof(T)) * padded->pitch + padded->before;
+    layout.channel = plane_size<T>(pixels);
+  }
+  const GatherPlan plan = plan_gather(shape, layout, lists, rows, planes ? padded->plan : cols,
+                                      planes ? slice.row_pixels : slice.tile_pixels, sizeof(T),
+                                      weights.block_size * sizeof(T), slice.width * sizeof(T));
 
   GatherJob<T> job;
   job.source = source;
@@ -40,6 +140,9 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   job.source_pixel = shape.source.channels;
   job.source_row = shape.source.w * job.source_pixel;
   job.source_image = shape.source.h * job.source_row;
+  job.ahead = source;
+  job.ahead_image = job.source_image;
+  job.ahead_bytes = kSourceLead;
   job.out_pixel = shape.out.channels;
   job.out_row = shape.out.w * job.out_pixel;
   job.out_image = shape.out.h * job.out_row;
@@ -57,12 +160,14 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   job.block_out = static_cast<int>(shape.block_out);
   job.slice = slice.width;
   job.slices = static_cast<int>(weights.slices);
-  job.block_k = static_cast<int>(shape.block_k);
+  job.planes = planes;
+  job.block_k = planes ? 1 : static_cast<int>(shape.block_k);
   job.block_k_cut = static_cast<int>(shape.source.channels % shape.block_k);
   job.dot_lanes = dot == nullptr ? 0 : dot->lanes;
 
   job.stream = streams(out, slice.width, shape.out);
 
+  if (planes) return run_on_planes(kernels, job, plan, shape.source, rows, *padded, layout.channel);
   // Tiles are shared out first; output blocks too where there are fewer tiles than threads.
   const int64_t tasks = task_count(plan.multiply_adds);
   const int64_t tile_tasks = std::min(tasks, plan.tiles);

@@ -78,6 +78,25 @@ inline AxisPlan input_grad_axis(int64_t in, int64_t out, int64_t kernel, int64_t
   return plan;
 }
 
+// The same axis over a source with zeros before and behind it: all kernel positions lie inside. For stride 1.
+struct PaddedAxis {
+  AxisPlan plan;
+  int64_t before,
+      pitch;  // zeros before the source; from one line of it to the next, which share the zeros between them
+
+  PaddedAxis(const AxisPlan& axis, int64_t out, int64_t source) {
+    const auto [least, most] = std::minmax_element(axis.offset.begin(), axis.offset.end());
+    before = std::max<int64_t>(0, -*least);
+    pitch = source + std::max(before, std::max<int64_t>(0, out + *most - source));
+    plan.base.resize(out);
+    plan.offset = axis.offset;
+    const std::vector<char> inside(axis.offset.size(), 1);
+    std::vector<int64_t> shift;
+    for (int64_t offset : axis.offset) shift.push_back(offset + before);
+    for (int64_t o = 0; o < out; ++o) plan.add(static_cast<int32_t>(o), o, inside, shift);
+  }
+};
+
 // The active blocks from the output's side: those of output block r are ids[ptr[r]] .. (identity without ids).
 struct BlockLists {
   int64_t out_blocks;
@@ -115,12 +134,13 @@ inline const DotShape* choose_dot(const DotShape* shapes, int64_t block_out, int
   return nullptr;
 }
 
-// An odd number of cache lines: planes a power of two apart would compete for the same lines of the caches.
-template <typename T>
-int64_t plane_size(int64_t positions) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  return (ceil_div(positions, kLine) | 1) * kLine;
-}
+// How the tiles read the source: strides in elements, as NHWC (channel 1) or as planes, whose entries are single
+// channels.
+struct SourceLayout {
+  int64_t row, pixel, channel;
+  int64_t batch_bytes;  // of the source whose classes are computed together: so much stays in L2
+  bool planes() const { return channel != 1; }
+};
 
 // Entry lists of every pixel class, one after the other.
 struct GatherPlan {
@@ -131,22 +151,21 @@ struct GatherPlan {
   int64_t multiply_adds = 0;
 };
 
-// Bytes of the source whose classes are computed together: so much stays in L2.
 constexpr int64_t kBatchBytes = 256 * 1024;
 
 // Cuts images into batches (small images: several to a batch; large ones: strips of rows), and the classes of each
 // batch into tiles, the largest class (the inner pixels) first.
-inline void order_tiles(const GatherShape& shape, int64_t tile_pixels, int64_t element, std::vector<PixelClass>& lists,
-                        GatherPlan& plan) {
+inline void order_tiles(const GatherShape& shape, const SourceLayout& layout, int64_t tile_pixels, int64_t element,
+                        std::vector<PixelClass>& lists, GatherPlan& plan) {
   std::stable_sort(lists.begin(), lists.end(), [](const PixelClass& a, const PixelClass& b) {
     return static_cast<int64_t>(a.n_rows) * a.n_cols > static_cast<int64_t>(b.n_rows) * b.n_cols;
   });
   const int64_t images = shape.out.images, out_rows = shape.out.h;
   const int64_t image_bytes = shape.source.h * shape.source.w * shape.source.channels * element;
   int64_t batches = 1, strips = 1;  // pixels of one class only are taken in memory order anyway
-  if (lists.size() > 1) {
-    batches = ceil_div(images, std::max<int64_t>(1, kBatchBytes / image_bytes));
-    strips = std::min(ceil_div(image_bytes, kBatchBytes), out_rows);
+  if (lists.size() > 1 || layout.planes()) {
+    batches = ceil_div(images, std::max<int64_t>(1, layout.batch_bytes / image_bytes));
+    strips = std::min(ceil_div(image_bytes, layout.batch_bytes), out_rows);
   }
   for (int64_t batch = 0; batch < batches * strips; ++batch) {
     const int64_t image_batch = batch / strips, strip = batch % strips;
@@ -163,6 +182,7 @@ inline void order_tiles(const GatherShape& shape, int64_t tile_pixels, int64_t e
       c.pixels = (image_end - image_begin) * c.n_rows * c.n_cols;
       c.first_tile = plan.tiles;
       c.tiles = ceil_div(c.pixels, tile_pixels);
+      if (layout.planes()) c.tiles = (image_end - image_begin) * c.n_rows * ceil_div(c.n_cols, tile_pixels);
       c.batch_tile = batch_tile;
       const double size = static_cast<double>(image_end - image_begin) / static_cast<double>(strips);
       c.batch_begin = static_cast<double>(image_begin) + size * static_cast<double>(strip);
@@ -174,14 +194,16 @@ inline void order_tiles(const GatherShape& shape, int64_t tile_pixels, int64_t e
   }
 }
 
-inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists, const AxisPlan& rows,
-                              const AxisPlan& cols, int64_t tile_pixels, int64_t element, int64_t weight_block_bytes) {
+// block_bytes, channel_bytes: weights of a block, and of one channel of its reduction.
+inline GatherPlan plan_gather(const GatherShape& shape, const SourceLayout& layout, const BlockLists& lists,
+                              const AxisPlan& rows, const AxisPlan& cols, int64_t tile_pixels, int64_t element,
+                              int64_t block_bytes, int64_t channel_bytes) {
   GatherPlan plan;
   const int64_t n_classes = static_cast<int64_t>(rows.groups.size() * cols.groups.size());
   std::vector<PixelClass> lists_of;
   plan.list_begin.resize(n_classes * (lists.out_blocks + 1));
   plan.list_full.resize(n_classes * lists.out_blocks);
-  const bool cut = shape.source.channels % shape.block_k != 0;
+  const bool cut = !layout.planes() && shape.source.channels % shape.block_k != 0;
   const int64_t last_k_block = ceil_div(shape.source.channels, shape.block_k) - 1;
   const int64_t taps = shape.kernel_w * static_cast<int64_t>(rows.groups[0].inside.size());
   std::vector<int64_t> tap_offset(taps);
@@ -192,7 +214,7 @@ inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists,
       for (int64_t tap = 0; tap < taps; ++tap) {
         const int64_t kh = tap / shape.kernel_w, kw = tap % shape.kernel_w;
         tap_inside[tap] = row.inside[kh] && col.inside[kw];
-        tap_offset[tap] = (row.shift[kh] * shape.source.w + col.shift[kw]) * shape.source.channels * element;
+        tap_offset[tap] = (row.shift[kh] * layout.row + col.shift[kw] * layout.pixel) * element;
       }
       int64_t* const begin = plan.list_begin.data() + at * (lists.out_blocks + 1);
       int64_t* const full = plan.list_full.data() + at * lists.out_blocks;
@@ -207,8 +229,12 @@ inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists,
           if (cut && full[r] < 0 && lists.k_block[id] == last_k_block) {
             full[r] = static_cast<int64_t>(plan.entries.size());
           }
-          plan.entries.push_back(
-              {tap_offset[lists.tap[id]] + lists.k_block[id] * shape.block_k * element, id * weight_block_bytes});
+          const int64_t channel = lists.k_block[id] * shape.block_k;
+          const int64_t parts = layout.planes() ? std::min(shape.block_k, shape.source.channels - channel) : 1;
+          for (int64_t k = 0; k < parts; ++k) {
+            plan.entries.push_back({tap_offset[lists.tap[id]] + (channel + k) * layout.channel * element,
+                                    id * block_bytes + k * channel_bytes});
+          }
         }
         if (full[r] < 0) full[r] = static_cast<int64_t>(plan.entries.size());
       }
@@ -222,11 +248,11 @@ inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists,
       c.list_full = full;
       lists_of.push_back(c);
       plan.multiply_adds += shape.out.images * c.n_rows * c.n_cols * (begin[lists.out_blocks] - class_first) *
-                            shape.block_out * shape.block_k;
+                            shape.block_out * (layout.planes() ? 1 : shape.block_k);
       ++at;
     }
   }
-  order_tiles(shape, tile_pixels, element, lists_of, plan);
+  order_tiles(shape, layout, tile_pixels, element, lists_of, plan);
   return plan;
 }
 

@@ -42,6 +42,9 @@ struct GatherJob {
   T* out;
   int64_t source_image, source_row, source_pixel;  // strides in elements; channels have stride 1
   int64_t out_image, out_row, out_pixel;
+  const T* ahead;       // what is fetched in step with the tiles, from so many bytes behind them on: the source, or ...
+  int64_t ahead_image;  // ... what will become planes next; elements of an image
+  int64_t ahead_bytes;
   const int64_t* row_base;  // [out rows]: source row of shift 0 (may lie outside the image; then no entry uses it)
   const int64_t* col_base;  // [out columns]
   const PixelClass* classes;
@@ -59,6 +62,7 @@ struct GatherJob {
   int block_k;      // channels of a reduction block
   int block_k_cut;  // channels of the last reduction block when the channel count is no multiple, else 0
   int dot_lanes;    // 0: the vector runs over output channels; else over so many channels of the reduction
+  bool planes;      // the source lies in planes: tiles are stretches of rows, entries single channels
   bool stream;      // whole slices of out are whole cache lines, to be stored past the caches
 };
 
@@ -68,6 +72,7 @@ struct SliceShape {
   int width;
   int tile_pixels;
   float cost;
+  int row_pixels;  // per tile where the source lies in planes
 };
 
 // A narrow output block whose kernel runs the vector over the reduction: its channels, lanes and pixels per tile.
@@ -86,11 +91,17 @@ struct PlaneStep {
   int64_t output[kPlaneChannels];
   int outputs;
   int channels;  // of the reduction
+  int kernel_row;
+};
+
+// Where a vector's first pixel lies in the planes of source (not yet shifted by a tap) and of out.
+struct PlaneVector {
+  int64_t source;
+  int64_t out;
 };
 
 // Forward or input gradient at stride 1 with vectors over pixels. Position of pixel (image n of the chunk, row r of the
-// chunk, column c) in the planes of out: n * image_pitch + r * row_pitch + c; in those of source top rows and left
-// columns further.
+// chunk, column c) in a plane: n * image_pitch + r * pitch + c; in those of source top rows and left columns further.
 template <typename T>
 struct PlaneJob {
   const T* source;  // NHWC
@@ -98,7 +109,10 @@ struct PlaneJob {
   int64_t images, source_h, source_w, source_channels, out_h, out_w, out_channels;
   int64_t top, left;  // zeros before an image's first row and column
   int64_t halo_rows;  // source rows that a strip of output rows needs beside its own
-  int64_t row_pitch, image_pitch;
+  int64_t source_pitch, source_image_pitch, out_pitch, out_image_pitch;
+  int64_t row_vectors;        // vectors of an output row; 0: they run on over the ends of rows
+  const int64_t* row_offset;  // [kernel_h]: source row minus output row
+  int64_t kernel_h;
   int64_t source_plane, out_plane;               // elements from one channel to the next
   int64_t chunk_images, chunk_rows, row_chunks;  // a chunk: some whole images, or some rows of one
   const PlaneStep* steps;
@@ -160,6 +174,7 @@ struct WeightGradJob {
   const int32_t *block_row, *block_col, *block_tap;
   const int32_t* order;  // [n_blocks]: block ids in processing order (rows ascending)
   bool direct;           // activations are read where they lie, else packed chunk by chunk
+  int64_t input_plane;   // elements from one channel to the next where the input is packed as planes
   bool vector_over_in;   // registers hold input channels (partial is [id][b_out][b_in]) ...
   int slice;             // ... or output channels (partial is [id][b_in][padded b_out]); channels per vector group
   int slices;            // groups per block
@@ -179,7 +194,8 @@ struct Kernels {
   // Computes tiles [tile_begin, tile_end) of output blocks [block_begin, block_end).
   void (*gather)(const GatherJob<T>& job, int64_t tile_begin, int64_t tile_end, int64_t block_begin, int64_t block_end);
   // Computes chunks [chunk_begin, chunk_end).
-  void (*planes)(const PlaneJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* source_planes, T* out_planes);
+  void (*planes)(const PlaneJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* source_planes, T* out_planes,
+                 PlaneVector* vectors, int64_t* vectors_begin);
   // Computes chunks [chunk_begin, chunk_end). spare holds a pixel of out; pixels and outs hold the vectors and
   // positions of a chunk.
   void (*plane_gather)(const PlaneGatherJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* planes, T* spare,

@@ -9,17 +9,17 @@
 namespace ddst::cpu {
 namespace {
 
-constexpr SliceShape kSlicesFloat[] = {{8, 5, 2.0f}, {4, 8, 1.1f}, {0, 0, 0.0f}};
-constexpr SliceShape kSlicesDouble[] = {{4, 5, 2.0f}, {2, 8, 1.1f}, {0, 0, 0.0f}};
+constexpr SliceShape kSlicesFloat[] = {{8, 5, 2.0f, 5}, {4, 8, 1.1f, 8}, {0, 0, 0.0f, 0}};
+constexpr SliceShape kSlicesDouble[] = {{4, 5, 2.0f, 5}, {2, 8, 1.1f, 8}, {0, 0, 0.0f, 0}};
 constexpr DotShape kNoDots[] = {{0, 0, 0}};
-constexpr SliceShape kPlaneSlices[] = {{4, 8, 1.0f}, {0, 0, 0.0f}};
+constexpr SliceShape kPlaneSlices[] = {{4, 8, 1.0f, 0}, {0, 0, 0.0f, 0}};
 constexpr int kWeightGradFloat[] = {4, 0};
 constexpr int kWeightGradDouble[] = {2, 0};
 
 template <typename T, int N>
 void gather(const GatherJob<T>& job, int64_t t0, int64_t t1, int64_t b0, int64_t b1) {
-  if (job.slice == 2 * N) return gather_slices<T, N, 2, 5>(job, t0, t1, b0, b1);
-  gather_slices<T, N, 1, 8>(job, t0, t1, b0, b1);
+  if (job.slice == 2 * N) return gather_slices<T, N, 2, 5, 5>(job, t0, t1, b0, b1);
+  gather_slices<T, N, 1, 8, 8>(job, t0, t1, b0, b1);
 }
 
 template <typename T, int N>

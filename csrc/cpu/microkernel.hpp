@@ -148,6 +148,10 @@ struct LineStream {
     end = reinterpret_cast<const char*>(first + count);
     lines = calls > 0 ? ((end - address) / 64 + calls - 1) / calls : 0;
   }
+  // Fetches the lines of one call.
+  DDST_INLINE void fetch() {
+    for (int64_t i = 0; i < lines && address < end; ++i, address += 64) __builtin_prefetch(address, 0, 2);
+  }
   // Where a call that fetches one line at each of so many steps begins; fetches here what is too much for them.
   DDST_INLINE const char* take(int64_t steps) {
     if (address >= end) return address;
@@ -190,11 +194,20 @@ DDST_INLINE void multiply_steps(typename Simd<T, N>::V (&acc)[P][NV], const char
   if constexpr (kStep + 1 < kSteps) multiply_steps<T, N, NV, P, kStep + 1, kSteps>(acc, pixel, offset, w);
 }
 
-// V neighbouring vectors.
-template <typename T, int N, int V, int kFirst = 0>
-DDST_INLINE void load_row(typename Simd<T, N>::V (&x)[V], const char* p) {
-  x[kFirst] = Simd<T, N>::template load_at<kFirst * Simd<T, N>::kBytes>(p);
-  if constexpr (kFirst + 1 < V) load_row<T, N, V, kFirst + 1>(x, p);
+// acc[j][v] += scalars[j] * x[v], the scalars being neighbours in memory.
+template <typename T, int N, int NV, int J, int kFirst = 0>
+DDST_INLINE void outer_step(typename Simd<T, N>::V (&acc)[J][NV], const typename Simd<T, N>::V (&x)[NV],
+                            const char* scalars) {
+  using S = Simd<T, N>;
+  constexpr int kDisp = kFirst * static_cast<int>(sizeof(T));
+  if constexpr (NV == 1) {
+    S::template fma_broadcast<kDisp>(acc[kFirst][0], x[0], scalars, 0);
+  } else {
+    const typename S::V y = S::template broadcast_at<kDisp>(scalars, 0);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) S::fma(acc[kFirst][v], y, x[v]);
+  }
+  if constexpr (kFirst + 1 < J) outer_step<T, N, NV, J, kFirst + 1>(acc, x, scalars);
 }
 
 // acc[j][v] += w[j] * x[v].

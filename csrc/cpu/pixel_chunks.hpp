@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels.hpp"
+#include "layout.hpp"
 #include "microkernel.hpp"
 
 namespace ddst::cpu {
@@ -142,6 +143,35 @@ DDST_INLINE ChunkSide<T> chunk_side(bool direct, const PixelRows<T>& rows, int64
   if (direct) return {rows.first(), 0, grouping.width, rows.channels};
   pack_pixels(rows, stride, grouping, block_begin, block_end, scratch);
   return {scratch, block_begin * grouping.groups, padded_pixels(rows.pixels()) * grouping.width, grouping.width};
+}
+
+// The input as planes, one for each channel and `plane` elements apart, with the pixels in the order of build_runs.
+template <typename T>
+void pack_planes(bool direct, const PixelRows<T>& from, int64_t stride, T* planes, int64_t plane) {
+  const int64_t line = from.cols * from.channels;
+  if (!direct && from.images > 1) {
+    for (int64_t r = 0; r < from.rows; ++r) {
+      for (int64_t c = 0; c < from.cols; ++c) {
+        const int64_t position = r * from.cols + phase_position(c, from.cols, stride);
+        transpose(from.first() + r * line + c * from.channels, from.images, from.channels, from.image_rows * line,
+                  planes + position * from.images, plane);
+      }
+    }
+    return;
+  }
+  for (int64_t n = 0; n < from.images; ++n, planes += from.rows * from.cols) {
+    const T* const image = from.first() + n * from.image_rows * line;
+    if (stride == 1) {
+      transpose(image, from.rows * from.cols, from.channels, from.channels, planes, plane);
+      continue;
+    }
+    for (int64_t r = 0; r < from.rows; ++r) {
+      for (int64_t phase = 0; phase < stride && phase < from.cols; ++phase) {
+        transpose(image + r * line + phase * from.channels, ceil_div(from.cols - phase, stride), from.channels,
+                  stride * from.channels, planes + r * from.cols + phase_position(phase, from.cols, stride), plane);
+      }
+    }
+  }
 }
 
 // runs[run_begin[tap] .. run_begin[tap + 1]): the pixels of the chunk whose tap lies inside the image.

@@ -8,22 +8,6 @@
 namespace ddst::cpu {
 namespace {
 
-// acc[j][v] += scalar[pixel][j] * vector[pixel][v], the scalars being neighbours in memory.
-template <typename T, int N, int V, int J, int kFirst = 0>
-DDST_INLINE void outer_step(typename Simd<T, N>::V (&acc)[J][V], const typename Simd<T, N>::V (&x)[V],
-                            const char* scalars) {
-  using S = Simd<T, N>;
-  constexpr int kDisp = kFirst * static_cast<int>(sizeof(T));
-  if constexpr (V == 1) {
-    S::template fma_broadcast<kDisp>(acc[kFirst][0], x[0], scalars, 0);
-  } else {
-    const typename S::V y = S::template broadcast_at<kDisp>(scalars, 0);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) S::fma(acc[kFirst][v], y, x[v]);
-  }
-  if constexpr (kFirst + 1 < J) outer_step<T, N, V, J, kFirst + 1>(acc, x, scalars);
-}
-
 // Form 1, the vector over input channels: V vectors, from as many blocks of one row and tap as it takes, x J
 // neighbouring output channels.
 template <typename T, int N, int V, int J>
@@ -64,11 +48,10 @@ __attribute__((noinline)) void outer_tile(const Run* run, const Run* end, const 
   }
 }
 
-// Form 2, the vector over output channels: J input channels, from as many blocks as it takes.
+// Form 2, the vector over output channels: planes of J input channels, from as many blocks as it takes.
 template <typename T, int N, int J>
 __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end, Operand<T> vectors,
-                                                 const char* const* scalars, int64_t scalar_stride, T* const* grads,
-                                                 const char* next) {
+                                                 const T* const* planes, T* const* grads, const char* next) {
   using S = Simd<T, N>;
   compiler_barrier();
   typename S::V acc[J];
@@ -76,22 +59,23 @@ __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end,
 #pragma GCC unroll 16
   for (int j = 0; j < J; ++j) {
     acc[j] = S::load(grads[j]);
-    scalar[j] = scalars[j];
+    scalar[j] = reinterpret_cast<const char*>(planes[j]);
   }
-  const int64_t step = scalar_stride * static_cast<int64_t>(sizeof(T)), y_step = vectors.pixel_bytes();
+  const int64_t y_step = vectors.pixel_bytes();
   for (; run != end; ++run) {
     const char* y = reinterpret_cast<const char*>(vectors.first) + run->out * y_step;
-    int64_t offset = run->in * step;
+    int64_t offset = run->in * static_cast<int64_t>(sizeof(T));
     for (int64_t i = run->length; i > 0; --i) {
       const typename S::V yv = S::template load_at<0>(y);
 #pragma GCC unroll 16
       for (int j = 0; j < J; ++j) S::template fma_broadcast<0>(acc[j], yv, scalar[j], offset);
       y += y_step;
-      offset += step;
+      offset += sizeof(T);
       __builtin_prefetch(next, 0, 2);
       next += 64;
     }
   }
+  compiler_barrier();  // grads is read again: kept over the loop it would lie in vector registers
 #pragma GCC unroll 16
   for (int j = 0; j < J; ++j) S::store(grads[j], acc[j]);
 }
@@ -100,8 +84,7 @@ template <typename T>
 using OuterFunction = void (*)(const Run*, const Run*, const T* const*, int64_t, Operand<T>, T* const*, int64_t,
                                const char*);
 template <typename T>
-using GatherOuterFunction = void (*)(const Run*, const Run*, Operand<T>, const char* const*, int64_t, T* const*,
-                                     const char*);
+using GatherOuterFunction = void (*)(const Run*, const Run*, Operand<T>, const T* const*, T* const*, const char*);
 
 constexpr int kMaxOuter = 16;
 constexpr int kMaxVectors = 3;
@@ -126,9 +109,6 @@ DDST_INLINE void fill_gather_outer(GatherOuterFunction<T>* table) {
   table[J] = &gather_outer_tile<T, N, J>;
   if constexpr (J < kMax) fill_gather_outer<T, N, kMax, J + 1>(table);
 }
-
-// Lanes of a packed group of single channels (form 2's scalars).
-constexpr int kScalarGroup = 16;
 
 // End of the blocks from `position` on that have its row and tap.
 template <typename T>
@@ -193,7 +173,7 @@ void weight_grad_over_in(const WeightGradJob<T>& job, int64_t chunk_begin, int64
         for (int64_t part = 0, j = 0; part < parts; ++part) {
           const int64_t next = channels * (part + 1) / parts;
           table[vector_count][next - j](begin, end, vectors, in_side.pixel_stride, {scalars.first + j, scalars.stride},
-                                    grads, job.block_in, prefetcher.next(pixels));
+                                        grads, job.block_in, prefetcher.next(pixels));
           for (int v = 0; v < vector_count; ++v) grads[v] += (next - j) * job.block_in;
           j = next;
         }
@@ -211,14 +191,12 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
   fill_gather_outer<T, N, kMaxJ>(table);
   const int64_t row_begin = job.first_row + job.block_row[job.order[block_begin]];
   const int64_t row_end = job.first_row + job.block_row[job.order[block_end - 1]] + 1;
-  const Grouping in{kScalarGroup, kScalarGroup, 1};
   const Grouping out{job.block_out, job.slice, job.slices};
-  const int64_t in_blocks = (g.in_channels + in.block - 1) / in.block;
   const int64_t padded_out = static_cast<int64_t>(job.slices) * job.slice;
   for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
     const ChunkView<T> view = chunk_view(job, chunk);
     const ChunkRows<T> rows = chunk_rows(job, view);
-    const ChunkSide<T> in_side = chunk_side(job.direct, rows.in, g.stride_w, in, 0, in_blocks, input_scratch);
+    pack_planes(job.direct, rows.in, g.stride_w, input_scratch, job.input_plane);
     const ChunkSide<T> out_side = chunk_side(job.direct, rows.out, 1, out, row_begin, row_end, grad_scratch);
     build_runs(job, view, runs, run_begin);
     ChunkPrefetcher prefetcher;
@@ -242,7 +220,7 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
       }
       int64_t channel = 0;
       while (position < group_end) {
-        const char* scalars[kMaxOuter];
+        const T* planes[kMaxOuter];
         T* grads[kMaxOuter];
         int count = 0;
         const int64_t parts = ceil_div(left, kMaxJ);
@@ -256,14 +234,14 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
             ++position;
             continue;
           }
-          scalars[count] = reinterpret_cast<const char*>(in_side.group(c / kScalarGroup).first + c % kScalarGroup);
+          planes[count] = input_scratch + c * job.input_plane;
           grads[count] = partial + (id * job.block_in + channel) * padded_out;
           ++count;
           ++channel;
         }
         for (int slice = 0; slice < job.slices && count > 0; ++slice) {
           const Operand<T> vectors = out_side.group(row * job.slices + slice);
-          table[count](begin, end, vectors, scalars, in_side.pixel_stride, grads, prefetcher.next(pixels));
+          table[count](begin, end, vectors, planes, grads, prefetcher.next(pixels));
           for (int j = 0; j < count; ++j) grads[j] += job.slice;
         }
       }

@@ -77,9 +77,9 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
                (job.vector_over_in ? block_in : job.slice) * static_cast<int64_t>(sizeof(T)) % 64 == 0;
 
   // A chunk's packed activations should stay in L2, and be long enough to pay for loading the accumulators.
-  constexpr int64_t kChunkBytes = 384 * 1024;
+  const int64_t chunk_bytes = (job.vector_over_in ? 384 : 512) * 1024, most_pixels = job.vector_over_in ? 128 : 256;
   const int64_t pixel_bytes = (geometry.in_channels + geometry.out_channels) * static_cast<int64_t>(sizeof(T));
-  const int64_t pixels = std::min<int64_t>(128, std::max<int64_t>(32, kChunkBytes / pixel_bytes));
+  const int64_t pixels = std::clamp<int64_t>(chunk_bytes / pixel_bytes, 32, most_pixels);
   const int64_t image_pixels = geometry.out_h * geometry.out_w;
   if (image_pixels <= pixels) {
     const int64_t groups = ceil_div(geometry.images * image_pixels, pixels);
@@ -96,12 +96,13 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
 
   const int64_t in_rows = std::min(
       geometry.in_h, (job.chunk_rows - 1) * geometry.stride_h + (geometry.kernel_h - 1) * geometry.dilation_h + 1);
-  const int64_t in_lanes = job.vector_over_in ? ceil_div(geometry.in_channels, block_in) * block_in
-                                              : ceil_div(geometry.in_channels, 16) * 16;
+  const int64_t in_pixels = in_rows * geometry.in_w * job.chunk_images;
+  job.input_plane = plane_size<T>(in_pixels);
   const int64_t out_lanes = ceil_div(geometry.out_channels, block_out) *
                             (job.vector_over_in ? block_out : static_cast<int64_t>(job.slices) * job.slice);
   // + 1: the kernel spaces its groups by an odd number of pixels.
-  plan.input_scratch = (in_rows * geometry.in_w * job.chunk_images + 1) * in_lanes;
+  plan.input_scratch = job.vector_over_in ? (in_pixels + 1) * ceil_div(geometry.in_channels, block_in) * block_in
+                                          : job.input_plane * geometry.in_channels;
   plan.grad_scratch = (job.chunk_rows * geometry.out_w * job.chunk_images + 1) * out_lanes;
   plan.runs = plan.taps * job.chunk_rows * (job.direct ? job.chunk_images : 1) + 1;
   return plan;

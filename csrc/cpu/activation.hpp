@@ -93,7 +93,7 @@ class NhwcInput {
       data_ = t.const_data_ptr<T>();
       return;
     }
-    owner_ = torch::stable::contiguous(t);
+    owner_ = as_contiguous(t);
     copy_ = Buffer<T>(s.pixels() * s.channels);
     transpose_images<T>(kernels, s.images, s.channels, s.h * s.w, owner_.const_data_ptr<T>(), copy_.get());
     data_ = copy_.get();

@@ -86,6 +86,17 @@ struct BlockLists {
   const int32_t* ids;
   const int32_t* k_block;  // reduction block of each id
   const int32_t* tap;
+
+  int64_t id(int64_t position) const { return ids == nullptr ? position : ids[position]; }
+
+  // First output block of a share, where shares are about equal in work: a block costs its entries and its start.
+  int64_t first_block(int64_t share, int64_t shares) const {
+    if (share == shares) return out_blocks;
+    const int64_t before = (nnz + out_blocks) * share / shares;
+    int64_t r = 0;
+    while (ptr[r + 1] + r + 1 <= before) ++r;
+    return before - ptr[r] - r <= ptr[r + 1] + r + 1 - before ? r : r + 1;
+  }
 };
 
 struct GatherShape {
@@ -120,8 +131,26 @@ struct GatherPlan {
   std::vector<PixelClass> classes;
   std::vector<Entry> entries;
   std::vector<int64_t> list_begin, list_full;
+  int64_t out_blocks = 0;
   int64_t tiles = 0;
+  int64_t work = 0;  // of all tiles
   int64_t multiply_adds = 0;
+
+  // Of a class's tiles: for every pixel its entries, and the start of every output block.
+  int64_t work_of(const PixelClass& c) const {
+    return c.pixels * (c.list_begin[out_blocks] - c.list_begin[0] + out_blocks);
+  }
+
+  // First tile of a share, where shares are about equal in work.
+  int64_t first_tile(int64_t share, int64_t shares) const {
+    int64_t before = work * share / shares;
+    for (const PixelClass& c : classes) {
+      const int64_t here = work_of(c);
+      if (before < here) return c.first_tile + c.tiles * before / here;
+      before -= here;
+    }
+    return tiles;
+  }
 };
 
 // Bytes of the source whose classes are computed together: so much stays in L2.
@@ -161,19 +190,24 @@ inline void order_tiles(const GatherShape& shape, int64_t tile_pixels, int64_t e
       c.batch_begin = static_cast<double>(image_begin) + size * static_cast<double>(strip);
       c.batch_end = c.batch_begin + size;
       plan.tiles += c.tiles;
+      plan.work += plan.work_of(c);
       plan.classes.push_back(c);
     }
     for (size_t i = first; i < plan.classes.size(); ++i) plan.classes[i].batch_tiles = plan.tiles - batch_tile;
   }
 }
 
+// in_list_order: weights lie in the order of the lists, else in that of their ids.
 inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists, const AxisPlan& rows,
-                              const AxisPlan& cols, int64_t tile_pixels, int64_t element, int64_t weight_block_bytes) {
+                              const AxisPlan& cols, int64_t tile_pixels, int64_t element, int64_t weight_block_bytes,
+                              bool in_list_order) {
   GatherPlan plan;
+  plan.out_blocks = lists.out_blocks;
   const int64_t n_classes = static_cast<int64_t>(rows.groups.size() * cols.groups.size());
   std::vector<PixelClass> lists_of;
   plan.list_begin.resize(n_classes * (lists.out_blocks + 1));
   plan.list_full.resize(n_classes * lists.out_blocks);
+  plan.entries.reserve(n_classes * lists.nnz);
   const bool cut = shape.source.channels % shape.block_k != 0;
   const int64_t last_k_block = ceil_div(shape.source.channels, shape.block_k) - 1;
   const int64_t taps = shape.kernel_w * static_cast<int64_t>(rows.groups[0].inside.size());
@@ -194,14 +228,14 @@ inline GatherPlan plan_gather(const GatherShape& shape, const BlockLists& lists,
         begin[r] = static_cast<int64_t>(plan.entries.size());
         full[r] = -1;
         for (int64_t i = lists.ptr[r]; i < lists.ptr[r + 1]; ++i) {
-          const int64_t id = lists.ids == nullptr ? i : lists.ids[i];
+          const int64_t id = lists.id(i);
           if (!tap_inside[lists.tap[id]]) continue;
           // Both list orders put the last reduction block last, so the cut entries are a tail.
           if (cut && full[r] < 0 && lists.k_block[id] == last_k_block) {
             full[r] = static_cast<int64_t>(plan.entries.size());
           }
-          plan.entries.push_back(
-              {tap_offset[lists.tap[id]] + lists.k_block[id] * shape.block_k * element, id * weight_block_bytes});
+          plan.entries.push_back({tap_offset[lists.tap[id]] + lists.k_block[id] * shape.block_k * element,
+                                  (in_list_order ? i : id) * weight_block_bytes});
         }
         if (full[r] < 0) full[r] = static_cast<int64_t>(plan.entries.size());
       }

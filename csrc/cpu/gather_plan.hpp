@@ -28,7 +28,9 @@ struct AxisPlan {
         return;
       }
     }
-    groups.push_back({{coord}, inside, shift});
+    groups.push_back({{}, inside, shift});
+    groups.back().coords.reserve(base.size());
+    groups.back().coords.push_back(coord);
   }
 };
 

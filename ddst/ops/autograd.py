@@ -18,7 +18,7 @@ _library = torch.library.Library("ddst", "IMPL")
 def register_autograd(
     name: str, backward: Callable[..., tuple[Tensor | None, ...]], setup_context: Callable[..., None]
 ) -> None:
-    """Makes ``ddst::name`` differentiable; ``backward`` and ``setup_context`` are those of torch's ``register_autograd``.
+    """Makes ``ddst::name`` differentiable, with formulas such as torch's ``register_autograd`` takes.
 
     ``setup_context`` gets every argument of the schema, defaults included.
     """
@@ -29,24 +29,22 @@ def register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Tensor:
-            *given, keyset = args
-            output = compute(keyset, tuple(given))
-            # The dispatcher drops trailing arguments that have their default values.
-            setup_context(ctx, (*given, *defaults[len(given) :]), output)
-            return output
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *given, keyset = args
+        output = compute(keyset, tuple(given))
+        # The dispatcher drops trailing arguments that have their default values.
+        setup_context(ctx, (*given, *defaults[len(given) :]), output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            return (*backward(ctx, *grads), None)
+    def gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*backward(ctx, *grads), None)
 
-    Function.__name__ = Function.__qualname__ = f"ddst_{name}"
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function: Any = type(f"ddst_{name}", (torch.autograd.Function,), methods)
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Function.apply(*args, keyset)
+            return function.apply(*args, keyset)
         return compute(keyset, args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)

@@ -39,6 +39,9 @@ inline std::string shape_text(const Ints& sizes) {
 }
 inline std::string shape_text(const Tensor& t) { return shape_text(t.sizes().data(), t.dim()); }
 
+// The tensor itself where it is contiguous: asking is cheaper than a call of the dispatcher.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A block-sparse weight: channels, taps and the grid of blocks. A linear weight has one tap.
@@ -176,7 +179,7 @@ inline Tensor check_bias(const char* op, const std::optional<Tensor>& bias, cons
   if (bias->dim() != 1 || bias->size(0) != grid.out_channels) {
     fail(op, "bias has shape ", shape_text(*bias), ", expected [", grid.out_channels, "]");
   }
-  return torch::stable::contiguous(*bias);
+  return as_contiguous(*bias);
 }
 
 inline WeightGrid grid_of_block(const char* op, const Ints& block, const Ints& weight_shape, int64_t dims) {

@@ -261,6 +261,68 @@ def test_threads_do_not_change_forward_and_dgrad(block: tuple[int, int]) -> None
     assert torch.equal(results[1][2], results[2][2])  # the weight gradient: the same for the same number of threads
 
 
+def passes(
+    threads: int, block: tuple[int, int], shape: list[int], density: float, batch: int, size: int
+) -> list[Tensor]:
+    """Forward, input gradient and weight gradient of a layer with a 3x3 kernel (linear for a shape of two)."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(topology.mask_shape(shape, block), generator=generator) < density
+    mask[0] = True  # one row of blocks is much heavier than the others
+    values, topo = topology.pack(torch.randn(shape, generator=generator), mask, block), topology.build_topology(mask)
+    image = [size, size] if len(shape) == 4 else []
+    x = torch.randn(batch, shape[1], *image, generator=generator)
+    gy = torch.randn(batch, shape[0], *image, generator=generator)
+    window = ([1, 1], [1, 1], [1, 1])
+    torch.set_num_threads(threads)
+    if len(shape) == 2:
+        return [
+            torch.ops.ddst.linear(x, values, None, topo, shape),
+            torch.ops.ddst.linear_input_grad(gy, values, topo, shape),
+            torch.ops.ddst.linear_weight_grad(gy, x, topo, shape, list(block)),
+        ]
+    return [
+        torch.ops.ddst.conv2d(x, values, None, topo, shape, *window, False),
+        torch.ops.ddst.conv2d_input_grad(gy, values, topo, shape, image, *window, False),
+        torch.ops.ddst.conv2d_weight_grad(gy, x, topo, shape, list(block), *window),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "density", "batch", "size"),
+    [
+        ((16, 16), [1024, 512], 0.1, 16, 1),  # threads share out output blocks
+        ((16, 16), [512, 1024], 0.1, 70, 1),  # pixels a power of two apart
+        ((16, 16), [128, 128, 3, 3], 0.3, 7, 9),  # tiles, with weights that each thread packs
+        ((16, 16), [256, 256, 3, 3], 0.3, 6, 16),  # weights that are packed once, by all threads
+        ((16, 8), [96, 96, 3, 3], 0.3, 5, 8),
+        ((8, 12), [90, 100, 3, 3], 0.3, 5, 8),  # packed for the input gradient, too, in the order of columns
+    ],
+)
+def test_every_way_to_share_out_work_gives_the_bits_of_one_thread(
+    block: tuple[int, int], shape: list[int], density: float, batch: int, size: int
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        one, *others = [passes(threads, block, shape, density, batch, size) for threads in (1, 2, 3, 5)]
+    finally:
+        torch.set_num_threads(before)
+    for several in others:
+        assert torch.equal(one[0], several[0])
+        assert torch.equal(one[1], several[1])
+        torch.testing.assert_close(one[2], several[2], rtol=1e-3, atol=1e-3)  # may add in another order
+
+
+@pytest.mark.skipif(torch.ops.ddst.cpu_capability() == "portable", reason="needs registers of a cache line's half")
+def test_a_small_weight_gradient_has_the_bits_of_one_thread() -> None:
+    """Threads share out its blocks: no partial sums, so no other order of addition."""
+    before = torch.get_num_threads()
+    try:
+        results = [passes(threads, (16, 16), [1024, 512], 0.2, 160, 1)[2] for threads in (1, 2, 3)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def weight_grad_digest(threads: int) -> str:
     """A digest of the weight gradient's bits, computed with so many threads."""
     x, _, topo, shape = example()

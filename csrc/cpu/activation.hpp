@@ -36,7 +36,7 @@ class Buffer {
 
 // How many tasks are worth their start, for work of so many multiply-adds: at least one, at most `most`.
 inline int64_t tasks_worth(int64_t multiply_adds, int64_t most) {
-  constexpr int64_t kWorthATask = 200000;
+  constexpr int64_t kWorthATask = 400000;
   return std::clamp<int64_t>(multiply_adds / kWorthATask, 1, std::max<int64_t>(1, most));
 }
 
@@ -100,7 +100,7 @@ class NhwcInput {
       data_ = t.const_data_ptr<T>();
       return;
     }
-    owner_ = torch::stable::contiguous(t);
+    owner_ = as_contiguous(t);
     copy_ = Buffer<T>(s.pixels() * s.channels);
     transpose_images<T>(kernels, s.images, s.channels, s.h * s.w, owner_.const_data_ptr<T>(), copy_.get());
     data_ = copy_.get();

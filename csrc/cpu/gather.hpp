@@ -274,6 +274,7 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
   constexpr int64_t kElement = sizeof(T);
   Prefetcher<0> read{reinterpret_cast<const char*>(job.ahead), job.ahead_image * kElement, job.ahead_bytes};
   Prefetcher<1> write{reinterpret_cast<const char*>(job.out), job.out_image * kElement, kOutLead};
+  const bool whole = block_end - block_begin == job.out_blocks;  // else other threads are at the same pixels
   const PixelClass* const classes_end = job.classes + job.n_classes;
   read.start(class_of(job.classes, classes_end, tile_begin), tile_begin,
              class_of(job.classes, classes_end, tile_end - 1), tile_end);
@@ -282,8 +283,8 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
   while (walk.next(group)) {
     const PixelClass& c = *group.cls;
     const int64_t calls = (block_end - block_begin) * job.slices * group.tiles;
-    read.plan(c, walk.tile, calls);
-    if (!job.stream) write.plan(c, walk.tile, calls);
+    if (whole) read.plan(c, walk.tile, calls);
+    if (whole && !job.stream) write.plan(c, walk.tile, calls);
     for (int64_t block = block_begin; block < block_end; ++block) {
       TileWork<T> work;
       work.begin = job.entries + c.list_begin[block];

@@ -7,35 +7,51 @@
 
 namespace ddst::cpu {
 
-// values as [block][slice][k][slice width], or [block][channel][k] for a dot; lanes past the block are zero. Values in
-// that order already are not copied.
+// The blocks as a kernel streams them: [block][slice][k][slice width], or [block][channel][k] for a dot; lanes past the
+// block are zero.
 template <typename T>
-class PackedWeights {
- public:
-  const int64_t slices, slice_size, block_size;  // sizes in elements
+struct BlockWeights {
+  const Kernels<T>& kernels;
+  const BlockLists& lists;
+  const T* values;
+  int b_out, b_in, width;
+  bool transposed;                         // in packing
+  int64_t slices, slice_size, block_size;  // sizes in elements
+  bool direct;                             // values are in that order already, by id
 
-  PackedWeights(const Kernels<T>& kernels, const GatherShape& shape, int64_t nnz, int64_t width, bool dot,
-                bool transposed, const T* values)
-      : slices(ceil_div(shape.block_out, width)),
-        slice_size(width * shape.block_k),
+  BlockWeights(const Kernels<T>& kernel_set, const GatherShape& shape, const BlockLists& block_lists,
+               int64_t slice_width, bool dot, bool over_out, const T* block_values)
+      : kernels(kernel_set),
+        lists(block_lists),
+        values(block_values),
+        b_out(static_cast<int>(over_out ? shape.block_out : shape.block_k)),
+        b_in(static_cast<int>(over_out ? shape.block_k : shape.block_out)),
+        width(dot ? b_out : static_cast<int>(slice_width)),
+        transposed(over_out || dot),
+        slices(ceil_div(shape.block_out, slice_width)),
+        slice_size(slice_width * shape.block_k),
         block_size(slices * slice_size),
-        data_(values) {
-    if (dot ? transposed || shape.block_out == 1 : !transposed && width == shape.block_out) return;
-    copy_ = Buffer<T>(nnz * block_size);
-    data_ = copy_.get();
-    const int b_out = static_cast<int>(transposed ? shape.block_out : shape.block_k);
-    const int b_in = static_cast<int>(transposed ? shape.block_k : shape.block_out);
-    const int64_t tasks = task_count(nnz * block_size * 4);
-    run_tasks(tasks, [&](int64_t task) {
-      kernels.pack_weights(values, b_out, b_in, dot ? b_out : static_cast<int>(width), transposed || dot,
-                           nnz * task / tasks, nnz * (task + 1) / tasks, copy_.get());
-    });
-  }
-  const T* data() const { return data_; }
+        direct(dot ? over_out || shape.block_out == 1
+                   : (!over_out || shape.block_k == 1) && slice_width == shape.block_out) {}
 
- private:
-  Buffer<T> copy_;
-  const T* data_;
+  // Packs positions [begin, end) of the lists; packed begins with position 0.
+  void pack(int64_t begin, int64_t end, T* packed) const {
+    if (lists.ids == nullptr) return kernels.pack_weights(values, b_out, b_in, width, transposed, begin, end, packed);
+    for (int64_t i = begin; i < end; ++i) {
+      kernels.pack_weights(values + static_cast<int64_t>(lists.ids[i]) * b_out * b_in, b_out, b_in, width, transposed,
+                           0, 1, packed + i * block_size);
+    }
+  }
+
+  // All positions, or nothing where values are direct.
+  Buffer<T> pack_all() const {
+    if (direct) return {};
+    Buffer<T> packed(lists.nnz * block_size);
+    const int64_t tasks = task_count(lists.nnz * block_size * 4);
+    run_tasks(tasks,
+              [&](int64_t task) { pack(lists.nnz * task / tasks, lists.nnz * (task + 1) / tasks, packed.get()); });
+    return packed;
+  }
 };
 
 // The bias, or zeros, as [out block][slice][slice width].

@@ -107,6 +107,48 @@ void run_on_planes(const Kernels<T>& kernels, const GatherJob<T>& job, const Gat
   });
 }
 
+// A pass as tasks: tile_shares x block_shares.
+struct Split {
+  int64_t tile_shares, block_shares;
+  int64_t tasks() const { return tile_shares * block_shares; }
+};
+
+// Cuts a pass where the slowest task has least to do, in units of one entry's multiply-adds for one pixel. A task packs
+// the weights of its blocks for itself where they are packed at all, and fetches the source of its tiles.
+inline Split choose_split(const GatherPlan& plan, const GatherShape& shape, const BlockLists& lists, bool packs,
+                          int64_t tasks) {
+  constexpr double kPackEntry = 10, kReadEntry = 2, kReadLine = 0.3;
+  const double pixels = static_cast<double>(shape.out.pixels());
+  const double read_pixel = kReadLine * static_cast<double>(shape.source.channels) / 16;
+  Split best{1, 1};
+  double best_cost = 1e300;
+  for (int64_t block_shares = 1; block_shares <= std::min(tasks, lists.out_blocks); ++block_shares) {
+    if (tasks % block_shares != 0 && block_shares != lists.out_blocks) continue;
+    const int64_t tile_shares = std::min(tasks / block_shares, plan.tiles);
+    int64_t entries = 0;  // of the largest share of blocks
+    for (int64_t share = 0, begin = 0; share < block_shares; ++share) {
+      const int64_t end = lists.first_block(share + 1, block_shares);
+      entries = std::max<int64_t>(entries, lists.ptr[end] - lists.ptr[begin] + end - begin);
+      begin = end;
+    }
+    const double share_pixels =
+        pixels * static_cast<double>(ceil_div(plan.tiles, tile_shares)) / static_cast<double>(plan.tiles);
+    const double cost =
+        static_cast<double>(entries) * (share_pixels + (packs ? kPackEntry : kReadEntry)) + share_pixels * read_pixel;
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = {tile_shares, block_shares};
+    }
+  }
+  return best;
+}
+
+// Pixels a power of two apart compete for the same lines of an L1 cache of 8 ways, which then holds no tile of more.
+inline int64_t tile_pixels_of(const SliceShape& slice, int64_t pixel_bytes) {
+  constexpr int64_t kWayBytes = 4096, kWays = 8;
+  return pixel_bytes % kWayBytes == 0 ? std::min<int64_t>(slice.tile_pixels, kWays) : slice.tile_pixels;
+}
+
 // out = bias + gathered products. transposed: the vector runs over b_out (forward), else over b_in (input gradient).
 template <typename T>
 void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const BlockLists& lists, const AxisPlan& rows,
@@ -119,7 +161,7 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   const DotShape* dot = choose_dot(kernels.gather_dots, shape.block_out, shape.block_k);
   SliceShape slice = choose_slice(kernels.gather_slices, shape.block_out);
   if (dot != nullptr) slice = {static_cast<int>(shape.block_out), dot->tile_pixels, 0, 0};
-  const PackedWeights<T> weights(kernels, shape, lists.nnz, slice.width, dot != nullptr, transposed, values);
+  const BlockWeights<T> weights(kernels, shape, lists, slice.width, dot != nullptr, transposed, values);
   const std::vector<T> init = sliced_bias(shape, lists.out_blocks, slice.width, bias);
   const bool planes = dot == nullptr && reads_planes(shape, rows, cols);
   const std::optional<PaddedAxis> padded =
@@ -130,9 +172,17 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
     const int64_t pixels = batch_rows(shape, rows, sizeof(T)) * padded->pitch + padded->before;
     layout.channel = plane_size<T>(pixels);
   }
-  const GatherPlan plan = plan_gather(shape, layout, lists, rows, planes ? padded->plan : cols,
-                                      planes ? slice.row_pixels : slice.tile_pixels, sizeof(T),
-                                      weights.block_size * sizeof(T), slice.width * sizeof(T));
+  const int64_t tile_pixels =
+      planes ? slice.row_pixels : tile_pixels_of(slice, shape.source.channels * static_cast<int64_t>(sizeof(T)));
+  const GatherPlan plan = plan_gather(shape, layout, lists, rows, planes ? padded->plan : cols, tile_pixels, sizeof(T),
+                                      weights.block_size * sizeof(T), slice.width * sizeof(T), !weights.direct);
+  const Split split = choose_split(plan, shape, lists, !weights.direct, task_count(plan.multiply_adds));
+  // Small weights are packed by each task for itself: what another core has packed comes slower than it is packed.
+  constexpr int64_t kMostOwnBytes = 512 * 1024;
+  const int64_t packed_size = lists.nnz * weights.block_size;
+  const bool own = !weights.direct && !planes &&
+                   (split.tile_shares == 1 || packed_size * static_cast<int64_t>(sizeof(T)) <= kMostOwnBytes);
+  const Buffer<T> packed = own ? Buffer<T>(split.tile_shares * packed_size) : weights.pack_all();
 
   GatherJob<T> job;
   job.source = source;
@@ -151,7 +201,7 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   job.classes = plan.classes.data();
   job.n_classes = static_cast<int64_t>(plan.classes.size());
   job.entries = plan.entries.data();
-  job.weights = weights.data();
+  job.weights = weights.direct ? values : packed.get();
   job.weights_slice = weights.slice_size;
   job.init = init.data();
   job.out_blocks = lists.out_blocks;
@@ -168,14 +218,20 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   job.stream = streams(out, slice.width, shape.out);
 
   if (planes) return run_on_planes(kernels, job, plan, shape.source, rows, *padded, layout.channel);
-  // Tiles are shared out first; output blocks too where there are fewer tiles than threads.
-  const int64_t tasks = task_count(plan.multiply_adds);
-  const int64_t tile_tasks = std::min(tasks, plan.tiles);
-  const int64_t block_tasks = std::min(std::max<int64_t>(1, tasks / tile_tasks), lists.out_blocks);
-  run_tasks(tile_tasks * block_tasks, [&](int64_t task) {
-    const int64_t t = task / block_tasks, b = task % block_tasks;
-    kernels.gather(job, plan.tiles * t / tile_tasks, plan.tiles * (t + 1) / tile_tasks,
-                   lists.out_blocks * b / block_tasks, lists.out_blocks * (b + 1) / block_tasks);
+  run_tasks(split.tasks(), [&](int64_t task) {
+    const int64_t t = task / split.block_shares, b = task % split.block_shares;
+    const int64_t tile_begin = plan.first_tile(t, split.tile_shares);
+    const int64_t tile_end = plan.first_tile(t + 1, split.tile_shares);
+    const int64_t block_begin = lists.first_block(b, split.block_shares);
+    const int64_t block_end = lists.first_block(b + 1, split.block_shares);
+    if (tile_begin == tile_end || block_begin == block_end) return;
+    GatherJob<T> mine = job;
+    if (own) {
+      T* const copy = packed.get() + t * packed_size;
+      weights.pack(lists.ptr[block_begin], lists.ptr[block_end], copy);
+      mine.weights = copy;
+    }
+    kernels.gather(mine, tile_begin, tile_end, block_begin, block_end);
   });
 }
 

@@ -28,7 +28,9 @@ struct AxisPlan {
         return;
       }
     }
-    groups.push_back({{coord}, inside, shift});
+    groups.push_back({{}, inside, shift});
+    groups.back().coords.reserve(base.size());
+    groups.back().coords.push_back(coord);
   }
 };
 
@@ -105,6 +107,17 @@ struct BlockLists {
   const int32_t* ids;
   const int32_t* k_block;  // reduction block of each id
   const int32_t* tap;
+
+  int64_t id(int64_t position) const { return ids == nullptr ? position : ids[position]; }
+
+  // First output block of a share, where shares are about equal in work: a block costs its entries and its start.
+  int64_t first_block(int64_t share, int64_t shares) const {
+    if (share == shares) return out_blocks;
+    const int64_t before = (nnz + out_blocks) * share / shares;
+    int64_t r = 0;
+    while (ptr[r + 1] + r + 1 <= before) ++r;
+    return before - ptr[r] - r <= ptr[r + 1] + r + 1 - before ? r : r + 1;
+  }
 };
 
 struct GatherShape {
@@ -147,8 +160,26 @@ struct GatherPlan {
   std::vector<PixelClass> classes;
   std::vector<Entry> entries;
   std::vector<int64_t> list_begin, list_full;
+  int64_t out_blocks = 0;
   int64_t tiles = 0;
+  int64_t work = 0;  // of all tiles
   int64_t multiply_adds = 0;
+
+  // Of a class's tiles: for every pixel its entries, and the start of every output block.
+  int64_t work_of(const PixelClass& c) const {
+    return c.pixels * (c.list_begin[out_blocks] - c.list_begin[0] + out_blocks);
+  }
+
+  // First tile of a share, where shares are about equal in work.
+  int64_t first_tile(int64_t share, int64_t shares) const {
+    int64_t before = work * share / shares;
+    for (const PixelClass& c : classes) {
+      const int64_t here = work_of(c);
+      if (before < here) return c.first_tile + c.tiles * before / here;
+      before -= here;
+    }
+    return tiles;
+  }
 };
 
 constexpr int64_t kBatchBytes = 256 * 1024;
@@ -188,21 +219,25 @@ inline void order_tiles(const GatherShape& shape, const SourceLayout& layout, in
       c.batch_begin = static_cast<double>(image_begin) + size * static_cast<double>(strip);
       c.batch_end = c.batch_begin + size;
       plan.tiles += c.tiles;
+      plan.work += plan.work_of(c);
       plan.classes.push_back(c);
     }
     for (size_t i = first; i < plan.classes.size(); ++i) plan.classes[i].batch_tiles = plan.tiles - batch_tile;
   }
 }
 
-// block_bytes, channel_bytes: weights of a block, and of one channel of its reduction.
+// block_bytes, channel_bytes: weights of a block, and of one channel of its reduction. in_list_order: blocks lie in the
+// order of the lists, else in that of their ids.
 inline GatherPlan plan_gather(const GatherShape& shape, const SourceLayout& layout, const BlockLists& lists,
                               const AxisPlan& rows, const AxisPlan& cols, int64_t tile_pixels, int64_t element,
-                              int64_t block_bytes, int64_t channel_bytes) {
+                              int64_t block_bytes, int64_t channel_bytes, bool in_list_order) {
   GatherPlan plan;
+  plan.out_blocks = lists.out_blocks;
   const int64_t n_classes = static_cast<int64_t>(rows.groups.size() * cols.groups.size());
   std::vector<PixelClass> lists_of;
   plan.list_begin.resize(n_classes * (lists.out_blocks + 1));
   plan.list_full.resize(n_classes * lists.out_blocks);
+  plan.entries.reserve(n_classes * lists.nnz);
   const bool cut = !layout.planes() && shape.source.channels % shape.block_k != 0;
   const int64_t last_k_block = ceil_div(shape.source.channels, shape.block_k) - 1;
   const int64_t taps = shape.kernel_w * static_cast<int64_t>(rows.groups[0].inside.size());
@@ -223,7 +258,7 @@ inline GatherPlan plan_gather(const GatherShape& shape, const SourceLayout& layo
         begin[r] = static_cast<int64_t>(plan.entries.size());
         full[r] = -1;
         for (int64_t i = lists.ptr[r]; i < lists.ptr[r + 1]; ++i) {
-          const int64_t id = lists.ids == nullptr ? i : lists.ids[i];
+          const int64_t id = lists.id(i);
           if (!tap_inside[lists.tap[id]]) continue;
           // Both list orders put the last reduction block last, so the cut entries are a tail.
           if (cut && full[r] < 0 && lists.k_block[id] == last_k_block) {
@@ -233,7 +268,7 @@ inline GatherPlan plan_gather(const GatherShape& shape, const SourceLayout& layo
           const int64_t parts = layout.planes() ? std::min(shape.block_k, shape.source.channels - channel) : 1;
           for (int64_t k = 0; k < parts; ++k) {
             plan.entries.push_back({tap_offset[lists.tap[id]] + (channel + k) * layout.channel * element,
-                                    id * block_bytes + k * channel_bytes});
+                                    (in_list_order ? i : id) * block_bytes + k * channel_bytes});
           }
         }
         if (full[r] < 0) full[r] = static_cast<int64_t>(plan.entries.size());

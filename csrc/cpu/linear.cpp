@@ -43,8 +43,8 @@ Tensor product(const Tensor& source, const Tensor& values, const T* bias, const 
   const int64_t sizes[2] = {batch, to};
   Tensor out = torch::stable::empty({sizes, 2}, source.scalar_type(), std::nullopt, source.device());
   if (batch == 0) return out;
-  const Tensor dense_source = torch::stable::contiguous(source);
-  const Tensor packed = torch::stable::contiguous(values);
+  const Tensor dense_source = as_contiguous(source);
+  const Tensor packed = as_contiguous(values);
   const AxisPlan axis = forward_axis(1, 1, 1, 1, 0, 1);
   const GatherShape shape{{batch, from, 1, 1},
                           {batch, to, 1, 1},
@@ -62,8 +62,8 @@ Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Topolog
   const int64_t sizes[3] = {topology.nnz, grid.block_out, grid.block_in};
   Tensor grad = torch::stable::empty({sizes, 3}, input.scalar_type(), std::nullopt, input.device());
   if (topology.nnz == 0) return grad;
-  const Tensor x = torch::stable::contiguous(input);
-  const Tensor gy = torch::stable::contiguous(grad_output);
+  const Tensor x = as_contiguous(input);
+  const Tensor gy = as_contiguous(grad_output);
   WeightGradPlan<T> plan =
       plan_weight_grad(kernels, linear_geometry(grid, input.size(0)), grid.block_out, grid.block_in, topology.nnz,
                        topology.block_row, topology.block_col, topology.block_tap);
@@ -76,8 +76,8 @@ Tensor block_scores(const Tensor& grad_output, const Tensor& input, const Weight
   const Kernels<T>& kernels = kernels_for<T>(active_kernels());
   const int64_t sizes[2] = {grid.rows, grid.cols};
   Tensor scores = torch::stable::empty({sizes, 2}, input.scalar_type(), std::nullopt, input.device());
-  const Tensor x = torch::stable::contiguous(input);
-  const Tensor gy = torch::stable::contiguous(grad_output);
+  const Tensor x = as_contiguous(input);
+  const Tensor gy = as_contiguous(grad_output);
   block_scores_pass<T>(kernels, linear_geometry(grid, input.size(0)), grid, x.const_data_ptr<T>(),
                        gy.const_data_ptr<T>(), scores.mutable_data_ptr<T>());
   return scores;

@@ -38,7 +38,8 @@ void plane_gather_pass(const Kernels<T>& kernels, GatherShape shape, const Block
     }
   }
   const SliceShape slice = choose_slice(kernels.plane_slices, shape.block_out);
-  const PackedWeights<T> weights(kernels, shape, lists.nnz, slice.width, false, transposed, values);
+  const BlockWeights<T> weights(kernels, shape, lists, slice.width, false, transposed, values);
+  const Buffer<T> packed = weights.pack_all();
   const std::vector<T> init = sliced_bias(shape, lists.out_blocks, slice.width, bias);
 
   PlaneGatherJob<T> job{};
@@ -91,7 +92,7 @@ void plane_gather_pass(const Kernels<T>& kernels, GatherShape shape, const Block
         if (!group.inside[kh]) continue;
         const int64_t at = k_block * shape.block_k * job.source_plane + (job.top + rows.offset[kh]) * job.row_pitch +
                            (job.left + cols.offset[kw]) * job.group;
-        entries.push_back({at * kElement, id * weights.block_size * kElement});
+        entries.push_back({at * kElement, (weights.direct ? id : i) * weights.block_size * kElement});
         // Both list orders put the last reduction block last, so the cut entries are a tail.
         full += cut == 0 || k_block != last_k_block;
       }
@@ -103,7 +104,7 @@ void plane_gather_pass(const Kernels<T>& kernels, GatherShape shape, const Block
   job.entries = entries.data();
   job.list_begin = list_begin.data();
   job.list_full = list_full.data();
-  job.weights = weights.data();
+  job.weights = weights.direct ? values : packed.get();
   job.weights_slice = weights.slice_size;
   job.init = init.data();
   job.stream = shape.block_out % slice.width == 0 && streams(out, 64 / kElement, shape.out);

@@ -100,11 +100,14 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
   job.input_plane = plane_size<T>(in_pixels);
   const int64_t out_lanes = ceil_div(geometry.out_channels, block_out) *
                             (job.vector_over_in ? block_out : static_cast<int64_t>(job.slices) * job.slice);
-  // + 1: the kernel spaces its groups by an odd number of pixels.
-  plan.input_scratch = job.vector_over_in ? (in_pixels + 1) * ceil_div(geometry.in_channels, block_in) * block_in
-                                          : job.input_plane * geometry.in_channels;
-  plan.grad_scratch = (job.chunk_rows * geometry.out_w * job.chunk_images + 1) * out_lanes;
   plan.runs = plan.taps * job.chunk_rows * (job.direct ? job.chunk_images : 1) + 1;
+  // + 1: the kernel spaces its groups by an odd number of pixels.
+  if (!job.vector_over_in) {
+    plan.input_scratch = job.input_plane * geometry.in_channels;
+  } else if (!job.direct) {
+    plan.input_scratch = (in_pixels + 1) * ceil_div(geometry.in_channels, block_in) * block_in;
+  }
+  if (!job.direct) plan.grad_scratch = (job.chunk_rows * geometry.out_w * job.chunk_images + 1) * out_lanes;
   return plan;
 }
 
@@ -146,8 +149,21 @@ void finish_block(const WeightGradJob<T>& job, int64_t id, const T* partial, T* 
   if (rows < b_out) std::fill(out + rows * b_in, out + b_out * b_in, T(0));
 }
 
+// How many shares a weight gradient's pixels are summed in. Where each of the tasks can read both activations and not
+// wait for them longer than half the time it computes, tasks share out the blocks alone: one share. Else one a task.
+template <typename T>
+int64_t pixel_shares(const WeightGradPlan<T>& plan, int64_t multiply_adds, int64_t tasks) {
+  if (weight_grad_shares() != 0) return tasks_worth(multiply_adds, weight_grad_shares());
+  constexpr int64_t kCachedBytes = 1024 * 1024, kMultiplyAddsPerByte = 3, kLeastBlocks = 8;
+  const ConvGeometry& g = plan.job.geometry;
+  const int64_t bytes = g.images * static_cast<int64_t>(sizeof(T)) *
+                        (g.in_h * g.in_w * g.in_channels + g.out_h * g.out_w * g.out_channels);
+  const bool waits = bytes > kCachedBytes && multiply_adds / tasks < 2 * kMultiplyAddsPerByte * bytes;
+  return plan.job.direct && !waits && plan.job.n_blocks >= kLeastBlocks * tasks ? 1 : tasks;
+}
+
 // grad [nnz][b_out][b_in]. The pixels are cut into shares with a private sum each, which are added in a fixed order:
-// the result depends on the number of shares (one a thread unless DDST_WEIGHT_GRAD_SHARES fixes it), not on timing.
+// the result depends on the number of shares, not on timing.
 template <typename T>
 void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const T* input, const T* grad_output,
                       T* grad) {
@@ -164,9 +180,7 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
   }
   const int64_t multiply_adds = g.images * g.out_h * g.out_w * job.n_blocks * block_size;
   const int64_t tasks = task_count(multiply_adds);
-  const int64_t fixed_shares = weight_grad_shares();
-  const int64_t chunk_tasks =
-      std::min(fixed_shares == 0 ? tasks : tasks_worth(multiply_adds, fixed_shares), plan.chunks);
+  const int64_t chunk_tasks = std::min(pixel_shares(plan, multiply_adds, tasks), plan.chunks);
   const int64_t block_tasks = std::min(std::max<int64_t>(1, tasks / chunk_tasks), job.n_blocks);
 
   std::vector<WeightGradMemory<T>> memory;
@@ -176,6 +190,14 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
     if (i > 0 || !job.vector_over_in) partials[i] = Buffer<T>(total);
   }
   const auto partial = [&](int64_t i) { return i == 0 && job.vector_over_in ? grad : partials[i].get(); };
+  const auto finish = [&](int64_t id) {
+    T* const sum = partial(0) + id * plan.partial_block;
+    for (int64_t c = 1; c < chunk_tasks; ++c) {
+      const T* const other = partial(c) + id * plan.partial_block;
+      for (int64_t i = 0; i < plan.partial_block; ++i) sum[i] += other[i];
+    }
+    finish_block(job, id, sum, grad + id * block_size);
+  };
   run_tasks(chunk_tasks * block_tasks, [&](int64_t task) {
     const int64_t c = task / block_tasks, b = task % block_tasks;
     const int64_t begin = job.n_blocks * b / block_tasks, end = job.n_blocks * (b + 1) / block_tasks;
@@ -185,16 +207,13 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
       std::fill(block, block + plan.partial_block, T(0));
     }
     memory[task].run(kernels, job, plan.chunks * c / chunk_tasks, plan.chunks * (c + 1) / chunk_tasks, begin, end, sum);
+    for (int64_t i = begin; i < end && chunk_tasks == 1; ++i) finish(plan.order[i]);
   });
+  if (chunk_tasks == 1) return;
   const int64_t finish_tasks = task_count(total * chunk_tasks);
   run_tasks(finish_tasks, [&](int64_t task) {
     for (int64_t id = job.n_blocks * task / finish_tasks; id < job.n_blocks * (task + 1) / finish_tasks; ++id) {
-      T* const sum = partial(0) + id * plan.partial_block;
-      for (int64_t c = 1; c < chunk_tasks; ++c) {
-        const T* const other = partial(c) + id * plan.partial_block;
-        for (int64_t i = 0; i < plan.partial_block; ++i) sum[i] += other[i];
-      }
-      finish_block(job, id, sum, grad + id * block_size);
+      finish(id);
     }
   });
 }

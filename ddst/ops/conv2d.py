@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from . import reference
+from .autograd import register_autograd
 from .precision import in_compute_dtype
 from .scores import values_gradient
 
@@ -22,7 +23,7 @@ def pair(value: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]
     >>> pair(1, "stride", 1)
     (1, 1)
     """
-    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, Sequence)) else ()
     if len(both) != 2 or not all(isinstance(v, int) for v in both):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if min(both) < minimum:
@@ -325,10 +326,6 @@ def _conv2d_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor 
     return grad_grad_output, grad_input, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("ddst::conv2d", _conv2d_backward, setup_context=_conv2d_setup)
-torch.library.register_autograd(
-    "ddst::conv2d_input_grad", _conv2d_input_grad_backward, setup_context=_conv2d_input_grad_setup
-)
-torch.library.register_autograd(
-    "ddst::conv2d_weight_grad", _conv2d_weight_grad_backward, setup_context=_conv2d_weight_grad_setup
-)
+register_autograd("conv2d", _conv2d_backward, _conv2d_setup)
+register_autograd("conv2d_input_grad", _conv2d_input_grad_backward, _conv2d_input_grad_setup)
+register_autograd("conv2d_weight_grad", _conv2d_weight_grad_backward, _conv2d_weight_grad_setup)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from . import reference
+from .autograd import register_autograd
 from .precision import in_compute_dtype
 from .scores import values_gradient
 
@@ -182,10 +183,6 @@ def _linear_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor 
     return grad_grad_output, grad_input, None, None, None, None
 
 
-torch.library.register_autograd("ddst::linear", _linear_backward, setup_context=_linear_setup)
-torch.library.register_autograd(
-    "ddst::linear_input_grad", _linear_input_grad_backward, setup_context=_linear_input_grad_setup
-)
-torch.library.register_autograd(
-    "ddst::linear_weight_grad", _linear_weight_grad_backward, setup_context=_linear_weight_grad_setup
-)
+register_autograd("linear", _linear_backward, _linear_setup)
+register_autograd("linear_input_grad", _linear_input_grad_backward, _linear_input_grad_setup)
+register_autograd("linear_weight_grad", _linear_weight_grad_backward, _linear_weight_grad_setup)

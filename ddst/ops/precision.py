@@ -38,6 +38,8 @@ def in_compute_dtype(
     if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"input must be float32, float64, float16 or bfloat16, got {dtype}")
     wide = compute_dtype(dtype, device)
+    if input.dtype == wide:  # and so are the others
+        return dtype, (input, values, bias)
     return dtype, (input.to(wide), values.to(wide), None if bias is None else bias.to(wide))
 
 

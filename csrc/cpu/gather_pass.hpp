@@ -65,7 +65,7 @@ std::vector<PlaneBatch<T>> plane_batches(const GatherPlan& plan, const ImageShap
 inline int64_t batch_rows(const GatherShape& shape, const AxisPlan& rows, int64_t element) {
   const auto [least, most] = std::minmax_element(rows.offset.begin(), rows.offset.end());
   const int64_t image_bytes = shape.source.h * shape.source.w * shape.source.channels * element;
-  if (image_bytes <= kBatchBytes) return kBatchBytes / image_bytes * shape.source.h;
+  if (image_bytes <= kBatchBytes) return std::min(kBatchBytes / image_bytes, shape.source.images) * shape.source.h;
   const int64_t strips = std::min(ceil_div(image_bytes, kBatchBytes), shape.out.h);
   return std::min(ceil_div(shape.out.h, strips) + *most - *least, shape.source.h);
 }
@@ -166,9 +166,9 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   const bool planes = dot == nullptr && reads_planes(shape, rows, cols);
   const std::optional<PaddedAxis> padded =
       planes ? std::optional<PaddedAxis>(PaddedAxis(cols, shape.out.w, shape.source.w)) : std::nullopt;
-  SourceLayout layout{shape.source.w * shape.source.channels, shape.source.channels, 1, kBatchBytes};
+  SourceLayout layout{shape.source.w * shape.source.channels, shape.source.channels, 1};
   if (planes) {
-    layout = {padded->pitch, 1, 0, kBatchBytes};
+    layout = {padded->pitch, 1, 0};
     const int64_t pixels = batch_rows(shape, rows, sizeof(T)) * padded->pitch + padded->before;
     layout.channel = plane_size<T>(pixels);
   }
@@ -214,8 +214,7 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   job.block_k = planes ? 1 : static_cast<int>(shape.block_k);
   job.block_k_cut = static_cast<int>(shape.source.channels % shape.block_k);
   job.dot_lanes = dot == nullptr ? 0 : dot->lanes;
-
-  job.stream = streams(out, slice.width, shape.out);
+  job.stream = shape.block_out % slice.width == 0 && streams(out, slice.width, shape.out);
 
   if (planes) return run_on_planes(kernels, job, plan, shape.source, rows, *padded, layout.channel);
   run_tasks(split.tasks(), [&](int64_t task) {

@@ -83,8 +83,8 @@ inline AxisPlan input_grad_axis(int64_t in, int64_t out, int64_t kernel, int64_t
 // The same axis over a source with zeros before and behind it: all kernel positions lie inside. For stride 1.
 struct PaddedAxis {
   AxisPlan plan;
-  int64_t before,
-      pitch;  // zeros before the source; from one line of it to the next, which share the zeros between them
+  int64_t before;  // zeros before the source
+  int64_t pitch;   // from one line of it to the next, which share the zeros between them
 
   PaddedAxis(const AxisPlan& axis, int64_t out, int64_t source) {
     const auto [least, most] = std::minmax_element(axis.offset.begin(), axis.offset.end());
@@ -151,7 +151,6 @@ inline const DotShape* choose_dot(const DotShape* shapes, int64_t block_out, int
 // channels.
 struct SourceLayout {
   int64_t row, pixel, channel;
-  int64_t batch_bytes;  // of the source whose classes are computed together: so much stays in L2
   bool planes() const { return channel != 1; }
 };
 
@@ -182,6 +181,7 @@ struct GatherPlan {
   }
 };
 
+// Bytes of the source whose classes are computed together: so much stays in L2.
 constexpr int64_t kBatchBytes = 256 * 1024;
 
 // Cuts images into batches (small images: several to a batch; large ones: strips of rows), and the classes of each
@@ -195,8 +195,8 @@ inline void order_tiles(const GatherShape& shape, const SourceLayout& layout, in
   const int64_t image_bytes = shape.source.h * shape.source.w * shape.source.channels * element;
   int64_t batches = 1, strips = 1;  // pixels of one class only are taken in memory order anyway
   if (lists.size() > 1 || layout.planes()) {
-    batches = ceil_div(images, std::max<int64_t>(1, layout.batch_bytes / image_bytes));
-    strips = std::min(ceil_div(image_bytes, layout.batch_bytes), out_rows);
+    batches = ceil_div(images, std::max<int64_t>(1, kBatchBytes / image_bytes));
+    strips = std::min(ceil_div(image_bytes, kBatchBytes), out_rows);
   }
   for (int64_t batch = 0; batch < batches * strips; ++batch) {
     const int64_t image_batch = batch / strips, strip = batch % strips;

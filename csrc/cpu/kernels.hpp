@@ -18,9 +18,9 @@ struct Entry {
 };
 
 // Output pixels for which exactly the same set of taps lies inside the source image. All pixels of a class share one
-// entry list, so taps outside the image cost nothing and no padding is ever read. A class covers one batch: some
-// images, or a strip of rows of one; the classes of a batch follow each other, so that the border pixels find their
-// neighbours in L2.
+// entry list, so taps outside the image cost nothing and no padding is read (of planes, no row of it). A class covers
+// one batch: some images, or a strip of rows of one; the classes of a batch follow each other, so that the border
+// pixels find their neighbours in L2.
 struct PixelClass {
   int64_t image_begin;
   int64_t first_tile;   // index of the class's first tile among all tiles
@@ -40,7 +40,8 @@ template <typename T>
 struct GatherJob {
   const T* source;
   T* out;
-  int64_t source_image, source_row, source_pixel;  // strides in elements; channels have stride 1
+  int64_t source_image, source_row,
+      source_pixel;  // strides in elements; channels have stride 1 (in planes: see entries)
   int64_t out_image, out_row, out_pixel;
   const T* ahead;       // what is fetched in step with the tiles, from so many bytes behind them on: the source, or ...
   int64_t ahead_image;  // ... what will become planes next; elements of an image
@@ -173,8 +174,8 @@ struct WeightGradJob {
   int64_t first_row;  // added to every block_row (block scores work on one group of block rows at a time)
   const int32_t *block_row, *block_col, *block_tap;
   const int32_t* order;  // [n_blocks]: block ids in processing order (rows ascending)
-  bool direct;           // activations are read where they lie, else packed chunk by chunk
-  int64_t input_plane;   // elements from one channel to the next where the input is packed as planes
+  bool direct;           // activations are read where they lie (but see input_plane), else packed chunk by chunk
+  int64_t input_plane;   // with vectors over output channels the input becomes planes: from one channel to the next
   bool vector_over_in;   // registers hold input channels (partial is [id][b_out][b_in]) ...
   int slice;             // ... or output channels (partial is [id][b_in][padded b_out]); channels per vector group
   int slices;            // groups per block
@@ -187,7 +188,7 @@ template <typename T>
 struct Kernels {
   const SliceShape* gather_slices;  // ends with width 0
   const DotShape* gather_dots;      // in order of preference, ends with channels 0
-  const SliceShape* plane_slices;   // of plane_gather, ends with width 0
+  const SliceShape* plane_slices;   // of plane_gather (width and cost), ends with width 0
   int most_plane_channels;          // widest output block whose vectors run over pixels
   const int* weight_grad_slices;    // descending, ends with 0
   int vector_width;                 // lanes of the widest register

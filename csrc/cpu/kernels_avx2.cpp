@@ -19,7 +19,7 @@ constexpr SliceShape kSlicesFloat[] = {{16, 6, 2.0f, 6}, {8, 12, 1.0f, 12}, {4, 
 constexpr SliceShape kSlicesDouble[] = {{8, 6, 2.0f, 6}, {4, 12, 1.0f, 12}, {0, 0, 0.0f, 0}};
 constexpr DotShape kDotsFloat[] = {{1, 8, 12}, {2, 8, 6}, {4, 8, 3}, {0, 0, 0}};
 constexpr DotShape kDotsDouble[] = {{1, 4, 12}, {2, 4, 6}, {4, 4, 3}, {0, 0, 0}};
-constexpr SliceShape kPlaneSlices[] = {{4, 24, 1.0f, 0}, {0, 0, 0.0f, 0}};
+constexpr SliceShape kPlaneSlices[] = {{4, 0, 1.0f, 0}, {0, 0, 0.0f, 0}};
 constexpr int kWeightGradFloat[] = {8, 0};
 constexpr int kWeightGradDouble[] = {4, 0};
 

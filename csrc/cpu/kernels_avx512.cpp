@@ -23,7 +23,7 @@ constexpr SliceShape kSlicesFloat[] = {
 constexpr SliceShape kSlicesDouble[] = {{16, 12, 3.4f, 12}, {8, 12, 1.8f, 16}, {4, 12, 1.0f, 16}, {0, 0, 0.0f, 0}};
 constexpr DotShape kDotsFloat[] = {{1, 16, 12}, {2, 16, 12}, {4, 16, 6}, {1, 8, 12}, {2, 8, 12}, {4, 8, 6}, {0, 0, 0}};
 constexpr DotShape kDotsDouble[] = {{1, 8, 12}, {2, 8, 12}, {4, 8, 6}, {0, 0, 0}};
-constexpr SliceShape kPlaneSlices[] = {{4, 96, 0.54f, 0}, {8, 48, 1.0f, 0}, {0, 0, 0.0f, 0}};  // pixels in float
+constexpr SliceShape kPlaneSlices[] = {{4, 0, 0.54f, 0}, {8, 0, 1.0f, 0}, {0, 0, 0.0f, 0}};
 constexpr int kWeightGradFloat[] = {16, 8, 0};
 constexpr int kWeightGradDouble[] = {8, 4, 0};
 

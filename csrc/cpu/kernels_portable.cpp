@@ -12,7 +12,7 @@ namespace {
 constexpr SliceShape kSlicesFloat[] = {{8, 5, 2.0f, 5}, {4, 8, 1.1f, 8}, {0, 0, 0.0f, 0}};
 constexpr SliceShape kSlicesDouble[] = {{4, 5, 2.0f, 5}, {2, 8, 1.1f, 8}, {0, 0, 0.0f, 0}};
 constexpr DotShape kNoDots[] = {{0, 0, 0}};
-constexpr SliceShape kPlaneSlices[] = {{4, 8, 1.0f, 0}, {0, 0, 0.0f, 0}};
+constexpr SliceShape kPlaneSlices[] = {{4, 0, 1.0f, 0}, {0, 0, 0.0f, 0}};
 constexpr int kWeightGradFloat[] = {4, 0};
 constexpr int kWeightGradDouble[] = {2, 0};
 

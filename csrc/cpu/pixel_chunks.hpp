@@ -1,6 +1,7 @@
 // Chunks of pixels as the weight-gradient kernel reads them. Included only by kernels_*.cpp.
 //
-// Both activations are packed chunk by chunk: channels in groups, each group [pixel][lanes], with the pixels in the
+// Activations that are not read where they lie are packed chunk by chunk: channels in groups, each group
+// [pixel][lanes], or for vectors over output channels the input as planes, one for each channel; with the pixels in the
 // order (row, column, image). With the images innermost a tap's products form few long contiguous runs even where
 // images are tiny, and a run covers just the pixels whose tap lies inside the image: no padding is multiplied.
 // Input columns are sorted by their remainder modulo the stride, which makes runs contiguous at any stride.

@@ -87,7 +87,7 @@ void plane_gather_pass(const Kernels<T>& kernels, GatherShape shape, const Block
       list_begin.push_back(static_cast<int64_t>(entries.size()));
       int64_t full = 0;
       for (int64_t i = lists.ptr[r]; i < lists.ptr[r + 1]; ++i) {
-        const int64_t id = lists.ids == nullptr ? i : lists.ids[i], k_block = lists.k_block[id];
+        const int64_t id = lists.id(i), k_block = lists.k_block[id];
         const int64_t kh = lists.tap[id] / shape.kernel_w, kw = lists.tap[id] % shape.kernel_w;
         if (!group.inside[kh]) continue;
         const int64_t at = k_block * shape.block_k * job.source_plane + (job.top + rows.offset[kh]) * job.row_pitch +

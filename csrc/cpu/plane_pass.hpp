@@ -1,4 +1,4 @@
-// Plans the gather kernel's third form, whose vectors run over pixels (planes.hpp).
+// Plans the gather kernel's form for output blocks of one to three channels (planes.hpp).
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ PlaneLists<T> plane_lists(const GatherShape& shape, const BlockLists& lists, con
     for (int64_t r = 0; r < lists.out_blocks; ++r) {
       const int64_t channels = std::min(shape.block_out, shape.out.channels - r * shape.block_out);
       for (int64_t i = lists.ptr[r]; i < lists.ptr[r + 1]; ++i) {
-        const int64_t id = lists.ids == nullptr ? i : lists.ids[i];
+        const int64_t id = lists.id(i);
         f(lists.k_block[id] * taps + lists.tap[id], r, id, channels);
       }
     }

@@ -1,4 +1,4 @@
-// The third form of the gather kernel, for output blocks too narrow to fill a register: the vector runs over pixels.
+// The form of the gather kernel for output blocks of one to three channels: the vector runs over pixels.
 // A chunk of pixels is transposed, one plane a channel, with zeros where a tap leaves the image, so that every tap is a
 // shift of the whole plane. All output channels that read one block of source channels through one tap share its loads,
 // whichever blocks they belong to. Included only by kernels_*.cpp.

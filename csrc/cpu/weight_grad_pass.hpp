@@ -72,8 +72,9 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
   });
 
   const int64_t whole_in = job.vector_over_in ? block_in : 1, whole_out = job.vector_over_in ? 1 : job.slice;
-  job.direct = geometry.stride_w == 1 && geometry.in_channels % whole_in == 0 &&
-               geometry.out_channels % whole_out == 0 && block_out % whole_out == 0 &&
+  job.direct = geometry.stride_w == 1 && (job.vector_over_in || geometry.stride_h == 1) &&
+               geometry.in_channels % whole_in == 0 && geometry.out_channels % whole_out == 0 &&
+               block_out % whole_out == 0 &&
                (job.vector_over_in ? block_in : job.slice) * static_cast<int64_t>(sizeof(T)) % 64 == 0;
 
   // A chunk's packed activations should stay in L2, and be long enough to pay for loading the accumulators.

@@ -25,7 +25,10 @@ def pair(value: IntOrPair) -> tuple[int, int]:
 
 
 def make_mask(kind: str, weight_shape: tuple[int, ...], block: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A block mask: 'full', 'none', 'one', 'empty_lines' (an empty row and an empty column), or a density as '0.3'."""
+    """A block mask: 'full', 'none', 'one', 'empty_lines' (an empty row and an empty column), or a density as '0.3'.
+
+    'heavy0.3' is a density, too, with a full first row: much more work than in the others.
+    """
     dims = mask_dims(weight_shape, block)
     if kind in ("full", "none"):
         return torch.full(dims, kind == "full")
@@ -38,7 +41,9 @@ def make_mask(kind: str, weight_shape: tuple[int, ...], block: tuple[int, int], 
         mask[dims[0] // 2], mask[:, dims[1] // 2] = False, False
         mask[0, 0] = True
         return mask
-    return torch.rand(dims, generator=generator) < float(kind)
+    mask = torch.rand(dims, generator=generator) < float(kind.removeprefix("heavy"))
+    mask[:1] |= kind.startswith("heavy")
+    return mask
 
 
 def lay_out(t: Tensor, layout: str) -> Tensor:
@@ -253,17 +258,18 @@ def _named_conv_problems() -> Iterator[ConvProblem]:
     yield replace(base, batch=3, channels=(33, 70), block=(16, 16), size=(11, 13), mask="0.3", grad_layout="expanded")
 
 
-def _random_conv_problems(count: int, seed: int) -> Iterator[ConvProblem]:
+def _random_conv_problems(count: int, seed: int, longest: int = 4, largest: int = 12) -> Iterator[ConvProblem]:
+    """Kernels up to so long, images up to so large."""
     rng = random.Random(seed)
     while count:
         block = rng.choice(BLOCKS)
-        kernel = (rng.randint(1, 4), rng.randint(1, 4))
+        kernel = (rng.randint(1, longest), rng.randint(1, longest))
         dilation = (rng.choice([1, 1, 2]), rng.choice([1, 1, 3]))
         padding: IntOrPair | str = (rng.randint(0, 3), rng.randint(0, 3))
         stride: IntOrPair = (rng.randint(1, 3), rng.randint(1, 3))
         if rng.random() < 0.2:
             padding, stride = "same", 1
-        size = (rng.randint(1, 12), rng.randint(1, 12))
+        size = (rng.randint(1, largest), rng.randint(1, largest))
         if not isinstance(padding, str) and any(
             size[i] + 2 * pair(padding)[i] < dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)
         ):
@@ -314,10 +320,78 @@ def sample_problems() -> list[ConvProblem | LinearProblem]:
     return [*sample_conv_problems(), *sample_linear_problems()]
 
 
+def wide_problems(count: int, seed: int) -> Iterator[ConvProblem | LinearProblem]:
+    """Random problems with blocks of any two sides, more channels and images; about one in five is linear.
+
+    In every layout that `between_guards` can copy.
+    """
+    rng = random.Random(seed)
+    sides = (1, 2, 3, 4, 7, 8, 8, 12, 16, 16, 16, 24, 32, 40, 64)
+    for problem in _random_conv_problems(count, seed, longest=5, largest=16):
+        out, into = block = (rng.choice(sides), rng.choice(sides))
+        channels = (
+            rng.choice([1, into, 3 * into, rng.randint(1, 100)]),
+            rng.choice([1, out, 3 * out, rng.randint(1, 100)]),
+        )
+        mask = rng.choice(["none", "0.1", "0.3", "0.6", "full", "empty_lines", "heavy0.1"])
+        layout, grad_layout = rng.choices(LAYOUTS[:-1], k=2)
+        if rng.random() < 0.2:
+            batch = (rng.choice([0, 1, 5, 64, 150]),)
+            yield LinearProblem(batch, channels, block, mask, layout, grad_layout, problem.bias)
+            continue
+        batches = [0, 1, 2, 5, 17] if problem.size[0] * problem.size[1] < 60 else [1, 3]
+        problem = replace(problem, batch=rng.choice(batches), channels=channels, block=block, mask=mask)
+        problem = replace(problem, layout=layout, grad_layout=grad_layout)
+        if rng.random() < 0.6:  # the windows of most layers
+            side = rng.choice([1, 3])
+            padding, stride = rng.choice([side // 2, side // 2, 3]), rng.choice([1, 1, 2, 3])
+            problem = replace(problem, kernel=(side, side), padding=padding, stride=stride, dilation=1)
+        yield problem
+
+
+def large_problems() -> Iterator[ConvProblem | LinearProblem]:
+    """What small problems do not reach: vectors over pixels (narrow blocks), strips, outputs stored past the caches."""
+
+    def conv(
+        block: tuple[int, int],
+        channels: tuple[int, int],
+        kernel: tuple[int, int],
+        size: tuple[int, int],
+        batch: int,
+        padding: IntOrPair = 1,
+        dilation: IntOrPair = 1,
+    ) -> ConvProblem:
+        return ConvProblem(batch, channels, kernel, size, block, padding=padding, dilation=dilation, mask="0.3")
+
+    problems = [
+        conv((16, 1), (37, 40), (3, 3), (9, 7), 19),  # whole images, the last chunk shorter
+        conv((1, 16), (40, 37), (3, 2), (60, 33), 1, (2, 0), (1, 2)),  # strips of rows
+        conv((16, 1), (37, 40), (3, 3), (64, 48), 2),  # the same; vectors that end with a row
+        conv((24, 2), (21, 50), (3, 2), (13, 15), 5, (2, 1), (1, 2)),  # several images, rows not quite full
+        conv((3, 4), (150, 20), (2, 3), (25, 40), 2, (4, 5), (2, 1)),  # padding beyond the kernel
+        conv((4, 2), (33, 18), (1, 1), (24, 31), 1, 0),  # pixels without images
+        conv((8, 8), (43, 37), (3, 3), (9, 7), 19),  # images side by side, the last group cut
+        conv((5, 12), (29, 31), (2, 3), (8, 8), 21, 1, (2, 1)),
+        conv((7, 6), (20, 23), (3, 1), (40, 21), 3, (2, 3)),
+        conv((4, 8), (200, 72), (3, 3), (33, 32), 2, (3, 0), 2),  # strips of rows
+        conv((12, 8), (24, 40), (1, 1), (16, 9), 4, 0),  # pixels without images
+        conv((8, 16), (40, 64), (3, 3), (128, 132), 1),  # more than 4 MB of output
+        conv((16, 16), (48, 64), (3, 3), (128, 130), 1),  # the same
+        # Images larger than the kernels' batch of source bytes, and some that fill several batches.
+        *(
+            ConvProblem(batch, (sides, sides), (3, 3), (size, size), (16, 8), stride, mask="0.2", bias=False)
+            for batch, sides, size, stride in [(2, 70, 40, 1), (1, 160, 33, 2), (9, 64, 16, 1)]
+        ),
+    ]
+    for i, problem in enumerate(problems):
+        yield replace(problem, layout=LAYOUTS[i % 4], grad_layout=LAYOUTS[i // 4 % 4])
+    yield LinearProblem((700,), (300, 18), (2, 4), "0.3")
+
+
 def between_guards(t: Tensor) -> Tensor:
     """The same tensor in the same layout, in the middle of memory that holds NaN (or, for integers, nonsense)."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    margin = 512
+    margin = 2048
     filler = float("nan") if t.is_floating_point() else -(2**30)
     area = torch.full((span + 2 * margin,), filler, dtype=t.dtype)
     return area.as_strided(t.shape, t.stride(), margin).copy_(t)

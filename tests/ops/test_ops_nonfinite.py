@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.dense import active_entries, inside, pack_blocks, unpack_blocks
 from helpers.problems import Case, ConvProblem, LinearProblem, between_guards, few, sample_problems
-from helpers.sparse import BACKENDS, Problem, forward_and_grads
+from helpers.sparse import BACKENDS, Problem, call, forward_and_grads, op_arguments
 
 # Ragged channels: the lanes beyond the last channel of one pixel are the first channels of the next.
 CONVS = [
@@ -109,6 +109,19 @@ def test_a_poisoned_weight_reaches_its_own_output_channel_only(problem: Problem,
     assert dx.isnan().any()
     assert not (dx.isnan() & ~hit).any()
     assert dvalues.isfinite().all()
+
+
+def test_outside_of_edge_blocks_is_zero_even_next_to_nan() -> None:
+    problem = ConvProblem(channels=(21, 20), size=(5, 5), block=(16, 16), mask="full")
+    case = problem.build(torch.float32)
+    case.x.fill_(float("nan"))
+    case.grad.fill_(float("inf"))
+    arguments = op_arguments(problem, case)
+    assert arguments is not None
+    grad = call("conv2d_weight_grad", arguments["conv2d_weight_grad"])
+    within = inside(case.mask, case.weight_shape, case.block)
+    assert not within.all() and (grad[~within] == 0).all()
+    assert grad[within].isnan().all()
 
 
 @pytest.mark.usefixtures("poison_outputs")

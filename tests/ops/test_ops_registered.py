@@ -73,6 +73,18 @@ def test_no_active_block_gives_bias_and_zeros(problem: ConvProblem) -> None:
 
 
 @pytest.mark.usefixtures("poison_outputs")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_row_without_blocks_gives_exactly_the_bias(bias: bool) -> None:
+    problem = ConvProblem(batch=8, channels=(32, 48), block=(16, 16), size=(12, 12), mask="empty_lines", bias=bias)
+    case = problem.build(torch.float32)
+    arguments = op_arguments(problem, case, channels_last=True)
+    assert arguments is not None and not case.mask[1].any()
+    expected = torch.zeros(48) if case.bias is None else case.bias
+    y = call("conv2d", arguments["conv2d"])[:, 16:32]
+    assert torch.equal(y, expected[16:32, None, None].expand_as(y))
+
+
+@pytest.mark.usefixtures("poison_outputs")
 @pytest.mark.parametrize("block", [(16, 16), (16, 4), (3, 16)])
 @pytest.mark.parametrize(
     "problem",
@@ -187,3 +199,38 @@ def test_wrong_argument_is_named(name: str, index: int, value: Any, named: str) 
     call(name, arguments[name])  # right as it stands
     with pytest.raises((RuntimeError, ValueError, TypeError), match=named):
         call(name, _replaced(arguments[name], index, value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": torch.randn(8, 16, 12, 12)}, r"input has 16 channels .*expected 32"),
+        ({"input": torch.randn(32, 12, 12)}, r"input has shape \[32, 12, 12\], expected 4"),
+        ({"input": torch.randn(8, 32, 12, 12).double()}, "input has dtype Double, expected Float like values"),
+        ({"values": torch.randn(3, 16, 16)}, "values has 3 blocks, expected"),
+        ({"values": torch.randn(3, 16)}, r"values has shape \[3, 16\], expected \[nnz, b_out, b_in\]"),
+        ({"bias": torch.randn(47)}, r"bias has shape \[47\], expected \[48\]"),
+        ({"topology": torch.zeros(8, dtype=torch.int32)}, "topology has 8 numbers, expected"),
+        ({"topology": torch.zeros(7, dtype=torch.int64)}, "topology has dtype Long, expected Int"),
+        ({"weight_shape": [48, 32, 3]}, "weight_shape has 3 numbers, expected 4"),
+        ({"stride": [0, 1]}, r"stride is \[0, 1\], expected two ints of at least 1"),
+        ({"dilation": [9, 9]}, "is smaller than the kernel"),
+        ({"padding": [0, 1_200_000_000]}, "makes an output of .* expected at most 2\\^31 - 1"),
+    ],
+)
+def test_message_says_what_came_and_what_was_expected(change: dict[str, Any], message: str) -> None:
+    case = ConvProblem(batch=8, channels=(32, 48), block=(16, 16), size=(12, 12)).build(torch.float32)
+    arguments: dict[str, Any] = {"input": case.x, "values": case.values, "bias": None, "topology": case.topology}
+    arguments |= {"weight_shape": case.weight_shape, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    torch.ops.ddst.conv2d(**arguments, channels_last=True)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.ddst.conv2d(**(arguments | change), channels_last=True)
+
+
+def test_a_topology_of_another_grid_is_refused() -> None:
+    problem = ConvProblem()
+    arguments = op_arguments(problem, problem.build(torch.float32))
+    assert arguments is not None
+    arguments["conv2d"][3][-1] = 1000  # a block id past the end: the kernels would read outside values
+    with pytest.raises(ValueError, match="topology does not describe"):
+        call("conv2d", arguments["conv2d"])

@@ -377,6 +377,10 @@ def large_problems() -> Iterator[ConvProblem | LinearProblem]:
         conv((12, 8), (24, 40), (1, 1), (16, 9), 4, 0),  # pixels without images
         conv((8, 16), (40, 64), (3, 3), (128, 132), 1),  # more than 4 MB of output
         conv((16, 16), (48, 64), (3, 3), (128, 130), 1),  # the same
+        conv((56, 16), (16, 112), (3, 3), (32, 32), 16),  # the same, of blocks that end inside a cache line
+        # Several images in a chunk of rows that are not all needed.
+        ConvProblem(16, (16, 16), (1, 1), (4, 4), (16, 1), stride=(2, 1), padding=0, mask="0.7"),
+        ConvProblem(16, (16, 16), (3, 3), (4, 4), (16, 4), stride=(2, 1), padding=0, mask="0.7"),
         # Images larger than the kernels' batch of source bytes, and some that fill several batches.
         *(
             ConvProblem(batch, (sides, sides), (3, 3), (size, size), (16, 8), stride, mask="0.2", bias=False)

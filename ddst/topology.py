@@ -4,16 +4,22 @@ A weight ``[C_out, C_in, kH, kW]`` is cut into blocks of ``b_out × b_in`` chann
 ``R = ceil(C_out / b_out)``, ``C = ceil(C_in / b_in)`` and ``T = kH · kW`` there are ``R · C · T`` blocks, and
 
 * ``block_mask`` (bool, ``[R, C, kH, kW]``; a linear weight has the mask ``[R, C]``) says which are active;
-* a block's *id* is its rank among the active ones in row-major order of the mask: output block row, input block, tap;
-* ``values[id, i, j] = W[row · b_out + i, col · b_in + j, kh, kw]``, shape ``[nnz, b_out, b_in]``. The part of an edge
-  block that lies outside the weight is stored too, and is always exactly zero;
-* ``topology`` is one int32 vector, the concatenation of
+* ``values[slot, i, j] = W[row · b_out + i, col · b_in + j, kh, kw]``, shape ``[slots, b_out, b_in]``: an active block
+  lies in one *slot* for as long as it is active, and a slot without a block is *free*: zero, and read by nothing. The
+  part of an edge block that lies outside the weight is stored too, and is always exactly zero;
+* ``slot_blocks`` (int32, ``[slots]``) says which block lies in which slot: its rank ``(row · C + col) · T + tap`` among
+  all blocks, with ``tap = kh · kW + kw``, or -1 for a free slot. A mask alone stands for the *row-major* slots: no free
+  one, and its active blocks by rising rank;
+* ``topology`` is one int32 vector derived from it, which the kernels walk: the concatenation of
 
-      row_ptr [R + 1] | col_ptr [C + 1] | block_row [nnz] | block_col [nnz] | block_tap [nnz] | col_order [nnz]
+      row_ptr [R + 1] | col_ptr [C + 1] | block_row [slots] | block_col [slots] | block_tap [slots]
+      | row_order [slots] | col_order [slots]
 
-  Ids ``row_ptr[r] … row_ptr[r + 1] - 1`` lie in output block row ``r``. ``col_order[col_ptr[c] … col_ptr[c + 1] - 1]``
-  are the ids in input block ``c``, sorted by output row, then tap: the transposed order, which refers to the same
-  values. ``block_tap = kh · kW + kw``.
+  ``row_order[row_ptr[r] … row_ptr[r + 1] - 1]`` are the slots in output block row ``r``, sorted by input block, then
+  tap; ``col_order[col_ptr[c] … col_ptr[c + 1] - 1]`` are those in input block ``c``, sorted by output row, then tap:
+  the transposed order, which refers to the same values. Behind the ``nnz = row_ptr[R] = col_ptr[C]`` active slots both
+  orders name the free ones, for which ``(block_row, block_col, block_tap)`` is ``(R, C, 0)``. The vector's length
+  depends on the number of slots alone, so that it can be rewritten in place.
 
 ``csrc/topology.hpp`` reads the same vector; nothing else knows its layout.
 """
@@ -39,6 +45,7 @@ class Index(NamedTuple):
     block_row: Tensor
     block_col: Tensor
     block_tap: Tensor
+    row_order: Tensor
     col_order: Tensor
 
 
@@ -106,7 +113,7 @@ def mask_sizes(weight_shape: Sequence[int], block: tuple[int, int]) -> Tensor:
 
 
 def build_topology(mask: Tensor) -> Tensor:
-    """The topology vector of a block mask (see the module's docstring), int32, on the mask's device.
+    """The topology vector of a block mask with row-major slots (see the module's docstring), on the mask's device.
 
     Args:
         mask: bool, ``[R, C]`` or ``[R, C, kH, kW]``.
@@ -114,23 +121,77 @@ def build_topology(mask: Tensor) -> Tensor:
     Cost: one sort of ``nnz`` keys. On CUDA one host synchronisation (the number of blocks).
 
     >>> build_topology(torch.tensor([[True, False], [True, True]])).tolist()
-    [0, 1, 3, 0, 2, 3, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 2]
+    [0, 1, 3, 0, 2, 3, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 2, 0, 1, 2]
+    """
+    return topology_of_slots(row_major_slots(mask), mask.shape)
+
+
+def row_major_slots(mask: Tensor) -> Tensor:
+    """``slot_blocks`` of a mask's active blocks by rising rank, without a free slot: int32 ``[nnz]``.
+
+    >>> row_major_slots(torch.tensor([[True, False], [True, True]])).tolist()
+    [0, 2, 3]
     """
     check_mask(mask)
     if mask.is_meta:
         raise ValueError("mask must have entries, got one on the meta device")
-    rows, cols = mask.shape[:2]
-    taps = mask.shape[2:].numel()
-    flat = mask.reshape(-1).nonzero()[:, 0]
-    row = flat // (cols * taps)
-    col = flat // taps % cols
-    tap = flat % taps
-    row_ptr = torch.zeros(rows + 1, dtype=torch.int64, device=mask.device)
-    col_ptr = torch.zeros(cols + 1, dtype=torch.int64, device=mask.device)
-    torch.cumsum(torch.bincount(row, minlength=rows), 0, out=row_ptr[1:])
-    torch.cumsum(torch.bincount(col, minlength=cols), 0, out=col_ptr[1:])
-    order = torch.argsort(col, stable=True)
-    return torch.cat([row_ptr, col_ptr, row, col, tap, order]).to(torch.int32)
+    return mask.reshape(-1).nonzero()[:, 0].to(torch.int32)
+
+
+def mask_of_slots(slot_blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    """The block mask of the shape ``[R, C]`` or ``[R, C, kH, kW]`` whose active blocks have slots.
+
+    >>> mask_of_slots(torch.tensor([3, -1, 0], dtype=torch.int32), (2, 2)).tolist()
+    [[True, False], [False, True]]
+    """
+    # One place more, for the free slots.
+    flat = torch.zeros(math.prod(shape) + 1, dtype=torch.bool, device=slot_blocks.device)
+    flat[slot_blocks.long()] = True
+    return flat[:-1].view(*shape)
+
+
+def topology_of_slots(slot_blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    """The topology vector of slots, int32, on their device. All sizes follow from arguments: nothing waits for a device.
+
+    Args:
+        slot_blocks: int32 ``[slots]``; each block at most once, -1 for a free slot. Not checked.
+        shape: of the block mask.
+
+    Cost: two sorts of ``slots`` keys.
+
+    >>> topology_of_slots(torch.tensor([3, -1, 0], dtype=torch.int32), (2, 2)).tolist()
+    [0, 1, 2, 0, 1, 2, 1, 2, 0, 1, 2, 0, 0, 0, 0, 2, 0, 1, 2, 0, 1]
+    """
+    rows, cols = shape[:2]
+    taps = math.prod(shape[2:])
+    total = rows * cols * taps
+    key = slot_blocks.long()
+    key = torch.where(key < 0, total, key)  # free slots come last in both orders
+    row = key // (cols * taps)
+    free = row == rows
+    col = torch.where(free, cols, key // taps % cols)
+    tap = torch.where(free, 0, key % taps)
+    row_order = torch.argsort(key, stable=True)
+    # Stable: within a column the row-major order stays, which is by output row, then tap.
+    col_order = row_order[torch.argsort(col[row_order], stable=True)]
+    row_ptr = _starts(row[row_order], rows)
+    col_ptr = _starts(col[col_order], cols)
+    return torch.cat([row_ptr, col_ptr, row, col, tap, row_order, col_order]).to(torch.int32)
+
+
+def _starts(sorted_keys: Tensor, count: int) -> Tensor:
+    """``[count + 1]``: position of the first key that is at least 0, 1, … ``count``."""
+    bounds = torch.arange(count + 1, dtype=sorted_keys.dtype, device=sorted_keys.device)
+    return torch.searchsorted(sorted_keys, bounds)
+
+
+def slot_count(topology: Tensor, rows: int, cols: int) -> int:
+    """Number of slots, free ones included, of a topology vector over ``rows`` × ``cols`` blocks.
+
+    >>> slot_count(build_topology(torch.eye(2, dtype=torch.bool)), 2, 2)
+    2
+    """
+    return (topology.shape[0] - rows - cols - 2) // 5
 
 
 def split_topology(topology: Tensor, rows: int, cols: int) -> Index:
@@ -139,8 +200,8 @@ def split_topology(topology: Tensor, rows: int, cols: int) -> Index:
     >>> split_topology(build_topology(torch.eye(2, dtype=torch.bool)), 2, 2).block_col.tolist()
     [0, 1]
     """
-    nnz = (topology.numel() - rows - cols - 2) // 4
-    return Index(*topology.split([rows + 1, cols + 1, nnz, nnz, nnz, nnz]))
+    slots = slot_count(topology, rows, cols)
+    return Index(*topology.split([rows + 1, cols + 1, slots, slots, slots, slots, slots]))
 
 
 def check_mask(mask: Tensor, shape: Sequence[int] | None = None, name: str = "block_mask") -> None:

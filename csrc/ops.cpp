@@ -30,26 +30,26 @@ std::string cpu_capability() { return ddst::cpu::active_kernels().name; }
 STABLE_TORCH_LIBRARY(ddst, m) {
   m.def(
       "conv2d(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, int[] stride, "
-      "int[] padding, int[] dilation, bool channels_last, str backend='auto') -> Tensor");
+      "int[] padding, int[] dilation, bool channels_last, int backend=0) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, "
-      "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool channels_last, str backend='auto') "
+      "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool channels_last, int backend=0) "
       "-> Tensor");
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "
-      "int[] stride, int[] padding, int[] dilation, str backend='auto') -> Tensor");
+      "int[] stride, int[] padding, int[] dilation, int backend=0) -> Tensor");
   m.def(
       "conv2d_block_scores(Tensor grad_output, Tensor input, int[] weight_shape, int[] block, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor");
   m.def(
-      "linear(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, str backend='auto') "
+      "linear(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, int backend=0) "
       "-> Tensor");
   m.def(
-      "linear_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, str backend='auto') "
+      "linear_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, int backend=0) "
       "-> Tensor");
   m.def(
       "linear_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "
-      "str backend='auto') -> Tensor");
+      "int backend=0) -> Tensor");
   m.def("linear_block_scores(Tensor grad_output, Tensor input, int[] weight_shape, int[] block) -> Tensor");
   m.def("build_info() -> str");
   m.def("cpu_capability() -> str");

@@ -80,16 +80,17 @@ struct WeightGrid {
 // Pointers into the topology tensor. Holds the tensor, which keeps them alive.
 struct Topology {
   Tensor owner;
-  int64_t nnz;
-  const int32_t *row_ptr, *col_ptr, *block_row, *block_col, *block_tap, *col_order;
+  int64_t slots, nnz;
+  const int32_t *row_ptr, *col_ptr, *block_row, *block_col, *block_tap, *row_order, *col_order;
 };
 
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   if (!t.is_cpu()) fail(op, name, " is not on the CPU");
 }
 
-inline void check_backend(const char* op, const std::string& backend) {
-  if (backend != "auto" && backend != "cpu") fail(op, "backend is ", backend, ", expected auto or cpu for CPU tensors");
+// The codes stand in ddst/backends.py: 0 is auto, 1 is cpu.
+inline void check_backend(const char* op, int64_t backend) {
+  if (backend != 0 && backend != 1) fail(op, "backend is ", backend, ", expected 0 (auto) or 1 (cpu) for CPU tensors");
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType expected, const char* like) {
@@ -105,6 +106,44 @@ inline void check_floating(const char* op, const char* name, const Tensor& t) {
   }
 }
 
+// Whether every index lies inside the grid, the orders are those of ddst/topology.py and name each slot once. The kernels
+// count on the orders, too: cut blocks come last.
+inline bool describes_blocks(const Topology& t, const WeightGrid& grid) {
+  const int64_t slots = t.slots, nnz = t.nnz;
+  if (nnz < 0 || nnz > slots || t.col_ptr[grid.cols] != nnz || t.row_ptr[0] != 0 || t.col_ptr[0] != 0) return false;
+  const auto is_slot = [&](int32_t slot) { return slot >= 0 && slot < slots; };
+  for (int64_t r = 0; r < grid.rows; ++r) {
+    if (t.row_ptr[r + 1] < t.row_ptr[r] || t.row_ptr[r + 1] > nnz) return false;
+    int64_t last = -1;
+    for (int64_t i = t.row_ptr[r]; i < t.row_ptr[r + 1]; ++i) {
+      const int32_t slot = t.row_order[i];
+      if (!is_slot(slot) || t.block_row[slot] != r) return false;
+      const int64_t col = t.block_col[slot], tap = t.block_tap[slot], key = col * grid.taps + tap;
+      if (col < 0 || col >= grid.cols || tap < 0 || tap >= grid.taps || key <= last) return false;
+      last = key;
+    }
+  }
+  for (int64_t c = 0; c < grid.cols; ++c) {
+    if (t.col_ptr[c + 1] < t.col_ptr[c] || t.col_ptr[c + 1] > nnz) return false;
+    int64_t last = -1;
+    for (int64_t i = t.col_ptr[c]; i < t.col_ptr[c + 1]; ++i) {
+      const int32_t slot = t.col_order[i];
+      // Rows are checked above: a slot with a row of the grid has a tap of it, and there are nnz of them.
+      if (!is_slot(slot) || t.block_col[slot] != c || t.block_row[slot] < 0 || t.block_row[slot] >= grid.rows) return false;
+      const int64_t key = t.block_row[slot] * grid.taps + t.block_tap[slot];
+      if (key <= last) return false;
+      last = key;
+    }
+  }
+  int32_t last = -1;
+  for (int64_t i = nnz; i < slots; ++i) {  // free slots: each once, as they rise
+    const int32_t slot = t.row_order[i];
+    if (!is_slot(slot) || slot <= last || t.block_row[slot] != grid.rows || t.col_order[i] != slot) return false;
+    last = slot;
+  }
+  return true;
+}
+
 // Reads the topology and checks that every index in it lies inside the grid: the kernels trust it from here on.
 inline Topology read_topology(const char* op, const Tensor& topology, const WeightGrid& grid) {
   check_cpu(op, "topology", topology);
@@ -115,58 +154,37 @@ inline Topology read_topology(const char* op, const Tensor& topology, const Weig
     fail(op, "topology has shape ", shape_text(topology), ", expected one contiguous dimension");
   }
   const int64_t index_count = topology.numel() - grid.rows - grid.cols - 2;
-  if (index_count < 0 || index_count % 4 != 0) {
+  if (index_count < 0 || index_count % 5 != 0) {
     fail(op, "topology has ", topology.numel(), " numbers, expected ", grid.rows, " + 1 + ", grid.cols,
-         " + 1 + 4 * nnz for ", grid.rows, " block rows and ", grid.cols, " block columns");
+         " + 1 + 5 * slots for ", grid.rows, " block rows and ", grid.cols, " block columns");
   }
-  Topology view{topology, index_count / 4, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Topology view{topology, index_count / 5, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   view.row_ptr = topology.const_data_ptr<int32_t>();
   view.col_ptr = view.row_ptr + grid.rows + 1;
   view.block_row = view.col_ptr + grid.cols + 1;
-  view.block_col = view.block_row + view.nnz;
-  view.block_tap = view.block_col + view.nnz;
-  view.col_order = view.block_tap + view.nnz;
-
-  const int64_t nnz = view.nnz;
-  bool valid =
-      view.row_ptr[0] == 0 && view.row_ptr[grid.rows] == nnz && view.col_ptr[0] == 0 && view.col_ptr[grid.cols] == nnz;
-  for (int64_t r = 0; valid && r < grid.rows; ++r) {
-    valid = view.row_ptr[r] <= view.row_ptr[r + 1] && view.row_ptr[r + 1] <= nnz;
-    int64_t last = -1;  // the kernels count on the order, too: cut blocks come last
-    for (int64_t id = view.row_ptr[r]; valid && id < view.row_ptr[r + 1]; ++id) {
-      const int64_t key = view.block_col[id] * grid.taps + view.block_tap[id];
-      valid = view.block_row[id] == r && view.block_col[id] >= 0 && view.block_col[id] < grid.cols &&
-              view.block_tap[id] >= 0 && view.block_tap[id] < grid.taps && key > last;
-      last = key;
-    }
-  }
-  for (int64_t c = 0; valid && c < grid.cols; ++c) {
-    valid = view.col_ptr[c] <= view.col_ptr[c + 1] && view.col_ptr[c + 1] <= nnz;
-    int32_t last = -1;  // ids rise with output row, so this is the order by row, then tap
-    for (int64_t i = view.col_ptr[c]; valid && i < view.col_ptr[c + 1]; ++i) {
-      const int32_t id = view.col_order[i];
-      valid = id > last && id < nnz && view.block_col[id] == c;
-      last = id;
-    }
-  }
-  if (!valid) {
-    fail(op, "topology does not describe ", nnz, " blocks of a grid of ", grid.rows, " x ", grid.cols, " x ", grid.taps,
-         "; build it with ddst.topology.build_topology");
+  view.block_col = view.block_row + view.slots;
+  view.block_tap = view.block_col + view.slots;
+  view.row_order = view.block_tap + view.slots;
+  view.col_order = view.row_order + view.slots;
+  view.nnz = view.row_ptr[grid.rows];
+  if (!describes_blocks(view, grid)) {
+    fail(op, "topology does not describe ", view.slots, " slots of a grid of ", grid.rows, " x ", grid.cols, " x ",
+         grid.taps, " blocks; build it with ddst.topology");
   }
   return view;
 }
 
-// Checks values [nnz, b_out, b_in] and returns the grid that it and weight_shape describe.
+// Checks values [slots, b_out, b_in] and returns the grid that it and weight_shape describe.
 inline WeightGrid grid_of_values(const char* op, const Tensor& values, const Ints& weight_shape, int64_t dims) {
   check_cpu(op, "values", values);
   check_floating(op, "values", values);
-  if (values.dim() != 3) fail(op, "values has shape ", shape_text(values), ", expected [nnz, b_out, b_in]");
+  if (values.dim() != 3) fail(op, "values has shape ", shape_text(values), ", expected [slots, b_out, b_in]");
   return WeightGrid(op, weight_shape, dims, values.size(1), values.size(2));
 }
 
-inline void check_nnz(const char* op, const Tensor& values, const Topology& topology) {
-  if (values.size(0) != topology.nnz) {
-    fail(op, "values has ", values.size(0), " blocks, expected ", topology.nnz, " as in topology");
+inline void check_slots(const char* op, const Tensor& values, const Topology& topology) {
+  if (values.size(0) != topology.slots) {
+    fail(op, "values has ", values.size(0), " slots, expected ", topology.slots, " as in topology");
   }
 }
 

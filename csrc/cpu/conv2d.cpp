@@ -113,7 +113,7 @@ Tensor forward(const Tensor& input, const Tensor& values, const T* bias, const T
   const AxisPlan rows = forward_axis(g.out_h, g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h);
   const AxisPlan cols = forward_axis(g.out_w, g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w);
   const GatherShape shape{input_shape(g), output_shape(g), g.kernel_w, grid.block_out, grid.block_in};
-  const BlockLists lists{grid.rows, topology.nnz, topology.row_ptr, nullptr, topology.block_col, topology.block_tap};
+  const BlockLists lists{grid.rows, topology.nnz, topology.row_ptr, topology.row_order, topology.block_col, topology.block_tap};
   gather_pass<T>(kernels, shape, lists, rows, cols, true, packed.const_data_ptr<T>(), bias, source.data(), out.data());
   return out.finish(kernels);
 }
@@ -141,14 +141,18 @@ template <typename T>
 Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Topology& topology, const WeightGrid& grid,
                    const ConvGeometry& geometry) {
   const Kernels<T>& kernels = kernels_for<T>(active_kernels());
-  const int64_t sizes[3] = {topology.nnz, grid.block_out, grid.block_in};
+  const int64_t sizes[3] = {topology.slots, grid.block_out, grid.block_in};
   Tensor grad = torch::stable::empty({sizes, 3}, input.scalar_type(), std::nullopt, input.device());
-  if (topology.nnz == 0) return grad;
   const NhwcInput<T> x(input, input_shape(geometry), kernels);
   const NhwcInput<T> gy(grad_output, output_shape(geometry), kernels);
-  WeightGradPlan<T> plan = plan_weight_grad(kernels, flattened(geometry), grid.block_out, grid.block_in, topology.nnz,
-                                            topology.block_row, topology.block_col, topology.block_tap);
-  weight_grad_pass<T>(kernels, plan, x.data(), gy.data(), grad.mutable_data_ptr<T>());
+  WeightGradPlan<T> plan = plan_weight_grad(kernels, flattened(geometry), grid.block_out, grid.block_in, topology.slots, topology.nnz, topology.row_order, topology.block_row, topology.block_col, topology.block_tap);
+  T* const out = grad.mutable_data_ptr<T>();
+  const int64_t block_size = grid.block_out * grid.block_in;
+  for (int64_t i = topology.nnz; i < topology.slots; ++i) {
+    std::fill_n(out + topology.row_order[i] * block_size, block_size, T(0));
+  }
+  if (topology.nnz == 0) return grad;
+  weight_grad_pass<T>(kernels, plan, x.data(), gy.data(), out);
   return grad;
 }
 
@@ -166,7 +170,7 @@ Tensor block_scores(const Tensor& grad_output, const Tensor& input, const Weight
 
 Tensor conv2d(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& topology,
               const Ints& weight_shape, const Ints& stride, const Ints& padding, const Ints& dilation,
-              bool channels_last, const std::string& backend) {
+              bool channels_last, int64_t backend) {
   const char* op = "conv2d";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 4);
@@ -175,7 +179,7 @@ Tensor conv2d(const Tensor& input, const Tensor& values, const std::optional<Ten
   check_dtype(op, "input", input, values.scalar_type(), "values");
   Tensor bias_copy = check_bias(op, bias, values, grid);
   const Topology topo = read_topology(op, topology, grid);
-  check_nnz(op, values, topo);
+  check_slots(op, values, topo);
   const ConvGeometry g = make_geometry(op, grid, window, input.size(0), input.size(2), input.size(3));
   if (values.scalar_type() == ScalarType::Float) {
     return forward<float>(input, values, bias ? bias_copy.const_data_ptr<float>() : nullptr, topo, grid, g,
@@ -187,7 +191,7 @@ Tensor conv2d(const Tensor& input, const Tensor& values, const std::optional<Ten
 
 Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& values, const Tensor& topology,
                          const Ints& weight_shape, const Ints& input_size, const Ints& stride, const Ints& padding,
-                         const Ints& dilation, bool channels_last, const std::string& backend) {
+                         const Ints& dilation, bool channels_last, int64_t backend) {
   const char* op = "conv2d_input_grad";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 4);
@@ -196,7 +200,7 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& values, const 
   check_activation(op, "grad_output", grad_output, "C_out", grid.out_channels);
   check_dtype(op, "grad_output", grad_output, values.scalar_type(), "values");
   const Topology topo = read_topology(op, topology, grid);
-  check_nnz(op, values, topo);
+  check_slots(op, values, topo);
   const ConvGeometry g = make_geometry(op, grid, window, grad_output.size(0), input_size[0], input_size[1]);
   check_grad_output(op, grad_output, g);
   if (values.scalar_type() == ScalarType::Float) {
@@ -218,7 +222,7 @@ ConvGeometry check_gradient_operands(const char* op, const Tensor& grad_output, 
 
 Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& topology,
                           const Ints& weight_shape, const Ints& block, const Ints& stride, const Ints& padding,
-                          const Ints& dilation, const std::string& backend) {
+                          const Ints& dilation, int64_t backend) {
   const char* op = "conv2d_weight_grad";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_block(op, block, weight_shape, 4);

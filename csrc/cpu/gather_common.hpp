@@ -17,7 +17,7 @@ struct BlockWeights {
   int b_out, b_in, width;
   bool transposed;                         // in packing
   int64_t slices, slice_size, block_size;  // sizes in elements
-  bool direct;                             // values are in that order already, by id
+  bool direct;                             // values are in that order already, in their slots
 
   BlockWeights(const Kernels<T>& kernel_set, const GatherShape& shape, const BlockLists& block_lists,
                int64_t slice_width, bool dot, bool over_out, const T* block_values)
@@ -36,10 +36,9 @@ struct BlockWeights {
 
   // Packs positions [begin, end) of the lists; packed begins with position 0.
   void pack(int64_t begin, int64_t end, T* packed) const {
-    if (lists.ids == nullptr) return kernels.pack_weights(values, b_out, b_in, width, transposed, begin, end, packed);
     for (int64_t i = begin; i < end; ++i) {
-      kernels.pack_weights(values + static_cast<int64_t>(lists.ids[i]) * b_out * b_in, b_out, b_in, width, transposed,
-                           0, 1, packed + i * block_size);
+      kernels.pack_weights(values + lists.id(i) * b_out * b_in, b_out, b_in, width, transposed,
+                           packed + i * block_size);
     }
   }
 

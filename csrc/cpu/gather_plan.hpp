@@ -99,16 +99,16 @@ struct PaddedAxis {
   }
 };
 
-// The active blocks from the output's side: those of output block r are ids[ptr[r]] .. (identity without ids).
+// The active blocks from the output's side: those of output block r lie in the slots ids[ptr[r]] ..
 struct BlockLists {
   int64_t out_blocks;
   int64_t nnz;
   const int32_t* ptr;
   const int32_t* ids;
-  const int32_t* k_block;  // reduction block of each id
+  const int32_t* k_block;  // reduction block of each slot
   const int32_t* tap;
 
-  int64_t id(int64_t position) const { return ids == nullptr ? position : ids[position]; }
+  int64_t id(int64_t position) const { return ids[position]; }
 
   // First output block of a share, where shares are about equal in work: a block costs its entries and its start.
   int64_t first_block(int64_t share, int64_t shares) const {
@@ -227,7 +227,7 @@ inline void order_tiles(const GatherShape& shape, const SourceLayout& layout, in
 }
 
 // block_bytes, channel_bytes: weights of a block, and of one channel of its reduction. in_list_order: blocks lie in the
-// order of the lists, else in that of their ids.
+// order of the lists, else in their slots.
 inline GatherPlan plan_gather(const GatherShape& shape, const SourceLayout& layout, const BlockLists& lists,
                               const AxisPlan& rows, const AxisPlan& cols, int64_t tile_pixels, int64_t element,
                               int64_t block_bytes, int64_t channel_bytes, bool in_list_order) {

@@ -173,7 +173,7 @@ struct WeightGradJob {
   int64_t n_blocks;
   int64_t first_row;  // added to every block_row (block scores work on one group of block rows at a time)
   const int32_t *block_row, *block_col, *block_tap;
-  const int32_t* order;  // [n_blocks]: block ids in processing order (rows ascending)
+  const int32_t* order;  // [n_blocks]: slots in processing order (rows ascending)
   bool direct;           // activations are read where they lie (but see input_plane), else packed chunk by chunk
   int64_t input_plane;   // with vectors over output channels the input becomes planes: from one channel to the next
   bool vector_over_in;   // registers hold input channels (partial is [id][b_out][b_in]) ...
@@ -201,9 +201,8 @@ struct Kernels {
   // positions of a chunk.
   void (*plane_gather)(const PlaneGatherJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* planes, T* spare,
                        const char** pixels, T** outs);
-  // packed[id][slice][k][width] for ids [begin, end): transposed (vector over b_out) or straight (vector over b_in).
-  void (*pack_weights)(const T* values, int block_out, int block_in, int slice, bool transposed, int64_t begin,
-                       int64_t end, T* packed);
+  // One block as packed[slice][k][width]: transposed (vector over b_out) or straight (vector over b_in).
+  void (*pack_weights)(const T* block, int block_out, int block_in, int width, bool transposed, T* packed);
   // dst[c * dst_stride + r] = src[r * src_stride + c].
   void (*transpose)(const T* src, int64_t rows, int64_t cols, int64_t src_stride, T* dst, int64_t dst_stride);
   // Adds the pixels of chunks [chunk_begin, chunk_end) to the partial gradients of order[block_begin .. block_end).

@@ -128,25 +128,21 @@ void transpose(const T* src, int64_t rows, int64_t cols, int64_t src_stride, T* 
   }
 }
 
-// packed[id][slice][k][width]; lanes past the block are zero, so that they can be multiplied without harm.
+// One block as packed[slice][k][width]; lanes past the block are zero, so that they can be multiplied without harm.
 template <typename T>
-void pack_weights(const T* values, int block_out, int block_in, int width, bool transposed, int64_t begin, int64_t end,
-                  T* packed) {
+void pack_weights(const T* block, int block_out, int block_in, int width, bool transposed, T* packed) {
   const int vector_size = transposed ? block_out : block_in;
   const int k_size = transposed ? block_in : block_out;
   const int slices = (vector_size + width - 1) / width;
-  for (int64_t id = begin; id < end; ++id) {
-    const T* block = values + id * block_out * block_in;
-    for (int slice = 0; slice < slices; ++slice) {
-      T* out = packed + (id * slices + slice) * k_size * width;
-      const int first = slice * width;
-      const int lanes = vector_size - first < width ? vector_size - first : width;
-      if (lanes < width) std::memset(out, 0, sizeof(T) * k_size * width);
-      if (transposed) {
-        transpose(block + static_cast<int64_t>(first) * block_in, lanes, k_size, block_in, out, width);
-      } else {
-        for (int k = 0; k < k_size; ++k) std::memcpy(out + k * width, block + k * block_in + first, sizeof(T) * lanes);
-      }
+  for (int slice = 0; slice < slices; ++slice) {
+    T* out = packed + static_cast<int64_t>(slice) * k_size * width;
+    const int first = slice * width;
+    const int lanes = vector_size - first < width ? vector_size - first : width;
+    if (lanes < width) std::memset(out, 0, sizeof(T) * k_size * width);
+    if (transposed) {
+      transpose(block + static_cast<int64_t>(first) * block_in, lanes, k_size, block_in, out, width);
+    } else {
+      for (int k = 0; k < k_size; ++k) std::memcpy(out + k * width, block + k * block_in + first, sizeof(T) * lanes);
     }
   }
 }

@@ -59,15 +59,19 @@ Tensor product(const Tensor& source, const Tensor& values, const T* bias, const 
 template <typename T>
 Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Topology& topology, const WeightGrid& grid) {
   const Kernels<T>& kernels = kernels_for<T>(active_kernels());
-  const int64_t sizes[3] = {topology.nnz, grid.block_out, grid.block_in};
+  const int64_t sizes[3] = {topology.slots, grid.block_out, grid.block_in};
   Tensor grad = torch::stable::empty({sizes, 3}, input.scalar_type(), std::nullopt, input.device());
-  if (topology.nnz == 0) return grad;
   const Tensor x = as_contiguous(input);
   const Tensor gy = as_contiguous(grad_output);
   WeightGradPlan<T> plan =
-      plan_weight_grad(kernels, linear_geometry(grid, input.size(0)), grid.block_out, grid.block_in, topology.nnz,
-                       topology.block_row, topology.block_col, topology.block_tap);
-  weight_grad_pass<T>(kernels, plan, x.const_data_ptr<T>(), gy.const_data_ptr<T>(), grad.mutable_data_ptr<T>());
+      plan_weight_grad(kernels, linear_geometry(grid, input.size(0)), grid.block_out, grid.block_in, topology.slots, topology.nnz, topology.row_order, topology.block_row, topology.block_col, topology.block_tap);
+  T* const out = grad.mutable_data_ptr<T>();
+  const int64_t block_size = grid.block_out * grid.block_in;
+  for (int64_t i = topology.nnz; i < topology.slots; ++i) {
+    std::fill_n(out + topology.row_order[i] * block_size, block_size, T(0));
+  }
+  if (topology.nnz == 0) return grad;
+  weight_grad_pass<T>(kernels, plan, x.const_data_ptr<T>(), gy.const_data_ptr<T>(), out);
   return grad;
 }
 
@@ -84,7 +88,7 @@ Tensor block_scores(const Tensor& grad_output, const Tensor& input, const Weight
 }
 
 Tensor linear(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& topology,
-              const Ints& weight_shape, const std::string& backend) {
+              const Ints& weight_shape, int64_t backend) {
   const char* op = "linear";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 2);
@@ -92,8 +96,8 @@ Tensor linear(const Tensor& input, const Tensor& values, const std::optional<Ten
   check_dtype(op, "input", input, values.scalar_type(), "values");
   Tensor bias_copy = check_bias(op, bias, values, grid);
   const Topology topo = read_topology(op, topology, grid);
-  check_nnz(op, values, topo);
-  const BlockLists lists{grid.rows, topo.nnz, topo.row_ptr, nullptr, topo.block_col, topo.block_tap};
+  check_slots(op, values, topo);
+  const BlockLists lists{grid.rows, topo.nnz, topo.row_ptr, topo.row_order, topo.block_col, topo.block_tap};
   if (values.scalar_type() == ScalarType::Float) {
     return product<float>(input, values, bias ? bias_copy.const_data_ptr<float>() : nullptr, grid, lists, true);
   }
@@ -101,14 +105,14 @@ Tensor linear(const Tensor& input, const Tensor& values, const std::optional<Ten
 }
 
 Tensor linear_input_grad(const Tensor& grad_output, const Tensor& values, const Tensor& topology,
-                         const Ints& weight_shape, const std::string& backend) {
+                         const Ints& weight_shape, int64_t backend) {
   const char* op = "linear_input_grad";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 2);
   check_matrix(op, "grad_output", grad_output, "C_out", grid.out_channels);
   check_dtype(op, "grad_output", grad_output, values.scalar_type(), "values");
   const Topology topo = read_topology(op, topology, grid);
-  check_nnz(op, values, topo);
+  check_slots(op, values, topo);
   const BlockLists lists{grid.cols, topo.nnz, topo.col_ptr, topo.col_order, topo.block_row, topo.block_tap};
   if (values.scalar_type() == ScalarType::Float)
     return product<float>(grad_output, values, nullptr, grid, lists, false);
@@ -126,7 +130,7 @@ void check_gradient_operands(const char* op, const Tensor& grad_output, const Te
 }
 
 Tensor linear_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& topology,
-                          const Ints& weight_shape, const Ints& block, const std::string& backend) {
+                          const Ints& weight_shape, const Ints& block, int64_t backend) {
   const char* op = "linear_weight_grad";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_block(op, block, weight_shape, 2);

@@ -18,6 +18,7 @@ struct WeightGradPlan {
   std::vector<int32_t> order;
   int64_t chunks = 0;
   int64_t input_scratch = 0, grad_scratch = 0, runs = 0, taps = 0;
+  int64_t slots = 0;          // partial gradients lie in slots, as values do; some may be free
   int64_t partial_block = 0;  // elements of one block's partial gradient
 };
 
@@ -40,9 +41,11 @@ inline int slice_over_out(const int* menu, int vector_width, int64_t block_out) 
 
 template <typename T>
 WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry& geometry, int64_t block_out,
-                                   int64_t block_in, int64_t n_blocks, const int32_t* block_row,
+                                   int64_t block_in, int64_t slots, int64_t n_blocks, const int32_t* order,
+                                   const int32_t* block_row,
                                    const int32_t* block_col, const int32_t* block_tap) {
   WeightGradPlan<T> plan;
+  plan.slots = slots;
   WeightGradJob<T>& job = plan.job;
   job.geometry = geometry;
   job.block_out = static_cast<int>(block_out);
@@ -52,8 +55,7 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
   job.block_col = block_col;
   job.block_tap = block_tap;
   plan.taps = geometry.kernel_h * geometry.kernel_w;
-  plan.order.resize(n_blocks);
-  std::iota(plan.order.begin(), plan.order.end(), 0);
+  plan.order.assign(order, order + n_blocks);
 
   const int over_in = slice_over_in(kernels.weight_grad_slices, block_in);
   job.vector_over_in = over_in != 0;
@@ -163,7 +165,7 @@ int64_t pixel_shares(const WeightGradPlan<T>& plan, int64_t multiply_adds, int64
   return plan.job.direct && !waits && plan.job.n_blocks >= kLeastBlocks * tasks ? 1 : tasks;
 }
 
-// grad [nnz][b_out][b_in]. The pixels are cut into shares with a private sum each, which are added in a fixed order:
+// grad [slots][b_out][b_in], of which the free ones are not written. The pixels are cut into shares with a private sum each, which are added in a fixed order:
 // the result depends on the number of shares, not on timing.
 template <typename T>
 void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const T* input, const T* grad_output,
@@ -174,9 +176,8 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
   job.order = plan.order.data();
   const ConvGeometry& g = job.geometry;
   const int64_t block_size = static_cast<int64_t>(job.block_out) * job.block_in;
-  const int64_t total = job.n_blocks * plan.partial_block;
   if (plan.chunks == 0) {
-    std::fill(grad, grad + job.n_blocks * block_size, T(0));
+    std::fill(grad, grad + plan.slots * block_size, T(0));
     return;
   }
   const int64_t multiply_adds = g.images * g.out_h * g.out_w * job.n_blocks * block_size;
@@ -188,10 +189,11 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
   std::vector<Buffer<T>> partials(chunk_tasks);
   for (int64_t i = 0; i < chunk_tasks * block_tasks; ++i) memory.emplace_back(plan);
   for (int64_t i = 0; i < chunk_tasks; ++i) {
-    if (i > 0 || !job.vector_over_in) partials[i] = Buffer<T>(total);
+    if (i > 0 || !job.vector_over_in) partials[i] = Buffer<T>(plan.slots * plan.partial_block);
   }
   const auto partial = [&](int64_t i) { return i == 0 && job.vector_over_in ? grad : partials[i].get(); };
-  const auto finish = [&](int64_t id) {
+  const auto finish = [&](int64_t position) {
+    const int64_t id = plan.order[position];
     T* const sum = partial(0) + id * plan.partial_block;
     for (int64_t c = 1; c < chunk_tasks; ++c) {
       const T* const other = partial(c) + id * plan.partial_block;
@@ -208,14 +210,12 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
       std::fill(block, block + plan.partial_block, T(0));
     }
     memory[task].run(kernels, job, plan.chunks * c / chunk_tasks, plan.chunks * (c + 1) / chunk_tasks, begin, end, sum);
-    for (int64_t i = begin; i < end && chunk_tasks == 1; ++i) finish(plan.order[i]);
+    for (int64_t i = begin; i < end && chunk_tasks == 1; ++i) finish(i);
   });
   if (chunk_tasks == 1) return;
-  const int64_t finish_tasks = task_count(total * chunk_tasks);
+  const int64_t finish_tasks = task_count(job.n_blocks * plan.partial_block * chunk_tasks);
   run_tasks(finish_tasks, [&](int64_t task) {
-    for (int64_t id = job.n_blocks * task / finish_tasks; id < job.n_blocks * (task + 1) / finish_tasks; ++id) {
-      finish(id);
-    }
+    for (int64_t i = job.n_blocks * task / finish_tasks; i < job.n_blocks * (task + 1) / finish_tasks; ++i) finish(i);
   });
 }
 
@@ -235,7 +235,8 @@ void block_scores_pass(const Kernels<T>& kernels, const ConvGeometry& g, const W
 
   // The blocks of one group of rows; the kernel sees the group as a weight of its own, with shifted output channels.
   const int64_t group_blocks = group_rows * row_blocks;
-  std::vector<int32_t> block_row(group_blocks), block_col(group_blocks), block_tap(group_blocks);
+  std::vector<int32_t> order(group_blocks), block_row(group_blocks), block_col(group_blocks), block_tap(group_blocks);
+  std::iota(order.begin(), order.end(), 0);
   for (int64_t i = 0; i < group_blocks; ++i) {
     block_row[i] = static_cast<int32_t>(i / row_blocks);
     block_col[i] = static_cast<int32_t>(i % row_blocks / grid.taps);
@@ -243,8 +244,8 @@ void block_scores_pass(const Kernels<T>& kernels, const ConvGeometry& g, const W
   }
   std::vector<Buffer<T>> sums, blocks;
   std::vector<WeightGradMemory<T>> memory;
-  WeightGradPlan<T> plan = plan_weight_grad(kernels, g, grid.block_out, grid.block_in, group_blocks, block_row.data(),
-                                            block_col.data(), block_tap.data());
+  WeightGradPlan<T> plan = plan_weight_grad(kernels, g, grid.block_out, grid.block_in, group_blocks, group_blocks,
+                                            order.data(), block_row.data(), block_col.data(), block_tap.data());
   for (int64_t i = 0; i < runners; ++i) {
     memory.emplace_back(plan);
     sums.emplace_back(group_blocks * plan.partial_block);

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import ddst
+from ddst._extension import cpu_capability
 from ddst.benchmarks.runner import Row, Settings
 from ddst.measure import peak
 
@@ -34,7 +35,7 @@ def facts(settings: Settings, device: str = "cpu") -> dict[str, Any]:
         "machine": {
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
-            "capability": torch.ops.ddst.cpu_capability(),
+            "capability": cpu_capability(),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "peak_gflops": round(best.flops / 1e9, 1),
             "bandwidth_gbytes": round(best.bandwidth / 1e9, 1),

@@ -1,6 +1,7 @@
-// Schemas of every registered op, and the two ops that describe this build. The tensor ops' CPU kernels are
-// registered in cpu/conv2d.cpp and cpu/linear.cpp, those for CUDA devices in ddst/ops/device.py; fake kernels and
-// autograd are in ddst/ops. The argument backend is the one asked for, so that derivatives run on it too.
+// Schemas of every registered op. The tensor ops' CPU kernels are registered in cpu/conv2d.cpp and cpu/linear.cpp, those
+// for CUDA devices in ddst/ops/cuda; fake kernels and autograd are in ddst/ops. The argument backend, a code of
+// ddst/backends.py, is the one asked for, so that derivatives run on it too. No schema has a string: torch 2.11 to 2.13
+// keep the memory of every string that passes the stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -16,14 +17,8 @@ constexpr const char* kCompiler = "clang " __clang_version__;
 constexpr const char* kCompiler = "gcc " __VERSION__;
 #endif
 
-// "key=value" lines, which ddst/_extension.py makes into a dict.
-std::string build_info() {
-  return std::string("compiler=") + kCompiler +
-         "\nbuild_type=" DDST_BUILD_TYPE "\ntorch_headers=" TORCH_VERSION "\ntorch_abi_target=" DDST_TORCH_TARGET
-         "\ncuda_architectures=" DDST_CUDA_FACT;
-}
-
-std::string cpu_capability() { return ddst::cpu::active_kernels().name; }
+// The names stand in ddst/_extension.py.
+int64_t cpu_capability() { return ddst::cpu::active_kernels().code; }
 
 }  // namespace
 
@@ -51,11 +46,18 @@ STABLE_TORCH_LIBRARY(ddst, m) {
       "linear_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "
       "int backend=0) -> Tensor");
   m.def("linear_block_scores(Tensor grad_output, Tensor input, int[] weight_shape, int[] block) -> Tensor");
-  m.def("build_info() -> str");
-  m.def("cpu_capability() -> str");
+  m.def("cpu_capability() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddst, CompositeExplicitAutograd, m) {
-  m.impl("build_info", TORCH_BOX(&build_info));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}
+
+// "key=value" lines, which ddst/_extension.py makes into a dict.
+extern "C" __attribute__((visibility("default"))) const char* ddst_build_info() {
+  static const std::string facts =
+      std::string("compiler=") + kCompiler +
+      "\nbuild_type=" DDST_BUILD_TYPE "\ntorch_headers=" TORCH_VERSION "\ntorch_abi_target=" DDST_TORCH_TARGET
+      "\ncuda_architectures=" DDST_CUDA_FACT;
+  return facts.c_str();
 }

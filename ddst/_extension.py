@@ -9,6 +9,7 @@ torch 2.11 and later.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from ddst import _host
 LIBRARY = Path(__file__).resolve().parent / "_lib" / "libddst.so"
 CUDA_LIBRARY = LIBRARY.with_name("libddst_cuda.so")
 OLDEST_TORCH = (2, 11)
+#: By the code that the library gives them (``csrc/cpu/kernels.hpp``).
+CPU_CAPABILITIES = ("portable", "avx2", "avx512")
 
 
 def check_torch(version: str) -> None:
@@ -59,6 +62,18 @@ def cuda_kernels_loaded() -> bool:
     return any(Path(library) == CUDA_LIBRARY for library in torch.ops.loaded_libraries)
 
 
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernels use on this machine: "avx512", "avx2" or "portable".
+
+    Raises:
+        ValueError: the environment variable ``DDST_CPU_CAPABILITY`` asks for another.
+
+    >>> cpu_capability() in CPU_CAPABILITIES
+    True
+    """
+    return CPU_CAPABILITIES[torch.ops.ddst.cpu_capability()]
+
+
 def build_info() -> dict[str, str]:
     """What the loaded library was built with, where it lies, and what it uses here.
 
@@ -74,13 +89,15 @@ def build_info() -> dict[str, str]:
     >>> build_info()["cuda"] in ("yes", "no")
     True
     """
-    facts = dict(line.split("=", 1) for line in torch.ops.ddst.build_info().splitlines())
+    describe = ctypes.CDLL(str(LIBRARY)).ddst_build_info
+    describe.restype = ctypes.c_char_p
+    facts = dict(line.split("=", 1) for line in describe().decode().splitlines())
     return {
         "library": str(LIBRARY),
         **facts,
         "cuda": "yes" if CUDA_LIBRARY.is_file() else "no",
         "cuda_loaded": "yes" if cuda_kernels_loaded() else "no",
-        "cpu_capability": torch.ops.ddst.cpu_capability(),
+        "cpu_capability": cpu_capability(),
         "torch": torch.__version__,
         "host": _host.IMPLEMENTATION,
     }

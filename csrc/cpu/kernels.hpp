@@ -211,7 +211,7 @@ struct Kernels {
 };
 
 struct KernelSet {
-  const char* name;
+  int code;  // 0 portable, 1 avx2, 2 avx512
   Kernels<float> f32;
   Kernels<double> f64;
 };

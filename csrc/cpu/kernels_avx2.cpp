@@ -56,7 +56,7 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 
 const KernelSet& kernels_avx2() {
   static constexpr KernelSet set{
-      "avx2",
+      1,
       {kSlicesFloat, kDotsFloat, kPlaneSlices, 4, kWeightGradFloat, 8, &gather_float, &run_planes<float, 8, 3>,
        &run_plane_gather<float, 8, 4, 3>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 8>},
       {kSlicesDouble, kDotsDouble, kPlaneSlices, 4, kWeightGradDouble, 4, &gather_double, &run_planes<double, 4, 3>,

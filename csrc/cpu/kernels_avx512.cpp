@@ -75,7 +75,7 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 
 const KernelSet& kernels_avx512() {
   static constexpr KernelSet set{
-      "avx512",
+      2,
       {kSlicesFloat, kDotsFloat, kPlaneSlices, 12, kWeightGradFloat, 16, &gather_float, &run_planes<float, 16, 4>,
        &plane_gather<float, 16>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 16>},
       {kSlicesDouble, kDotsDouble, kPlaneSlices, 7, kWeightGradDouble, 8, &gather_double, &run_planes<double, 8, 4>,

@@ -34,7 +34,7 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 
 const KernelSet& kernels_portable() {
   static constexpr KernelSet set{
-      "portable",
+      0,
       {kSlicesFloat, kNoDots, kPlaneSlices, 4, kWeightGradFloat, 4, &gather<float, 4>, &run_planes<float, 4, 2>,
        &run_plane_gather<float, 4, 4, 2>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 4>},
       {kSlicesDouble, kNoDots, kPlaneSlices, 4, kWeightGradDouble, 2, &gather<double, 2>, &run_planes<double, 2, 2>,

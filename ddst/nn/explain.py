@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._extension import cpu_capability
 from ..backends import BACKENDS, Problem, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
 from ..ops import preferred
@@ -120,7 +121,7 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     forms: dict[str, str] = {}
     slow: tuple[str, ...] = ()
     if chosen == "cpu":
-        capability = torch.ops.ddst.cpu_capability()
+        capability = cpu_capability()
         forms, slow = kernel_forms(layer.block, pixels=_pixels(layer, input), narrow=_narrow(capability, computed))
     elif chosen == "triton":
         capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(input.device)))

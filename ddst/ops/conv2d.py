@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..topology import slot_count
 from . import reference
 from .autograd import register_autograd
 from .precision import in_compute_dtype
@@ -85,7 +86,7 @@ def conv2d(
     Args:
         input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``, any strides; float32 or float64, or a 16-bit float, which is
             computed in float32 on the CPU and returned in its own dtype. Under autocast the autocast dtype applies.
-        values: packed weight ``[nnz, b_out, b_in]`` in the order of :mod:`ddst.topology`.
+        values: packed weight ``[slots, b_out, b_in]`` in the order of :mod:`ddst.topology`.
         bias: ``[C_out]`` or None.
         topology: int32 vector of :func:`ddst.topology.build_topology`, on the input's device.
         weight_shape: ``(C_out, C_in, kH, kW)`` of the dense weight.
@@ -140,7 +141,7 @@ def conv2d(
     if backends.choose(backend, problem) == "reference":
         y = reference.conv2d(x, values, bias, topology, shape, strides, paddings, dilations)
     else:
-        y = _ops.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, last, backend)
+        y = _ops.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, last, backends.code(backend))
     y = y.to(dtype)
     return y.squeeze(0) if input.dim() == 3 else y
 
@@ -200,7 +201,7 @@ def _conv2d_fake(
     padding: list[int],
     dilation: list[int],
     channels_last: bool,
-    backend: str = "auto",
+    backend: int = 0,
 ) -> Tensor:
     size = [_output_size(input.shape[2 + i], weight_shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     return _empty(input, [input.shape[0], weight_shape[0], *size], channels_last)
@@ -217,7 +218,7 @@ def _conv2d_input_grad_fake(
     padding: list[int],
     dilation: list[int],
     channels_last: bool,
-    backend: str = "auto",
+    backend: int = 0,
 ) -> Tensor:
     return _empty(grad_output, [grad_output.shape[0], weight_shape[1], *input_size], channels_last)
 
@@ -232,10 +233,10 @@ def _conv2d_weight_grad_fake(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    backend: str = "auto",
+    backend: int = 0,
 ) -> Tensor:
     rows, cols = -(-weight_shape[0] // block[0]), -(-weight_shape[1] // block[1])
-    return input.new_empty([(topology.shape[0] - rows - cols - 2) // 4, *block])
+    return input.new_empty([slot_count(topology, rows, cols), *block])
 
 
 @torch.library.register_fake("ddst::conv2d_block_scores")

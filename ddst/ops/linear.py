@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..topology import slot_count
 from . import reference
 from .autograd import register_autograd
 from .precision import in_compute_dtype
@@ -31,7 +32,7 @@ def linear(
     Args:
         input: ``[…, in_features]``, any strides; float32, float64, or a 16-bit float, which is computed in float32 on
             the CPU and returned in its own dtype.
-        values: packed weight ``[nnz, b_out, b_in]``; topology: its int32 index vector (:mod:`ddst.topology`).
+        values: packed weight ``[slots, b_out, b_in]``; topology: its int32 index vector (:mod:`ddst.topology`).
         bias: ``[out_features]`` or None.
         weight_shape: ``(out_features, in_features)``.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; derivatives run on the same.
@@ -64,7 +65,7 @@ def linear(
     if backends.choose(backend, backends.Problem.of(x, values, linear=True)) == "reference":
         y = reference.linear(x, values, bias, topology, list(weight_shape))
     else:
-        y = _ops.linear(x.reshape(lead.numel(), weight_shape[1]), values, bias, topology, list(weight_shape), backend)
+        y = _ops.linear(x.reshape(lead.numel(), weight_shape[1]), values, bias, topology, list(weight_shape), backends.code(backend))
         y = y.view(*lead, weight_shape[0])
     return y.to(dtype)
 
@@ -100,14 +101,14 @@ def _linear_fake(
     bias: Tensor | None,
     topology: Tensor,
     weight_shape: list[int],
-    backend: str = "auto",
+    backend: int = 0,
 ) -> Tensor:
     return input.new_empty([input.shape[0], weight_shape[0]])
 
 
 @torch.library.register_fake("ddst::linear_input_grad")
 def _linear_input_grad_fake(
-    grad_output: Tensor, values: Tensor, topology: Tensor, weight_shape: list[int], backend: str = "auto"
+    grad_output: Tensor, values: Tensor, topology: Tensor, weight_shape: list[int], backend: int = 0
 ) -> Tensor:
     return grad_output.new_empty([grad_output.shape[0], weight_shape[1]])
 
@@ -119,10 +120,10 @@ def _linear_weight_grad_fake(
     topology: Tensor,
     weight_shape: list[int],
     block: list[int],
-    backend: str = "auto",
+    backend: int = 0,
 ) -> Tensor:
     rows, cols = -(-weight_shape[0] // block[0]), -(-weight_shape[1] // block[1])
-    return input.new_empty([(topology.shape[0] - rows - cols - 2) // 4, *block])
+    return input.new_empty([slot_count(topology, rows, cols), *block])
 
 
 @torch.library.register_fake("ddst::linear_block_scores")

@@ -20,15 +20,17 @@ def dense_weight(values: Tensor, topology: Tensor, weight_shape: Sequence[int]) 
     """The dense weight of packed values, differentiable; an open score recorder receives its gradient."""
     block = (values.shape[1], values.shape[2])
     rows, cols, taps = grid(weight_shape, block)
-    expected = rows + cols + 2 + 4 * values.shape[0]
+    expected = rows + cols + 2 + 5 * values.shape[0]
     if topology.dtype != torch.int32 or topology.dim() != 1 or topology.numel() != expected:
         raise ValueError(
             f"topology must be an int32 vector of {expected} entries for values of the shape {tuple(values.shape)}, "
             f"got {topology.dtype} of the shape {tuple(topology.shape)}"
         )
     index = split_topology(topology, rows, cols)
-    flat = (index.block_row.long() * cols + index.block_col) * taps + index.block_tap
-    blocks = values.new_zeros(rows * cols * taps, *block).index_put((flat,), values)
+    total = rows * cols * taps
+    # One place more, for the free slots, whose row and column lie outside.
+    flat = ((index.block_row.long() * cols + index.block_col) * taps + index.block_tap).clamp(max=total)
+    blocks = values.new_zeros(total + 1, *block).index_put((flat,), values)[:-1]
     weight = from_blocks(blocks.view(rows, cols, *weight_shape[2:], *block), weight_shape)
     recorder = recorder_of(topology)
     if recorder is not None and weight.requires_grad:

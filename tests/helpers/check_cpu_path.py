@@ -19,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ddst._extension import cpu_capability
 from helpers.dense import block_norms, pack_blocks, unpack_blocks
 from helpers.problems import Case, between_guards, large_problems, sample_problems, wide_problems
 from helpers.sparse import Problem, call, forward_and_grads, op_arguments
@@ -85,7 +86,7 @@ def main() -> None:
             torch.set_num_threads(1 + i % 2)
             results = op_results(problem, problem.build(dtype, seed=14), channels_last=i // 2 % 2 == 0)
             check(str(problem), results, dtype, 5)  # the table is for a few thousand products, here are up to 17 000
-    report = {"capability": torch.ops.ddst.cpu_capability(), "checked": checked, "failures": failures}
+    report = {"capability": cpu_capability(), "checked": checked, "failures": failures}
     print(json.dumps(report))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import ddst
+from ddst._extension import cpu_capability
 from helpers.problems import ConvProblem, LinearProblem
 from helpers.sparse import Problem, call, op_arguments
 from helpers.tolerances import assert_close
@@ -111,7 +112,7 @@ def test_thread_counts_agree_and_one_count_repeats_its_bits(problem: Problem, dt
             assert_close(got, results[0][name].double(), what)
 
 
-@pytest.mark.skipif(torch.ops.ddst.cpu_capability() == "portable", reason="needs registers of a cache line's half")
+@pytest.mark.skipif(cpu_capability() == "portable", reason="needs registers of a cache line's half")
 def test_a_small_weight_gradient_has_the_bits_of_one_thread() -> None:
     """Threads share out its blocks: no partial sums, so no other order of addition."""
     problem = LinearProblem(batch=(160,), features=(512, 1024), block=(16, 16), mask="heavy0.2")

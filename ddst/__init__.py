@@ -12,8 +12,8 @@ _extension.load()  # before anything that registers derivatives of the compiled 
 
 from ._extension import build_info  # noqa: E402
 from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
-from .nn import SparseConv2d, SparseLinear, explain  # noqa: E402
-from .sparsity import SparseTraining, advise, dense_state_dict, densify, remap_state, sparsify  # noqa: E402
+from .nn import SparseConv2d, SparseLinear, explain, follow  # noqa: E402
+from .sparsity import SparseTraining, advise, dense_state_dict, densify, carry_state, sparsify  # noqa: E402
 
 try:
     __version__ = version("ddst")
@@ -34,6 +34,7 @@ __all__ = [
     "dense_state_dict",
     "densify",
     "explain",
-    "remap_state",
+    "follow",
+    "carry_state",
     "sparsify",
 ]

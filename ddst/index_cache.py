@@ -42,6 +42,11 @@ def cached(topology: Tensor, key: Hashable, build: Callable[[], _Lists]) -> _Lis
     return made
 
 
+def refresh(topology: Tensor) -> None:
+    """placeholder"""
+    _cache.pop(topology, None)
+
+
 def _is_captured(tensor: Tensor) -> bool:
     """Whether operations on the tensor are being captured in a CUDA graph, and do not run now."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

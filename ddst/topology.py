@@ -282,72 +282,178 @@ def from_blocks(blocks: Tensor, weight_shape: Sequence[int]) -> Tensor:
     return tiled.reshape(rows * height, cols * width, *space)[: weight_shape[0], : weight_shape[1]]
 
 
+def pack_slots(weight: Tensor, slot_blocks: Tensor, block: tuple[int, int]) -> Tensor:
+    """``values[slot] = W[block in slot]``, zero in free slots: ``[slots, b_out, b_in]``. Differentiable.
+
+    >>> pack_slots(torch.eye(2), torch.tensor([3, -1], dtype=torch.int32), (1, 1)).flatten().tolist()
+    [1.0, 0.0]
+    """
+    blocks = as_blocks(weight, block).reshape(-1, *block)
+    rank = slot_blocks.to(weight.device).long()
+    return torch.where((rank >= 0)[:, None, None], blocks[rank.clamp(min=0)], 0)
+
+
+def unpack_slots(values: Tensor, slot_blocks: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    """``W[block in slot] = values[slot]``, zero elsewhere: the dense weight. Differentiable; free slots are not read.
+
+    >>> unpack_slots(torch.ones(2, 1, 1), torch.tensor([3, -1], dtype=torch.int32), (2, 2)).tolist()
+    [[0.0, 0.0], [0.0, 1.0]]
+    """
+    block = (values.shape[1], values.shape[2])
+    shape = mask_shape(weight_shape, block)
+    total = math.prod(shape)
+    rank = slot_blocks.to(values.device).long()
+    # One place more, for the free slots.
+    blocks = values.new_zeros(total + 1, *block).index_put((torch.where(rank < 0, total, rank),), values)[:-1]
+    return from_blocks(blocks.view(*shape, *block), weight_shape)
+
+
 def pack(weight: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:
-    """``values[id] = W[block id]``: the active blocks of a dense weight, ``[nnz, b_out, b_in]``. Differentiable.
+    """:func:`pack_slots` with the row-major slots of a mask: the active blocks of a dense weight, ``[nnz, b_out, b_in]``.
 
     >>> pack(torch.arange(4.0).view(2, 2), torch.tensor([[True, True]]), (2, 1)).tolist()
     [[[0.0], [2.0]], [[1.0], [3.0]]]
     """
     check_mask(mask, mask_shape(weight.shape, block))
-    return as_blocks(weight, block)[mask]
+    return pack_slots(weight, row_major_slots(mask), block)
 
 
 def unpack(values: Tensor, mask: Tensor, weight_shape: Sequence[int]) -> Tensor:
-    """``W[block id] = values[id]``, zero elsewhere: the dense weight of packed values. Differentiable.
+    """:func:`unpack_slots` with the row-major slots of a mask: the dense weight of its packed active blocks.
 
     >>> unpack(torch.ones(1, 2, 1), torch.tensor([[False, True]]), (2, 2)).tolist()
     [[0.0, 1.0], [0.0, 1.0]]
     """
     block = (values.shape[1], values.shape[2])
     check_mask(mask, mask_shape(weight_shape, block))
-    if values.shape[0] != int(mask.sum()):  # one block would be broadcast
-        raise ValueError(f"values must hold one block for each of the mask's {int(mask.sum())}, got {values.shape[0]}")
-    return from_blocks(values.new_zeros(*mask.shape, *block).index_put((mask,), values), weight_shape)
+    slot_blocks = row_major_slots(mask)
+    if values.shape[:1] != slot_blocks.shape:
+        raise ValueError(
+            f"values must hold one block for each of the mask's {slot_blocks.numel()}, got {values.shape[0]}"
+        )
+    return unpack_slots(values, slot_blocks, weight_shape)
+
+
+def inside_slots(slot_blocks: Tensor, weight_shape: Sequence[int], block: tuple[int, int]) -> Tensor:
+    """bool ``[slots, b_out, b_in]``: which stored entries belong to an active block and lie inside the weight.
+
+    >>> inside_slots(torch.tensor([1, -1], dtype=torch.int32), (2, 3), (2, 2)).flatten(1).tolist()
+    [[True, False, True, False], [False, False, False, False]]
+    """
+    _, cols, taps = grid(weight_shape, block)
+    rank = slot_blocks.long()
+    row = (rank // (cols * taps))[:, None] * block[0] + torch.arange(block[0], device=rank.device)
+    col = (rank // taps % cols)[:, None] * block[1] + torch.arange(block[1], device=rank.device)
+    return (rank >= 0)[:, None, None] & (row < weight_shape[0])[:, :, None] & (col < weight_shape[1])[:, None, :]
 
 
 def inside(mask: Tensor, weight_shape: Sequence[int], block: tuple[int, int]) -> Tensor:
-    """bool ``[nnz, b_out, b_in]``: which stored entries lie inside the weight."""
-    where = mask.nonzero()
-    row = where[:, 0:1] * block[0] + torch.arange(block[0], device=mask.device)
-    col = where[:, 1:2] * block[1] + torch.arange(block[1], device=mask.device)
-    return (row < weight_shape[0])[:, :, None] & (col < weight_shape[1])[:, None, :]
+    """:func:`inside_slots` with the row-major slots of a mask: bool ``[nnz, b_out, b_in]``."""
+    return inside_slots(row_major_slots(mask), weight_shape, block)
+
+
+#: Free slots beyond this share of all are given back, unless they are reserved.
+IDLE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class MaskChange:
-    """What a new block mask does to everything stored per active block.
+class SlotChange:
+    """What a new block mask does to everything stored per slot.
 
     Attributes:
-        old_mask, new_mask: bool block masks.
-        source: int64 ``[nnz_new]``, the old id of each new block, or -1 where the block is grown.
+        slot_blocks: int32 ``[slots]``, which block lies in which slot after the change.
+        entered: int64, slots with a block that was not active before.
+        vacated: int64, slots that held a block before and hold none now.
+        dropped: number of blocks that left.
+        before: int32, which block lay in which slot before the change.
+        source: None where every kept block stays in its slot. Else int64 ``[slots]``, the old slot of each new one's
+            block, -1 where it is new or there is none: the storage grows or shrinks.
 
-    >>> change = MaskChange.between(torch.tensor([[True, True]]), torch.tensor([[False, True]]))
-    >>> change.source.tolist(), change.apply(torch.tensor([5.0, 7.0])).tolist()
-    ([1], [7.0])
+    >>> change = SlotChange.to_mask(torch.tensor([0, 3], dtype=torch.int32), torch.tensor([[True, True], [False] * 2]))
+    >>> change.slot_blocks.tolist(), change.apply(torch.tensor([5.0, 7.0])).tolist()
+    ([0, 1], [5.0, 0.0])
     """
 
-    old_mask: Tensor
-    new_mask: Tensor
-    source: Tensor
+    slot_blocks: Tensor
+    entered: Tensor
+    vacated: Tensor
+    dropped: int
+    before: Tensor
+    source: Tensor | None
 
     @staticmethod
-    def between(old_mask: Tensor, new_mask: Tensor) -> MaskChange:
-        ids = old_mask.reshape(-1).cumsum(0) - 1
-        old = old_mask.reshape(-1)
-        source = torch.where(old, ids, -1)[new_mask.reshape(-1)]
-        return MaskChange(old_mask.clone(), new_mask.clone(), source)
+    def to_mask(slot_blocks: Tensor, mask: Tensor, reserve: int = 0) -> SlotChange:
+        """The change to a mask: a kept block keeps its slot, a grown one takes the first free slot, by rising rank.
+
+        More blocks than slots: the storage grows to just enough. More than a tenth of the slots free, beyond
+        ``reserve``: it shrinks to just enough, and blocks of the slots that go move to the first free ones.
+
+        Args:
+            slot_blocks: int32 ``[slots]``, before the change, on the CPU. mask: bool, the active blocks after it.
+            reserve: number of slots that stay, free or not.
+        """
+        flat = mask.reshape(-1).cpu()
+        old = slot_blocks.long()
+        was_active = mask_of_slots(slot_blocks, (flat.numel(),))
+        kept = (old >= 0) & flat[old.clamp(min=0)] if flat.numel() else torch.zeros_like(old, dtype=torch.bool)
+        grown = (flat & ~was_active).nonzero()[:, 0]
+        slots, count = old.numel(), int(kept.sum()) + grown.numel()
+        enough = max(count, reserve)
+        if count > slots or (slots > enough and slots - count > IDLE_SHARE * slots):
+            slots = enough
+        new = old.new_full((slots,), -1)
+        stay = min(slots, old.numel())
+        new[:stay] = torch.where(kept, old, -1)[:stay]
+        moved = kept[stay:].nonzero()[:, 0] + stay
+        source = None
+        if slots != old.numel():
+            source = torch.where(new >= 0, torch.arange(slots, device="cpu"), -1)
+            first = (new < 0).nonzero()[: moved.numel(), 0]
+            new[first], source[first] = old[moved], moved
+        entered = (new < 0).nonzero()[: grown.numel(), 0]
+        new[entered] = grown
+        vacated = ((new < 0) & (old >= 0)).nonzero()[:, 0] if source is None else entered.new_zeros(0)
+        dropped = int((old >= 0).sum()) - int(kept.sum())
+        return SlotChange(new.to(torch.int32), entered, vacated, dropped, slot_blocks.clone(), source)
+
+    @staticmethod
+    def between(before: Tensor, after: Tensor) -> SlotChange:
+        """The change from one map of slots to any other, where kept blocks may lie in other slots."""
+        old, new = before.long(), after.long()
+        blocks = int(max([0, *(part.max() + 1 for part in (old, new) if part.numel())]))
+        slot_of = old.new_full((blocks + 1,), -1)
+        active = old >= 0
+        slot_of[old[active]] = active.nonzero()[:, 0]
+        source = torch.where(new >= 0, slot_of[new.clamp(min=0)], -1)
+        entered = ((new >= 0) & (source < 0)).nonzero()[:, 0]
+        dropped = int(active.sum()) - int((source >= 0).sum())
+        return SlotChange(new.to(torch.int32), entered, entered.new_zeros(0), dropped, before.clone(), source)
 
     @property
-    def grown(self) -> Tensor:
-        """bool ``[nnz_new]``: blocks that were not active before."""
-        return self.source < 0
+    def grown(self) -> int:
+        """Number of blocks that entered."""
+        return self.entered.numel()
+
+    @property
+    def changed(self) -> Tensor:
+        """int64: slots that changed hands, where kept blocks stay in theirs."""
+        return torch.cat([self.entered, self.vacated])
+
+    @property
+    def fresh(self) -> Tensor:
+        """int64: slots whose entries begin anew."""
+        return self.changed if self.source is None else (self.source < 0).nonzero()[:, 0]
 
     def apply(self, stored: Tensor) -> Tensor:
-        """Carries ``[nnz_old, …]`` over to ``[nnz_new, …]``: kept blocks keep their entries, grown ones are zero."""
-        nnz_old = int(self.old_mask.sum())
-        if stored.shape[:1] != (nnz_old,):
-            raise ValueError(f"stored must have {nnz_old} blocks in its first dimension, got {tuple(stored.shape)}")
+        """Carries ``[slots, …]`` over, with zeros where no block was kept: in place while the number of slots stays.
+
+        Returns:
+            ``stored`` itself, or a new tensor where the number of slots changed.
+        """
+        if self.source is None:
+            return stored.index_fill_(0, self.changed.to(stored.device), 0)
         carried = stored.new_zeros(self.source.numel(), *stored.shape[1:])
-        kept = ~self.grown
-        carried[kept] = stored[self.source[kept]]
-        return carried
+        source = self.source.to(stored.device)
+        kept = source >= 0
+        carried[kept] = stored[source[kept]]
+        return stored.copy_(carried) if carried.shape == stored.shape else carried

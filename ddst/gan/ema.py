@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ddst.nn import sparse_layers
+from ddst.nn.origin import bring, follow
 
 
 class EMA:
     """``w̄ ← γ w̄ + (1 − γ) w``, on active blocks: what the model drops leaves the average, what it grows enters as 0.
 
-    :attr:`module` is a copy of the model to generate images with. Its masks, dtypes and devices are brought to the
-    model's before each update, so it is as sparse as the model. Buffers (batch norm's statistics) are copied, not
+    :attr:`module` is a copy of the model to generate images with. Its masks follow the model's at the moment they change
+    (:func:`ddst.follow`), dtypes and devices before each update, so it is as sparse as the model. Buffers (batch norm's statistics) are copied, not
     averaged.
 
     Args:
@@ -53,13 +54,15 @@ class EMA:
         self.updates = 0
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.module.eval()
+        follow(self.module, model)
         self._pairs = list(zip(sparse_layers(model).values(), sparse_layers(self.module).values(), strict=True))
-        self._versions = [layer.mask_version for layer, _ in self._pairs]
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the model's present weights into the average. Call it once per step, after every change of topology."""
-        self.follow_topology()
+        self._follow_moves()
+        for layer, shadow in self._pairs:  # the same already, unless one of the two has loaded a state
+            bring(shadow, layer)
         decay = self.decay if self.updates >= self.start else 0.0
         self.updates += 1
         weights = dict(self.module.named_parameters())
@@ -69,24 +72,6 @@ class EMA:
             else:
                 weights[name].copy_(weight)
         self._copy_buffers()
-
-    @torch.no_grad()
-    def follow_topology(self) -> None:
-        """Brings the masks to the model's: dropped blocks leave, grown ones enter with the value 0. Likewise dtypes and
-        devices, where the model has been converted or moved.
-        """
-        self._follow_moves()
-        for i, (layer, shadow) in enumerate(self._pairs):
-            if self._versions[i] != layer.mask_version:
-                if not torch.equal(layer.block_mask, shadow.block_mask):
-                    # Without its spectral norm, whose iterations on the new mask would draw random numbers: the
-                    # vectors they find are buffers, and copied from the model.
-                    norm, shadow.spectral_norm = shadow.spectral_norm, None
-                    shadow.set_block_mask(layer.block_mask)
-                    shadow.spectral_norm = norm
-                    if norm is not None:
-                        norm.set_block_mask(layer.block_mask)
-                self._versions[i] = layer.mask_version
 
     def _follow_moves(self) -> None:
         for module, shadow in zip(self.model.modules(), self.module.modules(), strict=True):
@@ -110,8 +95,6 @@ class EMA:
         return {"module": self.module.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`; the masks become those of the state. Load the model first."""
+        """Restores :meth:`state_dict`; the masks become those of the state, until the next update those of the model."""
         self.module.load_state_dict(state["module"])
         self.updates = int(state["updates"])
-        # Whatever the masks are now, the next update compares them with the model's.
-        self._versions = [-1] * len(self._pairs)

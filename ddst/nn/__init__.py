@@ -4,6 +4,7 @@ from .base import SparseLayer, set_backend, sparse_layers
 from .conv2d import SparseConv2d
 from .explain import Explanation, explain
 from .linear import SparseLinear
+from .origin import follow
 from .spectral_norm import SpectralNorm, spectral_norm
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "SparseLinear",
     "SpectralNorm",
     "explain",
+    "follow",
     "set_backend",
     "sparse_layers",
     "spectral_norm",

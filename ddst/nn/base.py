@@ -1,38 +1,36 @@
-"""What every block-sparse layer has: packed values, a block mask that may change, score requests, state dicts."""
+"""What every block-sparse layer has beside its storage: initialisation, score requests, spectral norm, dense states."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .. import topology as tp
 from ..backends import Problem, check_backend
 from ..ops.reference import block_norms_of
 from ..ops.scores import GradientRecord, ScoreRecorder
+from .origin import Origin
 from .spectral_norm import SpectralNorm, rename_dense_keys
+from .storage import PackedStorage
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(PackedStorage):
     """``y = op(x, W)`` where only the active blocks of ``W`` exist: base of SparseConv2d and SparseLinear.
 
     Attributes:
-        values: parameter ``[nnz, b_out, b_in]``, the active blocks in the order of :mod:`ddst.topology`.
-        bias: parameter ``[C_out]`` or None.
-        block_mask: bool buffer, which blocks are active; change it with :meth:`set_block_mask` only.
-        topology: int32 buffer built from the mask; not in the state dict.
-        block: ``(b_out, b_in)``. weight_shape: shape of the dense weight. backend: see :mod:`ddst.backends`.
+        values, slot_blocks, topology, block, weight_shape, reserve, mask_version, storage_version: see
+            :class:`~ddst.nn.storage.PackedStorage`.
+        bias: parameter ``[C_out]`` or None. backend: see :mod:`ddst.backends`.
         spectral_norm: None, or the module that divides ``values`` by an estimate of the largest singular value.
-        mask_version: grows by one with every change of the mask.
     """
 
-    values: nn.Parameter
     bias: nn.Parameter | None
-    block_mask: Tensor
-    topology: Tensor
     spectral_norm: SpectralNorm | None
 
     def __init__(
@@ -41,53 +39,26 @@ class SparseLayer(nn.Module):
         bias: bool,
         block: Sequence[int] | int,
         density: float,
+        reserve: float | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__()
-        self.block = tp.check_block(block)
-        self.weight_shape = tuple(weight_shape)
+        pair = tp.check_block(block)
+        total = math.prod(tp.mask_shape(weight_shape, pair))
+        reserved = 0 if reserve is None else tp.block_count(reserve, total)
+        with unset_fake_temporarily():
+            mask = tp.random_mask(weight_shape, pair, tp.block_count(density, total))
+            free = tp.SlotChange.to_mask(torch.full((reserved,), -1, dtype=torch.int32, device="cpu"), mask, reserved)
+        super().__init__(weight_shape, pair, free.slot_blocks, reserved)
         self.backend = "auto"
-        self.mask_version = 0
         self.spectral_norm = None
         self._recorder: ScoreRecorder | None = None
-        total = math.prod(tp.mask_shape(self.weight_shape, self.block))
-        mask = tp.random_mask(self.weight_shape, self.block, tp.block_count(density, total))
+        self._origin: Origin | None = None
         device = torch.empty(0, device=device).device  # None: the default one, "with torch.device(...)" included
-        self._active_weights = self._count(mask)
-        self.register_buffer("block_mask", mask.to(device))
-        self.register_buffer("topology", tp.build_topology(mask).to(device), persistent=False)
-        shape = (self.nnz_of(mask), *self.block)
-        self.values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.values = nn.Parameter(torch.empty((self.slots, *pair), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(weight_shape[0], device=device, dtype=dtype)) if bias else None
+        self._place()
         self.reset_parameters()
-
-    @staticmethod
-    def nnz_of(mask: Tensor) -> int:
-        return int(mask.sum())
-
-    @property
-    def nnz(self) -> int:
-        """Number of active blocks."""
-        return self.values.shape[0]
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks, active or not."""
-        return self.block_mask.numel()
-
-    @property
-    def density(self) -> float:
-        """Active weights over all weights; parts of edge blocks that lie outside the weight are not counted."""
-        return self.active_weights / math.prod(self.weight_shape)
-
-    @property
-    def active_weights(self) -> int:
-        """Number of weights inside active blocks, without the parts of edge blocks that lie outside the weight."""
-        return self._active_weights
-
-    def _count(self, mask: Tensor) -> int:
-        return int(tp.mask_sizes(self.weight_shape, self.block)[mask.cpu()].sum())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -95,30 +66,26 @@ class SparseLayer(nn.Module):
         dense layer, applied to the connections that exist), so that the output variance is that of a dense layer of
         that fan-in. Biases likewise; where a row has no block, the bias takes the dense layer's bound.
         """
-        if self.values.is_meta:  # nothing to fill, and a mask without entries
+        if self.values.is_meta:  # nothing to fill
             return
-        index = self._index()
-        columns = torch.arange(self.block_mask.shape[1], device="cpu")
-        widths = (self.weight_shape[1] - self.block[1] * columns).clamp(max=self.block[1])
-        row = index.block_row.long()
-        fan_in = torch.zeros(self.block_mask.shape[0], dtype=torch.float64, device="cpu")
-        fan_in.index_add_(0, row.cpu(), widths.double()[index.block_col.long().cpu()])
-        dense_fan_in = math.prod(self.weight_shape[1:])
-        bound = torch.where(fan_in > 0, fan_in, max(dense_fan_in, 1)).rsqrt().to(self.values)
+        rows, cols, taps = tp.grid(self.weight_shape, self.block)
+        with unset_fake_temporarily():
+            rank = self.slot_blocks.long()
+            row, col = rank // (cols * taps), rank // taps % cols
+            active = rank >= 0
+            widths = (self.weight_shape[1] - self.block[1] * col).clamp(max=self.block[1]).double()
+            fan_in = torch.zeros(rows, dtype=torch.float64, device="cpu").index_add_(0, row[active], widths[active])
+            dense_fan_in = max(math.prod(self.weight_shape[1:]), 1)
+            bound = torch.where(fan_in > 0, fan_in, dense_fan_in).rsqrt()
+            scale = bound[row.clamp(min=0)][:, None, None] * tp.inside_slots(rank, self.weight_shape, self.block)
+            bias_bound = bound.repeat_interleave(self.block[0])[: self.weight_shape[0]]
         self.values.uniform_(-1, 1)
-        self.values.mul_(bound[row][:, None, None])
-        self.values.mul_(tp.inside(self.block_mask, self.weight_shape, self.block))
         if self.bias is not None:
             self.bias.uniform_(-1, 1)
-            self.bias.mul_(bound.repeat_interleave(self.block[0])[: self.weight_shape[0]])
-
-    def _index(self) -> tp.Index:
-        rows, cols, _ = tp.grid(self.weight_shape, self.block)
-        return tp.split_topology(self.topology, rows, cols)
-
-    def dense_weight(self) -> Tensor:
-        """``W`` with zeros at inactive blocks, differentiable; the raw weight, before any spectral norm."""
-        return tp.unpack(self.values, self.block_mask, self.weight_shape)
+        if not isinstance(self.values.data, FakeTensor):
+            self.values.mul_(scale.to(self.values))
+            if self.bias is not None:
+                self.bias.mul_(bias_bound.to(self.bias))
 
     def effective_values(self) -> Tensor:
         """The packed values the layer computes with: ``values``, divided by σ under spectral norm.
@@ -127,63 +94,35 @@ class SparseLayer(nn.Module):
         """
         return self.values if self.spectral_norm is None else self.spectral_norm(self)
 
-    @torch.no_grad()
-    def block_norms(self) -> Tensor:
-        """``[nnz]``: L2 norm of each active block's values."""
-        return torch.linalg.vector_norm(self.values, dim=(1, 2))
-
     # --- the mask ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def set_block_mask(self, mask: Tensor) -> tp.MaskChange:
-        """Makes ``mask`` the set of active blocks: kept blocks keep their values, new ones are zero.
-
-        ``values`` stays the same Parameter object, so optimizers keep it; its gradient is carried over likewise.
-        Optimizer state is not the layer's: carry it with :func:`ddst.sparsity.remap_state` and what this returns.
-
-        Args:
-            mask: bool, shape of ``block_mask``.
-
-        Returns:
-            What changed, able to carry anything stored per block.
-
-        Raises:
-            TypeError, ValueError: not bool, or another shape; nothing is changed.
-
-        >>> from ddst.nn import SparseLinear
-        >>> layer = SparseLinear(32, 32, density=0.25)
-        >>> layer.set_block_mask(torch.ones(2, 2, dtype=torch.bool)).grown.sum().item(), layer.nnz
-        (3, 4)
-        """
-        tp.check_mask(mask, self.block_mask.shape, "mask")
-        mask = mask.detach().to(self.block_mask.device)
-        change = tp.MaskChange.between(self.block_mask, mask)
-        self._replace_topology(mask)
-        grad = self.values.grad
-        self._replace_values(change.apply(self.values.detach()))
-        self.values.grad = None if grad is None else change.apply(grad.detach())
+    def set_block_mask(self, mask: Tensor) -> tp.SlotChange:
+        change = super().set_block_mask(mask)
+        self._origin = None  # a copy with a mask of its own
         if self.spectral_norm is not None:
             self.spectral_norm.after_topology_change(self)
         return change
 
-    def _replace_topology(self, mask: Tensor) -> None:
-        topology = tp.build_topology(mask)
-        self.block_mask, self.topology = mask.clone(), topology
-        self._active_weights = self._count(mask)
-        self.mask_version += 1
-        if self.spectral_norm is not None:
-            self.spectral_norm.set_block_mask(mask)
-        if self._recorder is not None:
-            self._recorder.take()
-            self._recorder.open(topology)
+    set_block_mask.__doc__ = PackedStorage.set_block_mask.__doc__
 
-    def _replace_values(self, values: Tensor) -> None:
-        # Autograd remembers the shape of a leaf for as long as a graph that uses it lives (a kept loss, say), and would
-        # reject gradients of the new shape. It forgets when the dtype changes, so the dtype changes for a moment.
-        self.values.grad = None
-        other = torch.float16 if values.dtype != torch.float16 else torch.float32
-        self.values.data = values.new_empty(0, dtype=other)
-        self.values.data = values
+    def _apply_change(self, change: tp.SlotChange) -> None:
+        super()._apply_change(change)
+        Origin.tell_copies(self, change)
+
+    @torch.no_grad()
+    def _follow_change(self, change: tp.SlotChange) -> None:
+        """A change of the layer that this one is an average of. Its spectral norm's vectors are buffers: the average's
+        own business, and nothing random is drawn for them here.
+        """
+        super()._apply_change(change)
+        Origin.tell_copies(self, change)
+
+    def _place(self) -> None:
+        super()._place()
+        if self.spectral_norm is not None:
+            self.spectral_norm.place(self)
+        if self._recorder is not None:  # which knows the topology by its address
+            self._recorder.open(self.topology)
 
     # --- growth scores ----------------------------------------------------------------------------------------------
 
@@ -279,6 +218,13 @@ class SparseLayer(nn.Module):
         # of a method, disable would import the whole compiler whenever ddst is imported.)
         if self._recorder is not None and torch.compiler.is_compiling():
             return torch.compiler.disable(self._compute)(input)
+        if isinstance(input, torch.fx.Proxy):  # a leaf to torch.fx, as the dense layer is
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        if not torch.compiler.is_compiling():
+            self._notice_overwritten_slots()
+            if self._origin is not None:
+                self._origin.check(self)
         return self._compute(input)
 
     def _compute(self, input: Tensor) -> Tensor:
@@ -290,17 +236,35 @@ class SparseLayer(nn.Module):
 
     # --- moves, copies and state dicts ------------------------------------------------------------------------------
 
+    def _set_slots(self, slot_blocks: Tensor) -> None:
+        if self._recorder is not None:
+            self._recorder.take()  # what was recorded belongs to other blocks
+        super()._set_slots(slot_blocks)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self._recorder is not None:  # which knows the topology by its address
-            self._recorder.open(self.topology)
+        if self._recorder is not None:
             self._recorder.record.to(self.topology.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recorder": None}
+        return {**self.__dict__, "_recorder": None, "_origin": None}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._slots_seen = self.slot_blocks._version
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._origin = Origin(self, twin)
+        return twin
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
         """Also takes a dense layer's ``weight``, keeping the active blocks, and packed values of another mask.
 
         A mask that comes with the checkpoint is taken over, so load the optimizer's state as well: what it holds
@@ -312,18 +276,21 @@ class SparseLayer(nn.Module):
         weight = state_dict.get(prefix + "weight")
         if weight is not None and prefix + "values" not in state_dict and tuple(weight.shape) == self.weight_shape:
             state_dict.pop(prefix + "weight")
-            kept = tp.pack(weight.detach().to(self.block_mask.device), self.block_mask, self.block)
+            kept = tp.pack_slots(weight.detach(), self.slot_blocks, self.block)
             if norm is not None and kept.count_nonzero() != weight.count_nonzero():
-                norm.settle_loaded(state_dict, prefix + "spectral_norm.", kept, self.backend)
+                norm.settle_loaded(state_dict, prefix + "spectral_norm.", kept.to(self.values.device), self.backend)
             state_dict[prefix + "values"] = kept
-            state_dict[prefix + "block_mask"] = self.block_mask
-        mask, values = state_dict.get(prefix + "block_mask"), state_dict.get(prefix + "values")
-        if mask is not None and values is not None and mask.shape == self.block_mask.shape:
-            fits = tuple(values.shape) == (self.nnz_of(mask), *self.block)
-            if fits and not torch.equal(mask.to(self.block_mask.device), self.block_mask):
-                self._replace_topology(mask.to(self.block_mask.device))
-                self._replace_values(self.values.detach().new_zeros(values.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            state_dict[prefix + "slot_blocks"] = self.slot_blocks
+        if not self._take_slots(state_dict, prefix, error_msgs):
+            for name in ("values", "block_mask"):
+                state_dict.pop(prefix + name, None)
+            return
+        if self._origin is not None:
+            self._origin.forget()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._place()
 
     def extra_repr(self) -> str:
         bias = "" if self.bias is not None else ", bias=False"
@@ -331,11 +298,12 @@ class SparseLayer(nn.Module):
 
     def _adopt(self, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
         """Copies a dense layer's weight at the active blocks of ``mask``, its bias and whether they are trained."""
-        self._replace_topology(mask.to(weight.device))
-        self.values = nn.Parameter(
-            tp.pack(weight.detach(), self.block_mask, self.block).clone(), requires_grad=weight.requires_grad
-        )
+        free = torch.full((self.reserve,), -1, dtype=torch.int32, device="cpu")
+        self.slot_blocks = tp.SlotChange.to_mask(free, mask, self.reserve).slot_blocks
+        packed = tp.pack_slots(weight.detach(), self.slot_blocks, self.block).contiguous()
+        self.values = nn.Parameter(packed, requires_grad=weight.requires_grad)
         self.bias = copy_of(bias)
+        self._set_slots(self.slot_blocks)
 
 
 def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:

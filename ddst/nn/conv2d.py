@@ -25,6 +25,8 @@ class SparseConv2d(SparseLayer):
         groups: 1, nothing else.
         density: share of blocks that are active, above 0 and at most 1. A block is ``b_out × b_in`` channels at a tap.
         block: ``(b_out, b_in)`` or one int, entries from 1 to 64. Multiples of 8 are fast.
+        reserve: density for which slots are set aside from the start, so that no change of the mask up to it makes new
+            tensors; None: none beyond ``density``.
 
     Shape: input ``[N, C_in, H, W]`` or ``[C_in, H, W]``; the output's memory format follows ``nn.Conv2d``'s rule;
     ``channels_last`` (an attribute, taken over by ``from_dense``) stands for the dense weight's layout. channels_last
@@ -56,6 +58,7 @@ class SparseConv2d(SparseLayer):
         *,
         density: float = 0.1,
         block: Sequence[int] | int = (16, 16),
+        reserve: float | None = None,
     ) -> None:
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if not isinstance(value, int) or value < 1:
@@ -67,7 +70,7 @@ class SparseConv2d(SparseLayer):
         kernel = pair(kernel_size, "kernel_size", 1)
         strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
         paddings, extra = resolve_padding(padding, kernel, strides, dilations)
-        super().__init__((out_channels, in_channels, *kernel), bias, block, density, device, dtype)
+        super().__init__((out_channels, in_channels, *kernel), bias, block, density, reserve, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
         self.stride, self.dilation, self.groups, self.padding_mode = strides, dilations, 1, padding_mode
         self.padding = padding if isinstance(padding, str) else paddings
@@ -84,13 +87,14 @@ class SparseConv2d(SparseLayer):
         density: float | None = None,
         block_mask: Tensor | None = None,
         block: Sequence[int] | int = (16, 16),
+        reserve: float | None = None,
     ) -> SparseConv2d:
         """The sparse layer with ``module``'s values at the active blocks; nothing is shared.
 
         Args:
             module: an :class:`torch.nn.Conv2d` with ``groups=1``.
             density: keeps this share of the blocks, those of largest L2 norm; 0.1 if nothing is given.
-            block_mask: or keeps exactly these blocks.
+            block_mask: or keeps exactly these blocks. reserve: as in the constructor.
 
         >>> dense = nn.Conv2d(16, 32, 3)
         >>> sparse = SparseConv2d.from_dense(dense, density=1.0)
@@ -115,6 +119,7 @@ class SparseConv2d(SparseLayer):
             dtype=module.weight.dtype,
             density=1 / mask.numel(),
             block=block,
+            reserve=reserve,
         )
         layer._adopt(module.weight, mask, module.bias)
         layer.channels_last = output_is_channels_last(module.weight)

@@ -19,6 +19,8 @@ class SparseLinear(SparseLayer):
         in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`.
         density: share of blocks that are active, above 0 and at most 1.
         block: ``(b_out, b_in)`` or one int, entries from 1 to 64. Multiples of 8 are fast.
+        reserve: density for which slots are set aside from the start, so that no change of the mask up to it makes new
+            tensors; None: none beyond ``density``.
 
     Shape: input ``[…, in_features]``, output ``[…, out_features]``; float32, float64, bfloat16, float16.
 
@@ -42,11 +44,12 @@ class SparseLinear(SparseLayer):
         *,
         density: float = 0.1,
         block: Sequence[int] | int = (16, 16),
+        reserve: float | None = None,
     ) -> None:
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
-        super().__init__((out_features, in_features), bias, block, density, device, dtype)
+        super().__init__((out_features, in_features), bias, block, density, reserve, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
@@ -57,13 +60,14 @@ class SparseLinear(SparseLayer):
         density: float | None = None,
         block_mask: Tensor | None = None,
         block: Sequence[int] | int = (16, 16),
+        reserve: float | None = None,
     ) -> SparseLinear:
         """The sparse layer with ``module``'s values at the active blocks; nothing is shared.
 
         Args:
             module: an :class:`torch.nn.Linear`.
             density: keeps this share of the blocks, those of largest L2 norm; 0.1 if nothing is given.
-            block_mask: or keeps exactly these blocks.
+            block_mask: or keeps exactly these blocks. reserve: as in the constructor.
 
         >>> dense = nn.Linear(32, 32)
         >>> sparse = SparseLinear.from_dense(dense, density=1.0)
@@ -81,6 +85,7 @@ class SparseLinear(SparseLayer):
             module.weight.dtype,
             density=1 / mask.numel(),
             block=block,
+            reserve=reserve,
         )
         layer._adopt(module.weight, mask, module.bias)
         return layer.train(module.training)

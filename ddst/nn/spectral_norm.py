@@ -21,6 +21,7 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from .. import topology as tp
 from ..ops.reference import dense_weight
+from .storage import placed_topology
 
 if TYPE_CHECKING:
     from .base import SparseLayer
@@ -72,7 +73,7 @@ class _Matrix(Protocol):
         """``Wᵀ u``, ``[N]``."""
 
     def outer(self, u: Tensor, v: Tensor) -> Tensor:
-        """``u vᵀ`` at the active blocks, ``[nnz, b_out, b_in]``, zero outside the weight."""
+        """``u vᵀ`` at the active blocks, ``[slots, b_out, b_in]``, zero outside the weight."""
 
 
 class _Packed:
@@ -108,7 +109,7 @@ class _Dense:
     def outer(self, u: Tensor, v: Tensor) -> Tensor:
         rows, cols, _ = tp.grid(self.weight.shape, self.block)
         index = tp.split_topology(self.topology, rows, cols)
-        blocks = tp.as_blocks(torch.outer(u, v), self.block)
+        blocks = F.pad(tp.as_blocks(torch.outer(u, v), self.block), (0, 0, 0, 0, 0, 1, 0, 1))  # free slots: zeros
         return blocks[index.block_row.long(), index.block_col.long()]
 
 
@@ -130,7 +131,6 @@ class SpectralNorm(nn.Module):
     Args:
         weight_shape: shape of the dense weight, ``(C_out, C_in, kH, kW)`` or ``(C_out, C_in)``.
         block: ``(b_out, b_in)``.
-        block_mask: bool, the active blocks.
         n_power_iterations: iterations per forward call in training mode, at least 1.
         eps: smallest length that a vector is divided by.
         noise: share of random noise, at least 0. With 0 nothing is random, nothing extra is iterated, and the result is
@@ -142,7 +142,7 @@ class SpectralNorm(nn.Module):
 
     Attributes:
         u: buffer ``[C_out]``. v: buffer ``[C_in · kH · kW]``, in the order of the dense weight.
-        topology: int32 buffer, index of the matrix; not in the state dict.
+        topology: int32 vector, index of the matrix, kept by the layer (:meth:`place`); no buffer.
 
     Raises:
         ValueError: n_power_iterations, noise or style outside the above.
@@ -172,7 +172,6 @@ class SpectralNorm(nn.Module):
         self,
         weight_shape: Sequence[int],
         block: tuple[int, int],
-        block_mask: Tensor,
         n_power_iterations: int = 1,
         eps: float = 1e-12,
         noise: float = 0.05,
@@ -195,15 +194,20 @@ class SpectralNorm(nn.Module):
         v = torch.randn(math.prod(weight_shape[1:]), device=device, dtype=dtype)
         self.register_buffer("u", F.normalize(u, dim=0, eps=eps))
         self.register_buffer("v", F.normalize(v, dim=0, eps=eps))
-        self.register_buffer("topology", None, persistent=False)
-        self.set_block_mask(block_mask)
 
-    def set_block_mask(self, block_mask: Tensor) -> None:
-        """Makes the matrix that of another block mask; called by the layer. u and v stay."""
-        self.topology = tp.build_topology(block_mask.reshape(block_mask.shape[0], -1))
+    def place(self, layer: SparseLayer) -> None:
+        """Derives the index of the matrix from the layer's slots, beside its values; called by the layer. u and v stay.
+
+        A block's rank is the same in both: the mask ``[R, C, kH, kW]`` is read as ``[R, C · kH · kW]``.
+        """
+        cols, taps, _ = self._blocks
+        shape = (layer.mask_shape[0], cols * taps)
+        self.topology = placed_topology(
+            layer.slot_blocks, shape, layer.values.data, self.__dict__.get("topology")
+        )
 
     def forward(self, layer: SparseLayer) -> Tensor:
-        """``values / σ``, ``[nnz, b_out, b_in]``; in training mode after ``n_power_iterations`` power iterations.
+        """``values / σ``, ``[slots, b_out, b_in]``; in training mode after ``n_power_iterations`` power iterations.
 
         Args:
             layer: the layer this belongs to.
@@ -344,7 +348,6 @@ def spectral_norm(
     norm = SpectralNorm(
         layer.weight_shape,
         layer.block,
-        layer.block_mask,
         n_power_iterations,
         eps,
         noise,
@@ -353,6 +356,7 @@ def spectral_norm(
         layer.values.dtype,
     )
     norm.train(layer.training)
+    norm.place(layer)
     if noise > 0 or style == "parametrization":
         norm.settle(
             layer.values, layer.backend, 15

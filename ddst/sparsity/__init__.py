@@ -5,7 +5,7 @@ from ddst.sparsity.advise import advise
 from ddst.sparsity.algorithm import SparseTraining
 from ddst.sparsity.convert import dense_state_dict, densify, sparsify
 from ddst.sparsity.criterion import choose_drop, choose_grow, relative_keys
-from ddst.sparsity.optimizer import remap_state
+from ddst.sparsity.optimizer import carry_state
 from ddst.sparsity.schedule import DropSchedule
 from ddst.sparsity.stats import FlopCounter, NetworkStats, TrainingFlops, network_stats
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport
@@ -26,6 +26,6 @@ __all__ = [
     "densify",
     "network_stats",
     "relative_keys",
-    "remap_state",
+    "carry_state",
     "sparsify",
 ]

@@ -29,7 +29,7 @@ class SparseTraining:
     | drop_fraction | 0.5 | 0.3 | the smaller half of 16×16 blocks holds half of a layer's squared norm |
     | scope | "global" | "layer" | norms of large blocks differ by layer much more than within one |
     | ranking | "raw" | "relative" | the same, and edge blocks have fewer weights |
-    | grown_second_moment | "zero" | "score", SET "mean" | see :func:`~ddst.sparsity.remap_state` |
+    | grown_second_moment | "zero" | "score", SET "mean" | see :func:`~ddst.sparsity.carry_state` |
 
     Args:
         model: has been through :func:`ddst.sparsify`, or is built of sparse layers.

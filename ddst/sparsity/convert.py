@@ -48,6 +48,7 @@ def sparsify(
     generator: torch.Generator | None = None,
     mask: str = "random",
     spectral_norm_noise: float | None = None,
+    reserve: float | None = None,
     only_if_faster: bool | Advice = False,
     sample: Tensor | Sequence[Any] | None = None,
 ) -> SparsifyReport:
@@ -78,6 +79,9 @@ def sparsify(
             "magnitude" (L2 norm).
         spectral_norm_noise: ``noise`` of the spectral norms (:class:`~ddst.nn.spectral_norm.SpectralNorm`). None: 0 for
             1×1 blocks (torch's spectral norm of the masked weight, as in the paper), else 0.05.
+        reserve: a density to come, for which slots are set aside in every layer as the distribution shares it out, so that
+            no change of the masks up to there makes new tensors; they are part of ``values`` from the start (zero, with
+            gradients and optimizer state of zero). None: none. A layer that is grown beyond its share still enlarges.
         only_if_faster: True measures every layer here (:func:`ddst.advise`, which needs ``sample``) and leaves those
             dense that would not be faster sparse; an :class:`~ddst.sparsity.Advice` that holds this block is used
             instead of measuring. The other layers keep the density they would have had, so with "erk" the density over
@@ -104,6 +108,8 @@ def sparsify(
     check_density(density)
     if spectral_norm_noise is not None and not spectral_norm_noise >= 0:
         raise ValueError(f"spectral_norm_noise must be at least 0 or None, got {spectral_norm_noise!r}")
+    if reserve is not None:
+        check_density(reserve, "reserve")
     block = tp.check_block(block)
     check_backend(backend)
     if mask not in KINDS:
@@ -137,7 +143,11 @@ def sparsify(
     noise = spectral_norm_noise
     if noise is None:
         noise = 0.0 if block == (1, 1) else NOISE
-    layers = {name: _sparse_twin(c, masks[name], block, backend, noise) for name, c in chosen.items()}
+    reserves = {} if reserve is None else share_out(candidates, reserve, block, distribution)
+    layers = {
+        name: _sparse_twin(c, masks[name], block, backend, noise, None if reserve is None else reserves.get(name, 1.0))
+        for name, c in chosen.items()
+    }
     report = SparsifyReport(tuple(_report(c, layers.get(c.name)) for c in candidates))
     wanted = sum(densities.get(c.name, 1.0) * c.size for c in candidates if c.counted)
     if distribution == "erk" and not slower:
@@ -173,7 +183,9 @@ def _report(candidate: Candidate, layer: SparseLayer | None) -> LayerReport:
     )
 
 
-def _sparse_twin(candidate: Candidate, mask: Tensor, block: tuple[int, int], backend: str, noise: float) -> SparseLayer:
+def _sparse_twin(
+    candidate: Candidate, mask: Tensor, block: tuple[int, int], backend: str, noise: float, reserve: float | None
+) -> SparseLayer:
     module, weight = candidate.module, candidate.weight
     assert weight is not None
     # A shell around the raw weight: the layer's own attribute may be a product of its spectral norm.
@@ -198,9 +210,9 @@ def _sparse_twin(candidate: Candidate, mask: Tensor, block: tuple[int, int], bac
     shell.weight = weight
     shell.train(module.training)
     if isinstance(shell, nn.Linear):
-        layer = SparseLinear.from_dense(shell, block_mask=mask, block=block)
+        layer = SparseLinear.from_dense(shell, block_mask=mask, block=block, reserve=reserve)
     else:
-        layer = SparseConv2d.from_dense(shell, block_mask=mask, block=block)
+        layer = SparseConv2d.from_dense(shell, block_mask=mask, block=block, reserve=reserve)
     # The same object, as references to it elsewhere expect.
     layer.bias = module.bias  # type: ignore[assignment]
     layer.backend = backend
@@ -215,7 +227,6 @@ def _sparse_norm(layer: SparseLayer, candidate: Candidate, noise: float) -> Spec
     norm = SpectralNorm(
         layer.weight_shape,
         layer.block,
-        layer.block_mask,
         dense.n_power_iterations,
         dense.eps,
         noise,
@@ -226,6 +237,7 @@ def _sparse_norm(layer: SparseLayer, candidate: Candidate, noise: float) -> Spec
     norm.u.copy_(dense.u)
     norm.v.copy_(dense.v)
     norm.train(layer.training)
+    norm.place(layer)
     norm.after_topology_change(layer)
     return norm
 
@@ -311,17 +323,17 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
         if not isinstance(layer, SparseLayer):
             continue
         prefix = f"{name}." if name else ""
-        values, mask = state[prefix + "values"], state[prefix + "block_mask"]
-        weight = tp.unpack(values, mask, layer.weight_shape).contiguous()
+        values, slot_blocks = state[prefix + "values"], state[prefix + "slot_blocks"]
+        weight = tp.unpack_slots(values, slot_blocks, layer.weight_shape).contiguous()
         if layer.spectral_norm is None:
-            renamed |= {prefix + "values": prefix + "weight", prefix + "block_mask": None}
+            renamed |= {prefix + "values": prefix + "weight", prefix + "slot_blocks": None}
             weights[prefix + "values"] = weight
         else:
             # The raw weight of a dense layer with spectral norm comes after its bias.
             keys = [prefix + key for key in DENSE_KEYS[layer.spectral_norm.style]]
-            packed = [prefix + key for key in ("block_mask", "spectral_norm.u", "spectral_norm.v")]
+            packed = [prefix + key for key in ("slot_blocks", "spectral_norm.u", "spectral_norm.v")]
             renamed |= {prefix + "values": None, **dict(zip(packed, keys, strict=True))}
-            weights[prefix + "block_mask"] = weight
+            weights[prefix + "slot_blocks"] = weight
     dense: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
         new = renamed.get(key, key)

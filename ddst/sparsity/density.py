@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ddst.nn import SparseLayer, sparse_layers
 from ddst.sparsity.candidates import find_candidates
-from ddst.topology import mask_sizes
+from ddst.topology import mask_of_slots, mask_sizes
 
 
 class NetworkDensity:
@@ -54,5 +54,5 @@ class NetworkDensity:
 
 
 def flat_mask(layer: SparseLayer) -> Tensor:
-    """bool ``[R · C · T]`` on the CPU: the block mask in the order of block ids."""
-    return layer.block_mask.detach().reshape(-1).cpu()
+    """bool ``[R · C · T]`` on the CPU: the block mask in the order of blocks."""
+    return mask_of_slots(layer.slot_blocks, (layer.num_blocks,))

@@ -1,4 +1,4 @@
-"""Optimizer state across a change of the block mask: it leaves with dropped blocks, and begins anew for grown ones."""
+"""Optimizer state across a change of the block mask: at slots that changed hands it begins anew."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ddst.topology import MaskChange
+from ddst.topology import SlotChange
 
 # Running means of squared gradients: the ones for which a start at zero makes a grown block's first step too long.
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
@@ -19,7 +19,7 @@ def check_state(optimizer: Optimizer, param: Tensor) -> None:
 
     Args:
         optimizer: any torch optimizer.
-        param: ``[nnz, b_out, b_in]``, a layer's ``values``.
+        param: ``[slots, b_out, b_in]``, a layer's ``values``.
 
     Raises:
         ValueError: the state is factored (Adafactor), flat over all parameters (LBFGS) or of another shape.
@@ -35,26 +35,26 @@ def check_state(optimizer: Optimizer, param: Tensor) -> None:
     _check_shapes(optimizer, optimizer.state.get(param, {}), param.shape)
 
 
-def remap_state(
-    optimizer: Optimizer, param: Tensor, change: MaskChange, second_moment: Tensor | float | str | None = None
+def carry_state(
+    optimizer: Optimizer, param: Tensor, change: SlotChange, second_moment: Tensor | float | str | None = None
 ) -> None:
-    """``state[id_new] = state[source[id_new]]`` for kept blocks, a new weight's state for grown ones.
+    """A new weight's state at slots that changed hands; nothing happens at the others.
 
-    That is zero, except where the optimizer itself begins otherwise: Rprop's ``step_size`` at the learning rate,
-    Adagrad's ``sum`` at ``initial_accumulator_value``.
+    A new weight's state is zero, except where the optimizer itself begins otherwise: Rprop's ``step_size`` at the
+    learning rate, Adagrad's ``sum`` at ``initial_accumulator_value``. Written in place while the number of slots stays.
 
     Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, ASGD, Rprop and SGD with momentum keep such states.
     Scalars (step counters) are left alone. ``param`` itself and its gradient are the layer's
-    (:meth:`ddst.nn.base.SparseLayer.set_block_mask`); this function may be called before or after it.
+    (:meth:`ddst.nn.storage.PackedStorage.set_block_mask`); this function may be called before or after it.
 
     Args:
         optimizer: the optimizer that holds ``param``; without a state for it nothing happens.
-        param: a layer's ``values``, ``[nnz, b_out, b_in]`` before or after the change.
-        change: what :meth:`~ddst.nn.base.SparseLayer.set_block_mask` returned.
+        param: a layer's ``values``, ``[slots, b_out, b_in]`` before or after the change.
+        change: what :meth:`~ddst.nn.storage.PackedStorage.set_block_mask` returned.
         second_moment: what the running mean of squared gradients (``exp_avg_sq``, ``max_exp_avg_sq``, ``square_avg``)
-            of a grown block starts from. None: zero. A tensor ``[nnz_new]`` (entries of kept
-            blocks are not read), or a number: that value at each of the block's weights; negative or not finite
-            counts as zero. ``"mean"``: the mean of the state over the blocks that stay.
+            of a grown block starts from. None: zero. A tensor with an entry for each of ``change.entered``, or a
+            number: that value at each of the block's weights; negative or not finite counts as zero. ``"mean"``: the
+            mean of the state over the blocks that stay.
 
     Raises:
         ValueError: the state is factored or flat (before anything is changed), or ``second_moment`` has a wrong shape.
@@ -66,31 +66,29 @@ def remap_state(
     >>> adam = torch.optim.Adam([param])
     >>> param.grad = torch.tensor([3.0, 4.0]).view(2, 1, 1)
     >>> adam.step()
-    >>> change = MaskChange.between(torch.tensor([[True, False, True]]), torch.tensor([[False, True, True]]))
-    >>> remap_state(adam, param, change)
+    >>> slots, mask = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([[False, True, True]])
+    >>> carry_state(adam, param, SlotChange.to_mask(slots, mask))
     >>> [round(x, 4) for x in adam.state[param]["exp_avg"].flatten().tolist()]
     [0.0, 0.4]
     """
     state = optimizer.state.get(param)
     if not state:
         return
-    old_shape = torch.Size([int(change.old_mask.sum()), *param.shape[1:]])
-    _check_shapes(optimizer, state, old_shape)
-    nnz = change.source.numel()
+    shape = torch.Size([change.before.numel(), *param.shape[1:]])
+    _check_shapes(optimizer, state, shape)
     if isinstance(second_moment, str) and second_moment != "mean":
         raise ValueError(f'second_moment must be a tensor, a number, "mean" or None, got {second_moment!r}')
-    if isinstance(second_moment, Tensor) and second_moment.shape != (nnz,):
-        raise ValueError(f"second_moment must have the shape ({nnz},), got {tuple(second_moment.shape)}")
-    grown = change.grown
+    if isinstance(second_moment, Tensor) and second_moment.shape != change.entered.shape:
+        raise ValueError(f"second_moment must have the shape ({change.grown},), got {tuple(second_moment.shape)}")
     starts = _own_starts(optimizer, param)
-    for key, old in state.items():
-        if not isinstance(old, Tensor) or old.shape != old_shape:
+    for key, held in state.items():
+        if not isinstance(held, Tensor) or held.shape != shape:
             continue
-        new = change.apply(old)
-        if key in SECOND_MOMENTS and second_moment is not None and bool(grown.any()):
-            _start(new, grown, second_moment)
+        new = change.apply(held)
+        if key in SECOND_MOMENTS and second_moment is not None and change.grown:
+            _start(new, change, second_moment)
         elif key in starts:
-            new[grown] = starts[key]
+            new[change.fresh.to(new.device)] = starts[key]
         state[key] = new
 
 
@@ -119,14 +117,17 @@ def _own_starts(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
     return starts
 
 
-def _start(state: Tensor, grown: Tensor, second_moment: Tensor | float | str) -> None:
-    """Fills the grown blocks of a remapped second moment, in place."""
+def _start(state: Tensor, change: SlotChange, second_moment: Tensor | float | str) -> None:
+    """Fills the grown blocks of a carried second moment, in place."""
+    entered = change.entered.to(state.device)
     if isinstance(second_moment, str):
-        kept = state[~grown]
-        start = kept.mean() if kept.numel() else state.new_zeros(())
+        kept = change.slot_blocks >= 0
+        kept[change.entered] = False
+        blocks = state[kept.to(state.device)]
+        start = blocks.mean() if blocks.numel() else state.new_zeros(())
     else:
         start = torch.as_tensor(second_moment, dtype=state.dtype, device=state.device)
         start = torch.where(start.isfinite() & (start > 0), start, 0)
         if start.dim():
-            start = start[grown].view(-1, *[1] * (state.dim() - 1))
-    state[grown] = start.expand_as(state[grown])
+            start = start.view(-1, *[1] * (state.dim() - 1))
+    state[entered] = start.expand_as(state[entered])

@@ -152,7 +152,7 @@ class ScoreCollector:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`: reopens a request that was open. Load the model first."""
         for name, score in [*state["latest"].items(), *state["aside"].items()]:
-            if name not in self.layers or score.shape != self.layers[name].block_mask.shape:
+            if name not in self.layers or score.shape != self.layers[name].mask_shape:
                 raise ValueError(f"state holds scores of a layer {name!r} of shape {tuple(score.shape)}, unknown here")
         self.cancel()
         if state["requested"]:

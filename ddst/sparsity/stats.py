@@ -121,7 +121,7 @@ def _indices(model: nn.Module) -> Iterator[Tensor]:
     """What says where the active blocks are."""
     for module in model.modules():
         if isinstance(module, SparseLayer):
-            yield module.block_mask
+            yield module.slot_blocks
         if isinstance(module, SparseLayer | SpectralNorm):
             yield module.topology
 

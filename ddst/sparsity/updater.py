@@ -18,8 +18,9 @@ from ddst.nn import SparseLayer
 from ddst.sparsity.candidates import find_candidates
 from ddst.sparsity.criterion import choose_drop, choose_grow, exchange_count, random_scores, relative_keys
 from ddst.sparsity.density import NetworkDensity, flat_mask
-from ddst.sparsity.optimizer import check_state, remap_state
+from ddst.sparsity.optimizer import carry_state, check_state
 from ddst.sparsity.scores import ScoreCollector
+from ddst.topology import SlotChange
 
 SCOPES = ("layer", "global")
 RANKINGS = ("relative", "raw")
@@ -216,7 +217,7 @@ class TopologyUpdater:
         norms, keys, sizes = [], [], []
         for name, mask in masks.items():
             size = self._sizes[name][mask]
-            norms.append(self.layers[name].block_norms().detach().cpu())
+            norms.append(self.layers[name].block_norms().reshape(-1).cpu()[mask])
             keys.append(relative_keys(norms[-1], size) if self.ranking == "relative" else norms[-1])
             sizes.append(size)
         share = self.max_norm_share
@@ -247,27 +248,25 @@ class TopologyUpdater:
         dropped, grown = {}, {}
         for name, flat in masks.items():
             layer = self.layers[name]
-            mask = flat.view(layer.block_mask.shape).to(layer.block_mask.device)
-            if torch.equal(mask, layer.block_mask):
+            if torch.equal(flat, flat_mask(layer)):
                 continue
+            mask = flat.view(layer.mask_shape)
             change = layer.set_block_mask(mask)
-            entered = int(change.grown.sum())
-            start = self._second_moment(name, flat) if entered else None
-            remap_state(self.optimizer, layer.values, change, start)
-            left = int(change.old_mask.sum()) - (change.source.numel() - entered)
-            if left:
-                dropped[name] = left
-            if entered:
-                grown[name] = entered
+            start = self._second_moment(name, change) if change.grown else None
+            carry_state(self.optimizer, layer.values, change, start)
+            if change.dropped:
+                dropped[name] = change.dropped
+            if change.grown:
+                grown[name] = change.grown
         return UpdateReport(step, kind, fraction, dropped, grown, before, self.density)
 
-    def _second_moment(self, name: str, flat_mask: Tensor) -> Tensor | str | None:
+    def _second_moment(self, name: str, change: SlotChange) -> Tensor | str | None:
         if self.grown_second_moment != "score":
             return "mean" if self.grown_second_moment == "mean" else None
         if name not in self.scores.latest:
             return None
         score = self.scores.latest[name].reshape(-1).cpu().to(torch.float64)
-        return (score.square() / self._sizes[name])[flat_mask]
+        return (score.square() / self._sizes[name])[change.slot_blocks[change.entered].long()]
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,128 @@
+"""What a copy of a sparse layer knows of the layer it was copied from, whose blocks may move.
+
+An average that is kept by anyone's code is a deep copy into which the model's parameters are averaged. Where a slot has
+changed hands in the model since, that would average two different blocks. Either the copy follows
+(:func:`ddst.follow`): then its slots change hands at the same moment. Or, when it computes, it notices that its values
+were written after blocks had moved, and says so.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..topology import SlotChange
+
+if TYPE_CHECKING:
+    from .base import SparseLayer
+
+_copies: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+class Origin:
+    """The layer that a copy was made of, until it is found to live its own life.
+
+    A gradient that reaches the copy's values, or a mask given to it, makes it a model of its own, which may be written
+    to as it likes. A copy that nobody writes to is a snapshot, and stays what it is.
+    """
+
+    def __init__(self, origin: SparseLayer, copy: SparseLayer, follows: bool = False) -> None:
+        self.follows = follows
+        self._written: int | None = None
+        _copies.setdefault(origin, weakref.WeakSet()).add(copy)
+        if copy.values.requires_grad and not follows:
+            self_of = weakref.ref(copy)
+
+            def has_gradient(_: Tensor) -> None:
+                layer = self_of()
+                if layer is not None and layer._origin is self:
+                    layer._origin = None
+
+            copy.values.register_post_accumulate_grad_hook(has_gradient)
+
+    @staticmethod
+    def tell_copies(origin: SparseLayer, change: SlotChange) -> None:
+        """Slots of ``origin`` have changed hands: followers change theirs likewise, other copies remember it."""
+        for copy in list(_copies.get(origin, ())):
+            known: Origin | None = copy._origin
+            if known is None:
+                _copies[origin].discard(copy)
+            elif known.follows:
+                bring(copy, origin, change)
+            elif known._written is None:
+                known._written = _version(copy.values)
+
+    def forget(self) -> None:
+        """What was written so far is of no matter: the copy is given a state that fits its slots."""
+        self._written = None
+
+    def check(self, copy: SparseLayer) -> None:
+        """Raises RuntimeError if the copy was averaged with its origin over a change of the mask."""
+        if self._written is not None and _version(copy.values) != self._written:
+            raise RuntimeError(
+                "this copy of a sparse layer was written to after blocks of the layer it was copied from had moved, so it "
+                "holds averages of different blocks. Call ddst.follow(average, model) right after making the average, "
+                "or use ddst.EMA"
+            )
+
+
+def bring(copy: SparseLayer, layer: SparseLayer, change: SlotChange | None = None) -> None:
+    """Gives a copy the slots of a layer: of blocks that it does not have its values are let go, new ones are zero.
+
+    Args:
+        change: what has just changed in the layer, if anything.
+    """
+    if torch.equal(copy.slot_blocks, layer.slot_blocks):
+        return
+    if change is None or not torch.equal(copy.slot_blocks, change.before):
+        change = SlotChange.between(copy.slot_blocks, layer.slot_blocks)
+    copy._follow_change(change)
+
+
+def follow(average: nn.Module, model: nn.Module) -> None:
+    """Makes the sparse layers of an average follow those of the model it averages, from now on.
+
+    Whenever blocks of the model move, the same slots of the average change hands at the same moment: what the model
+    dropped leaves the average, what it grew enters with the value 0. So an average that somebody else's code keeps, by
+    ``lerp`` over parameters, by :class:`torch.optim.swa_utils.AveragedModel` and its like, averages every block with
+    itself. Call it once, after making the average; ``ddst.EMA`` does so itself.
+
+    Args:
+        average: a copy of the model, or a module that holds one (``AveragedModel``, timm's ``ModelEmaV3``).
+        model: the model that is trained.
+
+    Raises:
+        TypeError: an argument is no module.
+        ValueError: the two have not the same sparse layers.
+
+    >>> import copy, ddst
+    >>> model = ddst.SparseLinear(32, 32, density=0.25)
+    >>> average = copy.deepcopy(model)
+    >>> follow(average, model)
+    >>> _ = model.set_block_mask(~model.block_mask)
+    >>> bool((average.block_mask == model.block_mask).all())
+    True
+    """
+    from .base import SparseLayer
+
+    for name, value in (("average", average), ("model", model)):
+        if not isinstance(value, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+    own = [layer for layer in model.modules() if isinstance(layer, SparseLayer)]
+    mine = {id(layer) for layer in own}
+    theirs = [layer for layer in average.modules() if isinstance(layer, SparseLayer) and id(layer) not in mine]
+    if [(x.weight_shape, x.block) for x in own] != [(x.weight_shape, x.block) for x in theirs]:
+        raise ValueError(
+            f"average must be a copy of model, with the same sparse layers: it has {len(theirs)} of its own, the model "
+            f"{len(own)}, or they differ in shape"
+        )
+    for layer, copy in zip(own, theirs, strict=True):
+        bring(copy, layer)
+        copy._origin = Origin(layer, copy, follows=True)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

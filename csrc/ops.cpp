@@ -1,6 +1,7 @@
 // Schemas of every registered op. The tensor ops' CPU kernels are registered in cpu/conv2d.cpp and cpu/linear.cpp, those
 // for CUDA devices in ddst/ops/cuda; fake kernels and autograd are in ddst/ops. The argument backend, a code of
-// ddst/backends.py, is the one asked for, so that derivatives run on it too. No schema has a string: torch 2.11 to 2.13
+// ddst/backends.py, is the one asked for, so that derivatives run on it too; record is the key of a recorder of ddst/ops/scores.py, which
+// only derivatives look at. No schema has a string: torch 2.11 to 2.13
 // keep the memory of every string that passes the stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,10 +26,10 @@ int64_t cpu_capability() { return ddst::cpu::active_kernels().code; }
 STABLE_TORCH_LIBRARY(ddst, m) {
   m.def(
       "conv2d(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, int[] stride, "
-      "int[] padding, int[] dilation, bool channels_last, int backend=0) -> Tensor");
+      "int[] padding, int[] dilation, bool channels_last, int backend=0, int record=0) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, "
-      "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool channels_last, int backend=0) "
+      "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool channels_last, int backend=0, int record=0) "
       "-> Tensor");
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "
@@ -37,10 +38,10 @@ STABLE_TORCH_LIBRARY(ddst, m) {
       "conv2d_block_scores(Tensor grad_output, Tensor input, int[] weight_shape, int[] block, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor");
   m.def(
-      "linear(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, int backend=0) "
+      "linear(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, int backend=0, int record=0) "
       "-> Tensor");
   m.def(
-      "linear_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, int backend=0) "
+      "linear_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, int backend=0, int record=0) "
       "-> Tensor");
   m.def(
       "linear_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "

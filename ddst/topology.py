@@ -420,7 +420,7 @@ class SlotChange:
     def between(before: Tensor, after: Tensor) -> SlotChange:
         """The change from one map of slots to any other, where kept blocks may lie in other slots."""
         old, new = before.long(), after.long()
-        blocks = int(max([0, *(part.max() + 1 for part in (old, new) if part.numel())]))
+        blocks = max((int(part.max()) + 1 for part in (old, new) if part.numel()), default=0)
         slot_of = old.new_full((blocks + 1,), -1)
         active = old >= 0
         slot_of[old[active]] = active.nonzero()[:, 0]
@@ -450,6 +450,8 @@ class SlotChange:
         Returns:
             ``stored`` itself, or a new tensor where the number of slots changed.
         """
+        if stored.is_meta:
+            return stored.new_empty(self.slot_blocks.numel(), *stored.shape[1:])
         if self.source is None:
             return stored.index_fill_(0, self.changed.to(stored.device), 0)
         carried = stored.new_zeros(self.source.numel(), *stored.shape[1:])

@@ -170,7 +170,7 @@ Tensor block_scores(const Tensor& grad_output, const Tensor& input, const Weight
 
 Tensor conv2d(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& topology,
               const Ints& weight_shape, const Ints& stride, const Ints& padding, const Ints& dilation,
-              bool channels_last, int64_t backend) {
+              bool channels_last, int64_t backend, int64_t /*record*/) {
   const char* op = "conv2d";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 4);
@@ -191,7 +191,7 @@ Tensor conv2d(const Tensor& input, const Tensor& values, const std::optional<Ten
 
 Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& values, const Tensor& topology,
                          const Ints& weight_shape, const Ints& input_size, const Ints& stride, const Ints& padding,
-                         const Ints& dilation, bool channels_last, int64_t backend) {
+                         const Ints& dilation, bool channels_last, int64_t backend, int64_t /*record*/) {
   const char* op = "conv2d_input_grad";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 4);

@@ -88,7 +88,7 @@ Tensor block_scores(const Tensor& grad_output, const Tensor& input, const Weight
 }
 
 Tensor linear(const Tensor& input, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& topology,
-              const Ints& weight_shape, int64_t backend) {
+              const Ints& weight_shape, int64_t backend, int64_t /*record*/) {
   const char* op = "linear";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 2);
@@ -105,7 +105,7 @@ Tensor linear(const Tensor& input, const Tensor& values, const std::optional<Ten
 }
 
 Tensor linear_input_grad(const Tensor& grad_output, const Tensor& values, const Tensor& topology,
-                         const Ints& weight_shape, int64_t backend) {
+                         const Ints& weight_shape, int64_t backend, int64_t /*record*/) {
   const char* op = "linear_input_grad";
   check_backend(op, backend);
   const WeightGrid grid = grid_of_values(op, values, weight_shape, 2);

@@ -15,6 +15,7 @@ from .. import topology as tp
 from ..backends import Problem, check_backend
 from ..ops.reference import block_norms_of
 from ..ops.scores import GradientRecord, ScoreRecorder
+from .dense_view import DenseView
 from .origin import Origin
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage
@@ -52,7 +53,7 @@ class SparseLayer(PackedStorage):
         super().__init__(weight_shape, pair, free.slot_blocks, reserved)
         self.backend = "auto"
         self.spectral_norm = None
-        self._recorder: ScoreRecorder | None = None
+        self._recorder, self._records = ScoreRecorder(), False
         self._origin: Origin | None = None
         device = torch.empty(0, device=device).device  # None: the default one, "with torch.device(...)" included
         self.values = nn.Parameter(torch.empty((self.slots, *pair), device=device, dtype=dtype))
@@ -94,6 +95,17 @@ class SparseLayer(PackedStorage):
         """
         return self.values if self.spectral_norm is None else self.spectral_norm(self)
 
+    @property
+    def weight(self) -> DenseView:
+        """``W`` as code for the dense layer reads it: unpacked anew at each look, differentiable; under spectral norm
+        divided by σ. Writing into it in place (``nn.init.normal_(layer.weight)``) sets the values at active blocks.
+        """
+        values = self.values
+        if self.spectral_norm is not None:
+            sigma = self.spectral_norm.sigma(self)
+            values = values / (sigma + (sigma == 0))
+        return DenseView.of(tp.unpack_slots(values, self.slot_blocks, self.weight_shape), self)
+
     # --- the mask ---------------------------------------------------------------------------------------------------
 
     def set_block_mask(self, mask: Tensor) -> tp.SlotChange:
@@ -121,38 +133,36 @@ class SparseLayer(PackedStorage):
         super()._place()
         if self.spectral_norm is not None:
             self.spectral_norm.place(self)
-        if self._recorder is not None:  # which knows the topology by its address
-            self._recorder.open(self.topology)
 
     # --- growth scores ----------------------------------------------------------------------------------------------
 
     @property
     def scores_requested(self) -> bool:
         """Whether backward passes record what the block scores need."""
-        return self._recorder is not None
+        return self._records
 
     @property
     def scores_recorded(self) -> bool:
         """Whether :meth:`take_scores` would find something: a backward pass since the request or the last take."""
-        return self._recorder is not None and not self._recorder.record.empty
+        return not self._recorder.record.empty
 
     def request_scores(self, on_first: Callable[[], None] | None = None) -> None:
         """From now on backward passes keep what :meth:`take_scores` needs: the layer's inputs and output gradients.
 
+        A compiled graph keeps copies of them, and only of forward calls that came after the request.
+
         Args:
             on_first: called in a backward pass before something is kept while nothing is.
         """
-        if self._recorder is None:
-            self._recorder = ScoreRecorder()
+        self._recorder.take()
         self._recorder.on_first = on_first
-        self._recorder.open(self.topology)
+        self._recorder.open()
+        self._records = True
 
     def cancel_scores(self) -> None:
         """Ends a request and frees what was recorded."""
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder.on_first = None  # a graph of before may still write into it
-        self._recorder = None
+        self._recorder.close()
+        self._records = False
 
     def take_scores(self) -> Tensor:
         """``scores[block] = ‖∂L/∂W[block]‖₂`` of the dense gradient since the request or the last take.
@@ -181,7 +191,7 @@ class SparseLayer(PackedStorage):
 
     def take_record(self) -> GradientRecord:
         """What :meth:`scores_of` makes :meth:`take_scores` of, for later: holds the activations and gradients."""
-        if self._recorder is None:
+        if not self._records:
             raise RuntimeError("take_scores() needs request_scores() before the backward pass")
         if self._recorder.record.empty:
             raise RuntimeError("take_scores() found no gradient: no backward pass has reached this layer's values")
@@ -214,18 +224,24 @@ class SparseLayer(PackedStorage):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        # Recording happens in Python, in the backward formulas, which a compiled graph does not call. (As a decorator
-        # of a method, disable would import the whole compiler whenever ddst is imported.)
-        if self._recorder is not None and torch.compiler.is_compiling():
-            return torch.compiler.disable(self._compute)(input)
         if isinstance(input, torch.fx.Proxy):  # a leaf to torch.fx, as the dense layer is
             tracer: Any = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-        if not torch.compiler.is_compiling():
-            self._notice_overwritten_slots()
-            if self._origin is not None:
-                self._origin.check(self)
+        if torch.compiler.is_compiling():
+            if self._records and self.backend == "reference":  # which records by a hook, in Python
+                return torch.compiler.disable(self._compute)(input)
+            return self._compute(input)
+        self._notice_overwritten_slots()
+        if self._origin is not None:
+            self._origin.check(self)
         return self._compute(input)
+
+    @property
+    def _record(self) -> int:
+        """What operators are called with, so that their formulas find the recorder. A compiled graph is another one while
+        scores are requested, as what it records costs copies.
+        """
+        return self._recorder.key if self._records or not torch.compiler.is_compiling() else 0
 
     def _compute(self, input: Tensor) -> Tensor:
         raise NotImplementedError
@@ -237,21 +253,20 @@ class SparseLayer(PackedStorage):
     # --- moves, copies and state dicts ------------------------------------------------------------------------------
 
     def _set_slots(self, slot_blocks: Tensor) -> None:
-        if self._recorder is not None:
-            self._recorder.take()  # what was recorded belongs to other blocks
+        self._recorder.take()  # what was recorded belongs to other blocks
         super()._set_slots(slot_blocks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self._recorder is not None:
-            self._recorder.record.to(self.topology.device)
+        self._recorder.record.to(self.topology.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recorder": None, "_origin": None}
+        return {**self.__dict__, "_recorder": None, "_records": False, "_origin": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._recorder = ScoreRecorder()
         self._slots_seen = self.slot_blocks._version
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:

@@ -173,6 +173,7 @@ class SparseConv2d(SparseLayer):
             padding,
             self.dilation,
             backend=self.backend,
+            record=self._record,
         )
 
     def problem(self, device: str, dtype: torch.dtype) -> Problem:

@@ -110,7 +110,13 @@ class SparseLinear(SparseLayer):
 
     def _compute(self, input: Tensor) -> Tensor:
         return ops.linear(
-            input, self.effective_values(), self.bias, self.topology, self.weight_shape, backend=self.backend
+            input,
+            self.effective_values(),
+            self.bias,
+            self.topology,
+            self.weight_shape,
+            backend=self.backend,
+            record=self._record,
         )
 
     def problem(self, device: str, dtype: torch.dtype) -> Problem:

@@ -19,7 +19,7 @@ from ..topology import SlotChange
 if TYPE_CHECKING:
     from .base import SparseLayer
 
-_copies: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+_copies: weakref.WeakKeyDictionary[SparseLayer, weakref.WeakSet[SparseLayer]] = weakref.WeakKeyDictionary()
 
 
 class Origin:

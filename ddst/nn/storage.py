@@ -70,7 +70,8 @@ class PackedStorage(nn.Module):
     @property
     def nnz(self) -> int:
         """Number of active blocks."""
-        return int((self.slot_blocks >= 0).sum())
+        with unset_fake_temporarily():
+            return int((self.slot_blocks >= 0).sum())
 
     @property
     def num_blocks(self) -> int:
@@ -88,10 +89,11 @@ class PackedStorage(nn.Module):
         return self._active_weights
 
     def _count(self) -> int:
-        ranks = self.slot_blocks[self.slot_blocks >= 0].long()
-        _, cols, taps = tp.grid(self.weight_shape, self.block)
-        sizes = tp.block_sizes(self.weight_shape, self.block)
-        return int(sizes[ranks // (cols * taps), ranks // taps % cols].sum())
+        with unset_fake_temporarily():
+            ranks = self.slot_blocks[self.slot_blocks >= 0].long()
+            _, cols, taps = tp.grid(self.weight_shape, self.block)
+            sizes = tp.block_sizes(self.weight_shape, self.block)
+            return int(sizes[ranks // (cols * taps), ranks // taps % cols].sum())
 
     def _index(self) -> tp.Index:
         """The topology on the CPU, its sections."""

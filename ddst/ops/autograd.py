@@ -1,12 +1,13 @@
 """Derivatives of the registered operators.
 
 Like ``torch.library.register_autograd``, this puts a Python kernel under the dispatch key Autograd. torch's reads the
-operator's schema at every call, which takes longer than a small layer computes; this one reads it once.
+operator's schema at every call, which takes longer than a small layer computes; this one reads it once, and knows
+forward-mode derivatives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,20 @@ _library = torch.library.Library("ddst", "IMPL")
 
 
 def register_autograd(
-    name: str, backward: Callable[..., tuple[Tensor | None, ...]], setup_context: Callable[..., None]
+    name: str,
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    setup_context: Callable[..., None],
+    linear_in: Sequence[int],
+    bias: int | None = None,
 ) -> None:
     """Makes ``ddst::name`` differentiable, with formulas such as torch's ``register_autograd`` takes.
 
     ``setup_context`` gets every argument of the schema, defaults included.
+
+    Args:
+        linear_in: positions of the arguments in which the operator, without its bias, is linear: its forward-mode
+            derivative is the sum of its values with one of them at a time replaced by the tangent.
+        bias: position of the bias, if it has one.
     """
     operator = getattr(torch.ops.ddst, name).default
     defaults = tuple(argument.default_value for argument in operator._schema.arguments)
@@ -42,9 +52,43 @@ def register_autograd(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function: Any = type(f"ddst_{name}", (torch.autograd.Function,), methods)
 
+    def forward_keeping(ctx: Any, *args: Any) -> Tensor:
+        ctx.arguments = args[:-1]
+        return forward(ctx, *args)
+
+    def tangent(ctx: Any, *tangents: Any) -> Tensor:
+        arguments = list(ctx.arguments)
+        del ctx.arguments
+        total = None
+        if bias is not None:
+            arguments[bias] = None
+        for position in linear_in:
+            if tangents[position] is not None:
+                changed = [*arguments]
+                changed[position] = tangents[position]
+                part = operator(*changed)
+                total = part if total is None else total + part
+        if bias is not None and tangents[bias] is not None:
+            along = tangents[bias].view(-1, *[1] * (arguments[0].dim() - 2))
+            total = operator(*arguments).zero_() + along if total is None else total + along
+        assert total is not None
+        return total
+
+    dual_methods = {**methods, "forward": staticmethod(forward_keeping), "jvp": staticmethod(tangent)}
+    dual_function: Any = type(f"ddst_{name}_dual", (torch.autograd.Function,), dual_methods)
+
     def kernel(keyset: Any, *args: Any) -> Tensor:
+        if _any_tangent(args):
+            return dual_function.apply(*args, keyset)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args, keyset)
         return compute(keyset, args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _any_tangent(args: Sequence[Any]) -> bool:
+    """Whether an argument is a dual tensor, of ``torch.autograd.forward_ad`` or ``torch.func.jvp``."""
+    if not torch._C._is_fwd_grad_enabled():
+        return False
+    return any(isinstance(a, Tensor) and torch._unpack_dual(a, level=0)[1] is not None for a in args)

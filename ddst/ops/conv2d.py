@@ -80,6 +80,7 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     *,
     backend: str = "auto",
+    record: int = 0,
 ) -> Tensor:
     """``y[n, o, p] = bias[o] + Σ_{active blocks} Σ_{c, t} W[o, c, t] · x[n, c, p · stride − padding + t · dilation]``.
 
@@ -93,6 +94,7 @@ def conv2d(
         stride, padding, dilation: as in :func:`torch.nn.functional.conv2d`.
         backend: "auto", "cpu", "triton", "cuda" (CUDA C++) or "reference" (dense arithmetic on the unpacked weight, the
             oracle of the tests); derivatives run on the same.
+        record: key of a :class:`~ddst.ops.scores.ScoreRecorder`, or 0.
 
     Returns:
         ``[N, C_out, H_out, W_out]``, channels_last where ``F.conv2d`` would return channels_last.
@@ -139,9 +141,10 @@ def conv2d(
     shape, last = list(weight_shape), output_is_channels_last(x)
     problem = backends.Problem.of(x, values, (shape[2], shape[3]), strides, dilations)
     if backends.choose(backend, problem) == "reference":
-        y = reference.conv2d(x, values, bias, topology, shape, strides, paddings, dilations)
+        y = reference.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, record)
     else:
-        y = _ops.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, last, backends.code(backend))
+        code = backends.code(backend)
+        y = _ops.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, last, code, record)
     y = y.to(dtype)
     return y.squeeze(0) if input.dim() == 3 else y
 
@@ -202,6 +205,7 @@ def _conv2d_fake(
     dilation: list[int],
     channels_last: bool,
     backend: int = 0,
+    record: int = 0,
 ) -> Tensor:
     size = [_output_size(input.shape[2 + i], weight_shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     return _empty(input, [input.shape[0], weight_shape[0], *size], channels_last)
@@ -219,6 +223,7 @@ def _conv2d_input_grad_fake(
     dilation: list[int],
     channels_last: bool,
     backend: int = 0,
+    record: int = 0,
 ) -> Tensor:
     return _empty(grad_output, [grad_output.shape[0], weight_shape[1], *input_size], channels_last)
 
@@ -258,7 +263,7 @@ def _block(values: Tensor) -> list[int]:
 
 
 def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, topology, ctx.weight_shape, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
+    x, values, _, topology, ctx.weight_shape, *ctx.geometry, ctx.channels_last, ctx.backend, ctx.record = inputs
     ctx.save_for_backward(x, values, topology)
 
 
@@ -267,21 +272,29 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_input = _ops.conv2d_input_grad(
-            grad, values, topology, ctx.weight_shape, x.shape[2:], *ctx.geometry, ctx.channels_last, ctx.backend
+            grad,
+            values,
+            topology,
+            ctx.weight_shape,
+            x.shape[2:],
+            *ctx.geometry,
+            ctx.channels_last,
+            ctx.backend,
+            ctx.record,
         )
     grad_values = values_gradient(
-        ctx, values, topology, grad, x,
+        ctx, grad, x,
         lambda: _ops.conv2d_weight_grad(
             grad, x, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend
         ),
     )  # fmt: skip
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum((0, 2, 3))
-    return grad_input, grad_values, grad_bias, None, None, None, None, None, None, None
+    return grad_input, grad_values, grad_bias, *[None] * 8
 
 
 def _conv2d_input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, values, topology, ctx.weight_shape, _, *ctx.geometry, ctx.channels_last, ctx.backend = inputs
+    grad, values, topology, ctx.weight_shape, _, *ctx.geometry, ctx.channels_last, ctx.backend, ctx.record = inputs
     ctx.save_for_backward(grad, values, topology)
 
 
@@ -290,15 +303,23 @@ def _conv2d_input_grad_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | N
     grad_grad_output = None
     if ctx.needs_input_grad[0]:
         grad_grad_output = _ops.conv2d(
-            grad_grad, values, None, topology, ctx.weight_shape, *ctx.geometry, ctx.channels_last, ctx.backend
+            grad_grad,
+            values,
+            None,
+            topology,
+            ctx.weight_shape,
+            *ctx.geometry,
+            ctx.channels_last,
+            ctx.backend,
+            ctx.record,
         )
     grad_values = values_gradient(
-        ctx, values, topology, grad, grad_grad,
+        ctx, grad, grad_grad,
         lambda: _ops.conv2d_weight_grad(
             grad, grad_grad, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend
         ),
     )  # fmt: skip
-    return grad_grad_output, grad_values, None, None, None, None, None, None, None, None
+    return grad_grad_output, grad_values, *[None] * 9
 
 
 def _conv2d_weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -327,6 +348,6 @@ def _conv2d_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor 
     return grad_grad_output, grad_input, None, None, None, None, None, None, None
 
 
-register_autograd("conv2d", _conv2d_backward, _conv2d_setup)
-register_autograd("conv2d_input_grad", _conv2d_input_grad_backward, _conv2d_input_grad_setup)
-register_autograd("conv2d_weight_grad", _conv2d_weight_grad_backward, _conv2d_weight_grad_setup)
+register_autograd("conv2d", _conv2d_backward, _conv2d_setup, linear_in=(0, 1), bias=2)
+register_autograd("conv2d_input_grad", _conv2d_input_grad_backward, _conv2d_input_grad_setup, linear_in=(0, 1))
+register_autograd("conv2d_weight_grad", _conv2d_weight_grad_backward, _conv2d_weight_grad_setup, linear_in=(0, 1))

@@ -26,6 +26,7 @@ def linear(
     weight_shape: Sequence[int],
     *,
     backend: str = "auto",
+    record: int = 0,
 ) -> Tensor:
     """``y[…, o] = bias[o] + Σ_{active blocks} Σ_i W[o, i] · x[…, i]``.
 
@@ -36,6 +37,8 @@ def linear(
         bias: ``[out_features]`` or None.
         weight_shape: ``(out_features, in_features)``.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; derivatives run on the same.
+        record: key of a :class:`~ddst.ops.scores.ScoreRecorder`, or 0.
+        record: key of a :class:`~ddst.ops.scores.ScoreRecorder`, or 0.
 
     Returns:
         ``[…, out_features]``.
@@ -61,12 +64,14 @@ def linear(
     if input.dim() == 0 or input.shape[-1] != weight_shape[1]:
         raise ValueError(f"input must have {weight_shape[1]} features, got the shape {tuple(input.shape)}")
     dtype, (x, values, bias) = in_compute_dtype(input, values, bias)
-    lead = input.shape[:-1]
+    # Sizes are read off tensors only where there is need: tracers take what is read for a constant.
+    matrix = x if x.dim() == 2 else x.reshape(-1, weight_shape[1])
     if backends.choose(backend, backends.Problem.of(x, values, linear=True)) == "reference":
-        y = reference.linear(x, values, bias, topology, list(weight_shape))
+        y = reference.linear(matrix, values, bias, topology, list(weight_shape), record)
     else:
-        y = _ops.linear(x.reshape(lead.numel(), weight_shape[1]), values, bias, topology, list(weight_shape), backends.code(backend))
-        y = y.view(*lead, weight_shape[0])
+        y = _ops.linear(matrix, values, bias, topology, list(weight_shape), backends.code(backend), record)
+    if x.dim() != 2:
+        y = y.view(*input.shape[:-1], weight_shape[0])
     return y.to(dtype)
 
 
@@ -102,13 +107,14 @@ def _linear_fake(
     topology: Tensor,
     weight_shape: list[int],
     backend: int = 0,
+    record: int = 0,
 ) -> Tensor:
     return input.new_empty([input.shape[0], weight_shape[0]])
 
 
 @torch.library.register_fake("ddst::linear_input_grad")
 def _linear_input_grad_fake(
-    grad_output: Tensor, values: Tensor, topology: Tensor, weight_shape: list[int], backend: int = 0
+    grad_output: Tensor, values: Tensor, topology: Tensor, weight_shape: list[int], backend: int = 0, record: int = 0
 ) -> Tensor:
     return grad_output.new_empty([grad_output.shape[0], weight_shape[1]])
 
@@ -132,7 +138,7 @@ def _linear_block_scores_fake(grad_output: Tensor, input: Tensor, weight_shape: 
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, topology, ctx.weight_shape, ctx.backend = inputs
+    x, values, _, topology, ctx.weight_shape, ctx.backend, ctx.record = inputs
     ctx.save_for_backward(x, values, topology)
 
 
@@ -140,19 +146,19 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, topology = ctx.saved_tensors
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = _ops.linear_input_grad(grad, values, topology, ctx.weight_shape, ctx.backend)
+        grad_input = _ops.linear_input_grad(grad, values, topology, ctx.weight_shape, ctx.backend, ctx.record)
     block = [values.shape[1], values.shape[2]]
     grad_values = values_gradient(
-        ctx, values, topology, grad, x,
+        ctx, grad, x,
         lambda: _ops.linear_weight_grad(grad, x, topology, ctx.weight_shape, block, ctx.backend),
     )  # fmt: skip
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum(0)
-    return grad_input, grad_values, grad_bias, None, None, None
+    return grad_input, grad_values, grad_bias, *[None] * 4
 
 
 def _linear_input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, values, topology, ctx.weight_shape, ctx.backend = inputs
+    grad, values, topology, ctx.weight_shape, ctx.backend, ctx.record = inputs
     ctx.save_for_backward(grad, values, topology)
 
 
@@ -160,13 +166,13 @@ def _linear_input_grad_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | N
     grad, values, topology = ctx.saved_tensors
     grad_grad_output = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _ops.linear(grad_grad, values, None, topology, ctx.weight_shape, ctx.backend)
+        grad_grad_output = _ops.linear(grad_grad, values, None, topology, ctx.weight_shape, ctx.backend, ctx.record)
     block = [values.shape[1], values.shape[2]]
     grad_values = values_gradient(
-        ctx, values, topology, grad, grad_grad,
+        ctx, grad, grad_grad,
         lambda: _ops.linear_weight_grad(grad, grad_grad, topology, ctx.weight_shape, block, ctx.backend),
     )  # fmt: skip
-    return grad_grad_output, grad_values, None, None, None
+    return grad_grad_output, grad_values, *[None] * 5
 
 
 def _linear_weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -184,6 +190,6 @@ def _linear_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor 
     return grad_grad_output, grad_input, None, None, None, None
 
 
-register_autograd("linear", _linear_backward, _linear_setup)
-register_autograd("linear_input_grad", _linear_input_grad_backward, _linear_input_grad_setup)
-register_autograd("linear_weight_grad", _linear_weight_grad_backward, _linear_weight_grad_setup)
+register_autograd("linear", _linear_backward, _linear_setup, linear_in=(0, 1), bias=2)
+register_autograd("linear_input_grad", _linear_input_grad_backward, _linear_input_grad_setup, linear_in=(0, 1))
+register_autograd("linear_weight_grad", _linear_weight_grad_backward, _linear_weight_grad_setup, linear_in=(0, 1))

@@ -19,6 +19,7 @@ def in_compute_dtype(
 
     Raises:
         TypeError: dtypes that differ, or that no kernel computes in.
+        RuntimeError: devices that differ.
 
     >>> dtype, (x, w, b) = in_compute_dtype(torch.ones(2).half(), torch.ones(2).half(), None)
     >>> dtype, x.dtype
@@ -28,11 +29,13 @@ def in_compute_dtype(
     if not dtype.is_floating_point:
         raise TypeError(f"input must be float32, float64, float16 or bfloat16, got {dtype}")
     device = input.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input, values = input.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     for name, tensor in (("values", values), ("bias", bias)):
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {tensor.device}")
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(f"{name} must have the dtype of input, {dtype}, got {tensor.dtype}")
     if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):

@@ -16,8 +16,8 @@ from ..topology import as_blocks, from_blocks, grid, split_topology
 from .scores import recorder_of
 
 
-def dense_weight(values: Tensor, topology: Tensor, weight_shape: Sequence[int]) -> Tensor:
-    """The dense weight of packed values, differentiable; an open score recorder receives its gradient."""
+def dense_weight(values: Tensor, topology: Tensor, weight_shape: Sequence[int], record: int = 0) -> Tensor:
+    """The dense weight of packed values, differentiable; the score recorder of a key, if open, receives its gradient."""
     block = (values.shape[1], values.shape[2])
     rows, cols, taps = grid(weight_shape, block)
     expected = rows + cols + 2 + 5 * values.shape[0]
@@ -32,10 +32,15 @@ def dense_weight(values: Tensor, topology: Tensor, weight_shape: Sequence[int]) 
     flat = ((index.block_row.long() * cols + index.block_col) * taps + index.block_tap).clamp(max=total)
     blocks = values.new_zeros(total + 1, *block).index_put((flat,), values)[:-1]
     weight = from_blocks(blocks.view(rows, cols, *weight_shape[2:], *block), weight_shape)
-    recorder = recorder_of(topology)
-    if recorder is not None and weight.requires_grad:
-        weight.register_hook(recorder.add_dense)
+    if record and weight.requires_grad and not torch.compiler.is_compiling():
+        weight.register_hook(lambda gradient: _record(record, gradient))
     return weight
+
+
+def _record(key: int, gradient: Tensor) -> None:
+    recorder = recorder_of(key)
+    if recorder is not None:
+        recorder.add_dense(gradient)
 
 
 def conv2d(
@@ -47,16 +52,19 @@ def conv2d(
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
+    record: int = 0,
 ) -> Tensor:
     """:func:`ddst.ops.conv2d` by a dense convolution."""
-    return F.conv2d(input, dense_weight(values, topology, weight_shape), bias, stride, padding, dilation)
+    return F.conv2d(input, dense_weight(values, topology, weight_shape, record), bias, stride, padding, dilation)
 
 
-def linear(input: Tensor, values: Tensor, bias: Tensor | None, topology: Tensor, weight_shape: list[int]) -> Tensor:
+def linear(
+    input: Tensor, values: Tensor, bias: Tensor | None, topology: Tensor, weight_shape: list[int], record: int = 0
+) -> Tensor:
     """:func:`ddst.ops.linear` by a dense matrix product."""
     if bias is not None and tuple(bias.shape) != (weight_shape[0],):  # F.linear would broadcast it
         raise ValueError(f"bias must have the shape ({weight_shape[0]},), got {tuple(bias.shape)}")
-    return F.linear(input, dense_weight(values, topology, weight_shape), bias)
+    return F.linear(input, dense_weight(values, topology, weight_shape, record), bias)
 
 
 def block_norms_of(gradient: Tensor, block: Sequence[int]) -> Tensor:

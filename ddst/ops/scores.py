@@ -1,14 +1,15 @@
 """Recording what the dense weight gradient is made of, so that inactive blocks can be scored for growth.
 
 The gradient of a packed weight exists at active blocks only. Growth needs the norm of the *dense* gradient per block.
-While a :class:`ScoreRecorder` is open for a topology, every backward formula that computes a gradient of its values
-also hands over its two factors ``(grad_output, input)``; the norms are computed from them later, a layer at a time.
-Because the formulas themselves record, gradient accumulation, several forward calls and double backward (a gradient
-penalty) are all included exactly.
+An operator is called with the key of its layer's :class:`ScoreRecorder`. While that is open, every backward formula that
+computes a gradient of the layer's values also hands over its two factors ``(grad_output, input)``; the norms are computed
+from them later, a layer at a time. Because the formulas themselves record, gradient accumulation, several forward calls,
+double backward (a gradient penalty), activation checkpointing and hooks on saved tensors are all included exactly.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -60,19 +61,18 @@ def _version(tensor: Tensor) -> int:
 
 
 class ScoreRecorder:
-    """Where the formulas put what they compute for one topology vector.
+    """Where the formulas put what they compute for one layer while it is open.
 
     Attributes:
+        key: what the operators are called with so that their formulas find it; never 0, never used twice.
         record: what has come since the last :meth:`take`.
-        topology: the vector, held so that its address belongs to nothing else while the recorder is open.
         on_first: called before something comes into an empty record.
     """
 
     def __init__(self) -> None:
+        self.key = next(_keys)
         self.record = GradientRecord()
-        self.topology: Tensor | None = None
         self.on_first: Callable[[], None] | None = None
-        self._address = 0
 
     def add_factors(self, grad_output: Tensor, input: Tensor) -> None:
         self._announce()
@@ -91,67 +91,80 @@ class ScoreRecorder:
         taken, self.record = self.record, GradientRecord()
         return taken
 
-    def open(self, topology: Tensor) -> None:
-        """Directs here what the formulas compute for this topology, and no other. The caller keeps the recorder alive.
+    @property
+    def is_open(self) -> bool:
+        """Whether formulas record here."""
+        return _open.get(self.key) is self
 
-        A vector without memory (on the meta device) has no address to be known by, and nothing is computed with it.
-        """
-        self.close()
-        self.topology = topology
-        self._address = topology.data_ptr()
-        if self._address:
-            _open[self._address] = self
+    def open(self) -> None:
+        """From now on formulas record here."""
+        _open[self.key] = self
 
     def close(self) -> None:
-        """Ends what :meth:`open` began; nothing happens when nothing is open."""
-        if _open.get(self._address) is self:
-            del _open[self._address]
-        self.topology, self._address = None, 0
+        """Ends what :meth:`open` began, and drops what was recorded."""
+        _open.pop(self.key, None)
+        self.take()
+        self.on_first = None
 
 
-# The key is the address of the topology vector: autograd hands the formulas the same storage the layer holds.
+_keys = itertools.count(1)
 _open: weakref.WeakValueDictionary[int, ScoreRecorder] = weakref.WeakValueDictionary()
 
 
-def recorder_of(topology: Tensor) -> ScoreRecorder | None:
-    """The recorder open for a topology, if any. Under tracing there is none: a layer that records runs eagerly."""
-    if not _open or type(topology) not in (Tensor, torch.nn.Parameter):
-        return None
-    address = topology.data_ptr()
-    recorder = _open.get(address)
-    # Memory can move under a tensor (share_memory_), and its former address can become another layer's.
-    if recorder is None or recorder.topology is None or recorder.topology.data_ptr() != address:
-        return None
-    return recorder
-
-
-def gradient_is_wanted(tensor: Tensor) -> bool:
-    """Whether the backward pass under way will use a gradient of ``tensor``.
+def gradient_is_wanted(node: Any) -> bool:
+    """Whether the backward pass under way will compute the gradient that goes to ``node``.
 
     ``ctx.needs_input_grad`` is decided at forward time. During ``autograd.grad(scores, images)``, the first half of a
     gradient penalty, weight gradients are computed with it and thrown away; this asks the engine instead.
     """
-    if torch.compiler.is_compiling() or not tensor.requires_grad:
-        return tensor.requires_grad
-    return backward_reaches(tensor)
-
-
-def backward_reaches(tensor: Tensor) -> bool:
-    """Whether the backward pass under way will compute a gradient of ``tensor``, which requires one."""
-    node = tensor.grad_fn or torch.autograd.graph.get_gradient_edge(tensor).node
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # the engine refuses to answer for a leaf that is itself among the inputs of autograd.grad
         return True
 
 
-def values_gradient(
-    ctx: Any, values: Tensor, topology: Tensor, grad_output: Tensor, input: Tensor, compute: Callable[[], Tensor]
-) -> Tensor | None:
-    """The gradient of packed values if it is wanted, recorded if the topology has an open recorder."""
-    if not ctx.needs_input_grad[1] or not gradient_is_wanted(values):
+def backward_reaches(tensor: Tensor) -> bool:
+    """Whether the backward pass under way will compute a gradient of ``tensor``, which requires one."""
+    return gradient_is_wanted(tensor.grad_fn or torch.autograd.graph.get_gradient_edge(tensor).node)
+
+
+def values_gradient(ctx: Any, grad_output: Tensor, input: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
+    """The gradient of packed values if it is wanted, recorded if the recorder of ``ctx.record`` is open.
+
+    Args:
+        ctx: of the formula; values are its second tensor.
+    """
+    if not ctx.needs_input_grad[1]:
         return None
-    recorder = recorder_of(topology)
+    if torch.compiler.is_compiling():
+        gradient = compute()
+        return torch.ops.ddst.recorded(gradient, grad_output, input, ctx.record) if ctx.record else gradient
+    # Not asked of the saved values: hooks on saved tensors may have handed back copies.
+    if not gradient_is_wanted(ctx.next_functions[1][0]):
+        return None
+    recorder = _open.get(ctx.record)
     if recorder is not None:
         recorder.add_factors(grad_output, input)
     return compute()
+
+
+def recorder_of(key: int) -> ScoreRecorder | None:
+    """The open recorder of a key, if any."""
+    return _open.get(key)
+
+
+@torch.library.custom_op("ddst::recorded", mutates_args=())
+def _recorded(gradient: Tensor, grad_output: Tensor, input: Tensor, record: int) -> Tensor:
+    """The gradient itself; its factors go to a recorder. What a compiled graph calls, whose code cannot ask for one.
+
+    The factors are copied: a compiled graph may use their memory again.
+    """
+    recorder = _open.get(record)
+    if recorder is not None:
+        recorder.add_factors(grad_output.clone(), input.clone())
+    return gradient.clone()
+
+
+@_recorded.register_fake
+def _recorded_fake(gradient: Tensor, grad_output: Tensor, input: Tensor, record: int) -> Tensor:
+    return torch.empty_like(gradient)

@@ -1,0 +1,66 @@
+"""``layer.weight`` of a sparse layer: the dense weight, to be read, and to be initialised through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..topology import pack_slots
+
+if TYPE_CHECKING:
+    from .storage import PackedStorage
+
+#: End with "_", and write nothing.
+_NO_WRITES = {"requires_grad_", "retain_grad_", "share_memory_", "is_shared_"}
+
+
+class DenseView(Tensor):
+    """A dense weight that was unpacked for reading; what is written into it in place goes to the active blocks.
+
+    It is a tensor of its own, differentiable with respect to the packed values. An operation in place (those of
+    ``torch.nn.init``, ``copy_``, ``mul_``, assignment to an index) is carried out on it and packed again at once: numbers
+    at inactive blocks are let go. ``data`` and ``detach()`` stay bound likewise; any other result is a plain tensor.
+    """
+
+    _layer: PackedStorage
+
+    @staticmethod
+    def of(dense: Tensor, layer: PackedStorage) -> DenseView:
+        """Binds the unpacked weight to its layer."""
+        view = dense.as_subclass(DenseView)
+        view._layer = layer
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        # torch.nn.init hands over its own functions, with everything by name, and writes under no_grad.
+        initialises = getattr(func, "__module__", "") == "torch.nn.init"
+        first = named.get("tensor") if initialises else args[0] if args else None
+        view = first if isinstance(first, DenseView) else None
+        name = getattr(func, "__name__", "")
+        with torch._C.DisableTorchFunctionSubclass():
+            if view is None:
+                return func(*args, **named)
+            if func in (Tensor.detach, Tensor.data.__get__):  # type: ignore[attr-defined]
+                return DenseView.of(func(*args, **named), view._layer)
+            writes = name == "__setitem__" or (
+                name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
+            )
+            if not writes and func is not Tensor.data.__set__:  # type: ignore[attr-defined]
+                return func(*args, **named)
+            layer = view._layer
+            if torch.is_grad_enabled() and view.requires_grad and not initialises:
+                raise RuntimeError(
+                    f"weight.{name} writes into the dense weight of a sparse layer, which needs torch.no_grad(), as "
+                    "writing into any parameter does"
+                )
+            with torch.no_grad():
+                func(*args, **named)
+                layer.values.copy_(pack_slots(view.detach(), layer.slot_blocks, layer.block))
+            return None if name == "__setitem__" else view

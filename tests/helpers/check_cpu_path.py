@@ -45,14 +45,14 @@ def op_results(problem: Problem, case: Case, channels_last: bool) -> Iterator[tu
     guarded: dict[str, Any] = {n: between_guards(t) for n in names if (t := getattr(case, n)) is not None}
     fenced = replace(case, **guarded)
     x = case.x.double().requires_grad_()
-    weight = unpack_blocks(case.values.double(), case.mask, case.weight_shape).requires_grad_()
+    weight = unpack_blocks(case.values.double(), case.slots, case.weight_shape).requires_grad_()
     bias = None if case.bias is None else case.bias.double()
     y = F.conv2d(x, weight, bias, **case.kwargs) if weight.dim() == 4 else F.linear(x, weight, bias)
     dx, dweight = torch.autograd.grad(y, (x, weight), case.grad.double())
     wanted = {
         "": y.detach(),
         "input_grad": dx,
-        "weight_grad": pack_blocks(dweight, case.mask, case.block),
+        "weight_grad": pack_blocks(dweight, case.slots, case.block),
         "block_scores": block_norms(dweight, case.block),
     }
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.dense import active_blocks, inside, mask_dims, topology_of, unpack_blocks
+from helpers.dense import inside, mask_dims, row_major, topology_of, unpack_blocks
 
 IntOrPair = int | tuple[int, int]
 
@@ -46,6 +46,24 @@ def make_mask(kind: str, weight_shape: tuple[int, ...], block: tuple[int, int], 
     return mask
 
 
+SLOTS = ("row_major", "permuted", "scattered")
+
+
+def make_slots(kind: str, mask: Tensor, rng: random.Random) -> Tensor:
+    """`slot_blocks` of a mask: 'row_major', 'permuted' (any order, none free) or 'scattered' (some free, at least one).
+
+    'any' is one of them, 'scattered' in half of all cases.
+    """
+    if kind == "any":
+        kind = rng.choice([*SLOTS, "scattered"])
+    ranks = row_major(mask).tolist()
+    if kind == "scattered":
+        ranks += [-1] * rng.randint(1, 2 + len(ranks) // 4)
+    if kind != "row_major":
+        rng.shuffle(ranks)
+    return torch.tensor(ranks, dtype=torch.int32)
+
+
 def lay_out(t: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout; the memory between strided elements holds NaN."""
     if layout == "contiguous":
@@ -65,21 +83,30 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """The tensors of one problem."""
+    """The tensors of one problem. Free slots of `values` hold NaN: whatever reads one shows it.
+
+    `slots` is the int32 `slot_blocks`, and `mask` the blocks that have one.
+    """
 
     x: Tensor
     values: Tensor
     bias: Tensor | None
     mask: Tensor
+    slots: Tensor
     topology: Tensor
     grad: Tensor
     weight_shape: tuple[int, ...]
     block: tuple[int, int]
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def active(self) -> Tensor:
+        """Bool [slots]: which slots hold a block."""
+        return self.slots >= 0
+
     def dense(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The dense operation on the unpacked weight; differentiable."""
-        weight = unpack_blocks(values, self.mask, self.weight_shape)
+        weight = unpack_blocks(values, self.slots, self.weight_shape)
         return F.conv2d(x, weight, bias, **self.kwargs) if weight.dim() == 4 else F.linear(x, weight, bias)
 
     def dense_grads(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -105,9 +132,24 @@ def _numbers(shape: tuple[int, ...], dtype: torch.dtype, numbers: str, generator
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def _values(
+    slots: Tensor,
+    weight_shape: tuple[int, ...],
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    numbers: str,
+    generator: torch.Generator,
+) -> Tensor:
+    """Packed values: zero outside the weight, NaN in free slots."""
+    values = _numbers((slots.numel(), *block), dtype, numbers, generator)
+    values = values.where(inside(slots, weight_shape, block), torch.zeros((), dtype=dtype))
+    values[slots < 0] = float("nan")
+    return values
+
+
 @dataclass(frozen=True)
 class ConvProblem:
-    """A sparse convolution: sizes, block, mask and layouts. `batch` None is an unbatched input."""
+    """A sparse convolution: sizes, block, mask, slots and layouts. `batch` None is an unbatched input."""
 
     batch: int | None = 2
     channels: tuple[int, int] = (8, 16)  # in, out
@@ -121,6 +163,7 @@ class ConvProblem:
     layout: str = "contiguous"
     grad_layout: str = "contiguous"
     bias: bool = True
+    slots: str = "any"
 
     def __str__(self) -> str:
         # repr() shows only what differs from the defaults, which keeps test ids short.
@@ -149,14 +192,15 @@ class ConvProblem:
         mask = make_mask(self.mask, self.weight_shape, self.block, g)
         shape = (self.channels[0], *self.size) if self.batch is None else (self.batch, self.channels[0], *self.size)
         x = lay_out(_numbers(shape, dtype, numbers, g), self.layout)
-        values = _numbers((len(active_blocks(mask)), *self.block), dtype, numbers, g)
-        values = values.where(inside(mask, self.weight_shape, self.block), torch.zeros((), dtype=dtype))
+        slots = make_slots(self.slots, mask, random.Random(f"{self} {seed}"))
+        values = _values(slots, self.weight_shape, self.block, dtype, numbers, g)
         bias = _numbers((self.channels[1],), dtype, numbers, g) if self.bias else None
         kwargs = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         grad = lay_out(
             _numbers((*shape[:-3], self.channels[1], *self.output_size), dtype, numbers, g), self.grad_layout
         )
-        return Case(x, values, bias, mask, topology_of(mask), grad, self.weight_shape, self.block, kwargs)
+        topology = topology_of(slots, mask.shape)
+        return Case(x, values, bias, mask, slots, topology, grad, self.weight_shape, self.block, kwargs)
 
     def explicit(self) -> tuple[list[int], list[int], list[int]] | None:
         """(stride, padding, dilation) as the registered ops take them; None for a padding they cannot express."""
@@ -181,6 +225,7 @@ class LinearProblem:
     layout: str = "contiguous"
     grad_layout: str = "contiguous"
     bias: bool = True
+    slots: str = "any"
 
     def __str__(self) -> str:
         plain = LinearProblem()
@@ -196,13 +241,14 @@ class LinearProblem:
         g = torch.Generator().manual_seed(seed)
         mask = make_mask(self.mask, self.weight_shape, self.block, g)
         x = _numbers((*self.batch, self.features[0]), dtype, numbers, g)
-        values = _numbers((len(active_blocks(mask)), *self.block), dtype, numbers, g)
-        values = values.where(inside(mask, self.weight_shape, self.block), torch.zeros((), dtype=dtype))
+        slots = make_slots(self.slots, mask, random.Random(f"{self} {seed}"))
+        values = _values(slots, self.weight_shape, self.block, dtype, numbers, g)
         bias = _numbers((self.features[1],), dtype, numbers, g) if self.bias else None
         grad = _numbers((*self.batch, self.features[1]), dtype, numbers, g)
         if self.batch:
             x, grad = lay_out(x, self.layout), lay_out(grad, self.grad_layout)
-        return Case(x, values, bias, mask, topology_of(mask), grad, self.weight_shape, self.block)
+        topology = topology_of(slots, mask.shape)
+        return Case(x, values, bias, mask, slots, topology, grad, self.weight_shape, self.block)
 
 
 BLOCKS = [(1, 1), (2, 2), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (16, 4), (16, 1), (4, 16), (3, 5), (32, 16)]
@@ -219,8 +265,12 @@ def _named_conv_problems() -> Iterator[ConvProblem]:
         yield replace(base, block=block, channels=channels, mask="0.5", size=(5, 6))
     for layout in LAYOUTS[1:]:
         yield replace(base, layout=layout, grad_layout=layout, channels=(11, 21))
-    for mask in ("full", "none", "one", "empty_lines"):
+    for mask in ("full", "none"):
+        for slots in SLOTS:
+            yield replace(base, mask=mask, slots=slots, channels=(24, 40))
+    for mask in ("one", "empty_lines"):
         yield replace(base, mask=mask, channels=(24, 40))
+    for mask in ("full", "none", "one", "empty_lines"):
         yield replace(base, mask=mask, channels=(19, 35), block=(16, 4), layout="channels_last")
     # Strides, paddings, dilations and kernels, square and not.
     yield replace(base, stride=2)
@@ -303,7 +353,9 @@ def sample_linear_problems() -> list[LinearProblem]:
     for block in BLOCKS:
         features = (block[1] + max(1, block[1] // 2) + 1, 2 * block[0] + max(1, block[0] // 3))
         problems.append(replace(base, block=block, features=features, mask="0.5"))
-    for mask in ("full", "none", "one", "empty_lines"):
+    for mask in ("full", "none"):
+        problems += [replace(base, mask=mask, slots=slots, features=(37, 45)) for slots in SLOTS]
+    for mask in ("one", "empty_lines"):
         problems.append(replace(base, mask=mask, features=(37, 45)))
     for layout in LAYOUTS[1:]:
         problems.append(replace(base, layout=layout, grad_layout=layout, features=(19, 21), batch=(7,)))

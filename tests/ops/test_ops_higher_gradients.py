@@ -106,7 +106,7 @@ def _discriminators(backend: str) -> tuple[list[Tensor], Callable[[Tensor], Tens
     packed = [t.clone().requires_grad_() for case in cases for t in (case.values * 0.3, case.bias)]
     dense = [t.detach().clone() for t in packed]
     for i, case in enumerate(cases):
-        dense[2 * i] = unpack_blocks(dense[2 * i], case.mask, case.weight_shape)
+        dense[2 * i] = unpack_blocks(dense[2 * i], case.slots, case.weight_shape)
     dense = [t.requires_grad_() for t in dense]
 
     def sparse(x: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def _discriminators(backend: str) -> tuple[list[Tensor], Callable[[Tensor], Tens
 
     def repack(gradients: list[Tensor]) -> list[Tensor]:
         return [
-            pack_blocks(g, cases[i // 2].mask, cases[i // 2].block) if i % 2 == 0 else g
+            pack_blocks(g, cases[i // 2].slots, cases[i // 2].block) if i % 2 == 0 else g
             for i, g in enumerate(gradients)
         ]
 

@@ -44,13 +44,14 @@ def test_each_pass_against_dense(problem: Problem, dtype: torch.dtype) -> None:
         expected = {
             "": case.dense(case.x.double(), case.values.double(), bias),
             "input_grad": case.dense_grads()[0],
-            "weight_grad": pack_blocks(dense_weight_grad, case.mask, case.block),
+            "weight_grad": pack_blocks(dense_weight_grad, case.slots, case.block),
             "block_scores": block_norms(dense_weight_grad, case.block),
         }
         assert got.keys() == expected.keys()
         for name, want in expected.items():
             assert got[name].dtype == dtype
             assert_close(got[name], want, f"{name or 'forward'}, channels_last={channels_last}")
+        assert (got["weight_grad"][~case.active] == 0).all(), "free slots"
         if case.x.dim() == 4:
             wanted = torch.channels_last if channels_last else torch.contiguous_format
             for name in ("", "input_grad"):
@@ -59,7 +60,11 @@ def test_each_pass_against_dense(problem: Problem, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("poison_outputs")
-@pytest.mark.parametrize("problem", [ConvProblem(mask="none", bias=b) for b in (True, False)], ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [ConvProblem(mask="none", bias=b, slots=s) for b in (True, False) for s in ("row_major", "scattered")],
+    ids=str,
+)
 def test_no_active_block_gives_bias_and_zeros(problem: ConvProblem) -> None:
     case = problem.build(torch.float32)
     arguments = op_arguments(problem, case)
@@ -68,7 +73,8 @@ def test_no_active_block_gives_bias_and_zeros(problem: ConvProblem) -> None:
     bias = torch.zeros(16) if case.bias is None else case.bias
     assert torch.equal(y, bias[None, :, None, None].expand_as(y))
     assert torch.equal(call("conv2d_input_grad", arguments["conv2d_input_grad"]), torch.zeros_like(case.x))
-    assert call("conv2d_weight_grad", arguments["conv2d_weight_grad"]).shape == (0, 8, 8)
+    assert case.values.shape[0] == 0 or problem.slots == "scattered"
+    assert torch.equal(call("conv2d_weight_grad", arguments["conv2d_weight_grad"]), torch.zeros_like(case.values))
     assert (call("conv2d_block_scores", arguments["conv2d_block_scores"]) > 0).all()
 
 
@@ -207,10 +213,13 @@ def test_wrong_argument_is_named(name: str, index: int, value: Any, named: str) 
         ({"input": torch.randn(8, 16, 12, 12)}, r"input has 16 channels .*expected 32"),
         ({"input": torch.randn(32, 12, 12)}, r"input has shape \[32, 12, 12\], expected 4"),
         ({"input": torch.randn(8, 32, 12, 12).double()}, "input has dtype Double, expected Float like values"),
-        ({"values": torch.randn(3, 16, 16)}, "values has 3 blocks, expected"),
-        ({"values": torch.randn(3, 16)}, r"values has shape \[3, 16\], expected \[nnz, b_out, b_in\]"),
+        ({"values": torch.randn(3, 16, 16)}, "values has 3 slots, expected .* as in topology"),
+        ({"values": torch.randn(3, 16)}, r"values has shape \[3, 16\], expected \[slots, b_out, b_in\]"),
         ({"bias": torch.randn(47)}, r"bias has shape \[47\], expected \[48\]"),
-        ({"topology": torch.zeros(8, dtype=torch.int32)}, "topology has 8 numbers, expected"),
+        (
+            {"topology": torch.zeros(8, dtype=torch.int32)},
+            r"topology has 8 numbers, expected 3 \+ 1 \+ 2 \+ 1 \+ 5 \* slots",
+        ),
         ({"topology": torch.zeros(7, dtype=torch.int64)}, "topology has dtype Long, expected Int"),
         ({"weight_shape": [48, 32, 3]}, "weight_shape has 3 numbers, expected 4"),
         ({"stride": [0, 1]}, r"stride is \[0, 1\], expected two ints of at least 1"),

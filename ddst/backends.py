@@ -101,6 +101,36 @@ BACKENDS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
 #: measurement of this device model says is faster in CUDA C++ runs there (:mod:`ddst.ops.preferred`).
 AUTO_ORDER = ("cpu", "triton")
 
+#: What the operators take for a backend, as an int: a schema with a string in it is refused by several exporters.
+CODES = {"auto": 0, "cpu": 1, "triton": 2, "cuda": 3, "reference": 4}
+_NAMES = {number: name for name, number in CODES.items()}
+
+
+def code(name: str) -> int:
+    """The code by which the operators know a backend, or "auto".
+
+    Raises:
+        ValueError: an unknown backend.
+
+    >>> code("auto"), code("triton")
+    (0, 2)
+    """
+    return CODES[check_backend(name)]
+
+
+def name_of(code: int) -> str:
+    """The backend of a code; the inverse of :func:`code`.
+
+    Raises:
+        ValueError: a number that is no backend's.
+
+    >>> name_of(3)
+    'cuda'
+    """
+    if code not in _NAMES:
+        raise ValueError(f"backend must be one of the codes {CODES}, got {code!r}")
+    return _NAMES[code]
+
 
 def supports(backend: str, problem: Problem) -> tuple[bool, str]:
     """``(ok, reason)``: whether a backend can run a problem.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddst import _extension
 from ddst import topology as tp
-from ddst.ops import cuda, cuda_gather, cuda_weight_grad
+from ddst.ops.cuda import compiled, gather, weight_grad
 from helpers import emulated_weight_grad, emulation
 from helpers.emulated_gather import EmulatedOps
 from helpers.tolerances import TOLERANCES, assert_close, relative_error
@@ -22,7 +22,7 @@ from helpers.tolerances import TOLERANCES, assert_close, relative_error
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
 BLOCKS = emulated_weight_grad.BLOCKS
 ONE = (1, 1)
-SM90 = cuda_gather.Device(1, 227 * 1024, (9, 0))
+SM90 = gather.Device(1, 227 * 1024, (9, 0))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def ops(libraries: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """``torch.ops.ddst_cuda`` on the CPU, while torch allows no TF32; the emulated gather, which counts its calls."""
     libraries.gather.calls = []
     monkeypatch.setattr(torch.ops, "ddst_cuda", libraries)
-    monkeypatch.setattr(cuda_gather, "facts", lambda device: SM90)
-    monkeypatch.setattr(cuda_weight_grad, "_device", lambda index: emulated_weight_grad.DEVICE)
+    monkeypatch.setattr(gather, "facts", lambda device: SM90)
+    monkeypatch.setattr(weight_grad, "_device", lambda index: emulated_weight_grad.DEVICE)
     switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [switch.allow_tf32 for switch in switches]
     allow_tf32(convolution=False, linear=False)
@@ -82,11 +82,11 @@ class Layer:
     def passes(self) -> dict[str, Tensor]:
         window = (self.stride, self.padding, ONE)
         return {
-            "y": cuda.conv2d(self.x, self.values, None, self.topology, self.shape, *window, True),
-            "gx": cuda.conv2d_input_grad(
+            "y": compiled.conv2d(self.x, self.values, None, self.topology, self.shape, *window, True),
+            "gx": compiled.conv2d_input_grad(
                 self.gy, self.values, self.topology, self.shape, self.x.shape[2:], *window, True
             ),
-            "gw": cuda.conv2d_weight_grad(self.gy, self.x, self.topology, self.shape, self.block, *window),
+            "gw": compiled.conv2d_weight_grad(self.gy, self.x, self.topology, self.shape, self.block, *window),
         }
 
     def expected(self) -> dict[str, Tensor]:
@@ -193,9 +193,9 @@ def _linear_passes(layer: Layer) -> dict[str, Tensor]:
     x, gy, shape = layer.x[:, :, 0, 0], layer.gy[:, :, 0, 0], layer.shape[:2]
     topology = tp.build_topology(layer.mask[:, :, 0, 0])
     return {
-        "y": cuda.linear(x, layer.values, None, topology, shape),
-        "gx": cuda.linear_input_grad(gy, layer.values, topology, shape),
-        "gw": cuda.linear_weight_grad(gy, x, topology, shape, layer.block),
+        "y": compiled.linear(x, layer.values, None, topology, shape),
+        "gx": compiled.linear_input_grad(gy, layer.values, topology, shape),
+        "gw": compiled.linear_weight_grad(gy, x, topology, shape, layer.block),
     }
 
 
@@ -205,4 +205,4 @@ def test_both_precisions_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:
         allow_tf32(convolution=allowed, linear=not allowed)
         for op in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad", "linear", "linear_weight_grad"):
             shape = (64, 64) if op.startswith("linear") else (64, 64, 3, 3)
-            assert cuda.supports(op, torch.device("cuda:0"), torch.float32, shape, (32, 16)) == (True, "")
+            assert compiled.supports(op, torch.device("cuda:0"), torch.float32, shape, (32, 16)) == (True, "")

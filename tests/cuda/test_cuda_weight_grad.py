@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddst import topology as tp
-from ddst.ops import cuda_weight_grad as cwg
+from ddst.ops.cuda import weight_grad as cwg
 from helpers import emulation
 from helpers.emulated_weight_grad import BLOCKS, DEVICE, DTYPES, Caught, Library, Options, Problem, plan_for
 

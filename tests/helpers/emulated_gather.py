@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddst import topology as tp
-from ddst.ops import cuda_gather
+from ddst.ops.cuda import gather
 
 
 class _Arrays(ctypes.Structure):
@@ -59,7 +59,7 @@ class EmulatedOps:
         relu: bool, large_tile: bool, allow_tf32: bool,
     ) -> Tensor:  # fmt: skip
         self.calls.append(large_tile)
-        block, dtype = values.shape[1:], cuda_gather.dtype_code(input.dtype, allow_tf32)
+        block, dtype = values.shape[1:], gather.dtype_code(input.dtype, allow_tf32)
         problem = _problem(weight_shape, block, input.shape[0], input_size, stride, padding, dtype)
         size = input_size if input_gradient else list(problem)[4:6]
         output = input.new_empty(input.shape[0], *size, weight_shape[1 if input_gradient else 0])
@@ -81,7 +81,7 @@ def slow_records(
     mask: Tensor, weight_shape: Sequence[int], block: tuple[int, int], stride: tuple[int, int],
     *, input_gradient: bool, tile_channels: int,
 ) -> list[list[int]]:  # fmt: skip
-    """`cuda_gather.gather_records` by its definition, entry by entry."""
+    """`gather.gather_records` by its definition, entry by entry."""
     rows, cols, taps = tp.grid(weight_shape, block)
     ids = torch.where(mask.reshape(-1), mask.reshape(-1).cumsum(0) - 1, -1).view(rows, cols, taps)
     ids = ids.transpose(0, 1) if input_gradient else ids  # [out, in, tap]

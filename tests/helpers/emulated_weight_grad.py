@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ddst import topology as tp
-from ddst.ops import cuda_weight_grad as cwg
-from ddst.ops.cuda_gather import dtype_code
+from ddst.ops.cuda import weight_grad as cwg
+from ddst.ops.cuda.gather import dtype_code
 
 BLOCKS = [(rows, cols) for rows in (16, 32, 64) for cols in (16, 32, 64)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import topology as tp
-from ..index_cache import cached
-from .precision import tf32_allowed
+from ... import topology as tp
+from ...index_cache import cached
+from ..precision import tf32_allowed
 
 WARPS = 8  # of a CTA
 _ACCUMULATORS = 2048  # fp32 sums of a warp
@@ -304,7 +304,7 @@ def conv2d_weight_grad(
         grad_output: ``[N, C_out, H_out, W_out]``; input: ``[N, C_in, H, W]``, on one CUDA device, of one dtype:
             bfloat16, float16 or float32. Other memory than channels_last is copied.
         topology: int32 vector (:mod:`ddst.topology`); block: one that `refusal` accepts.
-        linear: as for `ddst.ops.cuda_gather.conv2d`.
+        linear: as for `ddst.ops.cuda.gather.conv2d`.
 
     Returns:
         ``[nnz, b_out, b_in]`` in their dtype.
@@ -313,7 +313,7 @@ def conv2d_weight_grad(
         ValueError: an argument does not fit; `refusal` tells beforehand.
 
     Numerics: sums in float32, in an order that depends on shapes, mask and device alone: the same call, the same bits.
-    float32 is multiplied as `ddst.ops.cuda_gather.conv2d` says. A NaN or infinity in a pixel may reach every tap of its
+    float32 is multiplied as `ddst.ops.cuda.gather.conv2d` says. A NaN or infinity in a pixel may reach every tap of its
     channel.
     """
     geometry = Geometry(

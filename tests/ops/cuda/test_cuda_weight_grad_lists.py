@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ddst import index_cache
 from ddst import topology as tp
-from ddst.ops import cuda_weight_grad as cwg
+from ddst.ops.cuda import weight_grad as cwg
 
 BLOCKS = [(rows, cols) for rows in (16, 32, 64) for cols in (16, 32, 64)]
 H200 = cwg.Device(multiprocessors=132, shared_bytes=227 * 1024)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import topology as tp
-from ..index_cache import cached
-from .precision import tf32_allowed
+from ... import topology as tp
+from ...index_cache import cached
+from ..precision import tf32_allowed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILE_PIXELS, _TILE_CHANNELS = {True: 256, False: 128}, {True: 128, False: 64}  # by large_tile, as gather_tile()
@@ -226,7 +226,7 @@ def conv2d(
         ``[N, C_out, H_out, W_out]`` in the input's dtype.
 
     Raises:
-        ValueError: an argument does not fit; `ddst.ops.cuda.supports` tells beforehand.
+        ValueError: an argument does not fit; `ddst.ops.cuda.compiled.supports` tells beforehand.
 
     Numerics: sums in float32, in an order that depends on shapes and mask alone: the same call, the same bits. float32
     is multiplied in TF32 where torch allows it (`ddst.ops.precision`), else in full precision as three products of TF32

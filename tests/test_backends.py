@@ -86,7 +86,7 @@ def test_codes_are_names_for_operators() -> None:
     assert backends.code("auto") == 0, "the operators' default"
     with pytest.raises(ValueError, match=r"codes.*'auto': 0.*got 9"):
         backends.name_of(9)
-    with pytest.raises(ValueError, match="name must be one of .*'cpu'.*got 'auto'"):
+    with pytest.raises(ValueError, match=r"name must be one of .*'cpu'.*got 'auto'"):
         backends.register("auto", lambda problem: (True, ""))
     with pytest.raises(ValueError, match="got 'auto'"):
         backends.supports("auto", Problem("cpu", torch.float32, None))

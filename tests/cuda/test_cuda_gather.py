@@ -18,6 +18,7 @@ from ddst import topology as tp
 from ddst.ops.cuda import compiled, gather
 from helpers import emulation
 from helpers.emulated_gather import EmulatedOps, slow_records
+from helpers.slots import scatter
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
 BLOCKS = [(16, 16), (32, 32), (64, 64), (32, 16), (64, 16)]
@@ -46,19 +47,22 @@ def ops(library: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> EmulatedOps:
     library.calls = []
     monkeypatch.setattr(torch.ops, "ddst_cuda", library)
     monkeypatch.setattr(gather, "facts", lambda device: SM90)
+    monkeypatch.setattr(gather, "_library", lambda: library.library)
     return library
 
 
 class Problem:
-    """A convolution's tensors; dense weight and results in float64."""
+    """A convolution's tensors, its blocks in random slots with NaN in free ones; weight and results in float64."""
 
     def __init__(self, dtype, images, size, shape, block, window, density=0.4, seed=0) -> None:
         g = torch.Generator().manual_seed(seed)
         kernel, self.stride, self.padding = window
         self.shape, self.block, self.dtype = (*shape, *kernel), block, dtype
         self.mask = torch.rand(tp.mask_shape(self.shape, block), generator=g) < density
-        self.topology = tp.build_topology(self.mask)
-        self.values = tp.pack(torch.empty(self.shape).uniform_(-1, 1, generator=g), self.mask, block).to(dtype)
+        self.slots = scatter(self.mask, free=4, seed=seed)
+        self.topology = self.slots.topology
+        packed = tp.pack(torch.empty(self.shape).uniform_(-1, 1, generator=g), self.mask, block)
+        self.values = self.slots.spread(packed).to(dtype)
         self.x = torch.empty(images, shape[1], *size).uniform_(-1, 1, generator=g).to(dtype)
         self.bias = torch.empty(shape[0]).uniform_(-1, 1, generator=g).to(dtype)
         out = [(size[i] + 2 * self.padding[i] - kernel[i]) // self.stride[i] + 1 for i in (0, 1)]
@@ -66,7 +70,7 @@ class Problem:
 
     @property
     def weight(self) -> Tensor:
-        return tp.unpack(self.values.double(), self.mask, self.shape)
+        return tp.unpack(self.values[self.slots.of_block].double(), self.mask, self.shape)
 
     def y(self, x: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         x, weight = self.x.double() if x is None else x, self.weight if weight is None else weight
@@ -93,11 +97,7 @@ def close(got: Tensor, want: Tensor, magnitude: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "dtype, block, window",
-    [
-        (gather.DTYPES[(i + j) % 3], block, window)
-        for i, window in enumerate(WINDOWS)
-        for j, block in enumerate(BLOCKS)
-    ],
+    [(gather.DTYPES[(i + j) % 3], block, window) for i, window in enumerate(WINDOWS) for j, block in enumerate(BLOCKS)],
     ids=str,
 )
 def test_matches_float64(ops: EmulatedOps, dtype, block, window) -> None:
@@ -133,9 +133,8 @@ def test_random_problems(ops: EmulatedOps) -> None:
 @pytest.mark.parametrize("dtype", gather.DTYPES, ids=str)
 def test_linear(ops: EmulatedOps, dtype) -> None:
     p = Problem(dtype, 37, (1, 1), (72, 56), (16, 16), WINDOWS[0])
-    mask, shape = p.mask[:, :, 0, 0], p.shape[:2]
+    shape, topology = p.shape[:2], p.topology
     x, gy, weight = p.x[:, :, 0, 0], p.gy[:, :, 0, 0], p.weight[:, :, 0, 0]
-    topology = tp.build_topology(mask)
     y = compiled.linear(x, p.values, p.bias, topology, shape, relu=True)
     want = F.linear(x.double(), weight, p.bias.double())
     close(y, want.relu(), F.linear(x.double().abs(), weight.abs()) + 1)
@@ -175,7 +174,10 @@ def test_changed_topology_makes_new_records(ops: EmulatedOps) -> None:
     p = Problem(torch.bfloat16, 1, (4, 4), (48, 48), (16, 16), WINDOWS[1], density=0.3)
     p.check()
     p.mask = p.mask.view(-1)[torch.randperm(p.mask.numel())].view_as(p.mask)
-    p.topology.copy_(tp.build_topology(p.mask))
+    packed = p.values[p.slots.of_block]
+    p.slots = scatter(p.mask, free=4, seed=5)
+    p.topology.copy_(p.slots.topology)
+    p.values = p.slots.spread(packed)
     p.check()
 
 
@@ -188,10 +190,13 @@ def test_records_are_those_of_the_definition() -> None:
         generator = torch.Generator().manual_seed(i)
         mask = torch.rand(tp.mask_shape(shape, block), generator=generator) < rng.choice([0.0, 0.2, 0.7, 1.0])
         rows, cols, _ = tp.grid(shape, block)
-        index = tp.split_topology(tp.build_topology(mask), rows, cols)
+        count = int(mask.sum()) + 3
+        slot_blocks = torch.full((count,), -1, dtype=torch.int32)
+        slot_blocks[torch.randperm(count, generator=generator)[:-3]] = tp.row_major_slots(mask)
+        index = tp.split_topology(tp.topology_of_slots(slot_blocks, mask.shape), rows, cols)
         options = {"input_gradient": gradient, "tile_channels": channels}
         got = gather.gather_records(index, shape, block, stride, **options)
-        assert got.dtype == torch.int32 and got.tolist() == slow_records(mask, shape, block, stride, **options)
+        assert got.dtype == torch.int32 and got.tolist() == slow_records(slot_blocks, shape, block, stride, **options)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +241,7 @@ def test_the_emulated_operators_take_what_the_compiled_ones_do() -> None:
         re.fullmatch(r"(\w+)\((.*)\) -> \w+", "".join(re.findall(r'"([^"]*)"', text))).groups()
         for text in re.findall(r"m\.def\((.*?)\);", glue, re.DOTALL)
     ]
-    assert {name for name, _ in schemas} == {"conv2d_gather", "conv2d_gather_refusal"}
+    assert {name for name, _ in schemas} == {"conv2d_gather"}
     for name, parameters in schemas:
         mine = [p for p in inspect.signature(getattr(EmulatedOps, name)).parameters if p != "self"]
         assert [p.split()[-1] for p in parameters.split(",")] == mine

@@ -30,14 +30,20 @@ def active_blocks(mask: Tensor) -> list[tuple[int, int, int]]:
     ]
 
 
-def topology_of(mask: Tensor) -> Tensor:
-    """row_ptr | col_ptr | block_row | block_col | block_tap | col_order as one int32 tensor, by counting."""
-    blocks = active_blocks(mask)
+def topology_of(mask: Tensor, slots: Sequence[int] | None = None) -> Tensor:
+    """row_ptr | col_ptr | block_row | block_col | block_tap | row_order | col_order as one int32 tensor, by counting.
+
+    Args:
+        slots: for each slot the number of its block, as `active_blocks` counts them, or -1; by default in that order.
+    """
+    active, free = active_blocks(mask), (mask.shape[0], mask.shape[1], 0)
+    blocks = active if slots is None else [active[n] if n >= 0 else free for n in slots]
     rows, cols = mask.shape[0], mask.shape[1]
-    row_ptr = [sum(1 for b in blocks if b[0] < r) for r in range(rows + 1)]
-    col_ptr = [sum(1 for b in blocks if b[1] < c) for c in range(cols + 1)]
+    row_ptr = [sum(1 for b in active if b[0] < r) for r in range(rows + 1)]
+    col_ptr = [sum(1 for b in active if b[1] < c) for c in range(cols + 1)]
+    row_order = sorted(range(len(blocks)), key=lambda i: blocks[i])
     col_order = sorted(range(len(blocks)), key=lambda i: (blocks[i][1], blocks[i][0], blocks[i][2]))
-    parts = [row_ptr, col_ptr, *([b[k] for b in blocks] for k in range(3)), col_order]
+    parts = [row_ptr, col_ptr, *([b[k] for b in blocks] for k in range(3)), row_order, col_order]
     return torch.tensor([v for part in parts for v in part], dtype=torch.int32)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddst.ops.cuda import compiled, dispatch, preferred
+from ddst.ops.cuda import dispatch, preferred
 from ddst.ops.cuda.dispatch import AUTO, CUDA, TRITON, Meta
 
 DEVICE, F32 = torch.device("cuda", 0), torch.float32

@@ -1,8 +1,8 @@
 """``python -m ddst.benchmarks prefer RESULTS.json``: lets "auto" take the CUDA C++ kernels where they were the fastest.
 
-Reads the rows that ``make gpu`` left, and rewrites this device's lines of ``ddst/ops/cuda/preferred.json``. A kind of call
-(operator, dtype, block, kernel, stride) is preferred between two densities if at every density measured between them,
-and on every layer, CUDA C++ was faster than Triton and than dense from a cold cache.
+Reads the rows that ``make gpu`` left, and rewrites this device's lines of ``ddst/ops/cuda/preferred.json``. A kind of
+call (operator, dtype, block, kernel, stride) is preferred between two densities if at every density measured between
+them, and on every layer, CUDA C++ was faster than Triton and than dense from a cold cache.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``python -m ddst.benchmarks prefer RESULTS.json``: lets "auto" take the CUDA C++ kernels where they were the fastest.
 
-Reads the rows that ``make gpu`` left, and rewrites this device's lines of ``ddst/ops/preferred.json``. A kind of call
-(operator, dtype, block, kernel, stride) is preferred between two densities if at every density measured between them,
-and on every layer, CUDA C++ was faster than Triton and than dense from a cold cache.
+Reads the rows that ``make gpu`` left, and rewrites this device's lines of ``ddst/ops/cuda/preferred.json``. A kind of
+call (operator, dtype, block, kernel, stride) is preferred between two densities if at every density measured between
+them, and on every layer, CUDA C++ was faster than Triton and than dense from a cold cache.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from ddst.benchmarks.gpu.environment import KINDS
 from ddst.benchmarks.gpu.results import write_whole
 from ddst.benchmarks.registry import LAYERS
-from ddst.ops import preferred
-from ddst.ops.preferred import Kind
+from ddst.ops.cuda import preferred
+from ddst.ops.cuda.preferred import Kind
 
 OPERATORS = {"forward": "", "dgrad": "_input_grad", "wgrad": "_weight_grad"}
 

@@ -1,14 +1,12 @@
 """Which implementation runs an operator, and why.
 
-Each backend answers one question, ``supports(problem) -> (ok, reason)``. "auto" takes the first that says yes in
-:data:`AUTO_ORDER`; asking for a backend that says no is an error with its reason, never a silent fallback.
+Each backend answers one question, ``supports(problem) -> (ok, reason)``, which the module that owns it registers here:
+this one knows none of them. "auto" takes the first that says yes in :data:`AUTO_ORDER`; asking for a backend that says
+no is an error with its reason, never a silent fallback.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,47 +56,16 @@ class Problem:
         return cls(input.device.type, input.dtype, block, kernel, stride, dilation, linear)
 
 
-def _supports_cpu(problem: Problem) -> tuple[bool, str]:
-    if problem.device != "cpu":
-        return False, f"runs on CPU tensors only, got a tensor on {problem.device!r}"
-    if problem.dtype not in (torch.float32, torch.float64):
-        return False, f"computes in float32 and float64, got {problem.dtype}"
-    slow = [n for n, b in zip(("b_out", "b_in"), problem.block or (), strict=False) if b % 8]
-    if slow:
-        return True, f"{' and '.join(slow)} of the block {problem.block} not a multiple of 8: slower than it could be"
-    return True, "fast: block sides are multiples of 8"
+Supports = Callable[[Problem], tuple[bool, str]]
 
-
-@functools.lru_cache(maxsize=1024)  # asked at every call of an operator
-def _supports_triton(problem: Problem) -> tuple[bool, str]:
-    if problem.device != "cuda":
-        return False, f"runs on CUDA tensors only, got a tensor on {problem.device!r}"
-    if importlib.util.find_spec("triton") is None:
-        return False, "needs the package triton, which is not installed: pip install 'ddst[gpu]'"
-    kernels = importlib.import_module("ddst.kernels")  # imports triton
-    return kernels.supports(problem.dtype, problem.block)
-
-
-def _supports_cuda(problem: Problem) -> tuple[bool, str]:
-    if problem.device != "cuda":
-        return False, f"runs on CUDA tensors only, got a tensor on {problem.device!r}"
-    cuda = importlib.import_module("ddst.ops.cuda")
-    return cuda.supports_all(problem)
-
-
-def _supports_reference(problem: Problem) -> tuple[bool, str]:
-    return True, "dense arithmetic on the unpacked weight: right, but saves neither time nor memory"
-
-
-BACKENDS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
-    "cpu": _supports_cpu,
-    "triton": _supports_triton,
-    "cuda": _supports_cuda,
-    "reference": _supports_reference,
-}
+#: What the operators take for a backend, as an int. The order is that in which messages name backends.
+CODES = {"auto": 0, "cpu": 1, "triton": 2, "cuda": 3, "reference": 4}
+BACKENDS = tuple(name for name in CODES if name != "auto")
+_NAMES = {number: name for name, number in CODES.items()}
+_supports: dict[str, Supports] = {}
 
 #: What "auto" tries, in order. The reference is never chosen unasked; where "triton" is chosen, a pass that a kept
-#: measurement of this device model says is faster in CUDA C++ runs there (:mod:`ddst.ops.preferred`).
+#: measurement of this device model says is faster in CUDA C++ runs there (:mod:`ddst.ops.cuda.preferred`).
 AUTO_ORDER = ("cpu", "triton")
 
 #: What the operators take for a backend, as an int: a schema with a string in it is refused by several exporters.
@@ -132,23 +99,61 @@ def name_of(code: int) -> str:
     return _NAMES[code]
 
 
-def supports(backend: str, problem: Problem) -> tuple[bool, str]:
-    """``(ok, reason)``: whether a backend can run a problem.
+def register(name: str, supports: Supports) -> None:
+    """Makes ``supports`` the answer of a backend: called once, by the module that owns it.
+
+    Raises:
+        ValueError: a name that :data:`CODES` lacks.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"name must be one of {BACKENDS}, got {name!r}")
+    _supports[name] = supports
+
+
+def code(name: str) -> int:
+    """The code by which the operators know a backend, or "auto".
 
     Raises:
         ValueError: an unknown backend.
 
+    >>> code("auto"), code("triton")
+    (0, 2)
+    """
+    return CODES[check_backend(name)]
+
+
+def name_of(code: int) -> str:
+    """The backend of a code; the inverse of :func:`code`.
+
+    Raises:
+        ValueError: a number that is no backend's.
+
+    >>> name_of(3)
+    'cuda'
+    """
+    if code not in _NAMES:
+        raise ValueError(f"backend must be one of the codes {CODES}, got {code!r}")
+    return _NAMES[code]
+
+
+def supports(backend: str, problem: Problem) -> tuple[bool, str]:
+    """``(ok, reason)``: whether a backend can run a problem.
+
+    Raises:
+        ValueError: an unknown backend, or "auto".
+
     >>> supports("cpu", Problem("cuda", torch.float32, (16, 16)))
     (False, "runs on CPU tensors only, got a tensor on 'cuda'")
     """
-    check_backend(backend)
-    return BACKENDS[backend](problem)
+    if check_backend(backend) == "auto":
+        raise ValueError("backend must name one, got 'auto': choose() says which one that is")
+    return _supports[backend](problem)
 
 
 def check_backend(backend: str) -> str:
     """Returns ``backend`` if it names one or is "auto", else raises ValueError."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    if backend not in CODES:
+        raise ValueError(f"backend must be one of {tuple(CODES)}, got {backend!r}")
     return backend
 
 

@@ -1,45 +1,97 @@
-"""Lists derived from a topology tensor, made once and kept while it lives unchanged.
+"""Lists derived from a topology tensor, made once, kept while it lives, and rewritten in place when it is.
 
-They are kept under the tensor itself, by weak reference, and its version counter: an in-place change makes new ones.
-Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and those
-missing while a CUDA graph is captured, whose contents would exist only after its first replay. A graph that finds its
-lists here keeps their addresses: after a change of the mask it has to be captured again. Lists are made on the stream
-of the call that needs them first; another stream has to wait for it, as for any tensor.
+They are kept under the tensor itself, by weak reference, each with the version of the tensor that it was made of. Where
+the tensor was written to since, the next call that asks for a list makes it anew *into the memory of the old one*
+(its sizes follow from the number of slots alone), and :func:`refresh` does that at once for every list: a captured CUDA
+graph that walks lists from here goes on with those of the new blocks, and needs no new capture.
+
+Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and those that
+are missing or outdated while a CUDA graph is captured. The latter belong to that graph, which makes them anew at every
+replay: right as well, but slower. Lists are made on the stream of the call that needs them first, and rewritten on that
+of the call that finds them outdated; another stream has to wait for it, as for any tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_Lists = TypeVar("_Lists")
-_cache = WeakTensorKeyDictionary()
+_Lists = TypeVar("_Lists", bound=Tensor | tuple[Tensor, ...])
 
 
-def cached(topology: Tensor, key: Hashable, build: Callable[[], _Lists]) -> _Lists:
-    """``build()``, kept under ``key`` until the topology dies or is written to.
+@dataclass
+class _Entry:
+    build: Callable[[Tensor], Any]
+    lists: Any
+    version: int
+
+
+_cache = WeakTensorKeyDictionary()  # topology -> key -> _Entry
+
+
+def cached(topology: Tensor, key: Hashable, build: Callable[[Tensor], _Lists]) -> _Lists:
+    """``build(topology)``, a tensor or a tuple of tensors, kept under ``key`` as long as the topology lives.
+
+    ``build`` is kept, too: it must hold no reference to the topology, nor return a view of it.
 
     >>> topology = torch.zeros(4, dtype=torch.int32)
-    >>> first, again = (cached(topology, "name", lambda: object()) for _ in range(2))
-    >>> first is again, first is cached(topology.zero_(), "name", lambda: object())
-    (True, False)
+    >>> first, again = (cached(topology, "name", lambda t: t + 1) for _ in range(2))
+    >>> first is again, first is cached(topology.add_(5), "name", lambda t: t + 1), first.tolist()
+    (True, True, [6, 6, 6, 6])
     """
     if topology.is_inference():
-        return build()
-    version, lists = _cache.get(topology, (None, {}))
-    if version != topology._version:
-        version, lists = topology._version, {}
-    if key in lists:
-        return lists[key]
-    made = build()
-    if not _is_captured(topology):
-        lists[key] = made
-        _cache[topology] = (version, lists)
-    return made
+        return build(topology)
+    entries = _cache.get(topology)
+    entry = None if entries is None else entries.get(key)
+    if entry is not None and entry.version == topology._version:
+        return entry.lists
+    if _is_captured(topology):
+        return build(topology)
+    if entry is None:
+        entry = _Entry(build, None, -1)
+        _cache.setdefault(topology, {})[key] = entry
+    _rewrite(topology, entry)
+    return entry.lists
+
+
+def refresh(topology: Tensor) -> None:
+    """Rewrites every list kept for a topology, in place: for graphs that walk them without asking :func:`cached`.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, so that nothing would be rewritten now.
+
+    >>> topology = torch.zeros(4, dtype=torch.int32)
+    >>> kept = cached(topology, "name", lambda t: t + 1)
+    >>> topology.add_(5), refresh(topology), kept.tolist()
+    (tensor([5, 5, 5, 5], dtype=torch.int32), None, [6, 6, 6, 6])
+    """
+    if topology.is_inference():
+        return
+    if _is_captured(topology):
+        raise RuntimeError("blocks cannot move while a CUDA graph is being captured: move them between replays")
+    for entry in _cache.get(topology, {}).values():
+        _rewrite(topology, entry)
+
+
+def _rewrite(topology: Tensor, entry: _Entry) -> None:
+    with torch.inference_mode(False):  # or what is made in inference mode could not be written to outside of it
+        made = entry.build(topology)
+        old, new = _tensors(entry.lists), _tensors(made)
+        if [t.shape for t in old] == [t.shape for t in new]:
+            for kept, fresh in zip(old, new, strict=True):
+                kept.copy_(fresh)
+        else:  # new, or the topology got another number of slots
+            entry.lists = made
+    entry.version = topology._version
+
+
+def _tensors(lists: Any) -> tuple[Tensor, ...]:
+    return () if lists is None else (lists,) if isinstance(lists, Tensor) else tuple(lists)
 
 
 def refresh(topology: Tensor) -> None:

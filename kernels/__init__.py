@@ -8,7 +8,8 @@ One function per registered operator, with its arguments. They neither check arg
   maps), else exact to float32;
 * read images in channels_last memory as they are, and make one copy of any other;
 * give the same bits at every run on the same device model;
-* wait for nothing on the device and can be captured in a CUDA graph. A graph is bound to the mask it was captured with.
+* wait for nothing on the device and can be captured in a CUDA graph, whose replays follow blocks that move between them
+  where the number of slots stays (:func:`ddst.index_cache.refresh`).
 
 With TRITON_INTERPRET=1 they run, slowly, on CPU tensors.
 """
@@ -70,7 +71,7 @@ def conv2d(
     """``y[n, :, i, j] = bias + Σ_{active blocks} W[:, :, kh, kw] · x[n, :, i·stride + kh·dilation - padding, …]``.
 
     Args:
-        input: ``[N, C_in, H, W]``; values: ``[nnz, b_out, b_in]``; bias: ``[C_out]`` or None.
+        input: ``[N, C_in, H, W]``; values: ``[slots, b_out, b_in]``; bias: ``[C_out]`` or None.
         topology, weight_shape: of the packed weight (:mod:`ddst.topology`).
         channels_last: the memory format of the result.
         relu: whether ``max(y, 0)`` is returned.

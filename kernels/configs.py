@@ -27,7 +27,8 @@ class Problem(NamedTuple):
         weight_shape: ``(C_out, C_in, kH, kW)``.
         stride, padding, dilation: of the convolution.
         images, input_size, output_size: sizes of the convolution's input and output.
-        blocks: number of active blocks; 0 for block scores, which ask for none.
+        blocks: number of slots of blocks: how many of them are active is device data; 0 for block scores, which ask for
+            none.
     """
 
     op: str
@@ -51,7 +52,7 @@ class Problem(NamedTuple):
 
     @property
     def density(self) -> float:
-        """Share of the blocks that are active."""
+        """Share of the blocks that have slots: the most that can be active."""
         return self.blocks / math.prod(self.grid)
 
 

@@ -4,15 +4,17 @@
 
 Pixels are the M of the products, a block's channels N and K. A program computes a tile of pixels of one *row* of
 :mod:`.index`: an output block in the forward pass, an input block of one phase in the input gradient. A row's list of
-entries names, for each active block, the channels it reads and its tap; the tap shifts all pixels of the tile alike, so
-that a step loads one tile of pixels and one block. A row without entries gives exact zeros.
+entries names, for each active block, the channels it reads and its tap, and beside it the slot of ``values`` in which
+the block lies; the tap shifts all pixels of the tile alike, so that a step loads one tile of pixels and one block. A
+row without entries gives exact zeros.
 
 With ROWS > 1 a program computes as many neighbouring rows and walks the union of their entries: a step loads one tile
 of pixels and the blocks of all of them, side by side, zeros for a row that has none there. Each sum is added in the
 order in which a program of its own adds it; but a pixel that is not finite reaches all rows of the program, as in a
 dense layer.
 
-The next entry is carried through the loop: loaded in the step that needs it, it would cost the pipeline a stage.
+The next entry and slot are carried through the loop: loaded in the step that needs them, they would cost the pipeline a
+stage.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def finish(acc, y, bias, n, i, j, live, c, YH, YW, YC, BIAS: tl.constexpr, RELU:
 
 @triton.jit
 def ids_at(at, ROWS: tl.constexpr):
-    """The ids of the blocks at a position, one for each row; -1 where a row has none."""
+    """The slots of the blocks at a position, one for each row; -1 where a row has none."""
     if ROWS == 1:
         return (tl.load(at),)
     elif ROWS == 2:
@@ -72,7 +74,7 @@ def ids_at(at, ROWS: tl.constexpr):
 
 @triton.jit
 def places(values, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, DGRAD: tl.constexpr):
-    """Where block 0 lies, once for each row: ``[K, N]`` in the input gradient, else ``[N, K]``."""
+    """Where slot 0 lies, once for each row: ``[K, N]`` in the input gradient, else ``[N, K]``."""
     k = tl.arange(0, BK)
     o = tl.arange(0, ROWS * BN)
     if ROWS > 1:
@@ -85,7 +87,7 @@ def places(values, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, DGRAD
 
 @triton.jit
 def weights(places, block, BN: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, DGRAD: tl.constexpr):
-    """The blocks of these ids side by side, ``[K, N]``."""
+    """The blocks in these slots side by side, ``[K, N]``."""
     if ROWS == 1:
         loaded = tl.load(places + tl.cast(block[0], tl.int64) * (BN * BK))
     else:
@@ -106,7 +108,6 @@ def block_by_block(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The sum over entries, one per step. TAPS > 0 keeps whether tap t is inside at a pixel as bit t."""
-    LISTED: tl.constexpr = DGRAD or ROWS > 1  # else entries stand in the order of the ids
     k = tl.arange(0, BK)
     xp = xp + k[None, :]
     wp = places(values, BN, BK, ROWS, DGRAD)
@@ -115,13 +116,12 @@ def block_by_block(
         dh, dw = shift(t // TAPS_W, t % TAPS_W, first_h, first_w, DGRAD, S_H, S_W, D_H, D_W)
         bits |= inside(i0 + dh, j0 + dw, XH, XW).to(tl.int32) << t
     entry_ahead = tl.load(entries + start)
-    ahead = ids_at(ids + start * ROWS, ROWS) if LISTED else 0
+    ahead = ids_at(ids + start * ROWS, ROWS)
     for p in tl.range(start, end, num_stages=STAGES):
         entry = entry_ahead
         entry_ahead = tl.load(entries + p + 1)
-        block = ahead if LISTED else (p,)
-        if LISTED:
-            ahead = ids_at(ids + p * ROWS + ROWS, ROWS)
+        block = ahead
+        ahead = ids_at(ids + p * ROWS + ROWS, ROWS)
         kh, kw = tap(entry, BITS)
         dh, dw = shift(kh, kw, first_h, first_w, DGRAD, S_H, S_W, D_H, D_W)
         if TAPS > 0:
@@ -144,7 +144,7 @@ def several_blocks(
 ):  # fmt: skip
     """The sum over entries, FUSE blocks per step in one product of depth FUSE · BK: lane k belongs to block k // BK."""
     lane = tl.arange(0, FUSE * BK)
-    slot = lane // BK
+    place = lane // BK
     k = lane % BK
     o = tl.arange(0, BN)
     xp = xp + k[None, :]
@@ -152,15 +152,14 @@ def several_blocks(
         wp = values + k[:, None] * BN + o[None, :]
     else:
         wp = values + o[:, None] * BK + k[None, :]
-    entry_ahead = tl.load(entries + start + slot, mask=start + slot < end, other=0)
-    id_ahead = tl.load(ids + start + slot, mask=start + slot < end, other=0) if DGRAD else 0
+    entry_ahead = tl.load(entries + start + place, mask=start + place < end, other=0)
+    id_ahead = tl.load(ids + start + place, mask=start + place < end, other=0)
     for p in tl.range(start, end, FUSE, num_stages=STAGES):
-        q = p + slot
+        q = p + place
         entry = entry_ahead
         entry_ahead = tl.load(entries + q + FUSE, mask=q + FUSE < end, other=0)
-        block = id_ahead if DGRAD else q
-        if DGRAD:
-            id_ahead = tl.load(ids + q + FUSE, mask=q + FUSE < end, other=0)
+        block = id_ahead
+        id_ahead = tl.load(ids + q + FUSE, mask=q + FUSE < end, other=0)
         present = q < end
         kh, kw = tap(entry, BITS)
         dh, dw = shift(kh, kw, first_h, first_w, DGRAD, S_H, S_W, D_H, D_W)
@@ -236,7 +235,6 @@ def gather_box(
     """
     BM: tl.constexpr = BOX_N * BOX_H * BOX_W
     YC = hint(YC, Y_MULTIPLE)
-    LISTED: tl.constexpr = DGRAD or ROWS > 1
     group = tl.load(order + tl.program_id(0) % programs)
     tile = tl.program_id(0) // programs
     start = tl.load(ptr + group)
@@ -249,13 +247,12 @@ def gather_box(
     wp = places(values, BN, BK, ROWS, DGRAD)
     acc = tl.zeros((BM, ROWS * BN), dtype=tl.float32)
     entry_ahead = tl.load(entries + start)
-    ahead = ids_at(ids + start * ROWS, ROWS) if LISTED else 0
+    ahead = ids_at(ids + start * ROWS, ROWS)
     for p in tl.range(start, end, num_stages=STAGES):
         entry = entry_ahead
         entry_ahead = tl.load(entries + p + 1)
-        block = ahead if LISTED else (p,)
-        if LISTED:
-            ahead = ids_at(ids + p * ROWS + ROWS, ROWS)
+        block = ahead
+        ahead = ids_at(ids + p * ROWS + ROWS, ROWS)
         kh, kw = tap(entry, BITS)
         dh, dw = shift(kh, kw, first_h, first_w, DGRAD, S_H, S_W, D_H, D_W)
         xt = x.load([n0, h0 + dh, w0 + dw, channel_block(entry, BITS) * BK]).reshape(BM, BK)

@@ -1,8 +1,9 @@
 """Index lists of the kernels, built from a topology on its device and kept as long as it lives.
 
-All torch operations here have results of fixed size (the number of blocks is known from the topology's shape), so
-nothing waits for the device and everything may run while a CUDA graph is captured. :mod:`ddst.index_cache` keeps
-them.
+All torch operations here have results of fixed size (the number of slots is known from the topology's shape), so
+nothing waits for the device and everything may run while a CUDA graph is captured. How many slots hold a block is known
+to the device only; free ones come last in every list. :mod:`ddst.index_cache` keeps the lists, and rewrites them in
+place when blocks move.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class RowLists(NamedTuple):
 
     Attributes:
         ptr: ``[groups + 1]``; group g owns the positions ``ptr[g] … ptr[g + 1] - 1``.
-        entries: ``[nnz + 1]``, packed (channel block, tap) as :mod:`.tile` says, each once in a group. What follows the
-            last group's is read ahead and never used: one spare, and what the unions save.
-        ids: ``[(nnz + 1) · rows]``, for each position the id in ``values`` of each row's block, -1 where it has none.
+        entries: ``[slots + 1]``, packed (channel block, tap) as :mod:`.tile` says, each once in a group. What follows
+            the last group's is read ahead and never used: one spare, free slots, and what the unions save.
+        ids: ``[(slots + 1) · rows]``, for each position the slot of each row's block, -1 where it has none.
         order: ``[groups]``, the groups by falling number of entries.
     """
 
@@ -39,11 +40,15 @@ class RowLists(NamedTuple):
 class Groups(NamedTuple):
     """Blocks that share one operand of the weight gradient, at most ``size`` per group.
 
+    Free slots are in groups of their own, whose gradient is zero.
+
     Attributes:
         bounds: ``[groups, 2]``, the first position of each group and its end. As the number of groups is known to the
-            device only, there is room for the most there can be; the rest is empty (first and end are equal).
-        ids: ``[nnz]``, the id of the block at each position.
-        row, col, tap: ``[nnz]``, output block row, input block and tap ``kh · kW + kw`` of each id.
+            device only, there is room for the most there can be (:func:`most_groups`); the rest is empty (first and end
+            are equal).
+        ids: ``[slots]``, the slot at each position.
+        row, col, tap: ``[slots]``, output block row, input block and tap ``kh · kW + kw`` of each slot; R, C and 0 of a
+            free one.
     """
 
     bounds: Tensor
@@ -91,14 +96,15 @@ def _starts(sorted_keys: Tensor, count: int) -> Tensor:
     return torch.searchsorted(sorted_keys, bounds, out_int32=True)
 
 
-def _unions(row: Tensor, across: int, entry: Tensor, phases: int, rows: int) -> RowLists:
+def _unions(row: Tensor, across: int, entry: Tensor, phases: int, rows: int, free: Tensor) -> RowLists:
     """Lists of groups of ``rows`` of the ``across`` rows of each of ``phases``, entries in rising order.
 
     Args:
-        row, entry: ``[nnz]``, phase · across + row, and packed entry of each id.
+        row, entry, free: ``[slots]``, phase · across + row, packed entry of each slot, and whether it is free instead.
     """
     groups = -(-across // rows)
-    group = row // across * groups + row % across // rows
+    group = torch.where(free, phases * groups, row // across * groups + row % across // rows)  # free ones come last,
+    entry = torch.where(free, 0, entry)  # at one position
     key, order = torch.sort(group.long() << 31 | entry, stable=True)
     first = torch.ones_like(key, dtype=torch.bool)
     first[1:] = key[1:] != key[:-1]
@@ -108,25 +114,22 @@ def _unions(row: Tensor, across: int, entry: Tensor, phases: int, rows: int) -> 
     ptr = before[starts]
     entries = entry.new_zeros(entry.numel() + 1).scatter_(0, position, entry[order])
     ids = entry.new_full(((entry.numel() + 1) * rows,), -1)
-    ids.scatter_(0, position * rows + row[order] % across % rows, order.to(torch.int32))
+    slot = torch.where(free[order], -1, order).to(torch.int32)
+    ids.scatter_(0, position * rows + row[order] % across % rows, slot)
     return RowLists(ptr, entries, ids, _heavy_first(ptr))
 
 
 def forward_lists(topology: Tensor, weight_shape: Sequence[int], block: Sequence[int], rows: int = 1) -> RowLists:
-    """Rows are output blocks; within a group, entries stand by input block, then tap. With ``rows`` 1 that is the order
-    of the ids.
-    """
+    """Rows are output blocks; within a group, entries stand by input block, then tap."""
 
-    def build() -> RowLists:
+    def build(topology: Tensor) -> RowLists:
         out, cols, _ = grid(weight_shape, (block[0], block[1]))
         index = split_topology(topology, out, cols)
         entry = _pack(index.block_col, index.block_tap, weight_shape[2:])
         if rows > 1:
-            return _unions(index.block_row, out, entry, 1, rows)
+            return _unions(index.block_row, out, entry, 1, rows, index.block_row == out)
         ptr = index.row_ptr.clone()
-        entries = _with_spare(entry)
-        ids = torch.arange(entries.numel(), dtype=torch.int32, device=topology.device)
-        return RowLists(ptr, entries, ids, _heavy_first(ptr))
+        return RowLists(ptr, _with_spare(entry[index.row_order]), _with_spare(index.row_order), _heavy_first(ptr))
 
     return cached(topology, ("forward", *weight_shape, *block, rows), build)
 
@@ -146,7 +149,7 @@ def input_grad_lists(
     pixels with ``h + padding ≡ k · dilation (mod stride)``, a single phase: a row holds only what its pixels need.
     """
 
-    def build() -> RowLists:
+    def build(topology: Tensor) -> RowLists:
         out, cols, _ = grid(weight_shape, (block[0], block[1]))
         index = split_topology(topology, out, cols)
         width = weight_shape[3] if len(weight_shape) == 4 else 1
@@ -154,32 +157,47 @@ def input_grad_lists(
         phase_w = (index.block_tap % width * dilation[1] - padding[1]) % stride[1]
         row = (phase_h * stride[1] + phase_w) * cols + index.block_col
         entry = _pack(index.block_row, index.block_tap, weight_shape[2:])
-        return _unions(row, cols, entry, stride[0] * stride[1], rows)
+        return _unions(row, cols, entry, stride[0] * stride[1], rows, index.block_row == out)
 
     return cached(topology, ("input_grad", *weight_shape, *block, *stride, *padding, *dilation, rows), build)
+
+
+def most_groups(slots: int, runs: int, size: int) -> int:
+    """At most so many groups hold ``slots`` slots of ``runs`` different operands, and those that are free.
+
+    >>> most_groups(0, 4, 4), most_groups(3, 4, 4), most_groups(100, 4, 4)
+    (0, 3, 28)
+    """
+    return min(slots, (slots + (runs + 1) * (size - 1)) // size)
 
 
 def weight_grad_groups(
     topology: Tensor, weight_shape: Sequence[int], block: Sequence[int], by: str, size: int
 ) -> Groups:
-    """Groups of at most ``size`` blocks that share an output block row ("row"), or input block and tap ("col")."""
+    """Groups of at most ``size`` blocks that share an output block row ("row"), or input block and tap ("col").
 
-    def build() -> Groups:
+    Within one, blocks stand by output block, then input block, then tap: neighbours read the same pixels.
+    """
+
+    def build(topology: Tensor) -> Groups:
         rows, cols, taps = grid(weight_shape, (block[0], block[1]))
-        _, _, row, col, tap, _ = (section.clone() for section in split_topology(topology, rows, cols))
-        nnz = row.numel()
-        runs = rows if by == "row" else cols * taps
-        key, ids = torch.sort(row if by == "row" else col * taps + tap, stable=True)
-        position = torch.arange(nnz, dtype=torch.int32, device=topology.device)
-        start = _starts(key, runs)
-        run = key.long()
-        first = (position - start[run]) % size == 0
-        most = min(nnz, (nnz + runs * (size - 1)) // size)
+        index = split_topology(topology, rows, cols)
+        row, col, tap = index.block_row.clone(), index.block_col.clone(), index.block_tap.clone()
+        slots = row.numel()
+        runs = rows if by == "row" else cols * taps  # and one more, of the free slots
+        run = row if by == "row" else col * taps + tap
+        key, order = torch.sort(run[index.row_order], stable=True)
+        ids = index.row_order[order]
+        position = torch.arange(slots, dtype=torch.int32, device=topology.device)
+        start = _starts(key, runs + 1)
+        of = key.long()
+        first = (position - start[of]) % size == 0
+        most = most_groups(slots, runs, size)
         line = torch.where(first, first.cumsum(0) - 1, most)  # positions that begin no group go to one spare line
-        end = torch.minimum(position + size, start[run + 1])
+        end = torch.minimum(position + size, start[of + 1])
         bounds = torch.zeros(most + 1, 2, dtype=torch.int32, device=topology.device)
         bounds[line] = torch.stack([position, end], 1)
-        return Groups(bounds[:most], ids.to(torch.int32), row, col, tap)
+        return Groups(bounds[:most], ids, row, col, tap)
 
     if by not in ("row", "col"):
         raise ValueError(f"by must be 'row' or 'col', got {by!r}")

@@ -1,6 +1,6 @@
 """Weight gradient of block-sparse convolution and linear maps, at the active blocks only.
 
-    grad[id] = Σ over output pixels p of  grad_output[p, channels of the block's row]ᵀ · input[p at the block's tap]
+    grad[slot] = Σ over output pixels p of  grad_output[p, channels of the block's row]ᵀ · input[p at the block's tap]
 
 The product of two dense matrices, sampled at blocks. What makes it fast, and the same bits at every run:
 
@@ -8,10 +8,11 @@ The product of two dense matrices, sampled at blocks. What makes it fast, and th
   share an output block row: one tile of ``grad_output`` meets input pixels gathered for several (input block, tap). By
   column, they share input block and tap: one tile of ``input`` meets several output block rows.
 * The pixels are split into parts of fixed extent, whose sums are added in order by a second kernel. How many there are
-  follows from sizes known on the host (shapes, number of blocks, multiprocessors), never from device data. A single
+  follows from sizes known on the host (shapes, number of slots, multiprocessors), never from device data. A single
   part is written as it is.
 
-An edge block's part outside the weight is written as zeros, also where the operands hold infinities.
+An edge block's part outside the weight is written as zeros, also where the operands hold infinities, and so are free
+slots: they form groups of their own, for which a program sums over no pixels.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddst.topology import grid
+from ddst.topology import grid, slot_count
 
 from . import tuning
 from .configs import Problem, WeightGradConfig
-from .index import weight_grad_groups
+from .index import most_groups, weight_grad_groups
 from .launch import Launch, native, native_rows, product_precision, upcast
 from .tile import divide, divisor, dot, hint, inside
 
@@ -41,7 +42,7 @@ STEPS_PER_PART = 4
 
 # Numbers that change from layer to layer and batch to batch: none of them makes a new kernel.
 _SCALARS = [
-    *("nnz", "direct", "part", "total", "XH", "XW", "XC", "YH", "YW", "YC"),
+    *("slots", "direct", "part", "total", "XH", "XW", "XC", "YH", "YW", "YC"),
     *("magic_h", "bits_h", "magic_w", "bits_w", "P_H", "P_W", "D_H", "D_W", "KW"),
 ]
 
@@ -95,7 +96,7 @@ def pixel_sum(
 @triton.jit(do_not_specialize=_SCALARS)
 def weight_grad_kernel(
     grad_output, input, grad, partial, bounds, ids, row, col, tap,
-    nnz, direct, part, total, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w, P_H, P_W, D_H, D_W, KW,
+    slots, direct, part, total, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w, P_H, P_W, D_H, D_W, KW,
     B_OUT: tl.constexpr, B_IN: tl.constexpr, GROUP: tl.constexpr, BY_ROW: tl.constexpr, PIXELS: tl.constexpr,
     S_H: tl.constexpr, S_W: tl.constexpr, X_MULTIPLE: tl.constexpr, Y_MULTIPLE: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
@@ -107,22 +108,26 @@ def weight_grad_kernel(
     start = tl.load(bounds + 2 * tl.program_id(0))
     end = tl.load(bounds + 2 * tl.program_id(0) + 1)
     lane = tl.arange(0, GROUP * SIDE)
-    slot = start + lane // SIDE
-    present = slot < end
+    at = start + lane // SIDE
+    present = at < end
     lead = tl.load(ids + start)  # an empty group starts at an entry that is there
-    own = tl.load(ids + slot, mask=present, other=0)
+    own = tl.load(ids + at, mask=present, other=0)
     if BY_ROW:
-        out_channel = tl.load(row + lead) * B_OUT + tl.arange(0, B_OUT)
+        shared = tl.load(row + lead) * B_OUT
+        busy = (start < end) & (shared < YC)  # free slots lie in the row, and column, after the last
+        out_channel = shared + tl.arange(0, B_OUT)
         in_channel = tl.load(col + own) * B_IN + lane % B_IN
     else:
+        shared = tl.load(col + lead) * B_IN
+        busy = (start < end) & (shared < XC)
         out_channel = tl.load(row + own) * B_OUT + lane % B_OUT
-        in_channel = tl.load(col + lead) * B_IN + tl.arange(0, B_IN)
+        in_channel = shared + tl.arange(0, B_IN)
     tap_of = tl.load(tap + (own if BY_ROW and GROUP > 1 else lead))
     in_ok = in_channel < XC
     out_ok = out_channel < YC
     split = tl.program_id(1)
     first = split * part
-    last = tl.where(start < end, tl.minimum(first + part, total), first)  # an empty group has nothing to do
+    last = tl.where(busy, tl.minimum(first + part, total), first)
     acc = pixel_sum(
         grad_output, input, out_channel, out_ok if BY_ROW else out_ok & present,
         in_channel, in_ok & present if BY_ROW else in_ok,
@@ -143,7 +148,7 @@ def weight_grad_kernel(
     if direct:
         tl.store(grad + to, acc.to(grad.dtype.element_ty), mask=present[:, None])
     else:
-        tl.store(partial + tl.cast(split, tl.int64) * nnz * (B_OUT * B_IN) + to, acc, mask=present[:, None])
+        tl.store(partial + tl.cast(split, tl.int64) * slots * (B_OUT * B_IN) + to, acc, mask=present[:, None])
 
 
 @triton.jit(do_not_specialize=["size", "parts"])
@@ -255,7 +260,7 @@ def plan(problem: Problem, config: WeightGradConfig | None, precision: str, devi
     out_channels, in_channels = problem.weight_shape[:2]
     rows, cols, taps = problem.grid
     runs = rows if config.by == "row" else cols * taps
-    groups = min(problem.blocks, (problem.blocks + runs * (config.group - 1)) // config.group)
+    groups = most_groups(problem.blocks, runs, config.group)
     parts = split_pixels(problem.images, height * width, groups, config.pixels, multiprocessors(device), config.waves)
     splits = sum(p.splits for p in parts)
     constants = {
@@ -322,9 +327,9 @@ def _weight_grad(
     return grad
 
 
-def _blocks(topology: Tensor, weight_shape: Sequence[int], block: tuple[int, int]) -> int:
+def _slots(topology: Tensor, weight_shape: Sequence[int], block: tuple[int, int]) -> int:
     rows, cols, _ = grid(weight_shape, block)
-    return (topology.numel() - rows - cols - 2) // 4
+    return slot_count(topology, rows, cols)
 
 
 def conv2d_weight_grad(
@@ -339,7 +344,7 @@ def conv2d_weight_grad(
     *,
     config: WeightGradConfig | None = None,
 ) -> Tensor:
-    """``grad[id] = ∂⟨grad_output, conv2d(input, W)⟩ / ∂W[block id]``.
+    """``grad[slot] = ∂⟨grad_output, conv2d(input, W)⟩ / ∂W[block in the slot]``.
 
     Args:
         grad_output: ``[N, C_out, H_out, W_out]``; input: ``[N, C_in, H, W]``; float32, float16 or bfloat16.
@@ -348,7 +353,7 @@ def conv2d_weight_grad(
         config: None for the tuned choice.
 
     Returns:
-        ``[nnz, b_out, b_in]`` in the dtype of the input; zero outside the weight.
+        ``[slots, b_out, b_in]`` in the dtype of the input; zero outside the weight and in free slots.
 
     Numerics: products as :func:`.launch.product_precision` says, summed in float32, rounded once; the same bits at
     every run on a device of the same model.
@@ -357,7 +362,7 @@ def conv2d_weight_grad(
     problem = Problem(
         "weight_grad", False, input.dtype, sides, shape, (stride[0], stride[1]), (padding[0], padding[1]),
         (dilation[0], dilation[1]), input.shape[0], (input.shape[2], input.shape[3]),
-        (grad_output.shape[2], grad_output.shape[3]), _blocks(topology, weight_shape, sides),
+        (grad_output.shape[2], grad_output.shape[3]), _slots(topology, weight_shape, sides),
     )  # fmt: skip
     return _weight_grad(native(grad_output), native(input), topology, problem, config)
 
@@ -371,10 +376,10 @@ def linear_weight_grad(
     *,
     config: WeightGradConfig | None = None,
 ) -> Tensor:
-    """``grad[id] = (grad_outputᵀ · input)[block id]``, of ``[B, out]`` and ``[B, in]``; see the convolution's."""
+    """``grad[slot] = (grad_outputᵀ · input)[its block]``, of ``[B, out]`` and ``[B, in]``; see the convolution's."""
     sides, one = (block[0], block[1]), (1, 1)
     problem = Problem(
         "weight_grad", True, input.dtype, sides, (weight_shape[0], weight_shape[1], 1, 1), one, (0, 0), one,
-        input.shape[0], one, one, _blocks(topology, weight_shape, sides),
+        input.shape[0], one, one, _slots(topology, weight_shape, sides),
     )  # fmt: skip
     return _weight_grad(native_rows(grad_output), native_rows(input), topology, problem, config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ import ddst
 from ddst import backends
 from ddst.backends import Problem
 from ddst.nn import explain, set_backend
+from ddst.ops.cuda import dispatch
 
 
 @pytest.mark.parametrize(
@@ -72,10 +75,32 @@ def test_problem_is_read_off_the_tensors() -> None:
 
 def test_triton_says_when_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    backends._supports_triton.cache_clear()
+    dispatch.supports_triton.cache_clear()
     with pytest.raises(RuntimeError, match=r"triton.*pip install"):
         backends.choose("auto", Problem("cuda", torch.float32, (16, 16)))
-    backends._supports_triton.cache_clear()
+    dispatch.supports_triton.cache_clear()
+
+
+def test_codes_are_names_for_operators() -> None:
+    assert [backends.name_of(backends.code(name)) for name in backends.CODES] == list(backends.CODES)
+    assert backends.code("auto") == 0, "the operators' default"
+    with pytest.raises(ValueError, match=r"codes.*'auto': 0.*got 9"):
+        backends.name_of(9)
+    with pytest.raises(ValueError, match=r"name must be one of .*'cpu'.*got 'auto'"):
+        backends.register("auto", lambda problem: (True, ""))
+    with pytest.raises(ValueError, match="got 'auto'"):
+        backends.supports("auto", Problem("cpu", torch.float32, None))
+
+
+def test_importing_ddst_registers_every_backend_and_does_not_import_triton() -> None:
+    code = (
+        "import sys, torch; sys.modules['triton'] = None; import ddst\n"
+        "from ddst.backends import BACKENDS, Problem, supports\n"
+        "print(*[supports(name, Problem('cpu', torch.float32, (16, 16)))[0] for name in BACKENDS])\n"
+        "print('ddst.kernels' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True", "False", "False", "True", "False"]
 
 
 @pytest.mark.parametrize("name", ["", "CPU", "tpu"])
@@ -84,6 +109,7 @@ def test_unknown_backend_is_an_error_that_lists_the_known_ones(name: str) -> Non
         lambda: backends.supports(name, Problem("cpu", torch.float32, None)),
         lambda: backends.choose(name, Problem("cpu", torch.float32, None)),
         lambda: backends.check_backend(name),
+        lambda: backends.code(name),
         lambda: set_backend(torch.nn.Sequential(ddst.SparseLinear(8, 8, density=1.0)), name),
     ):
         with pytest.raises(ValueError, match=r"backend.*auto.*cpu.*reference"):

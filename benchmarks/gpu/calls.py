@@ -51,7 +51,7 @@ def bound(name: str, arguments: Sequence[Any], backend: str) -> Callable[[], Ten
     refusal = _refusal(name, arguments[0], named, backend)
     if refusal is not None:
         raise RefusedError(refusal)
-    return partial(operator, *arguments, backend=backend)
+    return partial(operator, *arguments, backend=backends.code(backend))
 
 
 def _refusal(name: str, first: Tensor, named: dict[str, Any], backend: str) -> str | None:
@@ -60,9 +60,9 @@ def _refusal(name: str, first: Tensor, named: dict[str, Any], backend: str) -> s
     block = tuple(named["values"].shape[1:]) if "values" in named else tuple(named["block"])
     window = [tuple(named.get(key, default)) for key, default in WINDOW.items()]
     if backend == "cuda":  # it may do one pass and not another
-        from ddst.ops import cuda
+        from ddst.ops.cuda import compiled
 
-        yes, reason = cuda.supports(name, first.device, first.dtype, shape, block, *window)
+        yes, reason = compiled.supports(name, first.device, first.dtype, shape, block, *window)
     else:
         stride, _, dilation = window
         problem = backends.Problem(first.device.type, first.dtype, block, tuple(shape[2:]) or (1, 1), stride, dilation)

@@ -2,8 +2,8 @@
 
 A group is one backend, one kind of product and one block; it holds all shapes of problems.py. Every result is compared
 with dense torch in float64 on the same numbers, must be the same bits each time, and must be exact where the numbers
-are small integers. Memory is NaN before a kernel writes it and around what it reads. The same calls are captured in
-CUDA graphs and replayed on other numbers, before and after a change of the mask.
+are small integers. Blocks lie in random slots; memory is NaN before a kernel writes it, around what it reads, and in
+free slots. The same calls are captured in CUDA graphs and replayed on other numbers, and after blocks have moved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ddst
-from ddst import backends, topology
+from ddst import backends, index_cache, topology
 from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.environment import KINDS
@@ -144,7 +144,7 @@ def _check_shape(group: Group, shape: Shape, dtype: torch.dtype, seed: int, repo
 
 
 def _check_replay(group: Group, shape: Shape, dtype: torch.dtype, report: Report) -> None:
-    """Graphs replayed on new numbers, captured anew for a new mask, and the old one once more."""
+    """Graphs replayed on new numbers, captured anew for a new mask, the old one once more, and after an exchange."""
     watch = watch_of(group.device)
     for op in OPS:
         with _noting(report, f"{op} of {shape.name} under replay"):
@@ -154,13 +154,22 @@ def _check_replay(group: Group, shape: Shape, dtype: torch.dtype, report: Report
                 graphs.append(watch.capture([program(group, tensors, op)]))
                 _replay_and_judge(report, group, tensors, op, f"{shape.name}, mask {len(graphs)}", graphs[-1])
             _replay_and_judge(report, group, masks[0], op, f"{shape.name}, first mask again", graphs[0])
+            if op == "scores":  # which have no index
+                continue
+            fewer = masks[0].mask.flip(1)
+            fewer[0] = False
+            for turn, mask in enumerate((masks[0].mask.flip(0), fewer), start=1):
+                moved = masks[0].move(mask, turn)
+                index_cache.refresh(moved.topology)
+                _replay_and_judge(report, group, moved, op, f"{shape.name}, exchange {turn}", graphs[0])
 
 
 def _replay_and_judge(report: Report, group: Group, tensors: Tensors, op: str, what: str, graph: Any) -> None:
     generator = torch.Generator().manual_seed(sum(report.checked.values()))
     for tensor in (tensors.input, tensors.grad_output, tensors.values):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    tensors.values.mul_(topology.inside(tensors.mask, tensors.weight_shape, tensors.block))
+    tensors.values.masked_fill_(tensors.outside(), 0.0)
+    tensors.values[tensors.slots < 0] = math.nan
     expected = results_of(tensors)[op]
     graph.outputs[0].fill_(math.nan)
     graph.replay()
@@ -173,10 +182,7 @@ def _check_changed_index(group: Group, shape: Shape, dtype: torch.dtype, report:
         with _noting(report, f"{op} of {shape.name} after a change in place"):
             tensors = Tensors.make(shape, group.block, dtype, group.device, 100)
             program(group, tensors, op)()
-            mask = tensors.mask.flip(0)
-            tensors.topology.copy_(topology.build_topology(mask))
-            tensors = replace(tensors, mask=mask)
-            tensors.values.mul_(topology.inside(mask, tensors.weight_shape, tensors.block))
+            tensors.move(tensors.mask.flip(0), 1)
             expected = results_of(tensors)[op]
             what = f"{op} of {shape.name} after the index changed in place"
             _judge(report, group, tensors, op, what, program(group, tensors, op)(), expected)
@@ -254,10 +260,8 @@ def _judge(
     report.checked[op] = report.checked.get(op, 0) + 1
     error, why = compare(result, expected, group.kind, exact)
     report.worst[op] = max(report.worst.get(op, 0.0), error)
-    if why is None and op == "wgrad":
-        outside = ~topology.inside(tensors.mask, tensors.weight_shape, tensors.block)
-        if result[outside].count_nonzero():
-            why = "not zero outside the weight"
+    if why is None and op == "wgrad" and result[tensors.outside()].count_nonzero():
+        why = "not zero outside the weight, or in a free slot"
     if why is not None:
         report.wrong.append(f"{what}: {why}")
 

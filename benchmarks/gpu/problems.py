@@ -12,6 +12,7 @@ from torch import Tensor
 from ddst import topology
 from ddst.benchmarks.gpu.timing import without_cudnn
 
+FREE = 3  # slots of a problem that hold no block
 GUARD = 256  # entries of NaN before and after every tensor of a problem; keeps 16-byte alignment
 
 
@@ -64,12 +65,17 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of a problem in the dtype that is tested, guarded by NaN on both sides."""
+    """The tensors of a problem in the dtype that is tested, guarded by NaN on both sides.
+
+    Attributes:
+        slots: which block lies in which slot, in random order; :data:`FREE` are free, and NaN in ``values``.
+    """
 
     shape: Shape
     block: tuple[int, int]
     weight_shape: list[int]
     mask: Tensor
+    slots: Tensor
     topology: Tensor
     values: Tensor
     bias: Tensor
@@ -105,13 +111,41 @@ class Tensors:
         def place(tensor: Tensor) -> Tensor:
             return guarded(tensor.to(device), shape.channels_last and tensor.dim() == 4)
 
-        values = numbers(int(mask.sum()), *block) * topology.inside(mask, weight_shape, block)
+        slots = scattered(mask, int(mask.sum()) + FREE, generator)
+        values = in_slots(numbers(int(mask.sum()), *block) * topology.inside(mask, weight_shape, block), slots)
         image, result = ([], []) if shape.linear else (list(shape.size), output_size(shape))
         x, gy = numbers(shape.batch, into, *image), numbers(shape.batch, out, *result)
-        index = topology.build_topology(mask).to(device)
+        index = topology.topology_of_slots(slots, mask.shape)
         return cls(
-            shape, block, weight_shape, mask.to(device), index, *(place(t) for t in (values, numbers(out), x, gy))
-        )
+            shape, block, weight_shape, *(t.to(device) for t in (mask, slots, index)),
+            *(place(t) for t in (values, numbers(out), x, gy)),
+        )  # fmt: skip
+
+    def move(self, mask: Tensor, seed: int) -> Tensors:
+        """The same memory with the blocks of another mask, in other slots, with new numbers: all is written in place.
+
+        The lists that are kept for the topology are left as they are.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        mask = mask.cpu()
+        slots = scattered(mask, self.slots.numel(), generator)
+        numbers = torch.randn(int(mask.sum()), *self.block, generator=generator)
+        values = in_slots(numbers * topology.inside(mask, self.weight_shape, self.block), slots)
+        for tensor, new in (
+            (self.mask, mask),
+            (self.slots, slots),
+            (self.topology, topology.topology_of_slots(slots, mask.shape)),
+            (self.values, values),
+            (self.input, torch.randn(self.input.shape, generator=generator)),
+            (self.grad_output, torch.randn(self.grad_output.shape, generator=generator)),
+        ):
+            tensor.copy_(new)
+        return self
+
+    def outside(self) -> Tensor:
+        """bool ``[slots, b_out, b_in]``: what of a gradient lies outside the weight, or in a free slot."""
+        inside = topology.inside(self.mask, self.weight_shape, self.block)
+        return in_slots((~inside).float(), self.slots, fill=1.0).bool()
 
     def arguments(self, op: str) -> tuple[str, list[object]]:
         """Name and arguments of the registered operator of a pass: forward, dgrad, wgrad or scores."""
@@ -135,7 +169,8 @@ class Tensors:
 
     def expected(self) -> dict[str, Tensor]:
         """The four results by dense torch in float64: autograd of a dense layer, which calls nothing of ddst's."""
-        weight = topology.unpack(self.values.double(), self.mask, self.weight_shape).requires_grad_()
+        packed = self.values.double()[slots_by_block(self.slots)]
+        weight = topology.unpack(packed, self.mask, self.weight_shape).requires_grad_()
         x = self.input.double().requires_grad_()
         with torch.enable_grad(), without_cudnn():
             if self.shape.linear:
@@ -148,9 +183,29 @@ class Tensors:
         return {
             "forward": y.detach(),
             "dgrad": gx,
-            "wgrad": blocks[self.mask],
+            "wgrad": in_slots(blocks[self.mask], self.slots, fill=0.0),
             "scores": torch.linalg.vector_norm(blocks, dim=(-2, -1)),
         }
+
+
+def scattered(mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Which block of a mask lies in which of ``count`` slots, at random; -1 for a free one."""
+    active = topology.row_major_slots(mask)
+    slots = torch.full((count,), -1, dtype=torch.int32)
+    slots[torch.randperm(count, generator=generator)[: active.numel()]] = active
+    return slots
+
+
+def slots_by_block(slots: Tensor) -> Tensor:
+    """The slot of every active block, in the order in which a mask counts them."""
+    return slots.argsort()[int((slots < 0).sum()) :]
+
+
+def in_slots(packed: Tensor, slots: Tensor, fill: float = float("nan")) -> Tensor:
+    """``[slots, …]`` of ``[nnz, …]``, with ``fill`` in free slots."""
+    spread = packed.new_full((slots.numel(), *packed.shape[1:]), fill)
+    spread[slots_by_block(slots)] = packed
+    return spread
 
 
 def output_size(shape: Shape) -> list[int]:

@@ -114,7 +114,7 @@ DDST_DEVICE void build_tables(const GatherParams<typename Traits::T>& p, const G
 
 // The record of (phase of the taps, group of output blocks, input block):
 // [number of blocks, 0, 0, 0 | per tap: bit n set if channels 16 n .. 16 n + 15 of the group have a block | blocks'
-// ids].
+// slots].
 template <class Traits>
 DDST_DEVICE void stage_record(const GatherParams<typename Traits::T>& p, const GatherPlace& place,
                               dev::shared_ptr<int> target, int slice) {

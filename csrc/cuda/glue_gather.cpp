@@ -1,8 +1,9 @@
-// ddst_cuda::conv2d_gather and conv2d_gather_refusal. The records are made by ddst/ops/cuda_gather.py.
+// ddst_cuda::conv2d_gather, and what the kernel refuses. The records are made by ddst/ops/cuda/gather.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdio>
 #include <optional>
 
 #include "conv2d_gather.h"
@@ -38,23 +39,12 @@ ddst_cuda_conv2d_problem describe(const WeightGrid& grid, int64_t images, const 
   return p;
 }
 
-// Why a CTA with so much shared memory cannot run the kernel on this problem; empty if it can.
-std::string conv2d_gather_refusal(const Ints& weight_shape, const Ints& block, int64_t images, const Ints& input_size,
-                                  const Ints& stride, const Ints& padding, int64_t dtype, bool input_gradient,
-                                  bool large_tile, int64_t shared_bytes) {
-  const WeightGrid grid = grid_of_block(kOp, block, weight_shape, 4);
-  const auto problem = describe(grid, images, input_size, stride, padding, static_cast<int>(dtype));
-  GatherGeometry geometry;
-  const GatherTile tile = gather_tile(large_tile, ddst_cuda_element_bytes(problem.dtype));
-  return gather_geometry(problem, input_gradient, tile, static_cast<int>(shared_bytes), geometry);
-}
-
 // The entries of `records` are trusted: reading them would wait for the device.
 Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& records,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, const Ints& weight_shape,
                      const Ints& input_size, const Ints& stride, const Ints& padding, bool input_gradient, bool relu,
                      bool large_tile, bool allow_tf32) {
-  if (values.dim() != 3) fail(kOp, "values has shape ", shape_text(values), ", expected [nnz, b_out, b_in]");
+  if (values.dim() != 3) fail(kOp, "values has shape ", shape_text(values), ", expected [slots, b_out, b_in]");
   const WeightGrid grid = grid_of_block(kOp, {values.size(1), values.size(2)}, weight_shape, 4);
   const int32_t device = input.get_device_index();
   check_channels_last(kOp, "input", input, device);
@@ -110,11 +100,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ddst_cuda, m) {
       "conv2d_gather(Tensor input, Tensor values, Tensor records, Tensor? bias, Tensor? residual, int[] weight_shape, "
       "int[] input_size, int[] stride, int[] padding, bool input_gradient, bool relu, bool large_tile, "
       "bool allow_tf32) -> Tensor");
-  m.def(
-      "conv2d_gather_refusal(int[] weight_shape, int[] block, int images, int[] input_size, int[] stride, "
-      "int[] padding, int dtype, bool input_gradient, bool large_tile, int shared_bytes) -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(ddst_cuda, CUDA, m) { m.impl("conv2d_gather", TORCH_BOX(&ddst::cuda::conv2d_gather)); }
-STABLE_TORCH_LIBRARY_IMPL(ddst_cuda, CompositeExplicitAutograd, m) {
-  m.impl("conv2d_gather_refusal", TORCH_BOX(&ddst::cuda::conv2d_gather_refusal));
+
+// Why a CTA with so much shared memory cannot run the kernel on this problem: writes it into `message`, "" if it can.
+// No operator, as torch keeps the memory of every string that an operator returns.
+extern "C" __attribute__((visibility("default"))) void ddst_cuda_gather_refusal(const ddst_cuda_conv2d_problem* problem,
+                                                                                bool input_gradient, bool large_tile,
+                                                                                int shared_bytes, char* message,
+                                                                                int size) {
+  ddst::cuda::GatherGeometry geometry;
+  const auto tile = ddst::cuda::gather_tile(large_tile, ddst_cuda_element_bytes(problem->dtype));
+  const std::string why = ddst::cuda::gather_geometry(*problem, input_gradient, tile, shared_bytes, geometry);
+  std::snprintf(message, static_cast<size_t>(size), "%s", why.c_str());
 }

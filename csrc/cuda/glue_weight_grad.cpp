@@ -1,4 +1,4 @@
-// ddst_cuda::conv2d_weight_grad. The lists and the plan are made by ddst/ops/cuda_weight_grad.py.
+// ddst_cuda::conv2d_weight_grad. The lists and the plan are made by ddst/ops/cuda/weight_grad.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -35,7 +35,7 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
     return room < 0 ? int64_t{0} : room / stride[i] + 1;
   };
   check_shape(kOp, "grad_output", grad_output, {input.size(0), grid.out_channels, out_size(0), out_size(1)});
-  const int64_t nnz = block_row.numel();
+  const int64_t slots = block_row.numel();
   const auto narrow = [](int64_t value) { return static_cast<int>(value); };
   WeightGradShape s{};
   s.images = narrow(input.size(0)), s.in_h = narrow(input.size(2)), s.in_w = narrow(input.size(3));
@@ -45,7 +45,7 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   s.stride_h = narrow(stride[0]), s.stride_w = narrow(stride[1]);
   s.pad_h = narrow(padding[0]), s.pad_w = narrow(padding[1]);
   s.dilation_h = narrow(dilation[0]), s.dilation_w = narrow(dilation[1]);
-  s.block_out = narrow(grid.block_out), s.block_in = narrow(grid.block_in), s.nnz = narrow(nnz);
+  s.block_out = narrow(grid.block_out), s.block_in = narrow(grid.block_in), s.slots = narrow(slots);
   s.band_rows = narrow(band[0]), s.band_cols = narrow(band[1]);
   s.tile_images = narrow(tile[0]), s.tile_h = narrow(tile[1]), s.tile_w = narrow(tile[2]);
   s.shares = narrow(shares);
@@ -60,15 +60,15 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   s.groups = narrow(units.numel() / group_units);
 
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor values_grad = torch::stable::new_empty(input, {nnz, grid.block_out, grid.block_in});
+  const Tensor values_grad = torch::stable::new_empty(input, {slots, grid.block_out, grid.block_in});
   const int64_t floats = weight_grad_sizes(s, element_bytes).partial_floats;
   const Tensor partials = torch::stable::new_empty(input, {floats}, ScalarType::Float);
   const ddst_cuda_weight_grad_arrays arrays{
       grad_output.data_ptr(),
       input.data_ptr(),
-      check_index(kOp, "block_row", block_row, nnz, device),
-      check_index(kOp, "block_col", block_col, nnz, device),
-      check_index(kOp, "block_tap", block_tap, nnz, device),
+      check_index(kOp, "block_row", block_row, slots, device),
+      check_index(kOp, "block_col", block_col, slots, device),
+      check_index(kOp, "block_tap", block_tap, slots, device),
       check_index(kOp, "units", units, units.numel(), device),
       partials.mutable_data_ptr<float>(),
       values_grad.data_ptr(),

@@ -7,7 +7,8 @@
 // rows and input blocks, and one share of the pixels. Per tile of pixels it stages gy of the band's rows and the patch
 // of x that all taps of the band's columns read; each warp multiplies its units, which stay in its accumulators until
 // the share is done. Both operands have pixels on K and come through ldmatrix.trans. weight_grad_reduce sums the shares
-// in order, so that the same call gives the same bits.
+// in order, so that the same call gives the same bits. Free slots are units of groups of their own: they lie in the row
+// after the last, nothing is summed for them, and weight_grad_reduce writes zeros.
 #pragma once
 
 #include <type_traits>
@@ -21,12 +22,12 @@ namespace ddst::cuda {
 template <class T>
 struct WeightGradParams {
   dev::global_ptr<const T> gy, x;  // [images, out_h, out_w, out_channels], [images, in_h, in_w, in_channels]
-  dev::global_ptr<const int> block_row, block_col, block_tap;  // [nnz]
-  // [groups, warps, Unit::kCount]: id * parts of a block + part, -1 where there is none; a warp's come first, and a
+  dev::global_ptr<const int> block_row, block_col, block_tap;  // [slots]
+  // [groups, warps, Unit::kCount]: slot * parts of a block + part, -1 where there is none; a warp's come first, and a
   // group that has any has one in its first place.
   dev::global_ptr<const int> units;
   dev::global_ptr<float> partials;  // [shares, groups, warps, kAccumulators, 32]
-  dev::global_ptr<T> values_grad;   // [nnz, block_out, block_in]
+  dev::global_ptr<T> values_grad;   // [slots, block_out, block_in]
   WeightGradShape shape;
   WeightGradSizes sizes;
 };
@@ -219,10 +220,10 @@ struct WeightGrad {
     if (unit < 0) return {-1};
     const WeightGradShape& s = p.shape;
     const int parts_across = s.block_in / U::kCols, parts = s.block_out / U::kRows * parts_across;
-    const int id = unit / parts, part = unit % parts, tap = dev::load(p.block_tap + id);
+    const int slot = unit / parts, part = unit % parts, tap = dev::load(p.block_tap + slot);
     const int shift = tap / s.kernel_w * s.dilation_h * p.sizes.patch_w + tap % s.kernel_w * s.dilation_w;
-    const int gy = dev::load(p.block_row + id) % s.band_rows * s.block_out + part / parts_across * U::kRows;
-    const int x = dev::load(p.block_col + id) % s.band_cols * s.block_in + part % parts_across * U::kCols;
+    const int gy = dev::load(p.block_row + slot) % s.band_rows * s.block_out + part / parts_across * U::kRows;
+    const int x = dev::load(p.block_col + slot) % s.band_cols * s.block_in + part % parts_across * U::kCols;
     return UnitPlace::of(gy, shift * p.sizes.input_pitch + x);
   }
 
@@ -259,9 +260,11 @@ struct WeightGrad {
     const auto units = p.units + std::int64_t(group) * kWeightGradWarps * U::kCount;
     const int first = dev::load(units);
     if (first < 0) return;
-    const int first_id = first / (s.block_out / U::kRows * (s.block_in / U::kCols));
-    const int out_channel = dev::load(p.block_row + first_id) / s.band_rows * s.band_rows * s.block_out;
-    const int in_channel = dev::load(p.block_col + first_id) / s.band_cols * s.band_cols * s.block_in;
+    const int first_slot = first / (s.block_out / U::kRows * (s.block_in / U::kCols));
+    const int first_row = dev::load(p.block_row + first_slot);
+    if (first_row * s.block_out >= s.out_channels) return;  // free slots
+    const int out_channel = first_row / s.band_rows * s.band_rows * s.block_out;
+    const int in_channel = dev::load(p.block_col + first_slot) / s.band_cols * s.band_cols * s.block_in;
     UnitPlace places[U::kCount];
     DDST_UNROLL
     for (int u = 0; u < U::kCount; ++u) places[u] = place_unit(p, dev::load(units + (warp * U::kCount + u)));
@@ -299,8 +302,8 @@ struct WeightGrad {
     }
     dev::cp_async_wait<0>();
 
-    const std::int64_t slot = (std::int64_t(share) * s.groups + group) * kWeightGradWarps + warp;
-    const auto out = p.partials + (slot * kAccumulators * 32 + lane);
+    const std::int64_t place = (std::int64_t(share) * s.groups + group) * kWeightGradWarps + warp;
+    const auto out = p.partials + (place * kAccumulators * 32 + lane);
     DDST_UNROLL
     for (int u = 0; u < U::kCount; ++u) {
       if (!places[u].present()) break;
@@ -325,35 +328,36 @@ DDST_DEVICE void store_element(dev::global_ptr<T> to, float value) {
   dev::store(to, T{std::uint16_t(dev::pack2<T>(value, 0.f))});
 }
 
-// values_grad = sum over shares of partials, in order; exactly zero outside of the weight. Grid: x = groups,
-// y = kAccumulators / 4: a thread sums the four numbers of one mma that its twin in weight_grad holds.
+// values_grad = sum over shares of partials, in order; exactly zero outside of the weight and in free slots. Grid: x =
+// groups, y = kAccumulators / 4: a thread sums the four numbers of one mma that its twin in weight_grad holds.
 template <class T, class U>
 DDST_KERNEL(kWeightGradThreads)
 weight_grad_reduce(const WeightGradParams<T> p) {
   const WeightGradShape& s = p.shape;
   const int group = dev::block_index_x(), quad = dev::block_index_y();
   const int warp = dev::thread_index() / 32, lane = dev::thread_index() % 32;
-  const std::int64_t slot = std::int64_t(group) * kWeightGradWarps + warp;
-  const int unit = dev::load(p.units + (slot * U::kCount + quad / (U::kM * U::kN)));
+  const std::int64_t place = std::int64_t(group) * kWeightGradWarps + warp;
+  const int unit = dev::load(p.units + (place * U::kCount + quad / (U::kM * U::kN)));
   if (unit < 0) return;
+  const int parts_across = s.block_in / U::kCols, parts = s.block_out / U::kRows * parts_across;
+  const int slot = unit / parts, part = unit % parts, m = quad / U::kN % U::kM, n = quad % U::kN;
+  const int out_channel = dev::load(p.block_row + slot) * s.block_out,
+            in_channel = dev::load(p.block_col + slot) * s.block_in;
+  const int shares = out_channel < s.out_channels ? s.shares : 0;  // nobody summed for a free slot
   float sum[4] = {};
-  for (int share = 0; share < s.shares; ++share) {
-    const std::int64_t first = (std::int64_t(share) * s.groups * kWeightGradWarps + slot) * kAccumulators + quad * 4;
+  for (int share = 0; share < shares; ++share) {
+    const std::int64_t first = (std::int64_t(share) * s.groups * kWeightGradWarps + place) * kAccumulators + quad * 4;
     DDST_UNROLL
     for (int i = 0; i < 4; ++i)
       sum[i] += dev::load(dev::global_ptr<const float>(p.partials) + ((first + i) * 32 + lane));
   }
-  const int parts_across = s.block_in / U::kCols, parts = s.block_out / U::kRows * parts_across;
-  const int id = unit / parts, part = unit % parts, m = quad / U::kN % U::kM, n = quad % U::kN;
   const int row0 = part / parts_across * U::kRows + m * 16 + lane / 4;
   const int col0 = part % parts_across * U::kCols + n * 8 + lane % 4 * 2;
-  const int out_channel = dev::load(p.block_row + id) * s.block_out,
-            in_channel = dev::load(p.block_col + id) * s.block_in;
   DDST_UNROLL
   for (int i = 0; i < 4; ++i) {
     const int row = row0 + i / 2 * 8, col = col0 + i % 2;
     const bool inside = out_channel + row < s.out_channels && in_channel + col < s.in_channels;
-    store_element(p.values_grad + ((std::int64_t(id) * s.block_out + row) * s.block_in + col), inside ? sum[i] : 0.f);
+    store_element(p.values_grad + ((std::int64_t(slot) * s.block_out + row) * s.block_in + col), inside ? sum[i] : 0.f);
   }
 }
 

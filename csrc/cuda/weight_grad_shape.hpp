@@ -12,7 +12,7 @@ namespace ddst::cuda {
 struct WeightGradShape {
   int images, in_h, in_w, in_channels, out_h, out_w, out_channels;
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int block_out, block_in, nnz;
+  int block_out, block_in, slots;
   int band_rows, band_cols, tile_images, tile_h, tile_w;
   int groups, shares;
 };
@@ -99,7 +99,7 @@ inline std::string weight_grad_error(const WeightGradShape& s, int element_bytes
       {"pad_w", s.pad_w, 0},
       {"dilation_h", s.dilation_h, 1},
       {"dilation_w", s.dilation_w, 1},
-      {"nnz", s.nnz, 0},
+      {"slots", s.slots, 0},
       {"band[0]", s.band_rows, 1},
       {"band[1]", s.band_cols, 1},
       {"tile[0]", s.tile_images, 1},

@@ -14,8 +14,8 @@ from torch import Tensor
 from .._extension import cpu_capability
 from ..backends import BACKENDS, Problem, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
-from ..ops import preferred
 from ..ops.conv2d import resolve_padding
+from ..ops.cuda import preferred
 from ..ops.precision import compute_dtype, tf32_allowed
 from .base import SparseLayer
 from .conv2d import SparseConv2d

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from .. import backends
 from ..topology import as_blocks, from_blocks, grid, split_topology
 from .scores import recorder_of
 
@@ -89,3 +90,11 @@ def conv2d_block_scores(
 def linear_block_scores(grad_output: Tensor, input: Tensor, weight_shape: list[int], block: list[int]) -> Tensor:
     """:func:`ddst.ops.linear_block_scores` by the dense weight gradient."""
     return block_norms_of(grad_output.t() @ input, block)
+
+
+def supports(problem: backends.Problem) -> tuple[bool, str]:
+    """``(ok, reason)``: always yes."""
+    return True, "dense arithmetic on the unpacked weight: right, but saves neither time nor memory"
+
+
+backends.register("reference", supports)

@@ -44,12 +44,12 @@ def test_the_cpus_operators_are_right_in_every_check() -> None:
     part = correctness.check_all([GROUP, replace(GROUP, block=(16, 16))], 0, Deadline(100.0))
     assert part["wrong"] == []
     (first, _) = part["groups"]
-    # normal and whole numbers on each shape; two masks and the first again under replay, and a change in place.
-    per_op = 2 * len(SHAPES) + 2 * 3 + 2
+    # normal and whole numbers on each shape; two masks, the first again, two exchanges under replay; a change in place.
+    per_op = 2 * len(SHAPES) + 2 * 5 + 2
     assert first["checked"]["forward"] == first["checked"]["dgrad"] == first["checked"]["wgrad"] == per_op
-    assert first["checked"]["scores"] == per_op - 2
+    assert first["checked"]["scores"] == per_op - 2 - 2 * 2
     assert first["checked"]["layer"] == 2 * 2 * 5  # two layers, two masks
-    assert first["checked"]["plain"] == 2 * 2 + 2 * 3 + 2
+    assert first["checked"]["plain"] == 2 * 2 + 2 * 5 + 2
     assert set(first["refused"]) == {"no operator with a fused ReLU"}
     assert part["checked"] == sum(sum(group["checked"].values()) for group in part["groups"])
     assert not torch.are_deterministic_algorithms_enabled()
@@ -124,6 +124,37 @@ def test_an_index_kept_across_a_change_in_place_is_found(monkeypatch: pytest.Mon
     found = wrongs()
     assert found
     assert all("after the index changed in place" in why for why in found)
+
+
+def test_a_free_slot_that_is_read_or_not_written_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(called: str, arguments: list[Any], work: Work) -> Work:
+        def reading() -> Tensor:
+            return work() + 0 * arguments[1].sum()
+
+        def leaving() -> Tensor:
+            result = work()
+            result[-1] = float("nan")
+            return result
+
+        return {"conv2d": reading, "linear_weight_grad": leaving}.get(called, work)
+
+    plant(monkeypatch, careless)
+    found = wrongs()
+    assert any("forward of aligned: " in why and "are not finite" in why for why in found)
+    assert any("wgrad of linear: " in why and "are not finite" in why for why in found)
+
+
+def test_lists_that_are_not_rewritten_at_an_exchange_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured graph walks the lists of the topology that it was captured with."""
+
+    def captured(called: str, arguments: list[Any], work: Work) -> Work:
+        first = arguments[3].clone()
+        return (lambda: torch.ops.ddst.linear(*arguments[:3], first, *arguments[4:])) if called == "linear" else work
+
+    plant(monkeypatch, captured)
+    found = wrongs()
+    assert any("forward replayed, linear, exchange 1" in why for why in found)
+    assert not any("mask 1" in why for why in found)
 
 
 def test_a_graph_that_keeps_its_first_numbers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +244,10 @@ def test_problems_are_guarded_and_shaped_as_said() -> None:
             memory = torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage())
             assert memory[: problems.GUARD].isnan().all()
             assert memory[-problems.GUARD :].isnan().all()
-            assert tensor.isfinite().all()
             assert tensor.storage_offset() % 16 == 0
+        free = tensors.slots < 0
+        assert free.sum() == problems.FREE and tensors.values[free].isnan().all()
+        assert all(t.isfinite().all() for t in (tensors.values[~free], tensors.input, tensors.grad_output))
         if not shape.linear:
             assert tensors.input.is_contiguous(memory_format=torch.channels_last) == shape.channels_last
     names = [shape.name for shape in problems.SHAPES]

@@ -11,7 +11,7 @@ import torch
 
 from ddst.benchmarks import prefer
 from ddst.benchmarks.__main__ import main
-from ddst.ops import preferred
+from ddst.ops.cuda import preferred
 
 
 def row(backend: str, seconds: float, *, density: float = 0.1, dense: float = 9.0, **change: Any) -> dict[str, Any]:

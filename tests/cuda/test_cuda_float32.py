@@ -14,15 +14,16 @@ from torch import Tensor
 
 from ddst import _extension
 from ddst import topology as tp
-from ddst.ops import cuda, cuda_gather, cuda_weight_grad
+from ddst.ops.cuda import compiled, gather, weight_grad
 from helpers import emulated_weight_grad, emulation
 from helpers.emulated_gather import EmulatedOps
+from helpers.slots import scatter
 from helpers.tolerances import TOLERANCES, assert_close, relative_error
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
 BLOCKS = emulated_weight_grad.BLOCKS
 ONE = (1, 1)
-SM90 = cuda_gather.Device(1, 227 * 1024, (9, 0))
+SM90 = gather.Device(1, 227 * 1024, (9, 0))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,6 @@ def libraries(request: pytest.FixtureRequest) -> SimpleNamespace:
     return SimpleNamespace(
         gather=ops,
         conv2d_gather=ops.conv2d_gather,
-        conv2d_gather_refusal=ops.conv2d_gather_refusal,
         conv2d_weight_grad=emulated_weight_grad.Library(weight_grad).conv2d_weight_grad,
     )
 
@@ -46,8 +46,9 @@ def ops(libraries: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """``torch.ops.ddst_cuda`` on the CPU, while torch allows no TF32; the emulated gather, which counts its calls."""
     libraries.gather.calls = []
     monkeypatch.setattr(torch.ops, "ddst_cuda", libraries)
-    monkeypatch.setattr(cuda_gather, "facts", lambda device: SM90)
-    monkeypatch.setattr(cuda_weight_grad, "_device", lambda index: emulated_weight_grad.DEVICE)
+    monkeypatch.setattr(gather, "facts", lambda device: SM90)
+    monkeypatch.setattr(gather, "_library", lambda: libraries.gather.library)
+    monkeypatch.setattr(weight_grad, "_device", lambda index: emulated_weight_grad.DEVICE)
     switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [switch.allow_tf32 for switch in switches]
     allow_tf32(convolution=False, linear=False)
@@ -67,8 +68,9 @@ class Layer:
         g = torch.Generator().manual_seed(seed)
         self.shape, self.block, self.stride, self.padding = (*channels, *kernel), block, stride, padding
         self.mask = torch.rand(tp.mask_shape(self.shape, block), generator=g) < density
-        self.topology = tp.build_topology(self.mask)
-        self.values = tp.pack(torch.randn(self.shape, generator=g), self.mask, block)
+        self.slots = scatter(self.mask, free=2, seed=seed)
+        self.topology = self.slots.topology
+        self.values = self.slots.spread(tp.pack(torch.randn(self.shape, generator=g), self.mask, block))
         self.x = torch.randn(images, channels[1], *size, generator=g)
         out = [(size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
         self.gy = torch.randn(images, channels[0], *out, generator=g)
@@ -76,27 +78,30 @@ class Layer:
     def change(self, function) -> None:
         """Applies a function to every operand; what lies outside of the weight stays zero."""
         self.x, self.gy = function(self.x), function(self.gy)
-        weight = function(tp.unpack(self.values, self.mask, self.shape))
-        self.values = tp.pack(weight, self.mask, self.block)
+        self.values = self.slots.spread(tp.pack(function(self.weight), self.mask, self.block))
+
+    @property
+    def weight(self) -> Tensor:
+        return tp.unpack(self.values[self.slots.of_block], self.mask, self.shape)
 
     def passes(self) -> dict[str, Tensor]:
         window = (self.stride, self.padding, ONE)
         return {
-            "y": cuda.conv2d(self.x, self.values, None, self.topology, self.shape, *window, True),
-            "gx": cuda.conv2d_input_grad(
+            "y": compiled.conv2d(self.x, self.values, None, self.topology, self.shape, *window, True),
+            "gx": compiled.conv2d_input_grad(
                 self.gy, self.values, self.topology, self.shape, self.x.shape[2:], *window, True
             ),
-            "gw": cuda.conv2d_weight_grad(self.gy, self.x, self.topology, self.shape, self.block, *window),
+            "gw": compiled.conv2d_weight_grad(self.gy, self.x, self.topology, self.shape, self.block, *window),
         }
 
     def expected(self) -> dict[str, Tensor]:
-        weight, x, gy = tp.unpack(self.values, self.mask, self.shape).double(), self.x.double(), self.gy.double()
+        weight, x, gy = self.weight.double(), self.x.double(), self.gy.double()
         window = (self.stride, self.padding)
         gw = torch.nn.grad.conv2d_weight(x, self.shape, gy, *window)
         return {
             "y": F.conv2d(x, weight, None, *window),
             "gx": torch.nn.grad.conv2d_input(x.shape, weight, gy, *window),
-            "gw": tp.pack(gw, self.mask, self.block),
+            "gw": self.slots.spread(tp.pack(gw, self.mask, self.block), fill=0.0),
         }
 
 
@@ -154,11 +159,12 @@ def test_zeros_stay_zeros() -> None:
 def test_numbers_at_the_ends_come_out_as_in_float32(value: float, where: str) -> None:
     """64 pixels: a whole tile, beyond which nothing is multiplied by zero. 1 is its own high part: its rest is zero."""
     layer = Layer(1, (8, 8), (32, 32), ONE, (16, 16), density=1.0)
-    layer.values[0, :, 5], layer.x[0, 7], layer.gy[0, 9] = 1.0, 1.0, -1.0
+    first = layer.slots.of_block[0]
+    layer.values[first, :, 5], layer.x[0, 7], layer.gy[0, 9] = 1.0, 1.0, -1.0
     if where in ("x", "both"):
         layer.x[0, 5, 1, 2] = value
     if where in ("values", "both"):
-        layer.values[0, 3, 5] = value
+        layer.values[first, 3, 5] = value
     if where in ("gy", "both"):
         layer.gy[0, 3, 1, 2] = value
     expected = layer.expected()
@@ -191,11 +197,11 @@ def test_torch_decides_about_tf32(linear: bool) -> None:
 
 def _linear_passes(layer: Layer) -> dict[str, Tensor]:
     x, gy, shape = layer.x[:, :, 0, 0], layer.gy[:, :, 0, 0], layer.shape[:2]
-    topology = tp.build_topology(layer.mask[:, :, 0, 0])
+    topology = layer.topology
     return {
-        "y": cuda.linear(x, layer.values, None, topology, shape),
-        "gx": cuda.linear_input_grad(gy, layer.values, topology, shape),
-        "gw": cuda.linear_weight_grad(gy, x, topology, shape, layer.block),
+        "y": compiled.linear(x, layer.values, None, topology, shape),
+        "gx": compiled.linear_input_grad(gy, layer.values, topology, shape),
+        "gw": compiled.linear_weight_grad(gy, x, topology, shape, layer.block),
     }
 
 
@@ -205,4 +211,4 @@ def test_both_precisions_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:
         allow_tf32(convolution=allowed, linear=not allowed)
         for op in ("conv2d", "conv2d_input_grad", "conv2d_weight_grad", "linear", "linear_weight_grad"):
             shape = (64, 64) if op.startswith("linear") else (64, 64, 3, 3)
-            assert cuda.supports(op, torch.device("cuda:0"), torch.float32, shape, (32, 16)) == (True, "")
+            assert compiled.supports(op, torch.device("cuda:0"), torch.float32, shape, (32, 16)) == (True, "")

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ddst import _extension
 from ddst import topology as tp
-from ddst.ops import cuda, cuda_gather
+from ddst.ops.cuda import compiled, gather
 from helpers import emulation
 from helpers.emulated_gather import EmulatedOps, slow_records
+from helpers.slots import scatter
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
 BLOCKS = [(16, 16), (32, 32), (64, 64), (32, 16), (64, 16)]
@@ -29,7 +30,7 @@ WINDOWS = [  # kernel, stride, padding
     ((1, 1), (2, 2), (0, 0)),
     ((2, 3), (1, 2), (3, 4)),
 ]
-SM90 = cuda_gather.Device(132, 227 * 1024, (9, 0))
+SM90 = gather.Device(132, 227 * 1024, (9, 0))
 ONE_SM = SM90._replace(multiprocessors=1)  # one large tile is enough of them
 TINY = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-10}  # float32: operands are rounded
 
@@ -45,20 +46,23 @@ def ops(library: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> EmulatedOps:
     """``torch.ops.ddst_cuda`` on the CPU, on what says to be an H100."""
     library.calls = []
     monkeypatch.setattr(torch.ops, "ddst_cuda", library)
-    monkeypatch.setattr(cuda_gather, "facts", lambda device: SM90)
+    monkeypatch.setattr(gather, "facts", lambda device: SM90)
+    monkeypatch.setattr(gather, "_library", lambda: library.library)
     return library
 
 
 class Problem:
-    """A convolution's tensors; dense weight and results in float64."""
+    """A convolution's tensors, its blocks in random slots with NaN in free ones; weight and results in float64."""
 
     def __init__(self, dtype, images, size, shape, block, window, density=0.4, seed=0) -> None:
         g = torch.Generator().manual_seed(seed)
         kernel, self.stride, self.padding = window
         self.shape, self.block, self.dtype = (*shape, *kernel), block, dtype
         self.mask = torch.rand(tp.mask_shape(self.shape, block), generator=g) < density
-        self.topology = tp.build_topology(self.mask)
-        self.values = tp.pack(torch.empty(self.shape).uniform_(-1, 1, generator=g), self.mask, block).to(dtype)
+        self.slots = scatter(self.mask, free=4, seed=seed)
+        self.topology = self.slots.topology
+        packed = tp.pack(torch.empty(self.shape).uniform_(-1, 1, generator=g), self.mask, block)
+        self.values = self.slots.spread(packed).to(dtype)
         self.x = torch.empty(images, shape[1], *size).uniform_(-1, 1, generator=g).to(dtype)
         self.bias = torch.empty(shape[0]).uniform_(-1, 1, generator=g).to(dtype)
         out = [(size[i] + 2 * self.padding[i] - kernel[i]) // self.stride[i] + 1 for i in (0, 1)]
@@ -66,7 +70,7 @@ class Problem:
 
     @property
     def weight(self) -> Tensor:
-        return tp.unpack(self.values.double(), self.mask, self.shape)
+        return tp.unpack(self.values[self.slots.of_block].double(), self.mask, self.shape)
 
     def y(self, x: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         x, weight = self.x.double() if x is None else x, self.weight if weight is None else weight
@@ -79,9 +83,9 @@ class Problem:
     def check(self) -> None:
         """Both passes. The error allowed is what rounding of result, operands (TF32) and float32 sums explain."""
         args = (self.stride, self.padding, (1, 1), True)
-        y = cuda.conv2d(self.x, self.values, self.bias, self.topology, self.shape, *args)
+        y = compiled.conv2d(self.x, self.values, self.bias, self.topology, self.shape, *args)
         close(y, self.y() + self.bias.double()[:, None, None], self.y(self.x.double().abs(), self.weight.abs()) + 1)
-        gx = cuda.conv2d_input_grad(self.gy, self.values, self.topology, self.shape, self.x.shape[2:], *args)
+        gx = compiled.conv2d_input_grad(self.gy, self.values, self.topology, self.shape, self.x.shape[2:], *args)
         close(gx, self.gx(), self.gx(self.gy.double().abs(), self.weight.abs()))
 
 
@@ -93,11 +97,7 @@ def close(got: Tensor, want: Tensor, magnitude: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "dtype, block, window",
-    [
-        (cuda_gather.DTYPES[(i + j) % 3], block, window)
-        for i, window in enumerate(WINDOWS)
-        for j, block in enumerate(BLOCKS)
-    ],
+    [(gather.DTYPES[(i + j) % 3], block, window) for i, window in enumerate(WINDOWS) for j, block in enumerate(BLOCKS)],
     ids=str,
 )
 def test_matches_float64(ops: EmulatedOps, dtype, block, window) -> None:
@@ -107,7 +107,7 @@ def test_matches_float64(ops: EmulatedOps, dtype, block, window) -> None:
 
 @pytest.mark.parametrize("block, window", [*zip(BLOCKS, [*WINDOWS[:3], *WINDOWS[4:]], strict=True)], ids=str)
 def test_large_tile(ops: EmulatedOps, monkeypatch: pytest.MonkeyPatch, block, window) -> None:
-    monkeypatch.setattr(cuda_gather, "facts", lambda device: ONE_SM)
+    monkeypatch.setattr(gather, "facts", lambda device: ONE_SM)
     Problem(torch.bfloat16, 3, (19, 18), (144, 96), block, window, density=0.3).check()
     assert ops.calls == [True, True]
 
@@ -121,7 +121,7 @@ def test_random_problems(ops: EmulatedOps) -> None:
     rng = random.Random(3)
     for i in range(20):
         ops.seed = i
-        dtype, block = rng.choice(cuda_gather.DTYPES), rng.choice(BLOCKS)
+        dtype, block = rng.choice(gather.DTYPES), rng.choice(BLOCKS)
         kernel = rng.choice([(1, 1), (3, 3), (4, 4), (1, 3), (2, 2)])
         window = (kernel, (rng.randint(1, 2), rng.randint(1, 2)), (rng.randint(0, 3), rng.randint(0, 3)))
         size = (rng.randint(kernel[0], 11), rng.randint(kernel[1], 11))
@@ -130,16 +130,15 @@ def test_random_problems(ops: EmulatedOps) -> None:
     ops.seed = 0
 
 
-@pytest.mark.parametrize("dtype", cuda_gather.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", gather.DTYPES, ids=str)
 def test_linear(ops: EmulatedOps, dtype) -> None:
     p = Problem(dtype, 37, (1, 1), (72, 56), (16, 16), WINDOWS[0])
-    mask, shape = p.mask[:, :, 0, 0], p.shape[:2]
+    shape, topology = p.shape[:2], p.topology
     x, gy, weight = p.x[:, :, 0, 0], p.gy[:, :, 0, 0], p.weight[:, :, 0, 0]
-    topology = tp.build_topology(mask)
-    y = cuda.linear(x, p.values, p.bias, topology, shape, relu=True)
+    y = compiled.linear(x, p.values, p.bias, topology, shape, relu=True)
     want = F.linear(x.double(), weight, p.bias.double())
     close(y, want.relu(), F.linear(x.double().abs(), weight.abs()) + 1)
-    gx = cuda.linear_input_grad(gy, p.values, topology, shape)
+    gx = compiled.linear_input_grad(gy, p.values, topology, shape)
     close(gx, gy.double() @ weight, gy.double().abs() @ weight.abs())
 
 
@@ -150,7 +149,7 @@ def test_layouts_residual_and_relu(ops: EmulatedOps) -> None:
     misaligned = torch.empty(p.values.numel() + 1, dtype=p.dtype)[1:].view_as(p.values).copy_(p.values)
     layouts = (torch.contiguous_format, torch.channels_last)
     for layout, channels_last in itertools.product(layouts, (True, False)):
-        y = cuda.conv2d(
+        y = compiled.conv2d(
             p.x.contiguous(memory_format=layout), misaligned, p.bias, p.topology, p.shape, p.stride, p.padding, (1, 1),
             channels_last, relu=True, residual=residual.contiguous(memory_format=layout),
         )  # fmt: skip
@@ -161,13 +160,13 @@ def test_layouts_residual_and_relu(ops: EmulatedOps) -> None:
 def test_nan_reaches_its_pixels_only(ops: EmulatedOps) -> None:
     p = Problem(torch.bfloat16, 2, (8, 8), (16, 32), (16, 16), WINDOWS[1], density=1.0)
     p.x[1, 3, 4, 4] = float("nan")
-    y = cuda.conv2d(p.x, p.values, None, p.topology, p.shape, p.stride, p.padding, (1, 1), True)
+    y = compiled.conv2d(p.x, p.values, None, p.topology, p.shape, p.stride, p.padding, (1, 1), True)
     assert torch.equal(y.isnan(), p.y().isnan())
 
 
 def test_empty_batch(ops: EmulatedOps) -> None:
     p = Problem(torch.bfloat16, 0, (8, 8), (16, 32), (16, 16), WINDOWS[1])
-    y = cuda.conv2d(p.x, p.values, None, p.topology, p.shape, p.stride, p.padding, (1, 1), True)
+    y = compiled.conv2d(p.x, p.values, None, p.topology, p.shape, p.stride, p.padding, (1, 1), True)
     assert y.shape == (0, 16, 8, 8) and ops.calls == []
 
 
@@ -175,7 +174,10 @@ def test_changed_topology_makes_new_records(ops: EmulatedOps) -> None:
     p = Problem(torch.bfloat16, 1, (4, 4), (48, 48), (16, 16), WINDOWS[1], density=0.3)
     p.check()
     p.mask = p.mask.view(-1)[torch.randperm(p.mask.numel())].view_as(p.mask)
-    p.topology.copy_(tp.build_topology(p.mask))
+    packed = p.values[p.slots.of_block]
+    p.slots = scatter(p.mask, free=4, seed=5)
+    p.topology.copy_(p.slots.topology)
+    p.values = p.slots.spread(packed)
     p.check()
 
 
@@ -188,10 +190,13 @@ def test_records_are_those_of_the_definition() -> None:
         generator = torch.Generator().manual_seed(i)
         mask = torch.rand(tp.mask_shape(shape, block), generator=generator) < rng.choice([0.0, 0.2, 0.7, 1.0])
         rows, cols, _ = tp.grid(shape, block)
-        index = tp.split_topology(tp.build_topology(mask), rows, cols)
+        count = int(mask.sum()) + 3
+        slot_blocks = torch.full((count,), -1, dtype=torch.int32)
+        slot_blocks[torch.randperm(count, generator=generator)[:-3]] = tp.row_major_slots(mask)
+        index = tp.split_topology(tp.topology_of_slots(slot_blocks, mask.shape), rows, cols)
         options = {"input_gradient": gradient, "tile_channels": channels}
-        got = cuda_gather.gather_records(index, shape, block, stride, **options)
-        assert got.dtype == torch.int32 and got.tolist() == slow_records(mask, shape, block, stride, **options)
+        got = gather.gather_records(index, shape, block, stride, **options)
+        assert got.dtype == torch.int32 and got.tolist() == slow_records(slot_blocks, shape, block, stride, **options)
 
 
 @pytest.mark.parametrize(
@@ -214,20 +219,20 @@ def test_refusals(ops: EmulatedOps, monkeypatch: pytest.MonkeyPatch, change: dic
         "op": "conv2d", "device": torch.device("cuda:0"), "dtype": torch.bfloat16, "weight_shape": (64, 64, 3, 3),
         "block": (16, 16), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1),
     }  # fmt: skip
-    assert cuda.supports(**good) == (True, "")
-    ok, why = cuda.supports(**(good | change))
+    assert compiled.supports(**good) == (True, "")
+    ok, why = compiled.supports(**(good | change))
     assert not ok and re.search(reason, why), why
 
 
 def test_refusals_of_the_machine(ops: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("conv2d", torch.device("cuda:0"), torch.bfloat16, (64, 64, 3, 3), (16, 16))
     monkeypatch.setattr(_extension, "cuda_kernels_loaded", lambda: False)
-    assert "libddst_cuda.so is not loaded" in cuda.supports(*args)[1]
+    assert "libddst_cuda.so is not loaded" in compiled.supports(*args)[1]
     monkeypatch.setattr(_extension, "cuda_kernels_loaded", lambda: True)
-    monkeypatch.setattr(cuda_gather, "facts", lambda device: SM90._replace(capability=(7, 5)))
-    assert cuda.supports(*args) == (False, "needs compute capability 8.0, cuda:0 has 7.5")
-    monkeypatch.setattr(cuda_gather, "facts", lambda device: SM90._replace(shared_bytes=40 * 1024))
-    assert cuda.supports(*args) == (False, "the tile needs more shared memory than 40960 bytes")
+    monkeypatch.setattr(gather, "facts", lambda device: SM90._replace(capability=(7, 5)))
+    assert compiled.supports(*args) == (False, "needs compute capability 8.0, cuda:0 has 7.5")
+    monkeypatch.setattr(gather, "facts", lambda device: SM90._replace(shared_bytes=40 * 1024))
+    assert compiled.supports(*args) == (False, "the tile needs more shared memory than 40960 bytes")
 
 
 def test_the_emulated_operators_take_what_the_compiled_ones_do() -> None:
@@ -236,7 +241,7 @@ def test_the_emulated_operators_take_what_the_compiled_ones_do() -> None:
         re.fullmatch(r"(\w+)\((.*)\) -> \w+", "".join(re.findall(r'"([^"]*)"', text))).groups()
         for text in re.findall(r"m\.def\((.*?)\);", glue, re.DOTALL)
     ]
-    assert {name for name, _ in schemas} == {"conv2d_gather", "conv2d_gather_refusal"}
+    assert {name for name, _ in schemas} == {"conv2d_gather"}
     for name, parameters in schemas:
         mine = [p for p in inspect.signature(getattr(EmulatedOps, name)).parameters if p != "self"]
         assert [p.split()[-1] for p in parameters.split(",")] == mine

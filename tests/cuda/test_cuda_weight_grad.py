@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddst import topology as tp
-from ddst.ops import cuda_weight_grad as cwg
+from ddst.ops.cuda import weight_grad as cwg
 from helpers import emulation
 from helpers.emulated_weight_grad import BLOCKS, DEVICE, DTYPES, Caught, Library, Options, Problem, plan_for
 
@@ -90,7 +90,7 @@ def test_conv2d_weight_grad_of_any_memory(operator: Library, layout: str, window
             )
         return t.contiguous() if layout == "contiguous" else t
 
-    g, topology = problem.geometry, tp.build_topology(problem.mask)
+    g, topology = problem.geometry, problem.slots.topology
     x, gy = laid_out(problem.x), laid_out(problem.gy)
     got = cwg.conv2d_weight_grad(gy, x, topology, g.weight_shape, g.block, g.stride, g.padding, g.dilation)
     assert problem.error(got) <= 1
@@ -98,7 +98,7 @@ def test_conv2d_weight_grad_of_any_memory(operator: Library, layout: str, window
 
 def test_linear_weight_grad(operator: Library) -> None:
     problem = Problem.random(torch.float16, 70, (1, 1), (48, 40, 1, 1), (16, 16), padding=(0, 0), density=0.5)
-    topology = tp.build_topology(problem.mask[..., 0, 0])
+    topology = problem.slots.topology
     x, gy = problem.x[..., 0, 0], problem.gy[..., 0, 0].t().contiguous().t()
     assert problem.error(cwg.linear_weight_grad(gy, x, topology, (48, 40), (16, 16))) <= 1
 
@@ -156,7 +156,7 @@ def test_every_pixel_of_a_large_share_is_counted_once(library: Library) -> None:
     problem.gy.fill_(1)
     plan = plan_for(problem)
     got, _ = library.run(problem, plan)
-    assert torch.equal(got.double(), problem.reference()[0])
+    assert torch.equal(got[problem.slots.of_block].double(), problem.reference()[0])
     for shares in (1, 3, 12):
         assert torch.equal(library.run(problem, plan._replace(shares=shares))[0], got)
 
@@ -269,7 +269,7 @@ def zero_outside_of_the_weight(library: Library) -> bool:
     """Even where a NaN times the zeros that stand for missing channels is a NaN."""
     problem = Problem.random(torch.bfloat16, 1, (4, 4), (20, 20, 1, 1), (16, 16), padding=(0, 0), density=1.0)
     problem.x[0, 0, 1, 2] = problem.gy[0, 1, 3, 3] = float("nan")
-    got, _ = library.run(problem, plan_for(problem))
+    got = library.run(problem, plan_for(problem))[0][problem.slots.of_block]
     inside = tp.inside(problem.mask, problem.geometry.weight_shape, problem.geometry.block)
     return bool((got[~inside] == 0).all()) and bool(got[inside].isnan().any())
 
@@ -303,6 +303,6 @@ def test_shared_bytes_are_those_of_the_kernel(library: Library) -> None:
     for _ in range(50):
         problem, plan, _ = random_problem(rng)
         g, itemsize = cwg.flattened(problem.geometry)[0], problem.x.element_size()
-        assert cwg.shared_bytes(g, plan.band, plan.tile, itemsize) == library.shared_bytes(g, 0, plan, itemsize)
+        assert cwg.shared_bytes(g, plan.band, plan.tile, itemsize) == library.shared_bytes(g, plan, itemsize)
         assert library.group_units(g, plan) == cwg.WARPS * cwg.parts_of(g.block)[1]
         assert cwg.shared_bytes(g, plan.band, plan.tile, itemsize) <= DEVICE.shared_bytes

@@ -30,11 +30,12 @@ emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::
   const cuda::WeightGradSizes sizes = cuda::weight_grad_sizes(s, sizeof(T));
   Buffer gy = input<T>("gy", arrays.gy, std::int64_t(s.images) * s.out_h * s.out_w * s.out_channels);
   Buffer x = input<T>("x", arrays.x, std::int64_t(s.images) * s.in_h * s.in_w * s.in_channels);
-  Buffer row = input<int>("block_row", arrays.block_row, s.nnz), col = input<int>("block_col", arrays.block_col, s.nnz);
-  Buffer tap = input<int>("block_tap", arrays.block_tap, s.nnz);
+  Buffer row = input<int>("block_row", arrays.block_row, s.slots),
+         col = input<int>("block_col", arrays.block_col, s.slots);
+  Buffer tap = input<int>("block_tap", arrays.block_tap, s.slots);
   Buffer units = input<int>("units", arrays.units, arrays.units_count);
   Buffer partials("partials", std::size_t(sizes.partial_floats) * 4, Buffer::Role::output_once);
-  const std::size_t bytes = std::size_t(s.nnz) * s.block_out * s.block_in * sizeof(T);
+  const std::size_t bytes = std::size_t(s.slots) * s.block_out * s.block_in * sizeof(T);
   Buffer values_grad("values_grad", bytes, Buffer::Role::output_once);
   const cuda::WeightGradParams<T> p{dev::global_ptr<const T>(gy),
                                     dev::global_ptr<const T>(x),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddst import topology as tp
-from ddst.ops import cuda_gather
+from ddst.ops.cuda import gather
 
 
 class _Arrays(ctypes.Structure):
@@ -20,38 +20,18 @@ class _Arrays(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _problem(
-    weight_shape: Sequence[int], block: Sequence[int], images: int, input_size: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dtype: int,
-) -> ctypes.Array[ctypes.c_int]:  # fmt: skip
-    """``ddst_cuda_conv2d_problem`` of csrc/cuda/ddst_cuda.h, whose fields are ints only."""
-    out = [(input_size[i] + 2 * padding[i] - weight_shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
-    fields = (
-        images, *input_size, weight_shape[1], *out, weight_shape[0], *weight_shape[2:], *stride, *padding, *block, dtype
-    )  # fmt: skip
-    return (ctypes.c_int * len(fields))(*fields)
-
-
 class EmulatedOps:
     """Stands for ``torch.ops.ddst_cuda``: the same operators, same arguments, on CPU tensors.
 
     Attributes:
+        library: the compiled emulation, which also stands for the library of CUDA C++ kernels.
         seed: order of warps and lanes; calls: the ``large_tile`` of every call.
     """
 
     def __init__(self, file: Path) -> None:
-        self._library = ctypes.CDLL(str(file))
+        self.library = ctypes.CDLL(str(file))
         self.seed = 0
         self.calls: list[bool] = []
-
-    def conv2d_gather_refusal(
-        self, weight_shape: list[int], block: list[int], images: int, input_size: list[int], stride: list[int],
-        padding: list[int], dtype: int, input_gradient: bool, large_tile: bool, shared_bytes: int,
-    ) -> str:  # fmt: skip
-        message = ctypes.create_string_buffer(2000)
-        problem = _problem(weight_shape, block, images, input_size, stride, padding, dtype)
-        self._library.gather_refusal(problem, input_gradient, large_tile, shared_bytes, message, len(message))
-        return message.value.decode()
 
     def conv2d_gather(
         self, input: Tensor, values: Tensor, records: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -59,8 +39,9 @@ class EmulatedOps:
         relu: bool, large_tile: bool, allow_tf32: bool,
     ) -> Tensor:  # fmt: skip
         self.calls.append(large_tile)
-        block, dtype = values.shape[1:], cuda_gather.dtype_code(input.dtype, allow_tf32)
-        problem = _problem(weight_shape, block, input.shape[0], input_size, stride, padding, dtype)
+        block, dtype = values.shape[1:], gather.dtype_code(input.dtype, allow_tf32)
+        window = gather.Window(tuple(input_size), tuple(stride), tuple(padding))
+        problem = gather.problem_of(dtype, weight_shape, block, window, input.shape[0])
         size = input_size if input_gradient else list(problem)[4:6]
         output = input.new_empty(input.shape[0], *size, weight_shape[1 if input_gradient else 0])
         kept = [
@@ -72,18 +53,21 @@ class EmulatedOps:
             values.shape[0], records.numel(), relu, self.seed,
         )  # fmt: skip
         message = ctypes.create_string_buffer(2000)
-        self._library.gather(problem, input_gradient, large_tile, ctypes.byref(arrays), message, len(message))
+        self.library.gather(problem, input_gradient, large_tile, ctypes.byref(arrays), message, len(message))
         assert not message.value, message.value.decode()
         return output
 
 
 def slow_records(
-    mask: Tensor, weight_shape: Sequence[int], block: tuple[int, int], stride: tuple[int, int],
+    slot_blocks: Tensor, weight_shape: Sequence[int], block: tuple[int, int], stride: tuple[int, int],
     *, input_gradient: bool, tile_channels: int,
 ) -> list[list[int]]:  # fmt: skip
-    """`cuda_gather.gather_records` by its definition, entry by entry."""
+    """`gather.gather_records` by its definition, entry by entry, of the blocks that lie in slots."""
     rows, cols, taps = tp.grid(weight_shape, block)
-    ids = torch.where(mask.reshape(-1), mask.reshape(-1).cumsum(0) - 1, -1).view(rows, cols, taps)
+    ids = torch.full((rows * cols * taps,), -1)
+    active = slot_blocks >= 0
+    ids[slot_blocks[active]] = active.nonzero()[:, 0]
+    ids = ids.view(rows, cols, taps)
     ids = ids.transpose(0, 1) if input_gradient else ids  # [out, in, tap]
     side = block[1] if input_gradient else block[0]
     granules, per_group = side // 16, tile_channels // side

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ddst import topology as tp
-from ddst.ops import cuda_weight_grad as cwg
-from ddst.ops.cuda_gather import dtype_code
+from ddst.ops.cuda import weight_grad as cwg
+from ddst.ops.cuda.gather import dtype_code
+from helpers.slots import Slots, scatter
 
 BLOCKS = [(rows, cols) for rows in (16, 32, 64) for cols in (16, 32, 64)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,19 +49,22 @@ class _Arrays(ctypes.Structure):
     ]  # fmt: skip
 
 
-def shape_array(geometry: cwg.Geometry, nnz: int, plan: cwg.Plan, groups: int) -> ctypes.Array[ctypes.c_int]:
+def shape_array(geometry: cwg.Geometry, slots: int, plan: cwg.Plan, groups: int) -> ctypes.Array[ctypes.c_int]:
     """``WeightGradShape`` of csrc/cuda/weight_grad_shape.hpp, whose fields are ints only."""
     g = geometry
     fields = [
         g.images, *g.input_size, g.weight_shape[1], *g.output_size, g.weight_shape[0], *g.weight_shape[2:],
-        *g.stride, *g.padding, *g.dilation, *g.block, nnz, *plan.band, *plan.tile, groups, plan.shares,
+        *g.stride, *g.padding, *g.dilation, *g.block, slots, *plan.band, *plan.tile, groups, plan.shares,
     ]  # fmt: skip
     return (ctypes.c_int * len(fields))(*fields)
 
 
 @dataclass
 class Problem:
-    """Operands of a weight gradient, channels_last, and what is active; whether float32 is multiplied in TF32."""
+    """Operands of a weight gradient, channels_last, and what is active; whether float32 is multiplied in TF32.
+
+    Its blocks lie in random slots, some of which are free.
+    """
 
     geometry: cwg.Geometry
     mask: Tensor
@@ -88,9 +93,9 @@ class Problem:
 
         return cls(geometry, mask, operand(weight_shape[1], *size), operand(weight_shape[0], *out), allow_tf32)
 
-    @property
-    def nnz(self) -> int:
-        return int(self.mask.sum())
+    @cached_property
+    def slots(self) -> Slots:
+        return scatter(self.mask, free=5)
 
     @property
     def is_tf32(self) -> bool:
@@ -111,6 +116,8 @@ class Problem:
         """Largest error over what rounding of the result and sums in float32 explain: at most 1 is right."""
         want, magnitude = reference or self.reference()
         allowed = want.abs() * torch.finfo(got.dtype).eps / 2 + magnitude * 2.0**-20
+        self.slots.check_free(got)
+        got = got[self.slots.of_block]
         inside = tp.inside(self.mask, self.geometry.weight_shape, self.geometry.block)
         if not bool((got[~inside] == 0).all()):
             return float("inf")
@@ -134,8 +141,8 @@ class Library:
         self._library.shared_bytes.restype = ctypes.c_int64
         self.options, self.stats = Options(), Stats(0, 0, 0)
 
-    def shared_bytes(self, geometry: cwg.Geometry, nnz: int, plan: cwg.Plan, itemsize: int) -> int:
-        return self._library.shared_bytes(shape_array(geometry, nnz, plan, 1), itemsize)
+    def shared_bytes(self, geometry: cwg.Geometry, plan: cwg.Plan, itemsize: int) -> int:
+        return self._library.shared_bytes(shape_array(geometry, 0, plan, 1), itemsize)
 
     def group_units(self, geometry: cwg.Geometry, plan: cwg.Plan) -> int:
         return self._library.group_units(shape_array(geometry, 0, plan, 1))
@@ -150,16 +157,16 @@ class Library:
             assert tensor.permute(0, 2, 3, 1).is_contiguous() and tensor.data_ptr() % 16 == 0
         sizes = (tuple(input.shape[2:]), tuple(grad_output.shape[2:]), tuple(weight_shape), tuple(block))
         geometry = cwg.Geometry(input.shape[0], *sizes, tuple(stride), tuple(padding), tuple(dilation))
-        nnz, group = block_row.numel(), cwg.WARPS * cwg.parts_of(geometry.block)[1]
+        slots, group = block_row.numel(), cwg.WARPS * cwg.parts_of(geometry.block)[1]
         plan = cwg.Plan(tuple(band), tuple(tile), units.numel() // group, shares)
-        got = torch.empty(nnz, *block, dtype=input.dtype)
+        got = torch.empty(slots, *block, dtype=input.dtype)
         operands = (grad_output, input, block_row, block_col, block_tap, units, got)
         arrays = _Arrays(*(t.data_ptr() for t in operands), units.numel())
         o = self.options
         chosen = (ctypes.c_int * 4)(o.seed, o.delay_copies, o.drop_barrier, o.drop_wait)
         stats, message = (ctypes.c_long * 3)(), ctypes.create_string_buffer(2000)
         failed = self._library.weight_grad(
-            dtype_code(input.dtype, allow_tf32), shape_array(geometry, nnz, plan, plan.groups), ctypes.byref(arrays),
+            dtype_code(input.dtype, allow_tf32), shape_array(geometry, slots, plan, plan.groups), ctypes.byref(arrays),
             chosen, stats, message, len(message),
         )  # fmt: skip
         if failed:
@@ -168,11 +175,11 @@ class Library:
         return got
 
     def run(self, problem: Problem, plan: cwg.Plan, options: Options = Options()) -> tuple[Tensor, Stats]:
-        """Packed gradient by a plan, which need not be the one that ddst would choose."""
+        """Gradient, by slots, by a plan, which need not be the one that ddst would choose."""
         g = problem.geometry
         _, (x, gy) = cwg.flattened(g, problem.x, problem.gy)
         grid = tp.grid(g.weight_shape, g.block)
-        index = tp.split_topology(tp.build_topology(problem.mask), *grid[:2])
+        index = tp.split_topology(problem.slots.topology, *grid[:2])
         units = cwg.list_units(index, grid, g.block, plan.band).view(-1)
         self.options = options
         got = self.conv2d_weight_grad(
@@ -186,4 +193,4 @@ class Library:
 def plan_for(problem: Problem, device: cwg.Device = DEVICE) -> cwg.Plan:
     """What ddst would choose for the problem on a device."""
     flat, _ = cwg.flattened(problem.geometry, problem.x, problem.gy)
-    return cwg.plan(flat, problem.nnz, problem.x.element_size(), device, allow_tf32=problem.allow_tf32)
+    return cwg.plan(flat, problem.slots.count, problem.x.element_size(), device, allow_tf32=problem.allow_tf32)

@@ -19,8 +19,9 @@ from ddst.kernels import gather
 from ddst.kernels.configs import DTYPES, SIDES, GatherConfig, Problem, gather_candidates, gather_fits
 from ddst.kernels.launch import Launch, native, native_rows
 from ddst.topology import build_topology
-from helpers.dense import active_blocks, topology_of
+from helpers.dense import active_blocks
 from helpers.problems import Case, ConvProblem, LinearProblem, between_guards, lay_out
+from helpers.slots import scatter
 from helpers.tolerances import assert_close
 
 BLOCKS = [(out, into) for out in SIDES for into in SIDES]
@@ -30,13 +31,22 @@ OPS = ("forward", "input_grad")
 def guarded(case: Case) -> Case:
     """The same problem with NaN on both sides of every operand in memory."""
     bias = None if case.bias is None else between_guards(case.bias)
-    x, values, grad = (between_guards(t) for t in (case.x, case.values, case.grad))
-    return replace(case, x=x, values=values, grad=grad, bias=bias, topology=between_guards(case.topology))
+    return replace(case, x=between_guards(case.x), grad=between_guards(case.grad), bias=bias)
 
 
-def run(op: str, problem: ConvProblem | LinearProblem, case: Case, config: GatherConfig | None = None) -> Tensor:
-    """The kernel's result."""
+def run(
+    op: str,
+    problem: ConvProblem | LinearProblem,
+    case: Case,
+    config: GatherConfig | None = None,
+    free: int = 3,
+    seed: int = 0,
+) -> Tensor:
+    """The kernel's result, of blocks scattered over slots, with NaN in the free ones and around all."""
     settings: dict[str, Any] = {"config": config}
+    slots = scatter(case.mask, free, seed)
+    values = between_guards(slots.spread(case.values))
+    case = replace(case, values=values, topology=between_guards(slots.topology))
     if isinstance(problem, LinearProblem):
         if op == "forward":
             return kernels.linear(case.x, case.values, case.bias, case.topology, case.weight_shape, **settings)
@@ -209,7 +219,10 @@ def test_operands_at_odd_addresses() -> None:
         assert torch.equal(made, t)
     ready = lay_out(case.x, "channels_last")
     assert native(ready) is ready and native_rows(case.values) is case.values, "no copy without need"
-    assert torch.equal(run("forward", problem, moved).double(), expected("forward", case))
+    explicit = problem.explicit()
+    assert explicit is not None
+    y = kernels.conv2d(moved.x, moved.values, None, case.topology, case.weight_shape, *explicit, True)
+    assert torch.equal(y.double(), expected("forward", case))
 
 
 SHARING = [ConvProblem(stride=2, padding=(1, 2), size=(5, 6)), ConvProblem(kernel=(2, 1), dilation=2, size=(6, 3))]
@@ -230,8 +243,7 @@ def test_rows_that_share_a_program_get_the_same_bits(op: str, rows: int) -> None
         kept = case.mask.clone()
         lines = kept if op == "forward" else kept.transpose(0, 1)
         lines[1], lines[rows : 2 * rows] = False, False
-        values = between_guards(case.values[kept[case.mask]])
-        case = replace(case, mask=kept, values=values, topology=between_guards(topology_of(kept)))
+        case = replace(case, mask=kept, values=case.values[kept[case.mask]])
         alone = run(op, problem, case, GatherConfig())
         assert_close(alone, expected(op, case))
         shared = GatherConfig(rows=rows)
@@ -295,20 +307,47 @@ def test_a_nan_in_a_block_stays_in_its_row(op: str, config: GatherConfig) -> Non
         assert result[:, hit].isnan().any()
 
 
-def test_a_changed_mask_changes_the_result() -> None:
-    """In place, where the number of blocks stays, and by a new topology."""
+@pytest.mark.parametrize("config", [None, GatherConfig(rows=2)], ids=str)
+def test_blocks_that_move_between_slots_are_followed(config: GatherConfig | None) -> None:
+    """In place, also where another number of slots is free; and by a new topology."""
     problem = ConvProblem(channels=(32, 48), block=(16, 16), size=(3, 3), bias=False)
+    explicit = problem.explicit()
+    assert explicit is not None
     case = problem.build(torch.float32, "whole")
-    for op in OPS:
-        assert torch.equal(run(op, problem, case).double(), expected(op, case))
-    moved = case.mask.flip(0, 1, 2)
-    case.topology.copy_(topology_of(moved))
-    case = replace(case, mask=moved)
-    for op in OPS:
-        assert torch.equal(run(op, problem, case).double(), expected(op, case))
+    slots = scatter(case.mask, free=4)
+    topology = slots.topology.clone()
+
+    def check(case: Case, values: Tensor, topology: Tensor) -> None:
+        y = kernels.conv2d(case.x, values, None, topology, case.weight_shape, *explicit, True, config=config)
+        assert torch.equal(y.double(), expected("forward", case))
+        size, settings = case.x.shape[2:], {"config": config}
+        x = kernels.conv2d_input_grad(case.grad, values, topology, case.weight_shape, size, *explicit, True, **settings)
+        assert torch.equal(x.double(), expected("input_grad", case))
+
+    check(case, slots.spread(case.values), topology)
+    for mask, seed in ((case.mask.flip(0, 1, 2), 1), (case.mask.flip(1), 2)):
+        mask.view(-1)[mask.view(-1).nonzero()[:seed]] = False  # fewer blocks in as many slots
+        active = int(mask.sum())
+        case = replace(case, mask=mask, values=case.values[:active])
+        slots = scatter(mask, free=slots.count - active, seed=seed)
+        topology.copy_(slots.topology)
+        check(case, slots.spread(case.values), topology)
     other = replace(problem, mask="0.7").build(torch.float32, "whole", seed=3)
-    for op in OPS:
-        assert torch.equal(run(op, problem, other).double(), expected(op, other))
+    check(other, other.values, other.topology)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.usefixtures("poison_outputs")
+def test_where_blocks_lie_does_not_change_a_bit(op: str) -> None:
+    """Sums are added in the order of the blocks' places in the weight, whatever their slots."""
+    problem = ConvProblem(channels=(40, 48), block=(16, 16), mask="0.6", size=(5, 4))
+    case = problem.build(torch.float32)
+    configs = [GatherConfig(), GatherConfig(fuse=4), GatherConfig(rows=4), GatherConfig(box=(2, 4, 8))]
+    for config in configs:
+        if not gather_fits(config, describe(op, problem, torch.float32, (16, 16))):
+            continue
+        arranged = [run(op, problem, case, config, free=free, seed=seed) for free, seed in ((0, 1), (5, 2))]
+        assert torch.equal(*arranged), config
 
 
 def large(rows: int, wide: int) -> Tensor:

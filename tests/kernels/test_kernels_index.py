@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import ddst.kernels
+from ddst.index_cache import refresh
 from ddst.kernels import index
 from helpers.dense import active_blocks, topology_of
+from helpers.slots import scatter
 
 SHAPES = [
     ((40, 60, 3, 3), (16, 16), (1, 1), (1, 1), (1, 1)),
@@ -43,15 +45,17 @@ def unpack(entry: int, bits: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("weight_shape, block, stride, padding, dilation", SHAPES)
-def test_row_lists(weight_shape, block, stride, padding, dilation, kind) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("free", [0, 5])
+def test_row_lists(free, weight_shape, block, stride, padding, dilation, kind) -> None:  # type: ignore[no-untyped-def]
     mask = make(weight_shape, block, kind)
-    topology, blocks = topology_of(mask), active_blocks(mask)
+    slots, blocks = scatter(mask, free), active_blocks(mask)
+    topology = slots.topology
     rows, cols, width = mask.shape[0], mask.shape[1], weight_shape[3]
     bits = index.tap_bits(weight_shape[2:])
 
     forward: list[list[tuple[int, ...]]] = [[] for _ in range(rows)]
     backward: list[list[tuple[int, ...]]] = [[] for _ in range(stride[0] * stride[1] * cols)]
-    for number, (row, col, tap) in enumerate(blocks):
+    for number, (row, col, tap) in zip(slots.of_block.tolist(), blocks, strict=True):
         kh, kw = divmod(tap, width)
         forward[row].append((number, col, kh, kw))
         phase_h = next(p for p in range(stride[0]) if (p + padding[0] - kh * dilation[0]) % stride[0] == 0)
@@ -67,17 +71,17 @@ def test_row_lists(weight_shape, block, stride, padding, dilation, kind) -> None
         ptr, entries, ids, order = (t.tolist() for t in lists)
         found = [[(ids[p], *unpack(entries[p], bits)) for p in range(*ptr[r : r + 2])] for r in range(len(wanted))]
         assert found == wanted, op
-        assert len(entries) == len(ids) == len(blocks) + 1, "one to read ahead"
+        assert len(entries) == len(ids) == slots.count + 1, "one to read ahead; the size does not tell of free slots"
         assert sorted(order) == list(range(len(wanted)))
         assert [len(wanted[r]) for r in order] == sorted((len(w) for w in wanted), reverse=True), "heavy rows first"
 
 
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("weight_shape, block, stride, padding, dilation", SHAPES)
-@pytest.mark.parametrize("rows", [2, 4])
-def test_rows_in_groups(rows, weight_shape, block, stride, padding, dilation, kind) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("rows, free", [(2, 0), (4, 0), (2, 7)])
+def test_rows_in_groups(rows, free, weight_shape, block, stride, padding, dilation, kind) -> None:  # type: ignore[no-untyped-def]
     """A group's entries are those of its rows, each once, in their order; phases are not mixed."""
-    topology = topology_of(make(weight_shape, block, kind))
+    topology = scatter(make(weight_shape, block, kind), free).topology
     geometry = (stride, padding, dilation)
     across = {"forward": -(-weight_shape[0] // block[0]), "input_grad": -(-weight_shape[1] // block[1])}
     pairs = {
@@ -106,26 +110,32 @@ def test_rows_in_groups(rows, weight_shape, block, stride, padding, dilation, ki
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("by", ["row", "col"])
-def test_weight_grad_groups(by: str, size: int, kind: str) -> None:
-    """Every block is in one group; a group's blocks share what they must; as few groups as their number allows."""
+@pytest.mark.parametrize("free", [0, 1, 6])
+def test_weight_grad_groups(free: int, by: str, size: int, kind: str) -> None:
+    """Every slot is in one group; a group's blocks share what they must, or are all free slots; as few groups as their
+    number allows.
+    """
     weight_shape, block = (70, 60, 3, 2), (16, 16)
     mask = make(weight_shape, block, kind)
-    blocks = active_blocks(mask)
-    made = index.weight_grad_groups(topology_of(mask), weight_shape, block, by, size)
+    slots, blocks = scatter(mask, free), active_blocks(mask)
+    made = index.weight_grad_groups(slots.topology, weight_shape, block, by, size)
+    runs = mask.shape[0] if by == "row" else mask.shape[1] * 6
+    assert len(made.bounds) == index.most_groups(slots.count, runs, size)
     bounds, ids = made.bounds.tolist(), made.ids.tolist()
-    assert [list(b) for b in zip(made.row.tolist(), made.col.tolist(), made.tap.tolist(), strict=True)] == [
-        list(b) for b in blocks
-    ]
-    groups = [[blocks[i] for i in ids[first:end]] for first, end in bounds]
+    held = list(zip(made.row.tolist(), made.col.tolist(), made.tap.tolist(), strict=True))
+    assert [held[slot] for slot in slots.of_block.tolist()] == blocks
+    nothing = (mask.shape[0], mask.shape[1], 0)
+    groups = [[held[i] for i in ids[first:end]] for first, end in bounds]
     groups = [g for g in groups if g]
-    assert sorted(b for g in groups for b in g) == blocks
+    assert sorted(b for g in groups for b in g) == [*blocks, *[nothing] * free]
+    assert all(g == sorted(g) for g in groups), "neighbours read the same pixels"
     shared = [{b[0] if by == "row" else b[1:] for b in g} for g in groups]
     assert all(len(s) == 1 for s in shared) and all(len(g) <= size for g in groups)
     lines = {b[0] if by == "row" else b[1:] for b in blocks}
     wanted = sum(-(-sum((b[0] if by == "row" else b[1:]) == line for b in blocks) // size) for line in lines)
-    assert len(groups) == wanted
+    assert len(groups) == wanted + -(-free // size)
     with pytest.raises(ValueError, match="by must be 'row' or 'col', got 'tap'"):
-        index.weight_grad_groups(topology_of(mask), weight_shape, block, "tap", size)
+        index.weight_grad_groups(slots.topology, weight_shape, block, "tap", size)
 
 
 ARGUMENTS = ((32, 32, 3, 3), (16, 16))
@@ -146,41 +156,43 @@ def test_lists_are_kept() -> None:
     assert index.input_grad_lists(topology, *ARGUMENTS, (1, 1), (1, 1), (1, 1)) is one
 
 
-def test_a_write_makes_new_lists() -> None:
-    topology = some_topology()
-    lists = index.forward_lists(topology, *ARGUMENTS)
-    before = lists.entries.clone()
-    nnz = lists.ids.numel() - 1
-    topology[-nnz - nnz : -nnz] = topology[-nnz - nnz : -nnz].flip(0)  # the taps
-    assert torch.equal(lists.entries, before), "kept lists are no views of the topology"
-    assert not torch.equal(index.forward_lists(topology, *ARGUMENTS).entries, before)
+def every_list(topology: torch.Tensor) -> list[torch.Tensor]:
+    made: list[tuple[torch.Tensor, ...]] = []
+    for rows in (1, 2):
+        made.append(index.forward_lists(topology, *ARGUMENTS, rows))
+        made.append(index.input_grad_lists(topology, *ARGUMENTS, (2, 1), (1, 1), (1, 1), rows))
+    made += [index.weight_grad_groups(topology, *ARGUMENTS, by, 2) for by in ("row", "col")]
+    return [t for lists in made for t in lists]
+
+
+def test_an_exchange_rewrites_every_list_at_its_address() -> None:
+    """What a captured graph walks: between replays blocks move, and another number of slots becomes free."""
+    masks = [torch.rand(2, 2, 3, 3, generator=torch.Generator().manual_seed(seed)) < 0.5 for seed in (0, 1, 2)]
+    arranged = [scatter(mask, free=30 - int(mask.sum()), seed=seed) for seed, mask in enumerate(masks)]
+    assert len({int(mask.sum()) for mask in masks}) > 1
+    topology = arranged[0].topology.clone()
+    kept = every_list(topology)
+    addresses = [t.data_ptr() for t in kept]
+    for slots in arranged[1:]:
+        topology.copy_(slots.topology)
+        refresh(topology)
+        assert all(torch.equal(*pair) for pair in zip(kept, every_list(slots.topology), strict=True))
+        again = every_list(topology)
+        assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in again] == addresses
+    topology.copy_(arranged[0].topology)  # as a call finds it that nobody told of the exchange
+    assert all(torch.equal(*pair) for pair in zip(every_list(topology), every_list(arranged[0].topology), strict=True))
+    assert [t.data_ptr() for t in every_list(topology)] == addresses
 
 
 def test_lists_die_with_the_topology() -> None:
+    """No list, and nothing that would make it anew, holds the topology."""
     topology = some_topology()
-    kept = weakref.ref(index.forward_lists(topology, *ARGUMENTS).entries)
-    assert kept() is not None
+    kept = [weakref.ref(t) for t in every_list(topology)]
+    gc.collect()
+    assert all(ref() is not None for ref in kept)
     del topology
     gc.collect()
-    assert kept() is None
-
-
-def test_inference_tensors_are_never_stale() -> None:
-    """They count no writes, so their lists are not kept."""
-    with torch.inference_mode():
-        topology = some_topology()
-        nnz = index.forward_lists(topology, *ARGUMENTS).ids.numel() - 1
-        other = topology.clone()
-        other[-nnz - nnz : -nnz] = other[-nnz - nnz : -nnz].flip(0)
-        topology.copy_(other)
-        found = index.forward_lists(topology, *ARGUMENTS).entries
-        assert torch.equal(found, index.forward_lists(other, *ARGUMENTS).entries)
-    normal = some_topology()  # made outside, it counts its writes inside too
-    lists = index.forward_lists(normal, *ARGUMENTS)
-    with torch.inference_mode():
-        assert index.forward_lists(normal, *ARGUMENTS) is lists
-        normal.copy_(other)
-        assert torch.equal(index.forward_lists(normal, *ARGUMENTS).entries, found)
+    assert all(ref() is None for ref in kept)
 
 
 def test_the_device_is_never_waited_for() -> None:

@@ -1,6 +1,6 @@
 """The Triton kernels under everything above them: operators with derivatives, layers, a step of a GAN.
 
-The CPU's dispatch key is served by what serves CUDA tensors (ddst/ops/device.py), for the length of a test.
+The CPU's dispatch key is served by what serves CUDA tensors (ddst/ops/cuda/dispatch.py), for the length of a test.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import nn
 from ddst import SparseConv2d, SparseLinear, backends
 from ddst.gan import DDST
 from ddst.nn import set_backend, sparse_layers, spectral_norm
-from ddst.ops import conv2d, device
+from ddst.ops import conv2d
+from ddst.ops.cuda import dispatch
 from helpers.problems import ConvProblem
 from helpers.tolerances import assert_close
 
@@ -33,7 +34,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     library = torch.library.Library("ddst", "IMPL")
 
     def serve(name: str) -> None:
-        kernel = getattr(device, name)
+        kernel = getattr(dispatch, name)
 
         def counted(*arguments: object) -> torch.Tensor:
             ran.append(name)
@@ -43,8 +44,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     for name in OPERATORS:
         serve(name)
-    monkeypatch.setattr(backends, "_supports_cpu", lambda problem: (True, "stands in for a CUDA device"))
-    monkeypatch.setitem(backends.BACKENDS, "cpu", backends._supports_cpu)
+    monkeypatch.setitem(backends._supports, "cpu", lambda problem: (True, "stands in for a CUDA device"))
     yield ran
     library._destroy()
 

@@ -22,9 +22,9 @@ from ddst.kernels import weight_grad
 from ddst.kernels.configs import DTYPES, SIDES, WeightGradConfig, weight_grad_candidates
 from ddst.kernels.index import weight_grad_groups
 from ddst.kernels.tile import divide, divisor
-from ddst.topology import build_topology
 from helpers.dense import active_blocks, inside, pack_blocks
 from helpers.problems import Case, ConvProblem, LinearProblem, between_guards
+from helpers.slots import scatter
 from helpers.tolerances import assert_close
 
 BLOCKS = [(out, into) for out in SIDES for into in SIDES]
@@ -40,14 +40,18 @@ def _short_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(problem: ConvProblem | LinearProblem, case: Case, config: WeightGradConfig | None = None) -> Tensor:
-    """The kernel's result from operands between NaN."""
-    operands = [t if 0 in t.stride() else between_guards(t) for t in (case.grad, case.x, case.topology)]
+    """The kernel's result from operands between NaN, of blocks scattered over slots; free slots are checked here."""
+    slots = scatter(case.mask)
+    operands = [t if 0 in t.stride() else between_guards(t) for t in (case.grad, case.x, slots.topology)]
     settings: dict[str, Any] = {"config": config}
     if isinstance(problem, LinearProblem):
-        return kernels.linear_weight_grad(*operands, case.weight_shape, case.block, **settings)
-    explicit = problem.explicit()
-    assert explicit is not None
-    return kernels.conv2d_weight_grad(*operands, case.weight_shape, case.block, *explicit, **settings)
+        result = kernels.linear_weight_grad(*operands, case.weight_shape, case.block, **settings)
+    else:
+        explicit = problem.explicit()
+        assert explicit is not None
+        result = kernels.conv2d_weight_grad(*operands, case.weight_shape, case.block, *explicit, **settings)
+    slots.check_free(result)
+    return result[slots.of_block]
 
 
 def expected(case: Case) -> Tensor:
@@ -168,20 +172,37 @@ def test_more_pixels_than_a_launch_counts(monkeypatch: pytest.MonkeyPatch) -> No
         weight_grad.split_pixels(images=1, size=99, programs=1, step=32, processors=1, waves=1)
 
 
-def test_a_changed_mask_is_followed() -> None:
+def test_blocks_that_move_between_slots_are_followed() -> None:
+    """In place, also where another number of slots is free."""
     problem = ConvProblem(channels=(40, 40), block=(16, 16), mask="0.3", layout="channels_last")
     case = problem.build(torch.float32, "whole")
     explicit = problem.explicit()
     assert explicit is not None
-    for _ in range(2):
+    slots = scatter(case.mask, free=2)
+    topology = slots.topology.clone()
+    for mask in (case.mask.flip(0, 1, 2, 3), case.mask.flip(0), None):
         for config in (WeightGradConfig("row"), WeightGradConfig("col")):
             result = kernels.conv2d_weight_grad(
-                case.grad, case.x, case.topology, case.weight_shape, case.block, *explicit, config=config
+                case.grad, case.x, topology, case.weight_shape, case.block, *explicit, config=config
             )
-            assert torch.equal(result.double(), expected(case))
-        mask = case.mask.flip(0, 1, 2, 3)
-        case.topology.copy_(build_topology(mask))
-        case = replace(case, mask=mask)
+            slots.check_free(result)
+            assert torch.equal(result[slots.of_block].double(), expected(case))
+        if mask is not None:
+            mask.view(-1)[mask.view(-1).nonzero()[0]] = False
+            slots = scatter(mask, free=slots.count - int(mask.sum()), seed=1)
+            topology.copy_(slots.topology)
+            case = replace(case, mask=mask)
+
+
+@pytest.mark.parametrize("by", ["row", "col"])
+@pytest.mark.usefixtures("poison_outputs")
+def test_free_slots_only(by: Any) -> None:
+    """As after all blocks have left; with one part of the pixels, and with several that are added."""
+    for images, waves in ((1, 1), (5, 8)):
+        problem = ConvProblem(batch=images, channels=(20, 24), block=(16, 16), mask="none", size=(9, 9))
+        case = problem.build(torch.float32, "whole")
+        case.x.fill_(float("inf"))
+        assert run(problem, case, WeightGradConfig(by, 4, pixels=32, waves=waves)).shape == (0, 16, 16)
 
 
 @given(
@@ -210,15 +231,16 @@ def test_parts_cover_every_pixel_once(
 @pytest.mark.parametrize("by", ["row", "col"])
 @pytest.mark.parametrize("mask", ["full", "one", "empty_lines", "0.1"])
 def test_a_program_for_every_group(mask: str, by: Any) -> None:
-    """The launch counts groups from sizes; the lists are as long as that, and hold every block once."""
+    """The launch counts groups from sizes; the lists are as long as that, and hold every slot once."""
     problem = ConvProblem(channels=(100, 70), block=(16, 16), mask=mask)
     case = problem.build(torch.float32, "whole")
+    slots = scatter(case.mask, free=6)
     described = kernels.Problem(
         "weight_grad", False, torch.float32, (16, 16), problem.weight_shape, (1, 1), (1, 1), (1, 1), 2, (6, 7), (6, 7),
-        len(active_blocks(case.mask)),
+        slots.count,
     )  # fmt: skip
     config = WeightGradConfig(by, 4, pixels=32)
-    groups = weight_grad_groups(case.topology, problem.weight_shape, (16, 16), by, 4)
+    groups = weight_grad_groups(slots.topology, problem.weight_shape, (16, 16), by, 4)
     (launch,) = weight_grad.plan(described, config, "ieee", -1).launches
     assert launch.grid[0] == len(groups.bounds)
     held = [i for start, end in groups.bounds.tolist() for i in groups.ids[start:end].tolist()]

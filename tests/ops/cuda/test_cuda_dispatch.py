@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from ddst.ops import device, preferred
-from ddst.ops.device import Meta
+from ddst.ops.cuda import dispatch, preferred
+from ddst.ops.cuda.dispatch import AUTO, CUDA, TRITON, Meta
 
-CUDA, F32 = torch.device("cuda", 0), torch.float32
+DEVICE, F32 = torch.device("cuda", 0), torch.float32
 SHAPE, BLOCK = (40, 20, 3, 3), (16, 16)  # R = 3, C = 2
 WINDOW = ((2, 1), (1, 1), (1, 1))
 
 
-def meta(*shape: int, dtype: torch.dtype = F32, where: torch.device = CUDA) -> Meta:
+def meta(*shape: int, dtype: torch.dtype = F32, where: torch.device = DEVICE) -> Meta:
     return Meta(torch.Size(shape), dtype, where)
 
 
 @pytest.fixture(autouse=True)
 def _every_block_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device.backends, "supports", lambda backend, problem: (problem.block == BLOCK, "odd block"))
-    for check in (device._check_conv2d, device._check_linear):
+    monkeypatch.setattr(dispatch.backends, "supports", lambda backend, problem: (problem.block == BLOCK, "odd block"))
+    for check in (dispatch._check_conv2d, dispatch._check_linear):
         check.cache_clear()
 
 
@@ -36,15 +36,15 @@ def conv2d(**change: Any) -> None:
         "grad_output": meta(2, 40, 5, 8),
         "values": meta(5, 16, 16),
         "bias": meta(40),
-        "topology": meta(3 + 2 + 2 + 4 * 5, dtype=torch.int32),
+        "topology": meta(3 + 2 + 2 + 5 * 5, dtype=torch.int32),
         "weight_shape": SHAPE,
         "block": BLOCK,
         "window": WINDOW,
         "input_size": None,
-        "backend": "auto",
+        "backend": AUTO,
     } | change
     positional = [given.pop(name) for name in ("backend", "weight_shape", "block", "window", "input_size")]
-    device._check_conv2d("conv2d", *positional, **given)
+    dispatch._check_conv2d("conv2d", *positional, **given)
 
 
 def linear(**change: Any) -> None:
@@ -53,13 +53,13 @@ def linear(**change: Any) -> None:
         "grad_output": meta(7, 40),
         "values": meta(4, 16, 16),
         "bias": meta(40),
-        "topology": meta(3 + 2 + 2 + 4 * 4, dtype=torch.int32),
+        "topology": meta(3 + 2 + 2 + 5 * 4, dtype=torch.int32),
         "weight_shape": SHAPE[:2],
         "block": BLOCK,
-        "backend": "auto",
+        "backend": AUTO,
     } | change
     positional = [given.pop(name) for name in ("backend", "weight_shape", "block")]
-    device._check_linear("linear", *positional, **given)
+    dispatch._check_linear("linear", *positional, **given)
 
 
 def test_good_arguments_pass() -> None:
@@ -74,18 +74,19 @@ def test_good_arguments_pass() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"values": meta(5, 16)}, r"values has the shape \[5, 16\], expected \[nnz, b_out, b_in\]"),
-        ({"values": meta(6, 16, 16)}, "values has 6 blocks, expected 5 as in topology"),
+        ({"values": meta(5, 16)}, r"values has the shape \[5, 16\], expected \[slots, b_out, b_in\]"),
+        ({"values": meta(6, 16, 16)}, "values has 6 slots, expected 5 as in topology"),
         ({"values": meta(5, 16, 16, dtype=torch.float16)}, "values is torch.float16 .*, expected torch.float32"),
         ({"bias": meta(40, where=torch.device("cpu"))}, "bias is torch.float32 on cpu, expected .* on cuda:0 as input"),
         ({"bias": meta(41)}, r"bias has the shape \[41\], expected \[40\]"),
-        ({"topology": meta(26, dtype=torch.int32)}, "topology .* expected an int32 vector of 7"),
-        ({"topology": meta(27, dtype=torch.int64)}, "topology is torch.int64"),
-        ({"topology": meta(27, dtype=torch.int32, where=torch.device("cpu"))}, "topology .* on cpu"),
-        ({"topology": meta(27, 1, dtype=torch.int32)}, "topology .* one|topology .* int32 vector"),
+        ({"topology": meta(31, dtype=torch.int32)}, "topology .* expected an int32 vector of 7"),
+        ({"topology": meta(32, dtype=torch.int64)}, "topology is torch.int64"),
+        ({"topology": meta(32, dtype=torch.int32, where=torch.device("cpu"))}, "topology .* on cpu"),
+        ({"topology": meta(32, 1, dtype=torch.int32)}, "topology .* int32 vector"),
         ({"block": (16, 0)}, r"block is \[16, 0\]"),
         ({"block": (16, 8), "values": None, "topology": None}, "backend triton: odd block"),
-        ({"backend": "cpu"}, "backend is cpu, expected auto, triton or cuda for CUDA tensors"),
+        ({"backend": 1}, r"backend is 1, expected one of 0 \(auto\), 2 \(triton\), 3 \(cuda\) for CUDA tensors"),
+        ({"backend": 7}, "backend is 7, expected one of"),
     ],
 )
 def test_what_both_kinds_refuse(change: dict[str, Any], message: str) -> None:
@@ -130,7 +131,7 @@ def test_what_a_linear_map_refuses(change: dict[str, Any], message: str) -> None
 
 
 class Module:
-    """Stands for ddst.kernels or ddst.ops.cuda."""
+    """Stands for ddst.kernels or ddst.ops.cuda.compiled."""
 
     answer = (True, "")
 
@@ -140,24 +141,25 @@ class Module:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Module]:
-    found = {"ddst.kernels": Module(), "ddst.ops.cuda": Module()}
-    monkeypatch.setattr(device.importlib, "import_module", lambda name: found[name])
+    found = {"triton": Module(), "cuda": Module()}
+    monkeypatch.setattr(dispatch.importlib, "import_module", {"ddst.kernels": found["triton"]}.__getitem__)
+    monkeypatch.setattr(dispatch, "compiled", found["cuda"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "X1")
     return found
 
 
-def chosen(backend: str) -> Any:
-    x, topology = torch.zeros(1, 20, dtype=torch.bfloat16), torch.zeros(7 + 4 * 3, dtype=torch.int32)
-    return device._kernels("linear", backend, x, SHAPE[:2], BLOCK, topology)  # 3 of 6 blocks
+def chosen(backend: int) -> Any:
+    x, topology = torch.zeros(1, 20, dtype=torch.bfloat16), torch.zeros(7 + 5 * 3, dtype=torch.int32)
+    return dispatch._kernels("linear", backend, x, SHAPE[:2], BLOCK, topology)  # 3 of 6 blocks
 
 
 def test_triton_runs_unless_cuda_is_asked_for(modules: dict[str, Module]) -> None:
-    assert chosen("auto") is modules["ddst.kernels"]
-    assert chosen("triton") is modules["ddst.kernels"]
-    assert chosen("cuda") is modules["ddst.ops.cuda"]
-    modules["ddst.ops.cuda"].answer = (False, "no such block")
+    assert chosen(AUTO) is modules["triton"]
+    assert chosen(TRITON) is modules["triton"]
+    assert chosen(CUDA) is modules["cuda"]
+    modules["cuda"].answer = (False, "no such block")
     with pytest.raises(ValueError, match="ddst::linear: backend cuda: no such block"):
-        chosen("cuda")
+        chosen(CUDA)
 
 
 @pytest.mark.parametrize("low, high, taken", [(0.5, 0.5, True), (0.1, 0.4, False), (0.6, 1.0, False)])
@@ -166,10 +168,10 @@ def test_auto_takes_cuda_where_it_was_measured_to_be_the_fastest(
 ) -> None:
     kind = preferred.kind("X1", "linear", torch.bfloat16, BLOCK)
     monkeypatch.setattr(preferred, "load", lambda: {kind: (low, high)})
-    assert chosen("auto") is modules["ddst.ops.cuda" if taken else "ddst.kernels"]
-    assert chosen("triton") is modules["ddst.kernels"]
-    modules["ddst.ops.cuda"].answer = (False, "no such block")
-    assert chosen("auto") is modules["ddst.kernels"]
+    assert chosen(AUTO) is modules["cuda" if taken else "triton"]
+    assert chosen(TRITON) is modules["triton"]
+    modules["cuda"].answer = (False, "no such block")
+    assert chosen(AUTO) is modules["triton"]
 
 
 def test_reasons_of_a_preference_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +197,11 @@ def test_the_table_in_the_package_can_be_read_and_others_are_refused(tmp_path: P
 )
 def test_every_operator_is_served_on_cuda(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ddst::{name}", "CUDA")
-    assert callable(getattr(device, name))
+    assert callable(getattr(dispatch, name))
 
 
 def test_the_backend_argument_is_checked_on_the_cpu() -> None:
-    with pytest.raises(ValueError, match="backend is triton, expected auto or cpu"):
+    with pytest.raises(ValueError, match=f"backend is {TRITON}, expected"):
         torch.ops.ddst.linear(
-            torch.zeros(1, 16), torch.zeros(0, 16, 16), None, torch.zeros(4, dtype=torch.int32), [16, 16], "triton"
+            torch.zeros(1, 16), torch.zeros(0, 16, 16), None, torch.zeros(4, dtype=torch.int32), [16, 16], TRITON
         )

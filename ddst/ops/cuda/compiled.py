@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import _extension
-from ..backends import Problem
-from . import cuda_gather, cuda_weight_grad
-from .cuda_gather import conv2d, conv2d_input_grad, linear, linear_input_grad
-from .cuda_weight_grad import conv2d_weight_grad, linear_weight_grad
-from .precision import tf32_allowed
+from ... import _extension, backends
+from ..precision import tf32_allowed
+from . import gather, weight_grad
+from .gather import conv2d, conv2d_input_grad, linear, linear_input_grad
+from .weight_grad import conv2d_weight_grad, linear_weight_grad
 
 __all__ = [
     "conv2d",
@@ -56,11 +55,11 @@ def supports(
     """
     if op not in _GATHERS and op not in _WEIGHT_GRADS:
         return False, f"{op} is not written in CUDA C++: use backend 'triton'"
-    if dtype not in cuda_gather.DTYPES:
+    if dtype not in gather.DTYPES:
         return False, f"dtype must be bfloat16, float16 or float32, got {dtype}"
     if not _extension.cuda_kernels_loaded():
         return False, "libddst_cuda.so is not loaded: it needs a CUDA torch and a build with nvcc"
-    facts = cuda_gather.facts(device)
+    facts = gather.facts(device)
     if facts.capability < (8, 0):
         return False, f"needs compute capability 8.0, {device} has {facts.capability[0]}.{facts.capability[1]}"
     sides = (block[0], block[1])
@@ -68,23 +67,25 @@ def supports(
     shape = (weight_shape[0], weight_shape[1], *taps)
     if op in _WEIGHT_GRADS:
         pairs = ((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
-        geometry = cuda_weight_grad.Geometry(1, (1, 1), (1, 1), shape, sides, *pairs)
-        why = cuda_weight_grad.refusal(geometry, dtype.itemsize, facts.shared_bytes)
+        geometry = weight_grad.Geometry(1, (1, 1), (1, 1), shape, sides, *pairs)
+        why = weight_grad.refusal(geometry, dtype.itemsize, facts.shared_bytes)
         return not why, why
     if tuple(dilation) != (1, 1):
         return False, f"dilation must be 1, got {tuple(dilation)}"
     # Any size will do: which of the tile's shapes fits depends on the kernel and its stride.
     size = (max(32, shape[2]), max(32, shape[3]))
-    window = cuda_gather.Window(size, (stride[0], stride[1]), (padding[0], padding[1]))
-    why = cuda_gather.refusal(
+    window = gather.Window(size, (stride[0], stride[1]), (padding[0], padding[1]))
+    why = gather.refusal(
         dtype, shape, sides, window, 1, input_gradient=_GATHERS[op], large_tile=False,
         allow_tf32=tf32_allowed(linear=op.startswith("linear")), device=facts,
     )  # fmt: skip
     return not why, why
 
 
-def supports_all(problem: Problem) -> tuple[bool, str]:
+def supports_all(problem: backends.Problem) -> tuple[bool, str]:
     """``(ok, reason)``: whether all three passes of a layer run here, on the current CUDA device."""
+    if problem.device != "cuda":
+        return False, f"runs on CUDA tensors only, got a tensor on {problem.device!r}"
     if problem.block is None:
         return False, "needs packed values: use backend 'triton'"
     shape = problem.block if problem.linear else (*problem.block, *problem.kernel)
@@ -97,3 +98,6 @@ def supports_all(problem: Problem) -> tuple[bool, str]:
         if not ok:
             return False, reason
     return True, "mma.sync on tensor cores, sums in float32; block scores run in Triton"
+
+
+backends.register("cuda", supports_all)

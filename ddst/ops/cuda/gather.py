@@ -2,12 +2,13 @@
 
 A block of threads computes a tile of pixels by a *group* of output channels, one input block after another. What it
 needs of an input block stands in one *record*: which granules of 16 output channels have a block at each tap, and the
-blocks' ids. The input gradient is the same gather with rows and columns of the block grid exchanged; at stride s the
+blocks' slots. The input gradient is the same gather with rows and columns of the block grid exchanged; at stride s the
 pixels of its s × s *phases* (position modulo s) use different taps, and each phase has records of its own.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import topology as tp
-from ..index_cache import cached
-from .precision import tf32_allowed
+from ... import _extension
+from ... import topology as tp
+from ...index_cache import cached
+from ..precision import tf32_allowed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILE_PIXELS, _TILE_CHANNELS = {True: 256, False: 128}, {True: 128, False: 64}  # by large_tile, as gather_tile()
@@ -59,11 +61,11 @@ def gather_records(
 ) -> Tensor:
     """``[phases · groups · input blocks, ints]``: what the kernel walks, of the blocks in ``index``, on its device.
 
-    A record is ``[n, 0, 0, 0 | masks | ids]``. Bit i of a tap's mask says that channels ``16 i … 16 i + 15`` of the
-    group have a block there; masks are padded to a multiple of four. ``ids`` are the n blocks' by tap, then channel.
+    A record is ``[n, 0, 0, 0 | masks | slots]``. Bit i of a tap's mask says that channels ``16 i … 16 i + 15`` of the
+    group have a block there; masks are padded to a multiple of four. ``slots`` are the n blocks' by tap, then channel.
 
     Returns:
-        int32. Built by operations of fixed size, without a host synchronisation. Cost: one sort of ``nnz`` keys.
+        int32. Built by operations of fixed size, without a host synchronisation. Cost: one sort of ``slots`` keys.
     """
     width, taps = weight_shape[3], weight_shape[2] * weight_shape[3]
     out, inner = (index.block_col, index.block_row) if input_gradient else (index.block_row, index.block_col)
@@ -74,21 +76,24 @@ def gather_records(
     groups, in_blocks = -(-out_channels // tile_channels), -(-in_channels // depth)
     padded_taps = -(-taps // 4) * 4
     ints = _HEADER + padded_taps + -(-taps * per_group // 4) * 4
-    lines, nnz, device = phases[0] * phases[1] * groups * in_blocks, out.numel(), out.device
+    lines, device = phases[0] * phases[1] * groups * in_blocks, out.device
+    nowhere = lines * ints  # one number more, which takes what would be said of free slots
 
     tap, place = index.block_tap.long(), out.long() % per_group
     phase = tap // width % phases[0] * phases[1] + tap % width % phases[1]
-    line = (phase * groups + out // per_group) * in_blocks + inner
-    records = torch.zeros(lines * ints, dtype=torch.int32, device=device)
+    free = index.block_row == tp.grid(weight_shape, block)[0]
+    line = torch.where(free, lines, (phase * groups + out // per_group) * in_blocks + inner)
+    records = torch.zeros(nowhere + 1, dtype=torch.int32, device=device)
     bits = torch.full_like(place, (1 << granules) - 1) << place * granules
-    records.scatter_add_(0, line * ints + _HEADER + tap, bits.int())
+    records.scatter_add_(0, torch.where(free, nowhere, line * ints + _HEADER + tap), bits.int())
     order = torch.argsort((line * taps + tap) * per_group + place)
     line = line[order]
     begin = torch.searchsorted(line, torch.arange(lines + 1, device=device))
-    records[::ints] = begin.diff().int()
-    rank = torch.arange(nnz, device=device) - begin[line]
-    records.scatter_(0, line * ints + _HEADER + padded_taps + rank, order.int())
-    return records.view(lines, ints)
+    records[:nowhere:ints] = begin.diff().int()
+    rank = torch.arange(line.numel(), device=device) - begin[line]
+    at = torch.where(line == lines, nowhere, line * ints + _HEADER + padded_taps + rank)
+    records.scatter_(0, at, order.int())
+    return records[:nowhere].view(lines, ints)
 
 
 def dtype_code(dtype: torch.dtype, allow_tf32: bool) -> int:
@@ -98,6 +103,25 @@ def dtype_code(dtype: torch.dtype, allow_tf32: bool) -> int:
     (0, 2, 3)
     """
     return DTYPES.index(dtype) + (dtype == torch.float32 and not allow_tf32)
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    """The library of CUDA C++ kernels, for its functions that are no operators: an operator has no string to give."""
+    return ctypes.CDLL(str(_extension.CUDA_LIBRARY))
+
+
+def problem_of(
+    dtype: int, weight_shape: Sequence[int], block: Sequence[int], window: Window, images: int
+) -> ctypes.Array[ctypes.c_int32]:
+    """``ddst_cuda_conv2d_problem`` of csrc/cuda/ddst_cuda.h, whose fields are 32-bit ints only."""
+    (height, width), stride, padding = window
+    out = [(window.input_size[i] + 2 * padding[i] - weight_shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
+    fields = (
+        images, height, width, weight_shape[1], *out, weight_shape[0], *weight_shape[2:], *stride, *padding, *block,
+        dtype,
+    )  # fmt: skip
+    return (ctypes.c_int32 * len(fields))(*fields)
 
 
 @lru_cache(maxsize=4096)
@@ -114,10 +138,12 @@ def refusal(
     device: Device,
 ) -> str:
     """Why the kernel cannot run this on the device, from the kernel's own geometry; empty if it can."""
-    return torch.ops.ddst_cuda.conv2d_gather_refusal(
-        list(weight_shape), list(block), images, list(window.input_size), list(window.stride), list(window.padding),
-        dtype_code(dtype, allow_tf32), input_gradient, large_tile, device.shared_bytes,
-    )  # fmt: skip
+    message = ctypes.create_string_buffer(256)
+    problem = problem_of(dtype_code(dtype, allow_tf32), weight_shape, block, window, images)
+    _library().ddst_cuda_gather_refusal(
+        problem, ctypes.c_bool(input_gradient), ctypes.c_bool(large_tile), device.shared_bytes, message, len(message)
+    )
+    return message.value.decode()
 
 
 @lru_cache(maxsize=4096)
@@ -181,7 +207,7 @@ def _gather(
         records = cached(
             topology,
             ("cuda_gather", shape, block, phases, input_gradient, tile),
-            lambda: gather_records(
+            lambda topology: gather_records(
                 tp.split_topology(topology, rows, cols), shape, block, window.stride,
                 input_gradient=input_gradient, tile_channels=tile,
             ),
@@ -216,7 +242,7 @@ def conv2d(
     Args:
         input: ``[N, C_in, H, W]`` on a CUDA device; bfloat16, float16 or float32. Other memory than channels_last is
             copied.
-        values: packed weight ``[nnz, b_out, b_in]`` with sides of 16, 32 or 64; bias: ``[C_out]`` or None.
+        values: packed weight ``[slots, b_out, b_in]`` with sides of 16, 32 or 64; bias: ``[C_out]`` or None.
         topology: int32 vector (:mod:`ddst.topology`).
         stride: 1 or 2; dilation: 1 only; kernels of at most 16 taps.
         channels_last: memory format of the result. residual: of the result's shape, added before the ReLU.
@@ -226,7 +252,7 @@ def conv2d(
         ``[N, C_out, H_out, W_out]`` in the input's dtype.
 
     Raises:
-        ValueError: an argument does not fit; `ddst.ops.cuda.supports` tells beforehand.
+        ValueError: an argument does not fit; `ddst.ops.cuda.compiled.supports` tells beforehand.
 
     Numerics: sums in float32, in an order that depends on shapes and mask alone: the same call, the same bits. float32
     is multiplied in TF32 where torch allows it (`ddst.ops.precision`), else in full precision as three products of TF32

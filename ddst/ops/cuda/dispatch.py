@@ -8,6 +8,7 @@ once for each combination, because a call's host time counts (a layer of a GAN c
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
-from .. import topology as tp
-from . import preferred
-from .precision import tf32_allowed
+from ... import backends
+from ... import topology as tp
+from ..precision import tf32_allowed
+from . import compiled, preferred
 
+AUTO, TRITON, CUDA = (backends.code(name) for name in ("auto", "triton", "cuda"))
 _library = torch.library.Library("ddst", "IMPL")
 Shape = tuple[int, ...]
 
@@ -38,7 +40,7 @@ def _meta(tensor: Tensor) -> Meta:
 
 def _kernels(
     op: str,
-    backend: str,
+    backend: int,
     first: Tensor,
     weight_shape: Sequence[int],
     block: Sequence[int],
@@ -46,12 +48,11 @@ def _kernels(
     window: tuple[Shape, Shape, Shape] = ((1, 1), (0, 0), (1, 1)),
 ) -> Any:
     """The module whose function ``op`` runs: Triton's, or that of CUDA C++ where it is asked for or preferred."""
-    asked = backend == "cuda"
-    if asked or (backend == "auto" and _is_cuda_preferred(op, first, weight_shape, block, topology, window[0])):
-        cuda = importlib.import_module("ddst.ops.cuda")
-        ok, reason = cuda.supports(op, first.device, first.dtype, weight_shape, block, *window)
+    asked = backend == CUDA
+    if asked or (backend == AUTO and _is_cuda_preferred(op, first, weight_shape, block, topology, window[0])):
+        ok, reason = compiled.supports(op, first.device, first.dtype, weight_shape, block, *window)
         if ok:
-            return cuda
+            return compiled
         if asked:
             _fail(op, f"backend cuda: {reason}")
     return importlib.import_module("ddst.kernels")
@@ -69,8 +70,9 @@ def _is_cuda_preferred(
         name, op, first.dtype, (block[0], block[1]), kernel, (stride[0], stride[1]),
         tf32=tf32_allowed(linear=op.startswith("linear")),
     )  # fmt: skip
-    count = (topology.numel() - rows - cols - 2) // 4
-    return preferred.is_cuda_preferred(kind, count / (rows * cols * taps))[0]
+    # Of slots, as only the device knows how many of them are active.
+    density = tp.slot_count(topology, rows, cols) / (rows * cols * taps)
+    return preferred.is_cuda_preferred(kind, density)[0]
 
 
 def _fail(op: str, text: str) -> None:
@@ -92,7 +94,7 @@ def _check_shape(op: str, name: str, meta: Meta, expected: Sequence[int | None],
 
 
 def _check_weight(
-    op: str, backend: str, weight_shape: Shape, block: Shape, values: Meta | None, topology: Meta | None, like: Meta
+    op: str, backend: int, weight_shape: Shape, block: Shape, values: Meta | None, topology: Meta | None, like: Meta
 ) -> None:
     """That block, values and topology can be of this weight.
 
@@ -102,18 +104,19 @@ def _check_weight(
         _fail(op, f"block is {list(block)}, expected two ints of at least 1")
     if topology is not None:
         rows, cols, _ = tp.grid(weight_shape, (block[0], block[1]))
-        count, rest = divmod(topology.shape[0] - rows - cols - 2, 4) if len(topology.shape) == 1 else (-1, 0)
-        if topology.dtype != torch.int32 or topology.device != like.device or count < 0 or rest:
+        slots, rest = divmod(topology.shape[0] - rows - cols - 2, 5) if len(topology.shape) == 1 else (-1, 0)
+        if topology.dtype != torch.int32 or topology.device != like.device or slots < 0 or rest:
             _fail(
                 op,
                 f"topology is {topology.dtype} of the shape {list(topology.shape)} on {topology.device}, expected an "
-                f"int32 vector of {rows + cols + 2} + 4 · nnz entries on {like.device}",
+                f"int32 vector of {rows + cols + 2} + 5 · slots entries on {like.device}",
             )
-        if values is not None and values.shape[0] != count:
-            _fail(op, f"values has {values.shape[0]} blocks, expected {count} as in topology")
-    if backend not in ("auto", "triton", "cuda"):
-        _fail(op, f"backend is {backend}, expected auto, triton or cuda for CUDA tensors")
-    if backend != "cuda":  # whose answer depends on settings of torch: it is asked at every call
+        if values is not None and values.shape[0] != slots:
+            _fail(op, f"values has {values.shape[0]} slots, expected {slots} as in topology")
+    if backend not in (AUTO, TRITON, CUDA):
+        codes = ", ".join(f"{code} ({backends.name_of(code)})" for code in (AUTO, TRITON, CUDA))
+        _fail(op, f"backend is {backend}, expected one of {codes} for CUDA tensors")
+    if backend != CUDA:  # whose answer depends on settings of torch: it is asked at every call
         ok, reason = backends.supports("triton", backends.Problem("cuda", like.dtype, (block[0], block[1])))
         if not ok:
             _fail(op, f"backend triton: {reason}")
@@ -143,7 +146,7 @@ def _check_conv2d_window(
 @lru_cache(maxsize=4096)
 def _check_conv2d(
     op: str,
-    backend: str,
+    backend: int,
     weight_shape: Shape,
     block: Shape,
     window: tuple[Shape, Shape, Shape],
@@ -156,7 +159,7 @@ def _check_conv2d(
     topology: Meta | None = None,
 ) -> None:
     if values is not None and len(values.shape) != 3:
-        _fail(op, f"values has the shape {list(values.shape)}, expected [nnz, b_out, b_in]")
+        _fail(op, f"values has the shape {list(values.shape)}, expected [slots, b_out, b_in]")
     _check_alike(op, {"input": input, "grad_output": grad_output, "values": values, "bias": bias})
     if input is not None:
         _check_shape(op, "input", input, (None, weight_shape[1], None, None), f"[N, {weight_shape[1]}, H, W]")
@@ -177,7 +180,7 @@ def _check_conv2d(
 @lru_cache(maxsize=4096)
 def _check_linear(
     op: str,
-    backend: str,
+    backend: int,
     weight_shape: Shape,
     block: Shape,
     *,
@@ -190,7 +193,7 @@ def _check_linear(
     if len(weight_shape) != 2:
         _fail(op, f"weight_shape is {list(weight_shape)}, expected [C_out, C_in]")
     if values is not None and len(values.shape) != 3:
-        _fail(op, f"values has the shape {list(values.shape)}, expected [nnz, b_out, b_in]")
+        _fail(op, f"values has the shape {list(values.shape)}, expected [slots, b_out, b_in]")
     _check_alike(op, {"input": input, "grad_output": grad_output, "values": values, "bias": bias})
     if input is not None:
         _check_shape(op, "input", input, (None, weight_shape[1]), f"[B, {weight_shape[1]}]")
@@ -203,6 +206,20 @@ def _check_linear(
     like = input or grad_output
     assert like is not None
     _check_weight(op, backend, weight_shape, block, values, topology, like)
+
+
+@lru_cache(maxsize=1024)  # asked at every call of an operator
+def supports_triton(problem: backends.Problem) -> tuple[bool, str]:
+    """``(ok, reason)``: whether the Triton kernels run a problem."""
+    if problem.device != "cuda":
+        return False, f"runs on CUDA tensors only, got a tensor on {problem.device!r}"
+    if importlib.util.find_spec("triton") is None:
+        return False, "needs the package triton, which is not installed: pip install 'ddst[gpu]'"
+    kernels = importlib.import_module("ddst.kernels")  # imports triton
+    return kernels.supports(problem.dtype, problem.block)
+
+
+backends.register("triton", supports_triton)
 
 
 def _serves(op: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -233,7 +250,8 @@ def conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     channels_last: bool,
-    backend: str = "auto",
+    backend: int = AUTO,
+    record: int = 0,
 ) -> Tensor:
     """``ddst::conv2d`` on a CUDA device."""
     window = (tuple(stride), tuple(padding), tuple(dilation))
@@ -256,7 +274,8 @@ def conv2d_input_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     channels_last: bool,
-    backend: str = "auto",
+    backend: int = AUTO,
+    record: int = 0,
 ) -> Tensor:
     """``ddst::conv2d_input_grad`` on a CUDA device."""
     window = (tuple(stride), tuple(padding), tuple(dilation))
@@ -278,7 +297,7 @@ def conv2d_weight_grad(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    backend: str = "auto",
+    backend: int = AUTO,
 ) -> Tensor:
     """``ddst::conv2d_weight_grad`` on a CUDA device."""
     window = (tuple(stride), tuple(padding), tuple(dilation))
@@ -303,7 +322,7 @@ def conv2d_block_scores(
     """``ddst::conv2d_block_scores`` on a CUDA device."""
     window = (tuple(stride), tuple(padding), tuple(dilation))
     _check_conv2d(
-        "conv2d_block_scores", "auto", tuple(weight_shape), tuple(block), window,
+        "conv2d_block_scores", AUTO, tuple(weight_shape), tuple(block), window,
         input=_meta(input), grad_output=_meta(grad_output),
     )  # fmt: skip
     kernels = importlib.import_module("ddst.kernels")
@@ -317,7 +336,8 @@ def linear(
     bias: Tensor | None,
     topology: Tensor,
     weight_shape: Sequence[int],
-    backend: str = "auto",
+    backend: int = AUTO,
+    record: int = 0,
 ) -> Tensor:
     """``ddst::linear`` on a CUDA device."""
     _check_linear(
@@ -330,7 +350,12 @@ def linear(
 
 @_serves("linear_input_grad")
 def linear_input_grad(
-    grad_output: Tensor, values: Tensor, topology: Tensor, weight_shape: Sequence[int], backend: str = "auto"
+    grad_output: Tensor,
+    values: Tensor,
+    topology: Tensor,
+    weight_shape: Sequence[int],
+    backend: int = AUTO,
+    record: int = 0,
 ) -> Tensor:
     """``ddst::linear_input_grad`` on a CUDA device."""
     _check_linear(
@@ -348,7 +373,7 @@ def linear_weight_grad(
     topology: Tensor,
     weight_shape: Sequence[int],
     block: Sequence[int],
-    backend: str = "auto",
+    backend: int = AUTO,
 ) -> Tensor:
     """``ddst::linear_weight_grad`` on a CUDA device."""
     _check_linear(
@@ -365,7 +390,7 @@ def linear_block_scores(
 ) -> Tensor:
     """``ddst::linear_block_scores`` on a CUDA device."""
     _check_linear(
-        "linear_block_scores", "auto", tuple(weight_shape), tuple(block),
+        "linear_block_scores", AUTO, tuple(weight_shape), tuple(block),
         input=_meta(input), grad_output=_meta(grad_output),
     )  # fmt: skip
     kernels = importlib.import_module("ddst.kernels")

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import topology as tp
-from ..index_cache import cached
-from .precision import tf32_allowed
+from ... import topology as tp
+from ...index_cache import cached
+from ..precision import tf32_allowed
 
 WARPS = 8  # of a CTA
 _ACCUMULATORS = 2048  # fp32 sums of a warp
@@ -72,23 +72,24 @@ def parts_of(block: tuple[int, int]) -> tuple[int, int]:
     return block[0] // rows * (block[1] // cols), _ACCUMULATORS // (rows * cols)
 
 
-def most_groups(nnz: int, bands: int, block: tuple[int, int]) -> int:
-    """At most so many groups hold ``nnz`` blocks, however they lie in the bands.
+def most_groups(slots: int, bands: int, block: tuple[int, int]) -> int:
+    """At most so many groups hold ``slots`` blocks, however they lie in the bands; those that are free are a band more.
 
     >>> most_groups(0, 4, (16, 16)), most_groups(3, 4, (16, 16)), most_groups(1000, 4, (16, 16))
-    (0, 3, 19)
+    (0, 3, 20)
     """
     parts, per_warp = parts_of(block)
-    full = min(nnz, bands)
-    return full + (nnz * parts - full) // (WARPS * per_warp)
+    full = min(slots, bands + 1)
+    return full + (slots * parts - full) // (WARPS * per_warp)
 
 
 def list_units(index: tp.Index, grid: tuple[int, int, int], block: tuple[int, int], band: tuple[int, int]) -> Tensor:
-    """``units[group, warp, i] = id · parts + part`` of the group's units, -1 where there is none.
+    """``units[group, warp, i] = slot · parts + part`` of the group's units, -1 where there is none.
 
     The units of a band are dealt to as few groups as hold them, and those of a group to its warps, evenly and in the
-    order of their ids, so that a warp's units share output rows. A warp's units come first in its list, and a group
-    that has any has one in its first place. Groups without units come last.
+    order of their blocks, so that a warp's units share output rows. A warp's units come first in its list, and a group
+    that has any has one in its first place. Free slots are a band of their own, whose gradient is zero, behind the
+    others; groups without units come last.
 
     Args:
         index: the sections of the topology vector, whose device gets the list; grid: ``(R, C, T)``.
@@ -97,22 +98,24 @@ def list_units(index: tp.Index, grid: tuple[int, int, int], block: tuple[int, in
         int32 ``[most_groups(…), WARPS, units of a warp]``. Made without a host synchronisation.
     """
     parts, per_warp = parts_of(block)
-    nnz, device = index.block_row.numel(), index.block_row.device
+    slots, device = index.block_row.numel(), index.block_row.device
     across = -(-grid[1] // band[1])
     bands = -(-grid[0] // band[0]) * across
     size = WARPS * per_warp
-    units = torch.full((most_groups(nnz, bands, block), WARPS, per_warp), -1, dtype=torch.int32, device=device)
-    band_of = index.block_row.long() // band[0] * across + index.block_col // band[1]
-    count = torch.zeros(bands, dtype=torch.int64, device=device).scatter_add_(0, band_of, torch.ones_like(band_of))
+    units = torch.full((most_groups(slots, bands, block), WARPS, per_warp), -1, dtype=torch.int32, device=device)
+    row, col = (section[index.row_order].long() for section in (index.block_row, index.block_col))
+    band_of = torch.where(row == grid[0], bands, row // band[0] * across + col // band[1])
+    count = torch.zeros(bands + 1, dtype=torch.int64, device=device).scatter_add_(0, band_of, torch.ones_like(band_of))
     count = count * parts
     groups = _ceil_div(count, size)
-    order = torch.argsort(band_of, stable=True)
-    unit = (order[:, None] * parts + torch.arange(parts, device=device)).flatten()
-    its = band_of[order, None].expand(nnz, parts).flatten()
+    band_of, order = torch.sort(band_of, stable=True)
+    slot = index.row_order[order].long()
+    unit = (slot[:, None] * parts + torch.arange(parts, device=device)).flatten()
+    its = band_of[:, None].expand(slots, parts).flatten()
     count, groups, first_group, first_unit = (
         table[its] for table in (count, groups, groups.cumsum(0) - groups, count.cumsum(0) - count)
     )
-    rank = torch.arange(nnz * parts, device=device) - first_unit
+    rank = torch.arange(slots * parts, device=device) - first_unit
     group = rank * groups // count
     begin, end = _ceil_div(group * count, groups), _ceil_div((group + 1) * count, groups)
     warp = (rank - begin) * WARPS // (end - begin)
@@ -237,23 +240,23 @@ def _ctas(cost: int) -> int:
     return 1 if cost == _COST_FLOAT32 else 2
 
 
-def plan(geometry: Geometry, nnz: int, itemsize: int, device: Device, *, allow_tf32: bool = True) -> Plan:
+def plan(geometry: Geometry, slots: int, itemsize: int, device: Device, *, allow_tf32: bool = True) -> Plan:
     """How to run it: as many CTAs with work as the device's multiprocessors take, where there are enough tiles.
 
-    The choice is made for a density rounded to a quarter of an octave, once, so that a slowly changing number of blocks
-    costs no new search.
+    The choice is made for a density, as if every slot held a block, rounded to a quarter of an octave: once, so that a
+    slowly changing number of slots costs no new search.
 
     Raises:
         ValueError: `refusal` has a reason.
     """
     rows, cols, taps = tp.grid(geometry.weight_shape, geometry.block)
-    density = 2 ** (round(4 * math.log2(max(nnz, 1) / (rows * cols * taps))) / 4)
+    density = 2 ** (round(4 * math.log2(max(slots, 1) / (rows * cols * taps))) / 4)
     cost = _COST_16 if itemsize == 2 else _COST_TF32 if allow_tf32 else _COST_FLOAT32
     choice = _band_and_tile(geometry, density, itemsize, cost, device.shared_bytes)
     if choice is None:
         raise ValueError(f"{refusal(geometry, itemsize, device.shared_bytes)}: use backend 'triton'")
     band, tile = choice
-    groups = most_groups(nnz, -(-rows // band[0]) * -(-cols // band[1]), geometry.block)
+    groups = most_groups(slots, -(-rows // band[0]) * -(-cols // band[1]), geometry.block)
     shares = _ctas(cost) * device.multiprocessors // _expected_groups(geometry, density, band)
     return Plan(band, tile, groups, max(1, min(shares, _tile_count(geometry, tile))))
 
@@ -295,25 +298,25 @@ def conv2d_weight_grad(
     *,
     linear: bool = False,
 ) -> Tensor:
-    """``∂L/∂values[id, i, j] = Σ_{n, y, x} grad_output[n, row · b_out + i, y, x] · input[n, col · b_in + j, y′, x′]``
+    """``∂L/∂values[slot, i, j] = Σ_{n, y, x} grad_output[n, row · b_out + i, y, x] · input[n, col · b_in + j, y′, x′]``
 
     with ``y′ = y · stride + kh · dilation - padding``, of the active blocks of a convolution's weight; exactly zero in
-    the part of a block outside of it.
+    the part of a block outside of it, and in free slots.
 
     Args:
         grad_output: ``[N, C_out, H_out, W_out]``; input: ``[N, C_in, H, W]``, on one CUDA device, of one dtype:
             bfloat16, float16 or float32. Other memory than channels_last is copied.
         topology: int32 vector (:mod:`ddst.topology`); block: one that `refusal` accepts.
-        linear: as for `ddst.ops.cuda_gather.conv2d`.
+        linear: as for `ddst.ops.cuda.gather.conv2d`.
 
     Returns:
-        ``[nnz, b_out, b_in]`` in their dtype.
+        ``[slots, b_out, b_in]`` in their dtype.
 
     Raises:
         ValueError: an argument does not fit; `refusal` tells beforehand.
 
     Numerics: sums in float32, in an order that depends on shapes, mask and device alone: the same call, the same bits.
-    float32 is multiplied as `ddst.ops.cuda_gather.conv2d` says. A NaN or infinity in a pixel may reach every tap of its
+    float32 is multiplied as `ddst.ops.cuda.gather.conv2d` says. A NaN or infinity in a pixel may reach every tap of its
     channel.
     """
     geometry = Geometry(
@@ -323,14 +326,18 @@ def conv2d_weight_grad(
     )  # fmt: skip
     grid = tp.grid(weight_shape, geometry.block)
     index = tp.split_topology(topology, *grid[:2])
-    nnz = index.block_row.numel()
-    if nnz == 0 or input.numel() == 0 or grad_output.numel() == 0:
-        return input.new_zeros(nnz, *block)
+    slots = index.block_row.numel()
+    if slots == 0 or input.numel() == 0 or grad_output.numel() == 0:
+        return input.new_zeros(slots, *block)
     flat, (gy, x) = flattened(geometry, *(_dense_channels_last(t) for t in (grad_output, input)))
     allow_tf32 = tf32_allowed(linear=linear)
-    chosen = plan(flat, nnz, x.element_size(), _device(x.device.index), allow_tf32=allow_tf32)
+    chosen = plan(flat, slots, x.element_size(), _device(x.device.index), allow_tf32=allow_tf32)
     key = ("cuda_weight_grad", geometry.block, chosen.band)
-    units = cached(topology, key, lambda: list_units(index, grid, geometry.block, chosen.band))
+    units = cached(
+        topology,
+        key,
+        lambda topology: list_units(tp.split_topology(topology, *grid[:2]), grid, geometry.block, chosen.band),
+    )
     return torch.ops.ddst_cuda.conv2d_weight_grad(
         gy, x, index.block_row, index.block_col, index.block_tap, units.view(-1), list(weight_shape), list(block),
         list(stride), list(padding), list(dilation), list(chosen.band), list(chosen.tile), chosen.shares,

@@ -9,49 +9,67 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddst import index_cache
 from ddst import topology as tp
-from ddst.ops import cuda_weight_grad as cwg
+from ddst.ops.cuda import weight_grad as cwg
+from helpers.slots import Slots, scatter
 
 BLOCKS = [(rows, cols) for rows in (16, 32, 64) for cols in (16, 32, 64)]
 H200 = cwg.Device(multiprocessors=132, shared_bytes=227 * 1024)
 A100 = cwg.Device(multiprocessors=108, shared_bytes=163 * 1024)
 
 
-def lists(mask: torch.Tensor, block: tuple[int, int], band: tuple[int, int]) -> torch.Tensor:
+def lists(
+    mask: torch.Tensor, block: tuple[int, int], band: tuple[int, int], slots: Slots | None = None
+) -> torch.Tensor:
     rows, cols = mask.shape[:2]
     grid = (rows, cols, mask.shape[2:].numel())
-    return cwg.list_units(tp.split_topology(tp.build_topology(mask), rows, cols), grid, block, band)
+    topology = tp.build_topology(mask) if slots is None else slots.topology
+    return cwg.list_units(tp.split_topology(topology, rows, cols), grid, block, band)
 
 
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3)),
     block=st.sampled_from(BLOCKS), band=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-    density=st.sampled_from([0.0, 0.02, 0.3, 1.0]), seed=st.integers(0, 99),
+    density=st.sampled_from([0.0, 0.02, 0.3, 1.0]), free=st.sampled_from([0, 1, 40]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_every_unit_stands_once_in_a_group_of_its_band(
-    shape: tuple[int, int, int, int], block: tuple[int, int], band: tuple[int, int], density: float, seed: int
+    shape: tuple[int, int, int, int],
+    block: tuple[int, int],
+    band: tuple[int, int],
+    density: float,
+    free: int,
+    seed: int,
 ) -> None:
+    """Whatever slots the blocks lie in; free slots form the last groups that are not empty."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
-    units = lists(mask, block, band)
+    slots = scatter(mask, free, seed)
+    units = lists(mask, block, band, slots)
     parts, per_warp = cwg.parts_of(block)
     bands = -(-shape[0] // band[0]) * -(-shape[1] // band[1])
-    assert units.shape == (cwg.most_groups(int(mask.sum()), bands, block), cwg.WARPS, per_warp)
-    assert units[units >= 0].sort()[0].tolist() == list(range(int(mask.sum()) * parts))
+    assert units.shape == (cwg.most_groups(slots.count, bands, block), cwg.WARPS, per_warp)
+    assert units[units >= 0].sort()[0].tolist() == list(range(slots.count * parts))
+    block_of = torch.full((slots.count,), -1)
+    block_of[slots.of_block] = torch.arange(len(slots.of_block))
     row, col = mask.nonzero()[:, 0], mask.nonzero()[:, 1]
-    empty_before = False
+    seen = "blocks"
     for group in units:
         present = group[group >= 0].long() // parts
         if not len(present):
-            empty_before = True
+            seen = "nothing"
             continue
-        assert not empty_before
+        assert seen != "nothing"
         assert group[0, 0] >= 0
-        assert len(set(zip((row[present] // band[0]).tolist(), (col[present] // band[1]).tolist(), strict=True))) == 1
-        assert present.tolist() == sorted(present.tolist())
         counts = (group >= 0).sum(1)
         assert counts.max() - counts.min() <= 1
         assert bool((group.sort(dim=1, descending=True, stable=True)[0] >= 0).eq(group >= 0).all())
+        blocks = block_of[present]
+        if blocks[0] < 0:
+            seen = "free slots"
+            assert bool((blocks < 0).all())
+            continue
+        assert seen == "blocks"
+        assert len(set(zip((row[blocks] // band[0]).tolist(), (col[blocks] // band[1]).tolist(), strict=True))) == 1
+        assert blocks.tolist() == sorted(blocks.tolist()), "neighbours share output rows"
 
 
 def test_groups_of_a_band_are_even() -> None:
@@ -126,33 +144,3 @@ def test_pointwise_layers_are_one_row_of_pixels() -> None:
     assert torch.equal(view[0, :, 0, 17], x[1, :, 0, 2])
     strided = geometry._replace(stride=(2, 2))
     assert cwg.flattened(strided, x) == (strided, [x])
-
-
-def test_lists_are_kept_until_the_topology_changes() -> None:
-    topology, calls = torch.arange(4), []
-
-    def build() -> int:
-        calls.append(1)
-        return len(calls)
-
-    assert [index_cache.cached(topology, "a", build) for _ in range(3)] == [1, 1, 1]
-    assert index_cache.cached(topology, "b", build) == 2
-    assert index_cache.cached(topology.clone(), "a", build) == 3
-    topology.add_(1)
-    assert [index_cache.cached(topology, key, build) for key in ("a", "b", "a")] == [4, 5, 4]
-    with torch.inference_mode():
-        inference = torch.arange(4)
-        assert [index_cache.cached(inference, "a", build) for _ in range(2)] == [6, 7]
-
-
-def test_a_graph_is_captured_with_the_lists_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is built while it is captured, which has not run, is not kept."""
-    topology = torch.arange(4)
-    assert index_cache.cached(topology, "a", lambda: "warm") == "warm"
-    with monkeypatch.context() as capturing:
-        capturing.setattr(index_cache, "_is_captured", lambda tensor: True)
-        assert index_cache.cached(topology, "a", lambda: "captured") == "warm"
-        assert index_cache.cached(topology, "b", lambda: "captured") == "captured"
-        topology.add_(1)
-        assert index_cache.cached(topology, "a", lambda: "captured") == "captured"
-    assert [index_cache.cached(topology, key, lambda: "run") for key in "ab"] == ["run", "run"]

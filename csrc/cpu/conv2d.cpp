@@ -20,7 +20,7 @@ struct Window {
 
 void check_pair(const char* op, const char* name, const Ints& pair, int64_t least) {
   if (pair.size() != 2 || pair[0] < least || pair[1] < least || pair[0] > INT32_MAX || pair[1] > INT32_MAX) {
-    fail(op, name, " is ", shape_text(pair), ", expected two ints of at least ", least);
+    fail(op, name, " is ", shape_text(pair), ", expected two ints from ", least, " to 2^31 - 1");
   }
 }
 
@@ -75,6 +75,12 @@ ConvGeometry make_geometry(const char* op, const WeightGrid& grid, const Window&
   if (g.out_h > INT32_MAX || g.out_w > INT32_MAX) {
     fail(op, "padding [", w.pad_h, ", ", w.pad_w, "] makes an output of ", g.out_h, " x ", g.out_w,
          " pixels, expected at most 2^31 - 1 rows and columns");
+  }
+  for (const Ints& sizes : {Ints{images, g.in_channels, h, wide}, Ints{images, g.out_channels, g.out_h, g.out_w}}) {
+    if (!tensor_bytes(sizes, sizeof(double))) {
+      fail(op, "stride [", w.stride_h, ", ", w.stride_w, "] and padding [", w.pad_h, ", ", w.pad_w,
+           "] make a tensor of shape ", shape_text(sizes), ", expected less than 2^63 bytes");
+    }
   }
   return g;
 }
@@ -141,8 +147,7 @@ template <typename T>
 Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Topology& topology, const WeightGrid& grid,
                    const ConvGeometry& geometry) {
   const Kernels<T>& kernels = kernels_for<T>(active_kernels());
-  const int64_t sizes[3] = {topology.nnz, grid.block_out, grid.block_in};
-  Tensor grad = torch::stable::empty({sizes, 3}, input.scalar_type(), std::nullopt, input.device());
+  Tensor grad = empty_tensor("its output", {topology.nnz, grid.block_out, grid.block_in}, input);
   if (topology.nnz == 0) return grad;
   const NhwcInput<T> x(input, input_shape(geometry), kernels);
   const NhwcInput<T> gy(grad_output, output_shape(geometry), kernels);
@@ -156,8 +161,7 @@ template <typename T>
 Tensor block_scores(const Tensor& grad_output, const Tensor& input, const WeightGrid& grid,
                     const ConvGeometry& geometry) {
   const Kernels<T>& kernels = kernels_for<T>(active_kernels());
-  const int64_t sizes[4] = {grid.rows, grid.cols, grid.kernel_h, grid.kernel_w};
-  Tensor scores = torch::stable::empty({sizes, 4}, input.scalar_type(), std::nullopt, input.device());
+  Tensor scores = empty_tensor("its output", {grid.rows, grid.cols, grid.kernel_h, grid.kernel_w}, input);
   const NhwcInput<T> x(input, input_shape(geometry), kernels);
   const NhwcInput<T> gy(grad_output, output_shape(geometry), kernels);
   block_scores_pass<T>(kernels, flattened(geometry), grid, x.data(), gy.data(), scores.mutable_data_ptr<T>());
@@ -177,12 +181,10 @@ Tensor conv2d(const Tensor& input, const Tensor& values, const std::optional<Ten
   const Topology topo = read_topology(op, topology, grid);
   check_nnz(op, values, topo);
   const ConvGeometry g = make_geometry(op, grid, window, input.size(0), input.size(2), input.size(3));
-  if (values.scalar_type() == ScalarType::Float) {
-    return forward<float>(input, values, bias ? bias_copy.const_data_ptr<float>() : nullptr, topo, grid, g,
-                          channels_last);
-  }
-  return forward<double>(input, values, bias ? bias_copy.const_data_ptr<double>() : nullptr, topo, grid, g,
-                         channels_last);
+  return in_dtype(op, values.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    return forward<T>(input, values, bias ? bias_copy.const_data_ptr<T>() : nullptr, topo, grid, g, channels_last);
+  });
 }
 
 Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& values, const Tensor& topology,
@@ -199,10 +201,9 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& values, const 
   check_nnz(op, values, topo);
   const ConvGeometry g = make_geometry(op, grid, window, grad_output.size(0), input_size[0], input_size[1]);
   check_grad_output(op, grad_output, g);
-  if (values.scalar_type() == ScalarType::Float) {
-    return input_grad<float>(grad_output, values, topo, grid, g, channels_last);
-  }
-  return input_grad<double>(grad_output, values, topo, grid, g, channels_last);
+  return in_dtype(op, values.scalar_type(), [&](auto zero) {
+    return input_grad<decltype(zero)>(grad_output, values, topo, grid, g, channels_last);
+  });
 }
 
 ConvGeometry check_gradient_operands(const char* op, const Tensor& grad_output, const Tensor& input,
@@ -225,8 +226,8 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   const Window window = read_window(op, stride, padding, dilation);
   const ConvGeometry g = check_gradient_operands(op, grad_output, input, grid, window);
   const Topology topo = read_topology(op, topology, grid);
-  return input.scalar_type() == ScalarType::Float ? weight_grad<float>(grad_output, input, topo, grid, g)
-                                                  : weight_grad<double>(grad_output, input, topo, grid, g);
+  return in_dtype(op, input.scalar_type(),
+                  [&](auto zero) { return weight_grad<decltype(zero)>(grad_output, input, topo, grid, g); });
 }
 
 Tensor conv2d_block_scores(const Tensor& grad_output, const Tensor& input, const Ints& weight_shape, const Ints& block,
@@ -235,8 +236,8 @@ Tensor conv2d_block_scores(const Tensor& grad_output, const Tensor& input, const
   const WeightGrid grid = grid_of_block(op, block, weight_shape, 4);
   const Window window = read_window(op, stride, padding, dilation);
   const ConvGeometry g = check_gradient_operands(op, grad_output, input, grid, window);
-  return input.scalar_type() == ScalarType::Float ? block_scores<float>(grad_output, input, grid, g)
-                                                  : block_scores<double>(grad_output, input, grid, g);
+  return in_dtype(op, input.scalar_type(),
+                  [&](auto zero) { return block_scores<decltype(zero)>(grad_output, input, grid, g); });
 }
 
 }  // namespace

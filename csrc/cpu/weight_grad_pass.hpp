@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
-#include <vector>
 
 #include "activation.hpp"
 
@@ -15,7 +14,7 @@ namespace ddst::cpu {
 template <typename T>
 struct WeightGradPlan {
   WeightGradJob<T> job{};
-  std::vector<int32_t> order;
+  Array<int32_t> order;
   int64_t chunks = 0;
   int64_t input_scratch = 0, grad_scratch = 0, runs = 0, taps = 0;
   int64_t partial_block = 0;  // elements of one block's partial gradient
@@ -118,8 +117,8 @@ struct WeightGradMemory {
   explicit WeightGradMemory(const WeightGradPlan<T>& plan)
       : input(plan.input_scratch), grad(plan.grad_scratch), runs(plan.runs + 1), run_begin(plan.taps + 1) {}
   Buffer<T> input, grad;
-  std::vector<Run> runs;
-  std::vector<int64_t> run_begin;
+  Array<Run> runs;
+  Array<int64_t> run_begin;
 
   void run(const Kernels<T>& kernels, const WeightGradJob<T>& job, int64_t chunk_begin, int64_t chunk_end,
            int64_t block_begin, int64_t block_end, T* partial) {
@@ -184,8 +183,8 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
   const int64_t chunk_tasks = std::min(pixel_shares(plan, multiply_adds, tasks), plan.chunks);
   const int64_t block_tasks = std::min(std::max<int64_t>(1, tasks / chunk_tasks), job.n_blocks);
 
-  std::vector<WeightGradMemory<T>> memory;
-  std::vector<Buffer<T>> partials(chunk_tasks);
+  Array<WeightGradMemory<T>> memory;
+  Array<Buffer<T>> partials(chunk_tasks);
   for (int64_t i = 0; i < chunk_tasks * block_tasks; ++i) memory.emplace_back(plan);
   for (int64_t i = 0; i < chunk_tasks; ++i) {
     if (i > 0 || !job.vector_over_in) partials[i] = Buffer<T>(total);
@@ -235,14 +234,14 @@ void block_scores_pass(const Kernels<T>& kernels, const ConvGeometry& g, const W
 
   // The blocks of one group of rows; the kernel sees the group as a weight of its own, with shifted output channels.
   const int64_t group_blocks = group_rows * row_blocks;
-  std::vector<int32_t> block_row(group_blocks), block_col(group_blocks), block_tap(group_blocks);
+  Array<int32_t> block_row(group_blocks), block_col(group_blocks), block_tap(group_blocks);
   for (int64_t i = 0; i < group_blocks; ++i) {
     block_row[i] = static_cast<int32_t>(i / row_blocks);
     block_col[i] = static_cast<int32_t>(i % row_blocks / grid.taps);
     block_tap[i] = static_cast<int32_t>(i % grid.taps);
   }
-  std::vector<Buffer<T>> sums, blocks;
-  std::vector<WeightGradMemory<T>> memory;
+  Array<Buffer<T>> sums, blocks;
+  Array<WeightGradMemory<T>> memory;
   WeightGradPlan<T> plan = plan_weight_grad(kernels, g, grid.block_out, grid.block_in, group_blocks, block_row.data(),
                                             block_col.data(), block_tap.data());
   for (int64_t i = 0; i < runners; ++i) {

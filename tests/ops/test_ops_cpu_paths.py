@@ -14,26 +14,13 @@ import torch
 from torch import Tensor
 
 import ddst
+from helpers.cpu_paths import CAPABILITIES, skip_without
 from helpers.problems import ConvProblem, LinearProblem
 from helpers.sparse import Problem, call, op_arguments
 from helpers.tolerances import assert_close
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 CHECK, DIGESTS = str(HELPERS / "check_cpu_path.py"), str(HELPERS / "weight_grad_digests.py")
-NEEDS = {
-    "portable": set(),
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-}
-
-
-def machine_flags() -> set[str]:
-    """Features of this CPU as the kernel lists them; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def run_with(capability: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -47,10 +34,9 @@ def run_with(capability: str, *arguments: str, **variables: str) -> subprocess.C
     )
 
 
-@pytest.mark.parametrize("capability", NEEDS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_each_instruction_set_against_dense(capability: str) -> None:
-    if not NEEDS[capability] <= machine_flags():
-        pytest.skip(f"this CPU has no {capability}")
+    skip_without(capability)
     done = run_with(capability, CHECK)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,25 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import ddst
-from helpers.cpu_paths import CAPABILITIES, skip_without
+from helpers.cpu_paths import CAPABILITIES, run_with, skip_without
 from helpers.problems import ConvProblem, LinearProblem
 from helpers.sparse import Problem, call, op_arguments
 from helpers.tolerances import assert_close
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 CHECK, DIGESTS = str(HELPERS / "check_cpu_path.py"), str(HELPERS / "weight_grad_digests.py")
-
-
-def run_with(capability: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    # glibc fills every allocation with 0x7f bytes (3e38 as float): scratch memory that is read unwritten shows.
-    environment = {**os.environ, "DDST_CPU_CAPABILITY": capability, "MALLOC_PERTURB_": "128", **variables}
-    # The folder that ddst was imported from, so that an uninstalled checkout is tested too.
-    root = str(Path(ddst.__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-P", *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -7,43 +7,27 @@ import faulthandler
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import ddst
-from helpers.cpu_paths import CAPABILITIES, skip_without
-from helpers.guard_pages import GuardedArea, build_guarded_heap
+from helpers.cpu_paths import CAPABILITIES, run_with, skip_without
+from helpers.guard_pages import GuardedArea
 
-HELPERS = Path(__file__).resolve().parents[1] / "helpers"
-CHECK = str(HELPERS / "check_guard_pages.py")
+CHECK = str(Path(__file__).resolve().parents[1] / "helpers" / "check_guard_pages.py")
 MOST_KILLS = 5  # then it is known well enough that it is broken
 
 
-@pytest.fixture(scope="module")
-def guarded_heap(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_guarded_heap(tmp_path_factory.mktemp("guard_heap"))
-
-
-def run(program: list[str], capability: str, preload: Path) -> subprocess.CompletedProcess[str]:
-    root = str(Path(ddst.__file__).resolve().parents[1])  # so that an uninstalled checkout is tested, too
-    variables = {"DDST_CPU_CAPABILITY": capability, "LD_PRELOAD": str(preload), "OMP_WAIT_POLICY": "passive"}
-    variables["PYTHONPATH"] = os.pathsep.join([root, str(HELPERS.parent)])
-    environment = {**os.environ, **variables}
-    return subprocess.run([sys.executable, "-P", *program], env=environment, capture_output=True, text=True)
-
-
-def check_seeds(first: int, last: int, capability: str, preload: Path, folder: Path) -> str:
+def check_seeds(first: int, last: int, capability: str, preload: str, folder: Path) -> str:
     """Runs the problems of the seeds first .. last - 1 in a process, in the next one where it is killed; the tally."""
     count, wrong, kills = last - first, [], []
     progress = folder / "now"
     while first < last and len(kills) < MOST_KILLS:
         progress.write_text("")
-        done = run([CHECK, str(first), str(last), str(progress)], capability, preload)
+        arguments = CHECK, str(first), str(last), str(progress)
+        done = run_with(capability, *arguments, timeout=None, LD_PRELOAD=preload, OMP_WAIT_POLICY="passive")
         if done.returncode == 0:
             report = json.loads(done.stdout)
             assert (report["capability"], report["problems"]) == (capability, last - first)
@@ -59,7 +43,7 @@ def check_seeds(first: int, last: int, capability: str, preload: Path, folder: P
 
 @pytest.mark.parametrize("number, capability", list(enumerate(CAPABILITIES)))
 def test_nothing_beside_the_operands_is_touched(
-    number: int, capability: str, guarded_heap: Path, tmp_path: Path, record_property
+    number: int, capability: str, guarded_heap: str, tmp_path: Path, record_property
 ) -> None:
     skip_without(capability)
     record_property("tally", check_seeds(1000 * number, 1000 * (number + 1), capability, guarded_heap, tmp_path))
@@ -68,7 +52,7 @@ def test_nothing_beside_the_operands_is_touched(
 @pytest.mark.torture
 @pytest.mark.parametrize("number, capability", list(enumerate(CAPABILITIES)))
 def test_nothing_beside_the_operands_is_touched_in_50000_problems(
-    number: int, capability: str, guarded_heap: Path, tmp_path: Path, record_property
+    number: int, capability: str, guarded_heap: str, tmp_path: Path, record_property
 ) -> None:
     skip_without(capability)
     first, last = 10_000 + 50_000 * number // 3, 10_000 + 50_000 * (number + 1) // 3
@@ -114,6 +98,6 @@ heap.free(p)
 @pytest.mark.parametrize(
     "offset, signal_number", [(11, 0), (12, signal.SIGABRT), (-1, signal.SIGABRT), (64, signal.SIGSEGV)]
 )
-def test_the_heap_sees_a_byte_written_beside_an_allocation(offset: int, signal_number: int, guarded_heap: Path) -> None:
-    done = run(["-c", WRITE_BESIDE, str(offset)], "portable", guarded_heap)
+def test_the_heap_sees_a_byte_written_beside_an_allocation(offset: int, signal_number: int, guarded_heap: str) -> None:
+    done = run_with("portable", "-c", WRITE_BESIDE, str(offset), LD_PRELOAD=guarded_heap)
     assert done.returncode == -signal_number, done.stderr

@@ -1,8 +1,8 @@
-// Schemas of every registered op. The tensor ops' CPU kernels are registered in cpu/conv2d.cpp and cpu/linear.cpp, those
-// for CUDA devices in ddst/ops/cuda; fake kernels and autograd are in ddst/ops. The argument backend, a code of
-// ddst/backends.py, is the one asked for, so that derivatives run on it too; record is the key of a recorder of ddst/ops/scores.py, which
-// only derivatives look at. No schema has a string: torch 2.11 to 2.13
-// keep the memory of every string that passes the stable ABI.
+// Schemas of every registered op. The tensor ops' CPU kernels are registered in cpu/conv2d.cpp and cpu/linear.cpp,
+// those for CUDA devices in ddst/ops/cuda; fake kernels and autograd are in ddst/ops. The argument backend, a code of
+// ddst/backends.py, is the one asked for, so that derivatives run on it too; record is the key of a recorder of
+// ddst/ops/scores.py, which only derivatives look at. No schema has a string: torch 2.11 to 2.13 keep the memory of
+// every string that passes the stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -29,7 +29,8 @@ STABLE_TORCH_LIBRARY(ddst, m) {
       "int[] padding, int[] dilation, bool channels_last, int backend=0, int record=0) -> Tensor");
   m.def(
       "conv2d_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, "
-      "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool channels_last, int backend=0, int record=0) "
+      "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, bool channels_last, int backend=0, int "
+      "record=0) "
       "-> Tensor");
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "
@@ -38,10 +39,12 @@ STABLE_TORCH_LIBRARY(ddst, m) {
       "conv2d_block_scores(Tensor grad_output, Tensor input, int[] weight_shape, int[] block, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor");
   m.def(
-      "linear(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, int backend=0, int record=0) "
+      "linear(Tensor input, Tensor values, Tensor? bias, Tensor topology, int[] weight_shape, int backend=0, int "
+      "record=0) "
       "-> Tensor");
   m.def(
-      "linear_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, int backend=0, int record=0) "
+      "linear_input_grad(Tensor grad_output, Tensor values, Tensor topology, int[] weight_shape, int backend=0, int "
+      "record=0) "
       "-> Tensor");
   m.def(
       "linear_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "
@@ -50,15 +53,12 @@ STABLE_TORCH_LIBRARY(ddst, m) {
   m.def("cpu_capability() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ddst, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
-}
+STABLE_TORCH_LIBRARY_IMPL(ddst, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&cpu_capability)); }
 
 // "key=value" lines, which ddst/_extension.py makes into a dict.
 extern "C" __attribute__((visibility("default"))) const char* ddst_build_info() {
-  static const std::string facts =
-      std::string("compiler=") + kCompiler +
-      "\nbuild_type=" DDST_BUILD_TYPE "\ntorch_headers=" TORCH_VERSION "\ntorch_abi_target=" DDST_TORCH_TARGET
-      "\ncuda_architectures=" DDST_CUDA_FACT;
+  static const std::string facts = std::string("compiler=") + kCompiler +
+                                   "\nbuild_type=" DDST_BUILD_TYPE "\ntorch_headers=" TORCH_VERSION
+                                   "\ntorch_abi_target=" DDST_TORCH_TARGET "\ncuda_architectures=" DDST_CUDA_FACT;
   return facts.c_str();
 }

@@ -2,9 +2,6 @@
 // The format itself is documented in ddst/topology.py.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -12,11 +9,9 @@
 #include <string>
 #include <vector>
 
-namespace ddst {
+#include "memory.hpp"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
+namespace ddst {
 
 // Throws std::invalid_argument (ValueError in Python) with the op's name and the parts of the message.
 template <typename... Parts>
@@ -26,21 +21,6 @@ template <typename... Parts>
   ((message << parts), ...);
   throw std::invalid_argument(message.str());
 }
-
-inline std::string shape_text(const int64_t* sizes, int64_t n) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < n; ++i) text << (i == 0 ? "" : ", ") << sizes[i];
-  text << "]";
-  return text.str();
-}
-inline std::string shape_text(const Ints& sizes) {
-  return shape_text(sizes.data(), static_cast<int64_t>(sizes.size()));
-}
-inline std::string shape_text(const Tensor& t) { return shape_text(t.sizes().data(), t.dim()); }
-
-// The tensor itself where it is contiguous: asking is cheaper than a call of the dispatcher.
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -106,8 +86,8 @@ inline void check_floating(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-// Whether every index lies inside the grid, the orders are those of ddst/topology.py and name each slot once. The kernels
-// count on the orders, too: cut blocks come last.
+// Whether every index lies inside the grid, the orders are those of ddst/topology.py and name each slot once. The
+// kernels count on the orders, too: cut blocks come last.
 inline bool describes_blocks(const Topology& t, const WeightGrid& grid) {
   const int64_t slots = t.slots, nnz = t.nnz;
   if (nnz < 0 || nnz > slots || t.col_ptr[grid.cols] != nnz || t.row_ptr[0] != 0 || t.col_ptr[0] != 0) return false;
@@ -129,7 +109,8 @@ inline bool describes_blocks(const Topology& t, const WeightGrid& grid) {
     for (int64_t i = t.col_ptr[c]; i < t.col_ptr[c + 1]; ++i) {
       const int32_t slot = t.col_order[i];
       // Rows are checked above: a slot with a row of the grid has a tap of it, and there are nnz of them.
-      if (!is_slot(slot) || t.block_col[slot] != c || t.block_row[slot] < 0 || t.block_row[slot] >= grid.rows) return false;
+      if (!is_slot(slot) || t.block_col[slot] != c || t.block_row[slot] < 0 || t.block_row[slot] >= grid.rows)
+        return false;
       const int64_t key = t.block_row[slot] * grid.taps + t.block_tap[slot];
       if (key <= last) return false;
       last = key;

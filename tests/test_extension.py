@@ -46,6 +46,14 @@ def test_sources_compile_against_the_headers_of_the_oldest_torch() -> None:
     assert "TORCH_BOX" in used and used <= set(in_2_11.split())
 
 
+@pytest.mark.parametrize("library", sorted(_extension.LIBRARY.parent.glob("*.so")), ids=lambda path: path.name)
+def test_libraries_name_no_file_of_the_machine_that_built_them(library: Path) -> None:
+    """Torch's headers put their own place into messages."""
+    sources = re.findall(rb"[\x20-\x7e]+\.(?:c|h|cu)(?:c|h|pp|uh)?\x00", library.read_bytes())
+    assert sources or library != _extension.LIBRARY
+    assert not [name for name in sources if b"/" in name and name.lstrip().startswith(b"/")]
+
+
 @pytest.mark.parametrize("version", ["2.11.0", "2.11.0a0+git1", "2.13.0+cpu", "3.0.1"])
 def test_new_enough_torch(version: str) -> None:
     _extension.check_torch(version)

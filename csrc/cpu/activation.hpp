@@ -6,8 +6,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <memory>
-#include <new>
+#include <mutex>
 #include <utility>
 
 #include "../topology.hpp"
@@ -23,7 +24,7 @@ class Buffer {
   explicit Buffer(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
     data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!data_) throw std::bad_alloc();
+    if (!data_) fail_workspace(bytes, 1);
   }
   T* get() const { return data_.get(); }
 
@@ -44,13 +45,27 @@ inline int64_t task_count(int64_t multiply_adds) {
   return tasks_worth(multiply_adds, torch::stable::get_num_threads());
 }
 
-// f(i) for i in [0, count), on torch's threads.
+// f(i) for i in [0, count), on torch's threads. What a task throws is thrown here: torch would hand over that a call
+// failed, and nothing of it.
 template <typename F>
 void run_tasks(int64_t count, const F& f) {
   if (count == 1) return f(0);
+  std::exception_ptr error;
+  std::once_flag thrown;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
+    try {
+      for (int64_t i = begin; i < end; ++i) f(i);
+    } catch (...) {
+      std::call_once(thrown, [&] { error = std::current_exception(); });
+    }
   });
+  if (error) std::rethrow_exception(error);
+}
+
+// f(T()) for the T of dtype, Float or Double.
+template <typename F>
+Tensor in_dtype(const char* op, ScalarType dtype, const F& f) {
+  return naming_operator(op, [&] { return dtype == ScalarType::Float ? f(float()) : f(double()); });
 }
 
 // An odd number of cache lines: planes a power of two apart would compete for the same lines of the caches.
@@ -118,10 +133,8 @@ template <typename T>
 class NhwcOutput {
  public:
   NhwcOutput(const Tensor& like, const ImageShape& s, bool channels_last) : shape_(s) {
-    const int64_t sizes[4] = {s.images, s.channels, s.h, s.w};
-    const auto format =
-        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-    result_ = torch::stable::empty({sizes, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+    result_ = empty_tensor("its output", {s.images, s.channels, s.h, s.w}, like,
+                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     direct_ = channels_last || s.channels == 1 || s.h * s.w == 1;
     if (!direct_) copy_ = Buffer<T>(s.pixels() * s.channels);
     data_ = direct_ ? result_.template mutable_data_ptr<T>() : copy_.get();

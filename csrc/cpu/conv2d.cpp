@@ -20,7 +20,7 @@ struct Window {
 
 void check_pair(const char* op, const char* name, const Ints& pair, int64_t least) {
   if (pair.size() != 2 || pair[0] < least || pair[1] < least || pair[0] > INT32_MAX || pair[1] > INT32_MAX) {
-    fail(op, name, " is ", shape_text(pair), ", expected two ints of at least ", least);
+    fail(op, name, " is ", shape_text(pair), ", expected two ints from ", least, " to 2^31 - 1");
   }
 }
 
@@ -76,6 +76,12 @@ ConvGeometry make_geometry(const char* op, const WeightGrid& grid, const Window&
     fail(op, "padding [", w.pad_h, ", ", w.pad_w, "] makes an output of ", g.out_h, " x ", g.out_w,
          " pixels, expected at most 2^31 - 1 rows and columns");
   }
+  for (const Ints& sizes : {Ints{images, g.in_channels, h, wide}, Ints{images, g.out_channels, g.out_h, g.out_w}}) {
+    if (!tensor_bytes(sizes, sizeof(double))) {
+      fail(op, "stride [", w.stride_h, ", ", w.stride_w, "] and padding [", w.pad_h, ", ", w.pad_w,
+           "] make a tensor of shape ", shape_text(sizes), ", expected less than 2^63 bytes");
+    }
+  }
   return g;
 }
 
@@ -113,7 +119,8 @@ Tensor forward(const Tensor& input, const Tensor& values, const T* bias, const T
   const AxisPlan rows = forward_axis(g.out_h, g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h);
   const AxisPlan cols = forward_axis(g.out_w, g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w);
   const GatherShape shape{input_shape(g), output_shape(g), g.kernel_w, grid.block_out, grid.block_in};
-  const BlockLists lists{grid.rows, topology.nnz, topology.row_ptr, topology.row_order, topology.block_col, topology.block_tap};
+  const BlockLists lists{grid.rows,          topology.nnz,       topology.row_ptr,
+                         topology.row_order, topology.block_col, topology.block_tap};
   gather_pass<T>(kernels, shape, lists, rows, cols, true, packed.const_data_ptr<T>(), bias, source.data(), out.data());
   return out.finish(kernels);
 }
@@ -141,16 +148,14 @@ template <typename T>
 Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Topology& topology, const WeightGrid& grid,
                    const ConvGeometry& geometry) {
   const Kernels<T>& kernels = kernels_for<T>(active_kernels());
-  const int64_t sizes[3] = {topology.slots, grid.block_out, grid.block_in};
-  Tensor grad = torch::stable::empty({sizes, 3}, input.scalar_type(), std::nullopt, input.device());
+  Tensor grad = empty_tensor("its output", {topology.slots, grid.block_out, grid.block_in}, input);
   const NhwcInput<T> x(input, input_shape(geometry), kernels);
   const NhwcInput<T> gy(grad_output, output_shape(geometry), kernels);
-  WeightGradPlan<T> plan = plan_weight_grad(kernels, flattened(geometry), grid.block_out, grid.block_in, topology.slots, topology.nnz, topology.row_order, topology.block_row, topology.block_col, topology.block_tap);
+  WeightGradPlan<T> plan =
+      plan_weight_grad(kernels, flattened(geometry), grid.block_out, grid.block_in, topology.slots, topology.nnz,
+                       topology.row_order, topology.block_row, topology.block_col, topology.block_tap);
   T* const out = grad.mutable_data_ptr<T>();
-  const int64_t block_size = grid.block_out * grid.block_in;
-  for (int64_t i = topology.nnz; i < topology.slots; ++i) {
-    std::fill_n(out + topology.row_order[i] * block_size, block_size, T(0));
-  }
+  clear_free_slots(topology, grid, out);
   if (topology.nnz == 0) return grad;
   weight_grad_pass<T>(kernels, plan, x.data(), gy.data(), out);
   return grad;
@@ -160,8 +165,7 @@ template <typename T>
 Tensor block_scores(const Tensor& grad_output, const Tensor& input, const WeightGrid& grid,
                     const ConvGeometry& geometry) {
   const Kernels<T>& kernels = kernels_for<T>(active_kernels());
-  const int64_t sizes[4] = {grid.rows, grid.cols, grid.kernel_h, grid.kernel_w};
-  Tensor scores = torch::stable::empty({sizes, 4}, input.scalar_type(), std::nullopt, input.device());
+  Tensor scores = empty_tensor("its output", {grid.rows, grid.cols, grid.kernel_h, grid.kernel_w}, input);
   const NhwcInput<T> x(input, input_shape(geometry), kernels);
   const NhwcInput<T> gy(grad_output, output_shape(geometry), kernels);
   block_scores_pass<T>(kernels, flattened(geometry), grid, x.data(), gy.data(), scores.mutable_data_ptr<T>());
@@ -181,12 +185,10 @@ Tensor conv2d(const Tensor& input, const Tensor& values, const std::optional<Ten
   const Topology topo = read_topology(op, topology, grid);
   check_slots(op, values, topo);
   const ConvGeometry g = make_geometry(op, grid, window, input.size(0), input.size(2), input.size(3));
-  if (values.scalar_type() == ScalarType::Float) {
-    return forward<float>(input, values, bias ? bias_copy.const_data_ptr<float>() : nullptr, topo, grid, g,
-                          channels_last);
-  }
-  return forward<double>(input, values, bias ? bias_copy.const_data_ptr<double>() : nullptr, topo, grid, g,
-                         channels_last);
+  return in_dtype(op, values.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    return forward<T>(input, values, bias ? bias_copy.const_data_ptr<T>() : nullptr, topo, grid, g, channels_last);
+  });
 }
 
 Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& values, const Tensor& topology,
@@ -203,10 +205,9 @@ Tensor conv2d_input_grad(const Tensor& grad_output, const Tensor& values, const 
   check_slots(op, values, topo);
   const ConvGeometry g = make_geometry(op, grid, window, grad_output.size(0), input_size[0], input_size[1]);
   check_grad_output(op, grad_output, g);
-  if (values.scalar_type() == ScalarType::Float) {
-    return input_grad<float>(grad_output, values, topo, grid, g, channels_last);
-  }
-  return input_grad<double>(grad_output, values, topo, grid, g, channels_last);
+  return in_dtype(op, values.scalar_type(), [&](auto zero) {
+    return input_grad<decltype(zero)>(grad_output, values, topo, grid, g, channels_last);
+  });
 }
 
 ConvGeometry check_gradient_operands(const char* op, const Tensor& grad_output, const Tensor& input,
@@ -229,8 +230,8 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   const Window window = read_window(op, stride, padding, dilation);
   const ConvGeometry g = check_gradient_operands(op, grad_output, input, grid, window);
   const Topology topo = read_topology(op, topology, grid);
-  return input.scalar_type() == ScalarType::Float ? weight_grad<float>(grad_output, input, topo, grid, g)
-                                                  : weight_grad<double>(grad_output, input, topo, grid, g);
+  return in_dtype(op, input.scalar_type(),
+                  [&](auto zero) { return weight_grad<decltype(zero)>(grad_output, input, topo, grid, g); });
 }
 
 Tensor conv2d_block_scores(const Tensor& grad_output, const Tensor& input, const Ints& weight_shape, const Ints& block,
@@ -239,8 +240,8 @@ Tensor conv2d_block_scores(const Tensor& grad_output, const Tensor& input, const
   const WeightGrid grid = grid_of_block(op, block, weight_shape, 4);
   const Window window = read_window(op, stride, padding, dilation);
   const ConvGeometry g = check_gradient_operands(op, grad_output, input, grid, window);
-  return input.scalar_type() == ScalarType::Float ? block_scores<float>(grad_output, input, grid, g)
-                                                  : block_scores<double>(grad_output, input, grid, g);
+  return in_dtype(op, input.scalar_type(),
+                  [&](auto zero) { return block_scores<decltype(zero)>(grad_output, input, grid, g); });
 }
 
 }  // namespace

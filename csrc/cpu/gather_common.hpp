@@ -1,8 +1,6 @@
 // What the forms of the gather kernel have in common: weights and biases as they stream them, how they store.
 #pragma once
 
-#include <vector>
-
 #include "gather_plan.hpp"
 
 namespace ddst::cpu {
@@ -55,9 +53,9 @@ struct BlockWeights {
 
 // The bias, or zeros, as [out block][slice][slice width].
 template <typename T>
-std::vector<T> sliced_bias(const GatherShape& shape, int64_t out_blocks, int64_t width, const T* bias) {
+Array<T> sliced_bias(const GatherShape& shape, int64_t out_blocks, int64_t width, const T* bias) {
   const int64_t block = ceil_div(shape.block_out, width) * width;
-  std::vector<T> sliced(out_blocks * block, T(0));
+  Array<T> sliced(out_blocks * block, T(0));
   for (int64_t c = 0; bias != nullptr && c < shape.out.channels; ++c) {
     sliced[c / shape.block_out * block + c % shape.block_out] = bias[c];
   }

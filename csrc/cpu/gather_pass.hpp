@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <vector>
 
 #include "plane_gather_pass.hpp"
 #include "plane_pass.hpp"
@@ -40,9 +39,9 @@ struct PlaneBatch {
 };
 
 template <typename T>
-std::vector<PlaneBatch<T>> plane_batches(const GatherPlan& plan, const ImageShape& source, const AxisPlan& rows) {
+Array<PlaneBatch<T>> plane_batches(const GatherPlan& plan, const ImageShape& source, const AxisPlan& rows) {
   const auto [least, most] = std::minmax_element(rows.offset.begin(), rows.offset.end());
-  std::vector<PlaneBatch<T>> batches;
+  Array<PlaneBatch<T>> batches;
   for (size_t i = 0; i < plan.classes.size(); ++i) {
     const PixelClass& c = plan.classes[i];
     const int64_t row_begin = std::clamp<int64_t>(c.rows[0] + *least, 0, source.h);
@@ -74,10 +73,10 @@ inline int64_t batch_rows(const GatherShape& shape, const AxisPlan& rows, int64_
 template <typename T>
 void run_on_planes(const Kernels<T>& kernels, const GatherJob<T>& job, const GatherPlan& plan, const ImageShape& source,
                    const AxisPlan& rows, const PaddedAxis& cols, int64_t plane) {
-  const std::vector<PlaneBatch<T>> batches = plane_batches<T>(plan, source, rows);
+  const Array<PlaneBatch<T>> batches = plane_batches<T>(plan, source, rows);
   const int64_t count = static_cast<int64_t>(batches.size());
   const int64_t tasks = std::min(task_count(plan.multiply_adds), count);
-  std::vector<Buffer<T>> memory;
+  Array<Buffer<T>> memory;
   for (int64_t i = 0; i < tasks; ++i) memory.emplace_back(plane * source.channels);
   run_tasks(tasks, [&](int64_t task) {
     T* const planes = memory[task].get();
@@ -162,7 +161,7 @@ void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const Bloc
   SliceShape slice = choose_slice(kernels.gather_slices, shape.block_out);
   if (dot != nullptr) slice = {static_cast<int>(shape.block_out), dot->tile_pixels, 0, 0};
   const BlockWeights<T> weights(kernels, shape, lists, slice.width, dot != nullptr, transposed, values);
-  const std::vector<T> init = sliced_bias(shape, lists.out_blocks, slice.width, bias);
+  const Array<T> init = sliced_bias(shape, lists.out_blocks, slice.width, bias);
   const bool planes = dot == nullptr && reads_planes(shape, rows, cols);
   const std::optional<PaddedAxis> padded =
       planes ? std::optional<PaddedAxis>(PaddedAxis(cols, shape.out.w, shape.source.w)) : std::nullopt;

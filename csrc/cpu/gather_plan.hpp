@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "activation.hpp"
 
@@ -12,15 +11,15 @@ namespace ddst::cpu {
 // which the same kernel positions lie inside the source.
 struct AxisPlan {
   struct Group {
-    std::vector<int32_t> coords;
-    std::vector<char> inside;    // [kernel size]
-    std::vector<int64_t> shift;  // [kernel size]: source coordinate minus base
+    Array<int32_t> coords;
+    Array<char> inside;    // [kernel size]
+    Array<int64_t> shift;  // [kernel size]: source coordinate minus base
   };
-  std::vector<int64_t> base;
-  std::vector<Group> groups;
-  std::vector<int64_t> offset;  // [kernel size] at stride 1: every source coordinate minus its output coordinate
+  Array<int64_t> base;
+  Array<Group> groups;
+  Array<int64_t> offset;  // [kernel size] at stride 1: every source coordinate minus its output coordinate
 
-  void add(int32_t coord, int64_t base_coord, const std::vector<char>& inside, const std::vector<int64_t>& shift) {
+  void add(int32_t coord, int64_t base_coord, const Array<char>& inside, const Array<int64_t>& shift) {
     base[coord] = base_coord;
     for (Group& group : groups) {
       if (group.inside == inside) {
@@ -39,8 +38,8 @@ inline AxisPlan forward_axis(int64_t out, int64_t source, int64_t kernel, int64_
                              int64_t dilation) {
   AxisPlan plan;
   plan.base.resize(out);
-  std::vector<char> inside(kernel);
-  std::vector<int64_t> shift(kernel);
+  Array<char> inside(kernel);
+  Array<int64_t> shift(kernel);
   for (int64_t k = 0; k < kernel; ++k) {
     shift[k] = k * dilation;
     if (stride == 1) plan.offset.push_back(k * dilation - padding);
@@ -60,8 +59,8 @@ inline AxisPlan input_grad_axis(int64_t in, int64_t out, int64_t kernel, int64_t
                                 int64_t dilation) {
   AxisPlan plan;
   plan.base.resize(in);
-  std::vector<char> inside(kernel);
-  std::vector<int64_t> shift(kernel);
+  Array<char> inside(kernel);
+  Array<int64_t> shift(kernel);
   for (int64_t k = 0; k < kernel && stride == 1; ++k) plan.offset.push_back(padding - k * dilation);
   for (int64_t i = 0; i < in; ++i) {
     int64_t base = 0;
@@ -92,8 +91,8 @@ struct PaddedAxis {
     pitch = source + std::max(before, std::max<int64_t>(0, out + *most - source));
     plan.base.resize(out);
     plan.offset = axis.offset;
-    const std::vector<char> inside(axis.offset.size(), 1);
-    std::vector<int64_t> shift;
+    const Array<char> inside(axis.offset.size(), 1);
+    Array<int64_t> shift;
     for (int64_t offset : axis.offset) shift.push_back(offset + before);
     for (int64_t o = 0; o < out; ++o) plan.add(static_cast<int32_t>(o), o, inside, shift);
   }
@@ -156,9 +155,9 @@ struct SourceLayout {
 
 // Entry lists of every pixel class, one after the other.
 struct GatherPlan {
-  std::vector<PixelClass> classes;
-  std::vector<Entry> entries;
-  std::vector<int64_t> list_begin, list_full;
+  Array<PixelClass> classes;
+  Array<Entry> entries;
+  Array<int64_t> list_begin, list_full;
   int64_t out_blocks = 0;
   int64_t tiles = 0;
   int64_t work = 0;  // of all tiles
@@ -187,7 +186,7 @@ constexpr int64_t kBatchBytes = 256 * 1024;
 // Cuts images into batches (small images: several to a batch; large ones: strips of rows), and the classes of each
 // batch into tiles, the largest class (the inner pixels) first.
 inline void order_tiles(const GatherShape& shape, const SourceLayout& layout, int64_t tile_pixels, int64_t element,
-                        std::vector<PixelClass>& lists, GatherPlan& plan) {
+                        Array<PixelClass>& lists, GatherPlan& plan) {
   std::stable_sort(lists.begin(), lists.end(), [](const PixelClass& a, const PixelClass& b) {
     return static_cast<int64_t>(a.n_rows) * a.n_cols > static_cast<int64_t>(b.n_rows) * b.n_cols;
   });
@@ -234,15 +233,15 @@ inline GatherPlan plan_gather(const GatherShape& shape, const SourceLayout& layo
   GatherPlan plan;
   plan.out_blocks = lists.out_blocks;
   const int64_t n_classes = static_cast<int64_t>(rows.groups.size() * cols.groups.size());
-  std::vector<PixelClass> lists_of;
+  Array<PixelClass> lists_of;
   plan.list_begin.resize(n_classes * (lists.out_blocks + 1));
   plan.list_full.resize(n_classes * lists.out_blocks);
   plan.entries.reserve(n_classes * lists.nnz);
   const bool cut = !layout.planes() && shape.source.channels % shape.block_k != 0;
   const int64_t last_k_block = ceil_div(shape.source.channels, shape.block_k) - 1;
   const int64_t taps = shape.kernel_w * static_cast<int64_t>(rows.groups[0].inside.size());
-  std::vector<int64_t> tap_offset(taps);
-  std::vector<char> tap_inside(taps);
+  Array<int64_t> tap_offset(taps);
+  Array<char> tap_inside(taps);
   int64_t at = 0;
   for (const AxisPlan::Group& row : rows.groups) {
     for (const AxisPlan::Group& col : cols.groups) {

@@ -40,8 +40,7 @@ Tensor product(const Tensor& source, const Tensor& values, const T* bias, const 
   const int64_t batch = source.size(0);
   const int64_t from = transposed ? grid.in_channels : grid.out_channels;
   const int64_t to = transposed ? grid.out_channels : grid.in_channels;
-  const int64_t sizes[2] = {batch, to};
-  Tensor out = torch::stable::empty({sizes, 2}, source.scalar_type(), std::nullopt, source.device());
+  Tensor out = empty_tensor("its output", {batch, to}, source);
   if (batch == 0) return out;
   const Tensor dense_source = as_contiguous(source);
   const Tensor packed = as_contiguous(values);
@@ -59,17 +58,14 @@ Tensor product(const Tensor& source, const Tensor& values, const T* bias, const 
 template <typename T>
 Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Topology& topology, const WeightGrid& grid) {
   const Kernels<T>& kernels = kernels_for<T>(active_kernels());
-  const int64_t sizes[3] = {topology.slots, grid.block_out, grid.block_in};
-  Tensor grad = torch::stable::empty({sizes, 3}, input.scalar_type(), std::nullopt, input.device());
+  Tensor grad = empty_tensor("its output", {topology.slots, grid.block_out, grid.block_in}, input);
   const Tensor x = as_contiguous(input);
   const Tensor gy = as_contiguous(grad_output);
   WeightGradPlan<T> plan =
-      plan_weight_grad(kernels, linear_geometry(grid, input.size(0)), grid.block_out, grid.block_in, topology.slots, topology.nnz, topology.row_order, topology.block_row, topology.block_col, topology.block_tap);
+      plan_weight_grad(kernels, linear_geometry(grid, input.size(0)), grid.block_out, grid.block_in, topology.slots,
+                       topology.nnz, topology.row_order, topology.block_row, topology.block_col, topology.block_tap);
   T* const out = grad.mutable_data_ptr<T>();
-  const int64_t block_size = grid.block_out * grid.block_in;
-  for (int64_t i = topology.nnz; i < topology.slots; ++i) {
-    std::fill_n(out + topology.row_order[i] * block_size, block_size, T(0));
-  }
+  clear_free_slots(topology, grid, out);
   if (topology.nnz == 0) return grad;
   weight_grad_pass<T>(kernels, plan, x.const_data_ptr<T>(), gy.const_data_ptr<T>(), out);
   return grad;
@@ -78,8 +74,7 @@ Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Topolog
 template <typename T>
 Tensor block_scores(const Tensor& grad_output, const Tensor& input, const WeightGrid& grid) {
   const Kernels<T>& kernels = kernels_for<T>(active_kernels());
-  const int64_t sizes[2] = {grid.rows, grid.cols};
-  Tensor scores = torch::stable::empty({sizes, 2}, input.scalar_type(), std::nullopt, input.device());
+  Tensor scores = empty_tensor("its output", {grid.rows, grid.cols}, input);
   const Tensor x = as_contiguous(input);
   const Tensor gy = as_contiguous(grad_output);
   block_scores_pass<T>(kernels, linear_geometry(grid, input.size(0)), grid, x.const_data_ptr<T>(),
@@ -98,10 +93,10 @@ Tensor linear(const Tensor& input, const Tensor& values, const std::optional<Ten
   const Topology topo = read_topology(op, topology, grid);
   check_slots(op, values, topo);
   const BlockLists lists{grid.rows, topo.nnz, topo.row_ptr, topo.row_order, topo.block_col, topo.block_tap};
-  if (values.scalar_type() == ScalarType::Float) {
-    return product<float>(input, values, bias ? bias_copy.const_data_ptr<float>() : nullptr, grid, lists, true);
-  }
-  return product<double>(input, values, bias ? bias_copy.const_data_ptr<double>() : nullptr, grid, lists, true);
+  return in_dtype(op, values.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    return product<T>(input, values, bias ? bias_copy.const_data_ptr<T>() : nullptr, grid, lists, true);
+  });
 }
 
 Tensor linear_input_grad(const Tensor& grad_output, const Tensor& values, const Tensor& topology,
@@ -114,9 +109,8 @@ Tensor linear_input_grad(const Tensor& grad_output, const Tensor& values, const 
   const Topology topo = read_topology(op, topology, grid);
   check_slots(op, values, topo);
   const BlockLists lists{grid.cols, topo.nnz, topo.col_ptr, topo.col_order, topo.block_row, topo.block_tap};
-  if (values.scalar_type() == ScalarType::Float)
-    return product<float>(grad_output, values, nullptr, grid, lists, false);
-  return product<double>(grad_output, values, nullptr, grid, lists, false);
+  return in_dtype(op, values.scalar_type(),
+                  [&](auto zero) { return product<decltype(zero)>(grad_output, values, nullptr, grid, lists, false); });
 }
 
 void check_gradient_operands(const char* op, const Tensor& grad_output, const Tensor& input, const WeightGrid& grid) {
@@ -136,8 +130,8 @@ Tensor linear_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   const WeightGrid grid = grid_of_block(op, block, weight_shape, 2);
   check_gradient_operands(op, grad_output, input, grid);
   const Topology topo = read_topology(op, topology, grid);
-  return input.scalar_type() == ScalarType::Float ? weight_grad<float>(grad_output, input, topo, grid)
-                                                  : weight_grad<double>(grad_output, input, topo, grid);
+  return in_dtype(op, input.scalar_type(),
+                  [&](auto zero) { return weight_grad<decltype(zero)>(grad_output, input, topo, grid); });
 }
 
 Tensor linear_block_scores(const Tensor& grad_output, const Tensor& input, const Ints& weight_shape,
@@ -145,8 +139,8 @@ Tensor linear_block_scores(const Tensor& grad_output, const Tensor& input, const
   const char* op = "linear_block_scores";
   const WeightGrid grid = grid_of_block(op, block, weight_shape, 2);
   check_gradient_operands(op, grad_output, input, grid);
-  return input.scalar_type() == ScalarType::Float ? block_scores<float>(grad_output, input, grid)
-                                                  : block_scores<double>(grad_output, input, grid);
+  return in_dtype(op, input.scalar_type(),
+                  [&](auto zero) { return block_scores<decltype(zero)>(grad_output, input, grid); });
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <vector>
 
 #include "gather_common.hpp"
 
@@ -40,7 +39,7 @@ void plane_gather_pass(const Kernels<T>& kernels, GatherShape shape, const Block
   const SliceShape slice = choose_slice(kernels.plane_slices, shape.block_out);
   const BlockWeights<T> weights(kernels, shape, lists, slice.width, false, transposed, values);
   const Buffer<T> packed = weights.pack_all();
-  const std::vector<T> init = sliced_bias(shape, lists.out_blocks, slice.width, bias);
+  const Array<T> init = sliced_bias(shape, lists.out_blocks, slice.width, bias);
 
   PlaneGatherJob<T> job{};
   job.source = source;
@@ -71,9 +70,9 @@ void plane_gather_pass(const Kernels<T>& kernels, GatherShape shape, const Block
   job.source_plane = plane_size<T>((job.strip_rows + job.halo_rows) * job.row_pitch + row_positions +
                                    (job.left + std::max<int64_t>(0, *col_most)) * job.group);
 
-  std::vector<int32_t> row_class(job.out_h);
-  std::vector<Entry> entries;
-  std::vector<int64_t> list_begin, list_full;
+  Array<int32_t> row_class(job.out_h);
+  Array<Entry> entries;
+  Array<int64_t> list_begin, list_full;
   const int64_t cut = shape.source.channels % shape.block_k;
   const int64_t last_k_block = ceil_div(shape.source.channels, shape.block_k) - 1;
   job.classes = static_cast<int64_t>(rows.groups.size());
@@ -117,9 +116,9 @@ void plane_gather_pass(const Kernels<T>& kernels, GatherShape shape, const Block
 
   const int64_t chunks = groups * job.strips, runners = std::min(tasks, chunks);
   const int64_t planes = job.source_plane * job.source_channels, positions = job.strip_rows * row_positions;
-  std::vector<Buffer<T>> memory;
-  std::vector<std::vector<const char*>> pixels;
-  std::vector<std::vector<T*>> outs;
+  Array<Buffer<T>> memory;
+  Array<Array<const char*>> pixels;
+  Array<Array<T*>> outs;
   for (int64_t i = 0; i < runners; ++i) {
     memory.emplace_back(planes + job.out_channels);
     pixels.emplace_back(positions / kernels.vector_width);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <vector>
 
 #include "gather_plan.hpp"
 
@@ -12,13 +11,13 @@ namespace ddst::cpu {
 // Steps of the kernel: the output channels that read one block of source channels through one tap, a few at a time.
 template <typename T>
 struct PlaneLists {
-  std::vector<PlaneStep> steps;
-  std::vector<T> weights;
+  Array<PlaneStep> steps;
+  Array<T> weights;
 };
 
 // values[id][k * k_stride + c * channel_stride]: channel k of the reduction, channel c of the output block.
 template <typename T>
-PlaneLists<T> plane_lists(const GatherShape& shape, const BlockLists& lists, const std::vector<int64_t>& tap_offset,
+PlaneLists<T> plane_lists(const GatherShape& shape, const BlockLists& lists, const Array<int64_t>& tap_offset,
                           int64_t source_plane, const T* values, int64_t k_stride, int64_t channel_stride) {
   struct Output {
     int64_t channel;
@@ -36,10 +35,10 @@ PlaneLists<T> plane_lists(const GatherShape& shape, const BlockLists& lists, con
     }
   };
   // readers[ends[key - 1] .. ends[key]): the output channels of one block of source channels and one tap.
-  std::vector<int64_t> ends(keys + 1, 0);
+  Array<int64_t> ends(keys + 1, 0);
   for_blocks([&](int64_t key, int64_t, int64_t, int64_t channels) { ends[key + 1] += channels; });
   std::partial_sum(ends.begin(), ends.end(), ends.begin());
-  std::vector<Output> readers(ends[keys]);
+  Array<Output> readers(ends[keys]);
   for_blocks([&](int64_t key, int64_t r, int64_t id, int64_t channels) {
     for (int64_t c = 0; c < channels; ++c) {
       readers[ends[key]++] = {r * shape.block_out + c,
@@ -126,7 +125,7 @@ void plane_pass(const Kernels<T>& kernels, GatherShape shape, const BlockLists& 
   job.out_plane = plane_size<T>(out_positions);
   job.source_plane =
       plane_size<T>(chunk_positions(job.source_pitch, job.source_image_pitch) + halo + kernels.vector_width);
-  std::vector<int64_t> tap_offset;
+  Array<int64_t> tap_offset;
   for (int64_t row : rows.offset)
     for (int64_t col : cols.offset) tap_offset.push_back((row + job.top) * job.source_pitch + col + job.left);
   const PlaneLists<T> plane_steps =
@@ -135,16 +134,16 @@ void plane_pass(const Kernels<T>& kernels, GatherShape shape, const BlockLists& 
   job.steps = plane_steps.steps.data();
   job.n_steps = static_cast<int64_t>(plane_steps.steps.size());
   job.weights = plane_steps.weights.data();
-  std::vector<T> init(job.out_channels, T(0));
+  Array<T> init(job.out_channels, T(0));
   if (bias != nullptr) std::copy(bias, bias + job.out_channels, init.begin());
   job.init = init.data();
 
   const int64_t chunks = ceil_div(job.images, job.chunk_images) * job.row_chunks;
   const int64_t runners = std::min(tasks, chunks);
   const int64_t most_vectors = ceil_div(out_positions, kernels.vector_width) * job.kernel_h;
-  std::vector<Buffer<T>> source_planes, out_planes;
-  std::vector<std::vector<PlaneVector>> vectors(runners, std::vector<PlaneVector>(most_vectors));
-  std::vector<std::vector<int64_t>> vectors_begin(runners, std::vector<int64_t>(job.kernel_h + 1));
+  Array<Buffer<T>> source_planes, out_planes;
+  Array<Array<PlaneVector>> vectors(runners, Array<PlaneVector>(most_vectors));
+  Array<Array<int64_t>> vectors_begin(runners, Array<int64_t>(job.kernel_h + 1));
   for (int64_t i = 0; i < runners; ++i) {
     source_planes.emplace_back(job.source_plane * job.source_channels);
     out_planes.emplace_back(job.out_plane * job.out_channels);

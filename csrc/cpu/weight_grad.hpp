@@ -213,10 +213,13 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
         position = group_end;
         continue;
       }
+      // The last block row may end before its last slices: nothing lies there where grad_output is read in place.
+      const int64_t room = ceil_div(g.out_channels - row * job.block_out, job.slice);
+      const int slices = room < job.slices ? static_cast<int>(room) : job.slices;
       int64_t left = 0;  // input channels of the group that no tile has taken yet
       for (int64_t i = position; i < group_end; ++i) {
-        const int64_t room = g.in_channels - static_cast<int64_t>(job.block_col[job.order[i]]) * job.block_in;
-        left += room < job.block_in ? room : job.block_in;
+        const int64_t rest = g.in_channels - static_cast<int64_t>(job.block_col[job.order[i]]) * job.block_in;
+        left += rest < job.block_in ? rest : job.block_in;
       }
       int64_t channel = 0;
       while (position < group_end) {
@@ -239,7 +242,7 @@ void weight_grad_over_out(const WeightGradJob<T>& job, int64_t chunk_begin, int6
           ++count;
           ++channel;
         }
-        for (int slice = 0; slice < job.slices && count > 0; ++slice) {
+        for (int slice = 0; slice < slices && count > 0; ++slice) {
           const Operand<T> vectors = out_side.group(row * job.slices + slice);
           table[count](begin, end, vectors, planes, grads, prefetcher.next(pixels));
           for (int j = 0; j < count; ++j) grads[j] += job.slice;

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
-#include <vector>
 
 #include "activation.hpp"
 
@@ -15,7 +14,7 @@ namespace ddst::cpu {
 template <typename T>
 struct WeightGradPlan {
   WeightGradJob<T> job{};
-  std::vector<int32_t> order;
+  Array<int32_t> order;
   int64_t chunks = 0;
   int64_t input_scratch = 0, grad_scratch = 0, runs = 0, taps = 0;
   int64_t slots = 0;          // partial gradients lie in slots, as values do; some may be free
@@ -42,8 +41,7 @@ inline int slice_over_out(const int* menu, int vector_width, int64_t block_out) 
 template <typename T>
 WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry& geometry, int64_t block_out,
                                    int64_t block_in, int64_t slots, int64_t n_blocks, const int32_t* order,
-                                   const int32_t* block_row,
-                                   const int32_t* block_col, const int32_t* block_tap) {
+                                   const int32_t* block_row, const int32_t* block_col, const int32_t* block_tap) {
   WeightGradPlan<T> plan;
   plan.slots = slots;
   WeightGradJob<T>& job = plan.job;
@@ -120,8 +118,8 @@ struct WeightGradMemory {
   explicit WeightGradMemory(const WeightGradPlan<T>& plan)
       : input(plan.input_scratch), grad(plan.grad_scratch), runs(plan.runs + 1), run_begin(plan.taps + 1) {}
   Buffer<T> input, grad;
-  std::vector<Run> runs;
-  std::vector<int64_t> run_begin;
+  Array<Run> runs;
+  Array<int64_t> run_begin;
 
   void run(const Kernels<T>& kernels, const WeightGradJob<T>& job, int64_t chunk_begin, int64_t chunk_end,
            int64_t block_begin, int64_t block_end, T* partial) {
@@ -165,8 +163,17 @@ int64_t pixel_shares(const WeightGradPlan<T>& plan, int64_t multiply_adds, int64
   return plan.job.direct && !waits && plan.job.n_blocks >= kLeastBlocks * tasks ? 1 : tasks;
 }
 
-// grad [slots][b_out][b_in], of which the free ones are not written. The pixels are cut into shares with a private sum each, which are added in a fixed order:
-// the result depends on the number of shares, not on timing.
+// Zeros where a weight gradient [slots][b_out][b_in] has no block.
+template <typename T>
+void clear_free_slots(const Topology& topology, const WeightGrid& grid, T* grad) {
+  const int64_t block_size = grid.block_out * grid.block_in;
+  for (int64_t i = topology.nnz; i < topology.slots; ++i) {
+    std::fill_n(grad + topology.row_order[i] * block_size, block_size, T(0));
+  }
+}
+
+// grad [slots][b_out][b_in], of which the free ones are not written. The pixels are cut into shares with a private sum
+// each, which are added in a fixed order: the result depends on the number of shares, not on timing.
 template <typename T>
 void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const T* input, const T* grad_output,
                       T* grad) {
@@ -185,8 +192,8 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
   const int64_t chunk_tasks = std::min(pixel_shares(plan, multiply_adds, tasks), plan.chunks);
   const int64_t block_tasks = std::min(std::max<int64_t>(1, tasks / chunk_tasks), job.n_blocks);
 
-  std::vector<WeightGradMemory<T>> memory;
-  std::vector<Buffer<T>> partials(chunk_tasks);
+  Array<WeightGradMemory<T>> memory;
+  Array<Buffer<T>> partials(chunk_tasks);
   for (int64_t i = 0; i < chunk_tasks * block_tasks; ++i) memory.emplace_back(plan);
   for (int64_t i = 0; i < chunk_tasks; ++i) {
     if (i > 0 || !job.vector_over_in) partials[i] = Buffer<T>(plan.slots * plan.partial_block);
@@ -235,15 +242,15 @@ void block_scores_pass(const Kernels<T>& kernels, const ConvGeometry& g, const W
 
   // The blocks of one group of rows; the kernel sees the group as a weight of its own, with shifted output channels.
   const int64_t group_blocks = group_rows * row_blocks;
-  std::vector<int32_t> order(group_blocks), block_row(group_blocks), block_col(group_blocks), block_tap(group_blocks);
+  Array<int32_t> order(group_blocks), block_row(group_blocks), block_col(group_blocks), block_tap(group_blocks);
   std::iota(order.begin(), order.end(), 0);
   for (int64_t i = 0; i < group_blocks; ++i) {
     block_row[i] = static_cast<int32_t>(i / row_blocks);
     block_col[i] = static_cast<int32_t>(i % row_blocks / grid.taps);
     block_tap[i] = static_cast<int32_t>(i % grid.taps);
   }
-  std::vector<Buffer<T>> sums, blocks;
-  std::vector<WeightGradMemory<T>> memory;
+  Array<Buffer<T>> sums, blocks;
+  Array<WeightGradMemory<T>> memory;
   WeightGradPlan<T> plan = plan_weight_grad(kernels, g, grid.block_out, grid.block_in, group_blocks, group_blocks,
                                             order.data(), block_row.data(), block_col.data(), block_tap.data());
   for (int64_t i = 0; i < runners; ++i) {

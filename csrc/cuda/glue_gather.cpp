@@ -79,7 +79,8 @@ Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& re
   check_aligned(kOp, "records", records);
 
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor output = torch::stable::new_empty(input, {written[0], written[2], written[3], written[1]});
+  Tensor output = naming_operator(
+      kOp, [&] { return empty_tensor("its output", {written[0], written[2], written[3], written[1]}, input); });
   const ddst_cuda_gather_arrays arrays{input.data_ptr(),
                                        values.data_ptr(),
                                        lists,

@@ -60,9 +60,13 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   s.groups = narrow(units.numel() / group_units);
 
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor values_grad = torch::stable::new_empty(input, {slots, grid.block_out, grid.block_in});
+  const Tensor values_grad =
+      naming_operator(kOp, [&] { return empty_tensor("its output", {slots, grid.block_out, grid.block_in}, input); });
   const int64_t floats = weight_grad_sizes(s, element_bytes).partial_floats;
-  const Tensor partials = torch::stable::new_empty(input, {floats}, ScalarType::Float);
+  const Tensor partials = naming_operator(kOp, [&] {
+    return allocated("its partial sums", {floats}, sizeof(float), input,
+                     [&] { return torch::stable::new_empty(input, {floats}, ScalarType::Float); });
+  });
   const ddst_cuda_weight_grad_arrays arrays{
       grad_output.data_ptr(),
       input.data_ptr(),

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from helpers.guard_pages import build_guarded_heap
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -15,3 +17,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def guarded_heap(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library to preload that guards what is allocated, and lets allocations fail (guard_heap.cpp)."""
+    return str(build_guarded_heap(tmp_path_factory.mktemp("guard_heap")))

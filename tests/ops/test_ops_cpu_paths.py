@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,45 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import ddst
 from ddst._extension import cpu_capability
+from helpers.cpu_paths import CAPABILITIES, run_with, skip_without
 from helpers.problems import ConvProblem, LinearProblem
 from helpers.sparse import Problem, call, op_arguments
 from helpers.tolerances import assert_close
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 CHECK, DIGESTS = str(HELPERS / "check_cpu_path.py"), str(HELPERS / "weight_grad_digests.py")
-NEEDS = {
-    "portable": set(),
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-}
 
 
-def machine_flags() -> set[str]:
-    """Features of this CPU as the kernel lists them; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
-
-
-def run_with(capability: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    # glibc fills every allocation with 0x7f bytes (3e38 as float): scratch memory that is read unwritten shows.
-    environment = {**os.environ, "DDST_CPU_CAPABILITY": capability, "MALLOC_PERTURB_": "128", **variables}
-    # The folder that ddst was imported from, so that an uninstalled checkout is tested too.
-    root = str(Path(ddst.__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-P", *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-@pytest.mark.parametrize("capability", NEEDS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_each_instruction_set_against_dense(capability: str) -> None:
-    if not NEEDS[capability] <= machine_flags():
-        pytest.skip(f"this CPU has no {capability}")
+    skip_without(capability)
     done = run_with(capability, CHECK)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)

@@ -202,9 +202,7 @@ class SpectralNorm(nn.Module):
         """
         cols, taps, _ = self._blocks
         shape = (layer.mask_shape[0], cols * taps)
-        self.topology = placed_topology(
-            layer.slot_blocks, shape, layer.values.data, self.__dict__.get("topology")
-        )
+        self.topology = placed_topology(layer.slot_blocks, shape, layer.values.data, self.__dict__.get("topology"))
 
     def forward(self, layer: SparseLayer) -> Tensor:
         """``values / σ``, ``[slots, b_out, b_in]``; in training mode after ``n_power_iterations`` power iterations.

@@ -16,7 +16,8 @@ namespace {
 std::string shape_text(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
 
 // The topology vector of ddst/topology.py:
-// row_ptr [R+1] | col_ptr [C+1] | block_row [nnz] | block_col [nnz] | block_tap [nnz] | col_order [nnz].
+// row_ptr [R+1] | col_ptr [C+1] | block_row [nnz] | block_col [nnz] | block_tap [nnz] | row_order [nnz]
+// | col_order [nnz], a mask's slots being row-major.
 py::array_t<int32_t> build_topology(const py::object& mask_object) {
   if (!py::isinstance<py::array>(mask_object)) {
     throw py::type_error("mask must be a bool array, got " +
@@ -47,13 +48,14 @@ py::array_t<int32_t> build_topology(const py::object& mask_object) {
   int64_t nnz = 0;
   for (int64_t count : row_count) nnz += count;
 
-  py::array_t<int32_t> topology(rows + 1 + cols + 1 + 4 * nnz);
+  py::array_t<int32_t> topology(rows + 1 + cols + 1 + 5 * nnz);
   int32_t* row_ptr = topology.mutable_data();
   int32_t* col_ptr = row_ptr + rows + 1;
   int32_t* block_row = col_ptr + cols + 1;
   int32_t* block_col = block_row + nnz;
   int32_t* block_tap = block_col + nnz;
-  int32_t* col_order = block_tap + nnz;
+  int32_t* row_order = block_tap + nnz;
+  int32_t* col_order = row_order + nnz;
   row_ptr[0] = col_ptr[0] = 0;
   for (int64_t r = 0; r < rows; ++r) row_ptr[r + 1] = static_cast<int32_t>(row_ptr[r] + row_count[r]);
   for (int64_t c = 0; c < cols; ++c) col_ptr[c + 1] = static_cast<int32_t>(col_ptr[c] + col_count[c]);
@@ -67,6 +69,7 @@ py::array_t<int32_t> build_topology(const py::object& mask_object) {
     block_row[id] = static_cast<int32_t>(block / (cols * taps));
     block_col[id] = static_cast<int32_t>(col);
     block_tap[id] = static_cast<int32_t>(block % taps);
+    row_order[id] = id;
     col_order[next[col]++] = id;
     ++id;
   }

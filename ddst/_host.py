@@ -40,17 +40,18 @@ def build_topology_python(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
     row_ptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
     col_ptr = np.concatenate([[0], np.cumsum(np.bincount(col, minlength=cols))])
     col_order = np.argsort(col, kind="stable")
-    return np.concatenate([row_ptr, col_ptr, row, col, tap, col_order]).astype(np.int32)
+    row_order = np.arange(row.size)
+    return np.concatenate([row_ptr, col_ptr, row, col, tap, row_order, col_order]).astype(np.int32)
 
 
 def build_topology(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-    """The topology vector of a block mask, in the layout of `ddst.topology`, from and to numpy.
+    """The topology vector of a block mask, in the layout of `ddst.topology` with row-major slots, from and to numpy.
 
     Args:
         mask: bool, ``[R, C]`` or ``[R, C, kH, kW]``.
 
     Returns:
-        int32 vector of ``R + C + 2 + 4 · nnz`` entries.
+        int32 vector of ``R + C + 2 + 5 · nnz`` entries.
 
     Raises:
         TypeError: ``mask`` is no bool array.

@@ -327,7 +327,6 @@ def test_meta_idioms(make: Make) -> None:
     skipped.load_state_dict(source.state_dict())
     assert torch.equal(skipped.dense_weight(), source.dense_weight())
     on_meta = make(device="meta")
-    assert on_meta(x.detach().to("meta")).shape == source(x).shape
     on_meta.set_block_mask(exchanged(on_meta))
     assert on_meta.set_block_mask(torch.ones(on_meta.mask_shape, dtype=torch.bool)).grown > 0
     assert on_meta.values.shape[0] == on_meta.num_blocks

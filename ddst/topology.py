@@ -449,13 +449,17 @@ class SlotChange:
 
         Returns:
             ``stored`` itself, or a new tensor where the number of slots changed.
+
+        Raises:
+            ValueError: ``stored`` has not one entry for each of the slots before the change.
         """
+        if stored.shape[:1] != self.before.shape:
+            raise ValueError(f"stored must have {self.before.numel()} slots first, got the shape {tuple(stored.shape)}")
         if stored.is_meta:
             return stored.new_empty(self.slot_blocks.numel(), *stored.shape[1:])
         if self.source is None:
             return stored.index_fill_(0, self.changed.to(stored.device), 0)
         carried = stored.new_zeros(self.source.numel(), *stored.shape[1:])
-        source = self.source.to(stored.device)
-        kept = source >= 0
-        carried[kept] = stored[source[kept]]
+        kept = (self.source >= 0).nonzero()[:, 0]
+        carried[kept.to(stored.device)] = stored[self.source[kept].to(stored.device)]
         return stored.copy_(carried) if carried.shape == stored.shape else carried

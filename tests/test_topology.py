@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddst import _host, topology
-from helpers.dense import active_blocks, active_entries, blocks_of, mask_dims, pack_blocks, topology_of, unpack_blocks
+from helpers.dense import active_blocks, active_entries, blocks_of, mask_dims, pack_blocks, unpack_blocks
+from helpers.layers import dense_of, mask_from, packed_from, slots_inside, topology_from
 
 modest = settings(max_examples=60, deadline=None)
 pairs = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -48,9 +49,11 @@ def test_topology_is_the_documented_vector(problem: tuple[tuple[int, ...], tuple
     assert vector.dtype == torch.int32
     assert vector.dim() == 1
     assert vector.is_contiguous()
-    assert torch.equal(vector, topology_of(mask))
+    row_major = mask.flatten().nonzero()[:, 0]
+    assert torch.equal(topology.row_major_slots(mask), row_major.to(torch.int32))
+    assert torch.equal(vector, topology_from(row_major, mask.shape))
     rows, cols, count = mask.shape[0], mask.shape[1], len(active_blocks(mask))
-    assert (vector.numel() - rows - cols - 2) / 4 == count
+    assert (vector.numel() - rows - cols - 2) / 5 == count
     index = topology.split_topology(vector, rows, cols)
     assert index.row_ptr[-1] == index.col_ptr[-1] == count
     assert torch.equal(index.row_ptr.diff(), mask.reshape(rows, -1).sum(1))
@@ -82,9 +85,9 @@ def test_the_compiled_host_module_is_the_one_tested_where_it_was_built() -> None
         pytest.skip("no compiled host module for this Python")
     assert _host.IMPLEMENTATION == "pybind11"
     mask = torch.rand(5, 4, 3, 3) < 0.4
-    assert (compiled.build_topology(mask.numpy()) == topology_of(mask).numpy()).all()
+    assert (compiled.build_topology(mask.numpy()) == topology.build_topology(mask).numpy()).all()
     transposed = mask.numpy().transpose(1, 0, 3, 2)  # not contiguous
-    assert (compiled.build_topology(transposed) == topology_of(mask.permute(1, 0, 3, 2)).numpy()).all()
+    assert (compiled.build_topology(transposed) == topology.build_topology(mask.permute(1, 0, 3, 2)).numpy()).all()
 
 
 @modest
@@ -166,39 +169,102 @@ def test_random_mask_uses_every_block_and_the_global_generator() -> None:
     assert torch.equal(first, topology.random_mask(shape, block, 8))
 
 
+@st.composite
+def slotted(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, int], Tensor]:
+    """(weight shape, block, slot_blocks): the blocks of a random mask in random slots, some free."""
+    shape, block, mask = draw(masked())
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    ranks = torch.cat([mask.flatten().nonzero()[:, 0], torch.full((draw(st.integers(0, 5)),), -1)])
+    return shape, block, ranks[torch.randperm(ranks.numel(), generator=g)].to(torch.int32)
+
+
 @modest
-@given(masked(), st.integers(0, 1000))
-def test_mask_change_carries_kept_blocks_over(
-    problem: tuple[tuple[int, ...], tuple[int, int], Tensor], seed: int
-) -> None:
-    shape, block, old = problem
-    new = torch.rand(old.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-    change = topology.MaskChange.between(old, new)
-    weight = numbered(shape)
-    carried = change.apply(topology.pack(weight, old, block))
-    both = old & new
-    expected = torch.zeros(int(new.sum()), *block, dtype=torch.float64)
-    expected[both[new]] = pack_blocks(weight, both, block)
-    assert torch.equal(carried, expected)
-    assert torch.equal(change.grown, ~old[new])
-    assert change.source.dtype == torch.int64
-    assert torch.equal(change.source[change.grown], torch.full((int((new & ~old).sum()),), -1))
-    # Anything stored per block: ids come out in order, and any trailing shape is carried.
-    ids = torch.arange(int(old.sum()))
-    assert torch.equal(change.apply(ids)[~change.grown], change.source[~change.grown])
-    assert torch.equal(change.source[~change.grown], ids[new[old]])
+@given(slotted())
+def test_slots_are_the_definition(problem: tuple[tuple[int, ...], tuple[int, int], Tensor]) -> None:
+    shape, block, slots = problem
+    dims = mask_dims(shape, block)
+    vector = topology.topology_of_slots(slots, dims)
+    assert vector.dtype == torch.int32
+    assert torch.equal(vector, topology_from(slots, dims))
+    assert topology.slot_count(vector, dims[0], dims[1]) == slots.numel()
+    assert torch.equal(topology.mask_of_slots(slots, dims), mask_from(slots, dims))
+    assert torch.equal(topology.inside_slots(slots, shape, block), slots_inside(slots, shape, block))
+    weight = numbered(shape).requires_grad_()
+    values = topology.pack_slots(weight, slots, block)
+    assert torch.equal(values, packed_from(weight.detach(), slots, block))
+    poisoned = torch.where((slots < 0)[:, None, None], math.nan, values.detach()).requires_grad_()
+    dense = topology.unpack_slots(poisoned, slots, shape)
+    assert torch.equal(dense, dense_of(values.detach(), slots, shape))
+    (of_values,) = torch.autograd.grad(dense, poisoned, weight.detach())
+    assert torch.equal(of_values, values)
+    (of_weight,) = torch.autograd.grad(values, weight, values.detach())
+    assert torch.equal(of_weight, dense)
 
 
-def test_mask_change_refuses_a_tensor_of_another_mask_and_keeps_copies_of_the_masks() -> None:
-    old, new = torch.tensor([[True, True, False]]), torch.tensor([[False, True, True]])
-    change = topology.MaskChange.between(old, new)
+def check_change(change: topology.SlotChange, slots: Tensor, new: Tensor, dims: tuple[int, ...]) -> None:
+    """Everything that a change says of itself, against the two masks."""
+    old = mask_from(slots, dims)
+    assert torch.equal(mask_from(change.slot_blocks, dims), new)
+    assert torch.equal(change.before, slots)
+    assert change.grown == int((new & ~old).sum())
+    assert change.dropped == int((old & ~new).sum())
+    entered = change.slot_blocks[change.entered].long()
+    assert sorted(entered.tolist()) == (new & ~old).flatten().nonzero()[:, 0].tolist()
+    # Anything stored per slot: what belongs to kept blocks is carried, everything else begins at zero.
+    stored = slots.double() + 1  # says whose it is; 0 in free slots
+    carried = change.apply(stored.clone())
+    kept = (change.slot_blocks >= 0) & old.flatten()[change.slot_blocks.long().clamp(min=0)]
+    assert torch.equal(carried, torch.where(kept, change.slot_blocks.double() + 1, 0))
+    assert set(change.fresh.tolist()) >= set(change.entered.tolist())
     with pytest.raises(ValueError, match="stored"):
-        change.apply(torch.zeros(3, 2, 2))
-    assert change.apply(torch.tensor([1.0, 2.0])).tolist() == [2.0, 0.0]
-    old.fill_(False)
-    new.fill_(False)
-    assert change.old_mask.tolist() == [[True, True, False]]
-    assert change.new_mask.tolist() == [[False, True, True]]
+        change.apply(torch.zeros(slots.numel() + 1, 2))
+
+
+@modest
+@given(slotted(), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 1000), st.integers(0, 40))
+def test_a_change_to_a_mask_keeps_blocks_in_their_slots(
+    problem: tuple[tuple[int, ...], tuple[int, int], Tensor], share: float, seed: int, reserve: int
+) -> None:
+    shape, block, slots = problem
+    dims = mask_dims(shape, block)
+    new = torch.rand(dims, generator=torch.Generator().manual_seed(seed)) < share
+    change = topology.SlotChange.to_mask(slots, new, reserve)
+    check_change(change, slots, new, dims)
+    before, after, count = slots.numel(), change.slot_blocks.numel(), int(new.sum())
+    if count > before:
+        assert after == max(count, reserve)  # just enough
+    elif before > max(count, reserve) and before - count > 0.1 * before:
+        assert after == max(count, reserve)
+    else:
+        assert after == before
+    held = [(slot, rank) for slot, rank in enumerate(slots.tolist()) if rank >= 0 and new.flatten()[rank]]
+    assert all(change.slot_blocks[slot] == rank for slot, rank in held if slot < after)
+    if before == after:
+        assert change.source is None
+        touched = (slots != change.slot_blocks).nonzero()[:, 0].tolist()
+        assert sorted(change.changed.tolist()) == touched
+        # The first free slots are taken, by rising rank.
+        free = [slot for slot in range(before) if slot not in dict(held)]
+        assert change.entered.tolist() == free[: change.grown]
+        assert change.slot_blocks[change.entered].tolist() == sorted(change.slot_blocks[change.entered].tolist())
+        stored = torch.zeros(before, 2)
+        assert change.apply(stored) is stored
+
+
+@modest
+@given(slotted(), st.integers(0, 1000), st.integers(-3, 3))
+def test_a_change_between_any_two_maps(
+    problem: tuple[tuple[int, ...], tuple[int, int], Tensor], seed: int, more: int
+) -> None:
+    shape, block, slots = problem
+    dims = mask_dims(shape, block)
+    g = torch.Generator().manual_seed(seed)
+    new = torch.rand(dims, generator=g) < 0.5
+    ranks = torch.cat([new.flatten().nonzero()[:, 0], torch.full((max(more, 0),), -1)])
+    after = ranks[torch.randperm(ranks.numel(), generator=g)].to(torch.int32)
+    change = topology.SlotChange.between(slots, after)
+    assert torch.equal(change.slot_blocks, after)
+    check_change(change, slots, new, dims)
 
 
 @pytest.mark.parametrize(

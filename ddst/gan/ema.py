@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddst.nn import sparse_layers
-from ddst.nn.origin import bring, follow
+from ddst.nn.origin import follow
 
 
 class EMA:
     """``w̄ ← γ w̄ + (1 − γ) w``, on active blocks: what the model drops leaves the average, what it grows enters as 0.
 
     :attr:`module` is a copy of the model to generate images with. Its masks follow the model's at the moment they change
-    (:func:`ddst.follow`), dtypes and devices before each update, so it is as sparse as the model. Buffers (batch norm's statistics) are copied, not
-    averaged.
+    (:func:`ddst.follow`), dtypes and devices before each update, so it is as sparse as the model. Buffers (batch norm's
+    statistics) are copied, not averaged.
 
     Args:
         model: the model that is trained.
@@ -55,14 +54,12 @@ class EMA:
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.module.eval()
         follow(self.module, model)
-        self._pairs = list(zip(sparse_layers(model).values(), sparse_layers(self.module).values(), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the model's present weights into the average. Call it once per step, after every change of topology."""
         self._follow_moves()
-        for layer, shadow in self._pairs:  # the same already, unless one of the two has loaded a state
-            bring(shadow, layer)
+        follow(self.module, self.model)  # they do already, unless one of the two has loaded a state or was copied
         decay = self.decay if self.updates >= self.start else 0.0
         self.updates += 1
         weights = dict(self.module.named_parameters())

@@ -256,6 +256,11 @@ class SparseLayer(PackedStorage):
         self._recorder.take()  # what was recorded belongs to other blocks
         super()._set_slots(slot_blocks)
 
+    def _take_overwritten_slots(self) -> None:
+        if self._origin is not None:
+            self._origin.check_map(self)
+        super()._take_overwritten_slots()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._recorder.record.to(self.topology.device)
@@ -297,8 +302,6 @@ class SparseLayer(PackedStorage):
             state_dict[prefix + "values"] = kept
             state_dict[prefix + "slot_blocks"] = self.slot_blocks
         if not self._take_slots(state_dict, prefix, error_msgs):
-            for name in ("values", "block_mask"):
-                state_dict.pop(prefix + name, None)
             return
         if self._origin is not None:
             self._origin.forget()

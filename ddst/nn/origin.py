@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..topology import SlotChange
 
 if TYPE_CHECKING:
     from .base import SparseLayer
+
+_REMEDY = "Call ddst.follow(average, model) right after making the average, or use ddst.EMA"
 
 _copies: weakref.WeakKeyDictionary[SparseLayer, weakref.WeakSet[SparseLayer]] = weakref.WeakKeyDictionary()
 
@@ -30,10 +33,39 @@ class Origin:
     """
 
     def __init__(self, origin: SparseLayer, copy: SparseLayer, follows: bool = False) -> None:
+        self.of = weakref.ref(origin)
         self.follows = follows
         self._written: int | None = None
+        self._watched = follows  # a follower stays one, whatever is done to its values
         _copies.setdefault(origin, weakref.WeakSet()).add(copy)
-        if copy.values.requires_grad and not follows:
+
+    @staticmethod
+    def tell_copies(origin: SparseLayer, change: SlotChange) -> None:
+        """Slots of ``origin`` have changed hands: followers change theirs likewise, other copies remember it."""
+        if torch.equal(change.before, change.slot_blocks):
+            return
+        for copy in list(_copies.get(origin, ())):
+            known: Origin | None = copy._origin
+            if known is None or known.of() is not origin:
+                _copies[origin].discard(copy)
+            elif known.follows:
+                bring(copy, origin, change)
+            elif known._written is None:
+                known._written = _fingerprint(copy.values)
+
+    def forget(self) -> None:
+        """What was written so far is of no matter: the copy is given a state that fits its slots."""
+        self._written = None
+
+    def check(self, copy: SparseLayer) -> None:
+        """Raises RuntimeError if the copy was averaged with its origin over a change of the mask. Before a forward."""
+        if self._written is not None and _fingerprint(copy.values) != self._written:
+            raise RuntimeError(
+                "this copy of a sparse layer was written to after blocks of the layer it was copied from had moved, so "
+                f"it holds averages of different blocks. {_REMEDY}"
+            )
+        if not self._watched and copy.values.requires_grad and copy.values.is_leaf:
+            self._watched = True
             self_of = weakref.ref(copy)
 
             def has_gradient(_: Tensor) -> None:
@@ -43,29 +75,16 @@ class Origin:
 
             copy.values.register_post_accumulate_grad_hook(has_gradient)
 
-    @staticmethod
-    def tell_copies(origin: SparseLayer, change: SlotChange) -> None:
-        """Slots of ``origin`` have changed hands: followers change theirs likewise, other copies remember it."""
-        for copy in list(_copies.get(origin, ())):
-            known: Origin | None = copy._origin
-            if known is None:
-                _copies[origin].discard(copy)
-            elif known.follows:
-                bring(copy, origin, change)
-            elif known._written is None:
-                known._written = _version(copy.values)
+    def check_map(self, copy: SparseLayer) -> None:
+        """Raises RuntimeError unless a map of slots that was written over the copy's is its origin's.
 
-    def forget(self) -> None:
-        """What was written so far is of no matter: the copy is given a state that fits its slots."""
-        self._written = None
-
-    def check(self, copy: SparseLayer) -> None:
-        """Raises RuntimeError if the copy was averaged with its origin over a change of the mask."""
-        if self._written is not None and _version(copy.values) != self._written:
+        An average of all entries of a state dict, integers too, gives a map of no layer.
+        """
+        origin = self.of()
+        if origin is not None and not torch.equal(copy.slot_blocks, origin.slot_blocks):
             raise RuntimeError(
-                "this copy of a sparse layer was written to after blocks of the layer it was copied from had moved, so it "
-                "holds averages of different blocks. Call ddst.follow(average, model) right after making the average, "
-                "or use ddst.EMA"
+                "slot_blocks of a copy of a sparse layer was overwritten with something else than slot_blocks of the "
+                f"layer it was copied from: it says where blocks are and takes part in no average. {_REMEDY}"
             )
 
 
@@ -124,5 +143,9 @@ def follow(average: nn.Module, model: nn.Module) -> None:
         copy._origin = Origin(layer, copy, follows=True)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _fingerprint(values: Tensor) -> int | None:
+    """A number that changes with the entries. (torch's version counter does not see what is written to ``.data``.)"""
+    if values.is_meta or isinstance(values, FakeTensor):
+        return None
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return int(values.detach().view(whole).sum(dtype=torch.int64))

@@ -195,9 +195,10 @@ class PackedStorage(nn.Module):
         fault = slots_fault(self.slot_blocks, self.slots, self.num_blocks)
         if fault:
             raise RuntimeError(f"slot_blocks was overwritten and no longer says where the blocks are: {fault}")
-        self._active_weights = self._count()
-        self.mask_version += 1
-        self._place()
+        self._take_overwritten_slots()
+
+    def _take_overwritten_slots(self) -> None:
+        self._set_slots(self.slot_blocks)
 
     # --- moves, copies and state dicts ------------------------------------------------------------------------------
 

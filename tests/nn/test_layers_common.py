@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import ddst
 from ddst.nn import SparseLayer, sparse_layers
-from ddst.topology import MaskChange
-from helpers.dense import active_entries, inside, pack_blocks, topology_of, unpack_blocks
+from ddst.topology import SlotChange
+from helpers.dense import active_entries, block_norms
+from helpers.layers import block_map, dense_of, mask_from, packed_from, slots_inside, topology_from, weight_of
 from helpers.tolerances import assert_close
 
 Make = Callable[[], tuple[SparseLayer, Tensor]]
@@ -35,7 +36,7 @@ both = pytest.mark.parametrize("make", [make_conv, make_linear])
 
 def expected_output(layer: SparseLayer, x: Tensor) -> Tensor:
     """The dense layer of the same weight in float64."""
-    weight = unpack_blocks(layer.values.double(), layer.block_mask, layer.weight_shape)
+    weight = dense_of(layer.values.double(), layer.slot_blocks, layer.weight_shape)
     bias = None if layer.bias is None else layer.bias.double()
     if isinstance(layer, ddst.SparseConv2d):
         return nn.functional.conv2d(x.double(), weight, bias, layer.stride, layer.padding, layer.dilation)
@@ -54,31 +55,40 @@ def other_mask(layer: SparseLayer, seed: int = 1) -> Tensor:
 @both
 def test_set_block_mask_keeps_kept_values_and_zeroes_new_ones(make: Make) -> None:
     layer, x = make()
-    old_weight, old_mask = layer.dense_weight().detach(), layer.block_mask.clone()
-    parameter, new = layer.values, other_mask(layer)
-    assert layer.mask_version == 0
+    old_weight, old_mask, old_slots = layer.dense_weight().detach(), layer.block_mask, layer.slot_blocks.clone()
+    parameter, new, old_map = layer.values, other_mask(layer), block_map(layer)
+    assert layer.mask_version == layer.storage_version == 0
     change = layer.set_block_mask(new)
-    assert isinstance(change, MaskChange)
-    assert torch.equal(change.old_mask, old_mask)
-    assert torch.equal(change.new_mask, new)
+    assert isinstance(change, SlotChange)
+    assert torch.equal(change.before, old_slots)
+    assert torch.equal(change.slot_blocks, layer.slot_blocks)
+    assert (change.grown, change.dropped) == (int((new & ~old_mask).sum()), int((old_mask & ~new).sum()))
     assert layer.values is parameter
     assert dict(layer.named_parameters())["values"] is parameter
     assert torch.equal(layer.block_mask, new)
-    assert torch.equal(layer.topology, topology_of(new))
-    assert layer.values.shape == (int(new.sum()), *layer.block)
+    assert torch.equal(mask_from(layer.slot_blocks, layer.mask_shape), new)
+    assert torch.equal(layer.topology, topology_from(layer.slot_blocks, layer.mask_shape))
+    assert layer.values.shape == (layer.slots, *layer.block)
     assert layer.values.requires_grad
     assert layer.values.is_leaf
     assert layer.nnz == int(new.sum())
     assert layer.mask_version == 1
+    assert layer.storage_version == int(layer.slots != old_slots.numel())
+    if layer.slots >= old_slots.numel():
+        assert all(old_map[block] == slot for block, slot in block_map(layer).items() if block in old_map)
     kept = old_weight * active_entries(new, layer.weight_shape, layer.block)
     assert torch.equal(layer.dense_weight(), kept)
-    assert torch.equal(layer.values, change.apply(pack_blocks(old_weight, old_mask, layer.block)))
-    assert not layer.values[change.grown].any()
+    assert torch.equal(weight_of(layer), kept)
+    assert torch.equal(layer.values, packed_from(kept, layer.slot_blocks, layer.block))
+    assert torch.equal(layer.values, change.apply(packed_from(old_weight, old_slots, layer.block)))
+    grown = {int(rank) for rank in (new & ~old_mask).flatten().nonzero()}
+    assert {layer.slot_blocks[slot].item() for slot in change.entered} == grown
+    assert not layer.values[change.entered].any()
     y = layer(x)
     assert_close(y, expected_output(layer, x), "after the change")
     y.sum().backward()
     assert layer.values.grad.shape == layer.values.shape
-    assert layer.values.grad[change.grown].any()
+    assert layer.values.grad[change.entered].any()
 
 
 @both
@@ -120,13 +130,13 @@ def test_set_block_mask_copies_the_mask_and_takes_empty_and_full_ones(make: Make
     assert layer.density == 1.0
     assert torch.equal(layer(x), y)
     unchanged = layer.set_block_mask(layer.block_mask)
-    assert not unchanged.grown.any()
+    assert (unchanged.grown, unchanged.dropped, unchanged.changed.numel()) == (0, 0, 0)
 
 
 @both
 def test_set_block_mask_refuses_wrong_masks_and_changes_nothing(make: Make) -> None:
     layer, _ = make()
-    before = (layer.values.clone(), layer.block_mask.clone(), layer.topology.clone())
+    before = (layer.values.clone(), layer.slot_blocks.clone(), layer.topology.clone())
     good = layer.block_mask
     for bad, error in (
         (good.float(), TypeError),
@@ -136,7 +146,7 @@ def test_set_block_mask_refuses_wrong_masks_and_changes_nothing(make: Make) -> N
     ):
         with pytest.raises(error, match="mask"):
             layer.set_block_mask(bad)
-    after = (layer.values, layer.block_mask, layer.topology)
+    after = (layer.values, layer.slot_blocks, layer.topology)
     assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
     assert layer.mask_version == 0
 
@@ -162,7 +172,7 @@ def test_outside_entries_stay_zero_through_training_and_growth(make: Make) -> No
         torch.optim.Adam(layer.parameters(), 0.01, eps=1e-12, amsgrad=True),
     ]
     for round_ in range(2):
-        outside = ~inside(layer.block_mask, layer.weight_shape, layer.block)
+        outside = ~slots_inside(layer.slot_blocks, layer.weight_shape, layer.block)
         assert outside.any()
         for optimizer in optimizers:
             start = layer.values.detach().clone()
@@ -181,7 +191,7 @@ def test_outside_entries_stay_zero_through_training_and_growth(make: Make) -> No
 @both
 def test_new_layer_is_zero_outside_and_reset_keeps_it_so(make: Make) -> None:
     layer, _ = make()
-    outside = ~inside(layer.block_mask, layer.weight_shape, layer.block)
+    outside = ~slots_inside(layer.slot_blocks, layer.weight_shape, layer.block)
     first = layer.values.detach().clone()
     assert not first[outside].any()
     layer.reset_parameters()
@@ -194,14 +204,15 @@ def test_dense_weight_is_differentiable_and_block_norms_are_not(make: Make) -> N
     layer, _ = make()
     weight = layer.dense_weight()
     assert weight.shape == layer.weight_shape
-    assert torch.equal(weight, unpack_blocks(layer.values, layer.block_mask, layer.weight_shape))
+    assert torch.equal(weight, weight_of(layer))
     upstream = torch.randn_like(weight)
     (grad,) = torch.autograd.grad(weight, layer.values, upstream)
-    assert torch.equal(grad, pack_blocks(upstream, layer.block_mask, layer.block))
+    assert torch.equal(grad, packed_from(upstream, layer.slot_blocks, layer.block))
     norms = layer.block_norms()
     assert not norms.requires_grad
-    assert norms.shape == (layer.nnz,)
-    assert_close(norms, layer.values.double().square().sum((1, 2)).sqrt(), "block norms")
+    assert norms.shape == layer.mask_shape == tuple(layer.block_mask.shape)
+    assert_close(norms, block_norms(weight.detach().double(), layer.block), "block norms")
+    assert torch.equal(norms != 0, layer.block_mask)
     assert layer.effective_values() is layer.values
 
 
@@ -256,14 +267,15 @@ def test_moves_take_the_buffers_along_and_leave_their_dtypes(make: Make) -> None
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         moved = copy.deepcopy(layer).to(dtype)
         assert moved.values.dtype == moved.bias.dtype == dtype
-        assert moved.block_mask.dtype == torch.bool
+        assert (moved.block_mask.dtype, moved.slot_blocks.dtype) == (torch.bool, torch.int32)
         assert moved.topology.dtype == torch.int32
         y = moved(x.to(dtype))
         assert y.dtype == dtype
         assert_close(y, expected_output(moved, x.to(dtype)), f"{dtype}")
     on_meta = copy.deepcopy(layer).to("meta")
-    assert {t.device.type for t in (*on_meta.parameters(), *on_meta.buffers())} == {"meta"}
-    assert len(list(on_meta.buffers())) == 2
+    assert {t.device.type for t in (*on_meta.parameters(), on_meta.topology)} == {"meta"}
+    assert torch.equal(on_meta.slot_blocks, layer.slot_blocks)
+    assert not list(layer.buffers())
 
 
 @pytest.mark.parametrize(
@@ -271,7 +283,8 @@ def test_moves_take_the_buffers_along_and_leave_their_dtypes(make: Make) -> None
 )
 def test_a_layer_can_be_made_on_the_meta_device(make: Callable[..., SparseLayer]) -> None:
     layer = make(device="meta", dtype=torch.float64)
-    assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
+    assert {t.device.type for t in (*layer.parameters(), layer.topology)} == {"meta"}
+    assert layer.slot_blocks.device.type == "cpu"
     assert layer.values.dtype == torch.float64
 
 
@@ -279,7 +292,7 @@ def test_a_layer_can_be_made_on_the_meta_device(make: Callable[..., SparseLayer]
 def test_state_dict_is_packed_and_loads_across_masks(make: Make) -> None:
     layer, x = make()
     state = layer.state_dict()
-    assert set(state) == {"values", "bias", "block_mask"}
+    assert set(state) == {"values", "bias", "slot_blocks"}
     other, _ = make()
     other.set_block_mask(torch.ones_like(layer.block_mask))
     assert other.values.shape != layer.values.shape
@@ -304,7 +317,7 @@ def test_dense_state_dict_loads_at_the_active_blocks(make: Make) -> None:
     layer.load_state_dict(state, strict=True)
     assert set(state) == {"weight", "bias"}  # the caller's dict is not changed
     assert torch.equal(layer.block_mask, mask)
-    assert torch.equal(layer.values, pack_blocks(dense.weight, mask, layer.block))
+    assert torch.equal(layer.values, packed_from(dense.weight, layer.slot_blocks, layer.block))
     assert torch.equal(layer.bias, dense.bias)
     assert_close(layer(x), expected_output(layer, x), "after loading")
 
@@ -312,17 +325,17 @@ def test_dense_state_dict_loads_at_the_active_blocks(make: Make) -> None:
 @both
 def test_state_dict_of_other_sizes_is_refused(make: Make) -> None:
     layer, _ = make()
-    before = layer.values.clone()
+    before = {key: t.clone() for key, t in layer.state_dict().items()}
     state = layer.state_dict()
     for wrong in (
         {**state, "values": state["values"][:-1]},
-        {**state, "block_mask": state["block_mask"][:1]},
+        {**state, "slot_blocks": state["slot_blocks"][:1]},
         {key: t for key, t in state.items() if key != "values"},
         {**state, "extra": torch.zeros(1)},
     ):
-        with pytest.raises(RuntimeError, match=r"values|block_mask|extra"):
+        with pytest.raises(RuntimeError, match=r"slot_blocks|extra"):
             layer.load_state_dict(wrong)
-    assert layer.values.shape == before.shape
+    assert all(torch.equal(before[key], t) for key, t in layer.state_dict().items())
 
 
 @both

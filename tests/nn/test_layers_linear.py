@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import ddst
-from helpers.dense import active_entries, block_norms, unpack_blocks
+from helpers.dense import active_entries, block_norms
+from helpers.layers import dense_of, weight_of
 from helpers.tolerances import assert_close
 
 
@@ -19,7 +20,7 @@ def twins(bias: bool = True, block: Any = (8, 4), density: float = 0.5) -> tuple
     layer = ddst.SparseLinear(21, 34, bias, dtype=torch.float64, density=density, block=block)
     dense = nn.Linear(21, 34, bias, dtype=torch.float64)
     with torch.no_grad():
-        dense.weight.copy_(unpack_blocks(layer.values, layer.block_mask, layer.weight_shape))
+        dense.weight.copy_(weight_of(layer))
         if dense.bias is not None:
             dense.bias.copy_(layer.bias)
     return layer, dense
@@ -66,7 +67,7 @@ def test_forward_and_gradients_equal_the_dense_layer(lead: tuple[int, ...], bias
     want = torch.autograd.grad(expected, [x, *dense.parameters()], upstream)
     assert_close(got[0], want[0], "gradient of input")
     masked = want[1] * active_entries(layer.block_mask, layer.weight_shape, layer.block)
-    assert_close(unpack_blocks(got[1], layer.block_mask, layer.weight_shape), masked, "gradient of values")
+    assert_close(dense_of(got[1], layer.slot_blocks, layer.weight_shape), masked, "gradient of values")
     if bias:
         assert_close(got[2], want[2], "gradient of bias")
 

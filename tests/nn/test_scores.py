@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ddst
 from ddst.nn import SparseLayer
-from helpers.dense import block_norms, pack_blocks, unpack_blocks
+from helpers.dense import block_norms
+from helpers.layers import dense_of, packed_from, weight_of
 from helpers.tolerances import assert_close
 
 BACKENDS = ["cpu", "reference"]
@@ -50,7 +51,7 @@ def make_twins(kind: int | str, backend: str, dtype: torch.dtype = torch.float64
         x = torch.randn(3, 9, 6, 7, dtype=dtype)
     layer, twin = layer.to(dtype), twin.to(dtype)
     with torch.no_grad():
-        twin.weight.copy_(unpack_blocks(layer.values, layer.block_mask, layer.weight_shape))
+        twin.weight.copy_(weight_of(layer))
         if twin.bias is not None:
             twin.bias.copy_(layer.bias)
     layer.backend = backend
@@ -159,8 +160,8 @@ def test_scores_are_the_norms_of_the_dense_gradient(way: Way, kind: int | str, b
     want = norms(twin, layer)
     assert (scores - want).norm() <= 1e-13 * want.norm()
     # The packed gradient itself is what it was without a request.
-    got = layer.values.grad.flatten(1).norm(dim=1)
-    assert (got - want[layer.block_mask]).norm() <= 1e-13 * want.norm()
+    got = block_norms(dense_of(layer.values.grad, layer.slot_blocks, layer.weight_shape), layer.block)
+    assert (got - want * layer.block_mask).norm() <= 1e-13 * want.norm()
     assert layer.scores_requested
 
 
@@ -238,8 +239,8 @@ def test_change_of_mask_drops_the_record_and_keeps_the_request(backend: str) -> 
         layer.take_scores()
     with torch.no_grad():
         weight = torch.randn(layer.weight_shape, dtype=torch.float64)
-        layer.values.copy_(pack_blocks(weight, layer.block_mask, layer.block))
-        twin.weight.copy_(unpack_blocks(layer.values, layer.block_mask, layer.weight_shape))
+        layer.values.copy_(packed_from(weight, layer.slot_blocks, layer.block))
+        twin.weight.copy_(weight_of(layer))
     one_backward(layer, x)
     one_backward(twin, x)
     assert_close(layer.take_scores(), norms(twin, layer), "after a change of mask", dtype=torch.float64)

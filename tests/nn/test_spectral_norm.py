@@ -206,7 +206,7 @@ def move_blocks(layer: SparseLayer, share: float) -> None:
     flat = layer.block_mask.flatten().clone()
     active = flat.nonzero()[:, 0]
     free = (~flat).nonzero()[:, 0]
-    flat[active[layer.block_norms().topk(count, largest=False).indices]] = False
+    flat[active[layer.block_norms().flatten()[active].topk(count, largest=False).indices]] = False
     flat[free[torch.randperm(free.numel())[:count]]] = True
     layer.set_block_mask(flat.view(layer.block_mask.shape))
 

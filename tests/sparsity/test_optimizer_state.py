@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from ddst.sparsity.optimizer import check_state, remap_state
-from ddst.topology import MaskChange
+from ddst.sparsity.optimizer import carry_state, check_state
+from ddst.topology import SlotChange
 
 BLOCKS, BLOCK = 12, (4, 3)
 
@@ -44,12 +44,17 @@ def mask_of(*active):
     return mask
 
 
-def set_mask(param, optimizer, old, new, **options):
-    """What a layer and remap_state do together."""
-    change = MaskChange.between(old, new)
+def slots_of(*blocks):
+    """The block in each slot, -1 where it is free."""
+    return torch.tensor(blocks, dtype=torch.int32)
+
+
+def set_mask(param, optimizer, slots, new, **options):
+    """What a layer and carry_state do together; the slots after the change and what changed."""
+    change = SlotChange.to_mask(slots, new)
     param.data = change.apply(param.detach())
     param.grad = None
-    remap_state(optimizer, param, change, **options)
+    carry_state(optimizer, param, change, **options)
     return change
 
 
@@ -61,35 +66,52 @@ def step(optimizer, param, grad):
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_follows_a_masked_dense_twin_through_mask_changes(kind):
     torch.manual_seed(0)
-    masks = [mask_of(0, 2, 3, 7), mask_of(2, 5, 7, 11), mask_of(1, 2, 5), mask_of(*range(BLOCKS))]
+    masks = [
+        mask_of(0, 2, 3, 7),
+        mask_of(2, 5, 7, 11),
+        mask_of(1, 2, 5, 7),
+        mask_of(1, 2, 5),
+        mask_of(*range(BLOCKS)),
+    ]
+    slots = slots_of(7, 0, 3, 2)
     full = torch.randn(BLOCKS, *BLOCK) * masks[0].view(-1, 1, 1)
-    dense, packed = nn.Parameter(full), nn.Parameter(full[masks[0][0]])
+    dense, packed = nn.Parameter(full), nn.Parameter(full[slots.long()])
     dense_opt, packed_opt = OPTIMIZERS[kind]([dense]), OPTIMIZERS[kind]([packed])
+    sizes = []
     for before, mask in zip([None, *masks], masks, strict=False):
         on = mask[0]
         if before is not None:
-            set_mask(packed, packed_opt, before, mask)
+            held = {k: v for k, v in packed_opt.state[packed].items() if isinstance(v, torch.Tensor)}
+            change = set_mask(packed, packed_opt, slots, mask)
+            if change.slot_blocks.shape == slots.shape:  # written in place
+                assert all(packed_opt.state[packed][key] is value for key, value in held.items())
+            slots = change.slot_blocks
             kept = (before[0] & on).view(-1, 1, 1)
             dense.data.mul_(kept)
             for key, state in dense_opt.state[dense].items():
                 if isinstance(state, torch.Tensor) and state.shape == dense.shape:
                     state.copy_(torch.where(kept, state, BEGINNINGS.get((kind, key), 0.0)))
+        sizes.append(slots.numel())
+        used = slots >= 0
+        at = slots[used].long()
         for _ in range(3):
             grad = torch.randn(BLOCKS, *BLOCK) * on.view(-1, 1, 1)
             step(dense_opt, dense, grad)
-            step(packed_opt, packed, grad[on])
-        torch.testing.assert_close(packed.detach(), dense.detach()[on], rtol=1e-5, atol=1e-7)
+            step(packed_opt, packed, torch.where(used[:, None, None], grad[slots.long()], 0))
+        torch.testing.assert_close(packed.detach()[used], dense.detach()[at], rtol=1e-5, atol=1e-7)
+        assert not packed.detach()[~used].any()
         for key, state in packed_opt.state[packed].items():
             twin = dense_opt.state[dense][key]
             if isinstance(state, torch.Tensor) and state.shape == packed.shape:
-                torch.testing.assert_close(state, twin[on], rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(state[used], twin[at], rtol=1e-5, atol=1e-7)
             elif isinstance(state, torch.Tensor):
                 torch.testing.assert_close(state, twin)
+    assert sizes == [4, 4, 4, 3, BLOCKS]  # an exchange, a free slot taken, given back, and a growth
 
 
 @pytest.mark.parametrize("kind", ["rprop", "adagrad", "adagrad-begun"])
 def test_a_grown_block_moves_as_a_new_weight_does(kind):
-    old, new = mask_of(0, 1), mask_of(0, 5)
+    old, new = slots_of(0, 1), mask_of(0, 5)
     packed, fresh = nn.Parameter(torch.randn(2, *BLOCK)), nn.Parameter(torch.zeros(1, *BLOCK))
     optimizer, other = OPTIMIZERS[kind]([packed]), OPTIMIZERS[kind]([fresh])
     for group in (*optimizer.param_groups, *other.param_groups):
@@ -105,9 +127,9 @@ def test_a_grown_block_moves_as_a_new_weight_does(kind):
     torch.testing.assert_close(packed.detach()[1:], fresh.detach())
 
 
-def stepped_adam(mask, **options):
+def stepped_adam(slots, **options):
     torch.manual_seed(1)
-    param = nn.Parameter(torch.randn(int(mask.sum()), *BLOCK))
+    param = nn.Parameter(torch.randn(slots.numel(), *BLOCK))
     adam = torch.optim.Adam([param], lr=0.1, betas=(0.5, 0.9), **options)
     for _ in range(2):
         step(adam, param, torch.randn_like(param))
@@ -115,24 +137,24 @@ def stepped_adam(mask, **options):
 
 
 def test_scores_start_the_second_moments_of_grown_blocks_and_nothing_else():
-    old, new = mask_of(0, 1, 2), mask_of(1, 4, 6)
+    old, new = slots_of(0, 1, 2), mask_of(1, 4, 6)
     param, adam = stepped_adam(old, amsgrad=True)
     before = {key: value.clone() for key, value in adam.state[param].items()}
-    set_mask(param, adam, old, new, second_moment=torch.tensor([9.0, 0.25, 4.0]))
+    set_mask(param, adam, old, new, second_moment=torch.tensor([0.25, 4.0]))
     state = adam.state[param]
     for key in ("exp_avg_sq", "max_exp_avg_sq"):
-        assert torch.equal(state[key][0], before[key][1])
-        assert (state[key][1] == 0.25).all()
+        assert torch.equal(state[key][1], before[key][1])
+        assert (state[key][0] == 0.25).all()
         assert (state[key][2] == 4.0).all()
-    assert not state["exp_avg"][1:].any()
-    assert torch.equal(state["exp_avg"][0], before["exp_avg"][1])
+    assert not state["exp_avg"][[0, 2]].any()
+    assert torch.equal(state["exp_avg"][1], before["exp_avg"][1])
     assert torch.equal(state["step"], before["step"])
 
 
 def test_with_a_start_the_first_step_of_a_grown_block_is_about_lr_and_without_it_much_longer():
-    old, new = mask_of(0, 1), mask_of(0, 5)
+    old, new = slots_of(0, 1), mask_of(0, 5)
     longest = {}
-    for start in (None, torch.tensor([0.0, 4.0])):
+    for start in (None, torch.tensor([4.0])):
         param, adam = stepped_adam(old)
         for _ in range(200):  # past bias correction
             step(adam, param, torch.randn_like(param))
@@ -147,7 +169,7 @@ def test_with_a_start_the_first_step_of_a_grown_block_is_about_lr_and_without_it
 
 
 def test_mean_start_and_unusable_starts():
-    old, new = mask_of(0, 1), mask_of(0, 1, 5)
+    old, new = slots_of(0, 1), mask_of(0, 1, 5)
     param, adam = stepped_adam(old)
     kept = adam.state[param]["exp_avg_sq"].clone()
     set_mask(param, adam, old, new, second_moment="mean")
@@ -163,26 +185,26 @@ def test_mean_start_and_unusable_starts():
 
 
 def test_wrong_arguments_change_nothing():
-    old, new = mask_of(0, 1), mask_of(0, 5)
+    old, new = slots_of(0, 1), mask_of(0, 5)
     param, adam = stepped_adam(old)
     before = copy.deepcopy(adam.state_dict())
-    change = MaskChange.between(old, new)
+    change = SlotChange.to_mask(old, new)
     for second_moment in (torch.ones(3), "score"):
         with pytest.raises(ValueError, match="second_moment"):
-            remap_state(adam, param, change, second_moment=second_moment)
+            carry_state(adam, param, change, second_moment=second_moment)
     torch.testing.assert_close(adam.state_dict(), before)
 
 
 def test_without_state_nothing_happens():
     param = nn.Parameter(torch.randn(2, *BLOCK))
     adam = torch.optim.Adam([param])
-    remap_state(adam, param, MaskChange.between(mask_of(0, 1), mask_of(3)))
+    carry_state(adam, param, SlotChange.to_mask(slots_of(0, 1), mask_of(3)))
     assert not adam.state[param]
 
 
 def test_a_state_whose_shape_only_looks_like_a_scalar_of_the_parameter_is_told_apart():
     # One block of one weight: the step counter has no dimension, the moments have three.
-    old, new = mask_of(0), mask_of(0, 1)
+    old, new = slots_of(0), mask_of(0, 1)
     param = nn.Parameter(torch.ones(1, 1, 1))
     adam = torch.optim.Adam([param])
     step(adam, param, torch.ones(1, 1, 1))
@@ -206,12 +228,12 @@ class Factored(torch.optim.Optimizer):
 
 def test_factored_and_flat_states_are_refused_before_anything_changes():
     param = nn.Parameter(torch.randn(2, *BLOCK))
-    change = MaskChange.between(mask_of(0, 1), mask_of(3))
+    change = SlotChange.to_mask(slots_of(0, 1), mask_of(3))
     factored = Factored([param])
     step(factored, param, torch.randn_like(param))
     before = {key: value.clone() for key, value in factored.state[param].items()}
     with pytest.raises(ValueError, match=r"Factored keeps a state 'row_var' of shape \(2, 4\)"):
-        remap_state(factored, param, change)
+        carry_state(factored, param, change)
     torch.testing.assert_close(dict(factored.state[param]), before)
     for optimizer in (torch.optim.Adafactor([param]), torch.optim.LBFGS([param])):
         with pytest.raises(ValueError, match="optimizer is " + type(optimizer).__name__):
@@ -219,7 +241,7 @@ def test_factored_and_flat_states_are_refused_before_anything_changes():
 
 
 def test_learning_rate_schedulers_and_saved_states_go_on():
-    old, new = mask_of(0, 1), mask_of(0, 3, 5)
+    old, new = slots_of(0, 1), mask_of(0, 3, 5)
     param, adam = stepped_adam(old)
     scheduler = lr_scheduler.ExponentialLR(adam, 0.5)
     step(adam, param, torch.randn_like(param))

@@ -11,6 +11,7 @@ from torch import nn
 import ddst
 from ddst.nn import sparse_layers
 from ddst.sparsity.updater import TopologyUpdater
+from helpers.dense import active_entries
 from helpers.training import batch, classifier, counts, snapshot, train_step
 
 
@@ -23,6 +24,11 @@ def make(growth="gradient", block=(8, 8), density=0.4, optimizer=torch.optim.Ada
 def ready(model, optimizer, updater, seed=1):
     updater.scores.request()
     train_step(model, optimizer, seed)
+
+
+def grown_slots(layer, old):
+    """bool per slot: whether it holds a block that was not active in the mask ``old``."""
+    return (layer.slot_blocks >= 0) & ~old.flatten()[layer.slot_blocks.long().clamp(min=0)]
 
 
 def active_ids(layer):
@@ -40,7 +46,7 @@ def test_exchange_by_layer_drops_the_smallest_and_grows_the_largest_scores():
     for name, layer in updater.layers.items():
         old, old_weight = before[name]
         k = math.floor(0.4 * len(old))
-        dropped = {sorted(old)[i] for i in norms[name].sort().indices[:k].tolist()}
+        dropped = {sorted(old)[i] for i in norms[name].flatten()[sorted(old)].sort().indices[:k].tolist()}
         candidates = [i for i in range(layer.num_blocks) if i not in old or i in dropped]
         grown = set(sorted(candidates, key=lambda i, name=name: -float(scores[name].flatten()[i]))[:k])
         assert active_ids(layer) == (old - dropped) | grown
@@ -48,7 +54,7 @@ def test_exchange_by_layer_drops_the_smallest_and_grows_the_largest_scores():
         assert report.grown.get(name, 0) == len(grown - old)
         assert report.dropped.get(name, 0) == len(dropped - grown)
         # Kept blocks keep their values, grown ones are zero, as they were in the dense weight before.
-        active = ddst.topology.unpack(torch.ones_like(layer.values), layer.block_mask, layer.weight_shape)
+        active = active_entries(layer.block_mask, layer.weight_shape, layer.block)
         assert torch.equal(layer.dense_weight(), old_weight * active)
 
 
@@ -163,13 +169,13 @@ def test_grown_blocks_start_at_zero_with_the_squared_score_per_weight():
     layer, old = model[2], model[2].block_mask.clone()
     scores, sizes = updater.scores.latest["2"], ddst.topology.block_sizes(layer.weight_shape, layer.block)
     updater.exchange(0.5)
-    grown = (layer.block_mask & ~old)[layer.block_mask]
+    grown = grown_slots(layer, old)
     assert grown.any()
     state = adam.state[layer.values]
     assert not layer.values[grown].any()
     assert not state["exp_avg"][grown].any()
     assert state["exp_avg"][~grown].any()
-    expected = (scores.square() / sizes[:, :, None, None])[layer.block_mask][grown]
+    expected = (scores.square() / sizes[:, :, None, None]).flatten()[layer.slot_blocks[grown].long()]
     assert expected.unique().numel() > 1
     torch.testing.assert_close(state["exp_avg_sq"][grown], expected.view(-1, 1, 1).expand(-1, 8, 8))
 
@@ -182,10 +188,10 @@ def test_other_starts_of_the_second_moment(growth, block, start):
     ready(model, adam, updater)
     layer, old = model[2], model[2].block_mask.clone()
     updater.exchange(0.5)
-    grown = (layer.block_mask & ~old)[layer.block_mask]
+    grown = grown_slots(layer, old)
     moments = adam.state[layer.values]["exp_avg_sq"]
     assert grown.any()
-    expected = moments[~grown].mean() if start == "mean" else torch.zeros(())
+    expected = moments[(layer.slot_blocks >= 0) & ~grown].mean() if start == "mean" else torch.zeros(())
     torch.testing.assert_close(moments[grown], expected.expand_as(moments[grown]))
 
 

@@ -59,7 +59,7 @@ def test_index_counts_masks_and_topologies_of_spectral_norms_and_of_the_average(
 
     def of(net):
         layers = sparse_layers(net).values()
-        own = sum(layer.block_mask.nbytes + layer.topology.nbytes for layer in layers)
+        own = sum(layer.slot_blocks.nbytes + layer.topology.nbytes for layer in layers)
         return own, sum(layer.spectral_norm.topology.nbytes for layer in layers)
 
     layers, norms = of(model)
@@ -138,8 +138,10 @@ def test_everything_held_between_steps_is_packed():
     watched_run(model, steps=3)
     layer = next(iter(sparse_layers(model).values()))
     held = [t for t in vars(layer)["_parameters"].values() if t is not None]
-    held += [t for t in vars(layer)["_buffers"].values() if t is not None]
+    assert not any(isinstance(t, torch.Tensor) for t in vars(layer)["_buffers"].values())
+    held += [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]  # slot_blocks and topology
     held += [p.grad for p in held if p.grad is not None]
     assert isinstance(layer, SparseLayer)
+    assert {id(layer.slot_blocks), id(layer.topology)} < {id(t) for t in held}
     assert max(t.untyped_storage().nbytes() // t.element_size() for t in held) == layer.nnz * 256
     assert layer.nnz * 256 == pytest.approx(0.1 * math.prod(layer.weight_shape), rel=0.05)

@@ -285,7 +285,9 @@ def test_a_code_of_no_backend_on_the_cpu_is_refused(problem: Problem, backend: i
     for name, args in arguments.items():
         if not name.endswith("block_scores"):
             assert torch.equal(call(name, (*args, 1)), call(name, args))
-            with pytest.raises(ValueError, match=rf"ddst::{name}: backend is {backend}, expected 0 \(auto\) or 1 \(cpu\)"):
+            with pytest.raises(
+                ValueError, match=rf"ddst::{name}: backend is {backend}, expected 0 \(auto\) or 1 \(cpu\)"
+            ):
                 call(name, (*args, backend))
 
 

@@ -65,7 +65,9 @@ def linear(
     if backends.choose(backend, backends.Problem.of(x, values, linear=True)) == "reference":
         y = reference.linear(x, values, bias, topology, list(weight_shape))
     else:
-        y = _ops.linear(x.reshape(lead.numel(), weight_shape[1]), values, bias, topology, list(weight_shape), backends.code(backend))
+        y = _ops.linear(
+            x.reshape(lead.numel(), weight_shape[1]), values, bias, topology, list(weight_shape), backends.code(backend)
+        )
         y = y.view(*lead, weight_shape[0])
     return y.to(dtype)
 

@@ -34,6 +34,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _host
+
 MAX_BLOCK = 64
 
 
@@ -151,11 +153,14 @@ def mask_of_slots(slot_blocks: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def topology_of_slots(slot_blocks: Tensor, shape: Sequence[int]) -> Tensor:
-    """The topology vector of slots, int32, on their device. All sizes follow from arguments: nothing waits for a device.
+    """The topology vector of slots, int32, on their device. Sizes follow from arguments: nothing waits for a device.
 
     Args:
-        slot_blocks: int32 ``[slots]``; each block at most once, -1 for a free slot. Not checked.
+        slot_blocks: int32 ``[slots]``; each block at most once, -1 for a free slot.
         shape: of the block mask.
+
+    Raises:
+        ValueError: a block in two slots, or none of the mask's; on the CPU only, as another device would have to wait.
 
     Cost: two sorts of ``slots`` keys.
 
@@ -164,6 +169,13 @@ def topology_of_slots(slot_blocks: Tensor, shape: Sequence[int]) -> Tensor:
     """
     rows, cols = shape[:2]
     taps = math.prod(shape[2:])
+    if type(slot_blocks) is Tensor and slot_blocks.device.type == "cpu":  # several times faster than by operators
+        return torch.from_numpy(_host.topology_of_slots(slot_blocks.numpy(), rows, cols, taps))
+    return _topology_by_operators(slot_blocks, rows, cols, taps)
+
+
+def _topology_by_operators(slot_blocks: Tensor, rows: int, cols: int, taps: int) -> Tensor:
+    """:func:`topology_of_slots` on any device."""
     total = rows * cols * taps
     key = slot_blocks.long()
     key = torch.where(key < 0, total, key)  # free slots come last in both orders

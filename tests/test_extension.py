@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -13,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as npst
 
 import ddst
-from ddst import _extension, _host, topology
+from ddst import _extension, _host
+from helpers.dense import topology_of
 
 ROOT = Path(ddst.__file__).resolve().parents[1]
 
@@ -142,42 +143,71 @@ def test_import_without_the_library_fails(tmp_path: Path) -> None:
     assert "ImportError: ddst's compiled library is missing" in run.stderr
 
 
-IMPLEMENTATIONS = {_host.build_topology, _host.build_topology_python}
+IMPLEMENTATIONS = {_host.topology_of_slots, _host.topology_of_slots_python}
 if _host.IMPLEMENTATION == "pybind11":
-    IMPLEMENTATIONS.add(_host._HOST.build_topology)  # type: ignore[union-attr]
+    IMPLEMENTATIONS.add(_host._HOST.topology_of_slots)  # type: ignore[union-attr]
 each_implementation = pytest.mark.parametrize("build", sorted(IMPLEMENTATIONS, key=str))
 
 
-@each_implementation
-@given(mask=npst.arrays(np.bool_, npst.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.booleans()))
-def test_linear_topology_is_the_packages(build, mask: np.ndarray) -> None:
-    built = build(mask)
-    assert built.dtype == np.int32
-    assert built.tolist() == topology.build_topology(torch.from_numpy(mask)).tolist()
+@st.composite
+def placed(draw: st.DrawFn) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """(slot_blocks, grid): any blocks of the grid in any order, free slots anywhere among them."""
+    grid = draw(st.tuples(st.integers(1, 7), st.integers(1, 7), st.sampled_from([1, 1, 2, 9])))
+    ranks = draw(st.lists(st.integers(0, math.prod(grid) - 1), unique=True, max_size=40))
+    free = draw(st.integers(0, 5))
+    return np.array(draw(st.permutations(ranks + [-1] * free)), np.int32), grid
 
 
 @each_implementation
-@given(mask=npst.arrays(np.bool_, npst.array_shapes(min_dims=4, max_dims=4, max_side=4), elements=st.booleans()))
-def test_conv_topology_is_the_packages(build, mask: np.ndarray) -> None:
-    assert build(mask).tolist() == topology.build_topology(torch.from_numpy(mask)).tolist()
+@given(problem=placed())
+def test_topology_of_slots_is_the_documented_vector(build, problem: tuple[np.ndarray, tuple[int, int, int]]) -> None:
+    slot_blocks, grid = problem
+    built = build(slot_blocks, *grid)
+    assert built.dtype == np.int32 and built.flags.c_contiguous
+    assert built.tolist() == topology_of(torch.from_numpy(slot_blocks), grid).tolist()
 
 
 @each_implementation
-def test_mask_of_any_strides(build) -> None:
-    mask = np.random.default_rng(0).random((3, 3, 4, 5)) < 0.4
-    turned = mask.transpose(2, 3, 1, 0)[:, ::-1]
-    assert build(turned).tolist() == build(np.ascontiguousarray(turned)).tolist()
+def test_slots_of_any_stride(build) -> None:
+    slot_blocks = np.random.default_rng(0).permutation(60).astype(np.int32)
+    turned = slot_blocks[::-2]
+    assert build(turned, 5, 4, 3).tolist() == build(turned.copy(), 5, 4, 3).tolist()
 
 
 @each_implementation
 @pytest.mark.parametrize(
-    ("mask", "error", "message"),
+    ("slot_blocks", "grid", "error", "message"),
     [
-        ([[True]], TypeError, "mask must be a bool array, got list"),
-        (np.ones((2, 2)), TypeError, "mask must be a bool array, got dtype float64"),
-        (np.ones(3, bool), ValueError, r"mask must have the shape \[R, C\] or \[R, C, kH, kW\], got \(3,\)"),
+        ([0], (2, 2, 1), TypeError, "slot_blocks must be an int32 array, got list"),
+        (np.zeros(1), (2, 2, 1), TypeError, "slot_blocks must be an int32 array, got dtype float64"),
+        (np.zeros(1, np.int64), (2, 2, 1), TypeError, "slot_blocks must be an int32 array, got dtype int64"),
+        (np.zeros(1, ">i4"), (2, 2, 1), TypeError, "slot_blocks must be an int32 array, got dtype >i4"),
+        (np.zeros((1, 1), np.int32), (2, 2, 1), ValueError, r"slot_blocks must have the shape \[slots\], got \(1, 1\)"),
+        (
+            np.array([0, 4], np.int32),
+            (2, 2, 1),
+            ValueError,
+            "slot_blocks must hold ranks below 4, or -1, got 4 in slot 1",
+        ),
+        (np.array([-2], np.int32), (2, 2, 1), ValueError, "slot_blocks must hold ranks .* got -2 in slot 0"),
+        (
+            np.array([-(2**31)], np.int32),
+            (2, 2, 1),
+            ValueError,
+            "slot_blocks must hold ranks .* got -2147483648 in slot 0",
+        ),
+        (
+            np.array([5, 3, -1, -1, 5], np.int32),
+            (2, 2, 2),
+            ValueError,
+            "slot_blocks must hold each block once, got 5 in the slots 0 and 4",
+        ),
+        (np.zeros(0, np.int32), (0, 2, 1), ValueError, r"rows, cols and taps must be at least 1, got \(0, 2, 1\)"),
+        (np.zeros(0, np.int32), (2, 2, -1), ValueError, r"rows, cols and taps must be at least 1, got \(2, 2, -1\)"),
+        (np.zeros(0, np.int32), (2**16, 2**16, 1), ValueError, "more blocks than int32 can index"),
+        (np.zeros(0, np.int32), (2**16, 2**14, 9), ValueError, "more blocks than int32 can index"),
     ],
 )
-def test_bad_masks(build, mask: object, error: type[Exception], message: str) -> None:
+def test_bad_slots(build, slot_blocks: object, grid: tuple[int, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        build(mask)
+        build(slot_blocks, *grid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import random
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddst import _host, topology
-from helpers.dense import active_blocks, active_entries, blocks_of, mask_dims, pack_blocks, unpack_blocks
+from ddst.ops.reference import dense_weight
+from helpers.dense import active_entries, blocks_of, mask_dims, pack_blocks, row_major, topology_of, unpack_blocks
 from helpers.layers import dense_of, mask_from, packed_from, slots_inside, topology_from
 
 modest = settings(max_examples=60, deadline=None)
@@ -41,53 +43,116 @@ def numbered(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
 
 
+@st.composite
+def slotted(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """(mask, slot_blocks): the mask's blocks in any order, free slots anywhere among them, or none."""
+    _, _, mask = draw(masked())
+    ranks = row_major(mask).tolist() + [-1] * draw(st.sampled_from([0, 1, 7]))
+    random.Random(draw(st.integers(0, 10**6))).shuffle(ranks)
+    return mask, torch.tensor(ranks, dtype=torch.int32)
+
+
 @modest
 @given(masked())
-def test_topology_is_the_documented_vector(problem: tuple[tuple[int, ...], tuple[int, int], Tensor]) -> None:
+def test_topology_of_a_mask_has_row_major_slots(problem: tuple[tuple[int, ...], tuple[int, int], Tensor]) -> None:
     _, _, mask = problem
     vector = topology.build_topology(mask)
     assert vector.dtype == torch.int32
     assert vector.dim() == 1
     assert vector.is_contiguous()
-    row_major = mask.flatten().nonzero()[:, 0]
-    assert torch.equal(topology.row_major_slots(mask), row_major.to(torch.int32))
-    assert torch.equal(vector, topology_from(row_major, mask.shape))
-    rows, cols, count = mask.shape[0], mask.shape[1], len(active_blocks(mask))
-    assert (vector.numel() - rows - cols - 2) / 5 == count
-    index = topology.split_topology(vector, rows, cols)
-    assert index.row_ptr[-1] == index.col_ptr[-1] == count
-    assert torch.equal(index.row_ptr.diff(), mask.reshape(rows, -1).sum(1))
-    assert torch.equal(index.col_ptr.diff(), mask.transpose(0, 1).reshape(cols, -1).sum(1))
-    order = index.col_order.long()
-    assert sorted(order.tolist()) == list(range(count))
-    keys = list(
-        zip(*(part[order].tolist() for part in (index.block_col, index.block_row, index.block_tap)), strict=True)
-    )
-    assert keys == sorted(keys)
+    assert torch.equal(vector, topology_of(mask))
+    index = topology.split_topology(vector, mask.shape[0], mask.shape[1])
+    assert index.row_order.tolist() == list(range(int(mask.sum())))
 
 
 @modest
-@given(masked())
-def test_host_builders_give_the_same_vector(problem: tuple[tuple[int, ...], tuple[int, int], Tensor]) -> None:
-    _, _, mask = problem
-    vector = topology.build_topology(mask).numpy()
-    for build in (_host.build_topology, _host.build_topology_python):
-        built = build(mask.numpy())
-        assert built.dtype == vector.dtype
-        assert (built == vector).all()
+@given(slotted())
+def test_topology_of_slots_is_the_documented_vector(problem: tuple[Tensor, Tensor]) -> None:
+    mask, slots = problem
+    rows, cols, taps = mask.shape[0], mask.shape[1], math.prod(mask.shape[2:])
+    vector = topology.topology_of_slots(slots, mask.shape)
+    assert vector.dtype == torch.int32 and vector.is_contiguous()
+    assert torch.equal(vector, topology_of(slots, mask.shape))
+    assert torch.equal(topology._topology_by_operators(slots, rows, cols, taps), vector)
+    assert vector.numel() == rows + cols + 2 + 5 * slots.numel()
+    assert topology.slot_count(vector, rows, cols) == slots.numel()
+    index = topology.split_topology(vector, rows, cols)
+    count = int(mask.sum())
+    assert index.row_ptr[-1] == index.col_ptr[-1] == count
+    assert torch.equal(index.row_ptr.diff(), mask.reshape(rows, -1).sum(1))
+    assert torch.equal(index.col_ptr.diff(), mask.transpose(0, 1).reshape(cols, -1).sum(1))
+    free = (slots < 0).nonzero()[:, 0].tolist()
+    for order, parts in (
+        (index.row_order, (index.block_row, index.block_col, index.block_tap)),
+        (index.col_order, (index.block_col, index.block_row, index.block_tap)),
+    ):
+        assert sorted(order.tolist()) == list(range(slots.numel()))
+        keys = list(zip(*(part[order.long()].tolist() for part in parts), strict=True))
+        assert keys == sorted(keys)
+        assert order[count:].tolist() == free
+    assert all(index.block_row[free] == rows) and all(index.block_col[free] == cols) and all(index.block_tap[free] == 0)
 
 
-def test_the_compiled_host_module_is_the_one_tested_where_it_was_built() -> None:
+@modest
+@given(slotted())
+def test_slots_and_masks_are_made_of_each_other(problem: tuple[Tensor, Tensor]) -> None:
+    mask, slots = problem
+    assert torch.equal(topology.mask_of_slots(slots, mask.shape), mask)
+    ranks = topology.row_major_slots(mask)
+    assert ranks.dtype == torch.int32
+    assert torch.equal(ranks, row_major(mask))
+    assert torch.equal(ranks, slots[slots >= 0].sort().values)
+    assert torch.equal(topology.mask_of_slots(ranks, mask.shape), mask)
+    none = torch.full_like(slots, -1)
+    assert not topology.mask_of_slots(none, mask.shape).any()
+
+
+@modest
+@given(slotted(), st.integers(0, 10**6))
+def test_permuting_slots_renames_them_in_both_orders(problem: tuple[Tensor, Tensor], seed: int) -> None:
+    mask, slots = problem
+    moved = torch.randperm(slots.numel(), generator=torch.Generator().manual_seed(seed))  # new slot -> old
+    rows, cols = mask.shape[:2]
+    old = topology.split_topology(topology.topology_of_slots(slots, mask.shape), rows, cols)
+    new = topology.split_topology(topology.topology_of_slots(slots[moved], mask.shape), rows, cols)
+    count = int(old.row_ptr[-1])
+    assert torch.equal(new.row_ptr, old.row_ptr) and torch.equal(new.col_ptr, old.col_ptr)
+    for name in ("block_row", "block_col", "block_tap"):
+        assert torch.equal(getattr(new, name), getattr(old, name)[moved])
+    for name in ("row_order", "col_order"):
+        assert torch.equal(moved[getattr(new, name)[:count].long()], getattr(old, name)[:count].long())
+
+
+@modest
+@given(masked(), st.integers(0, 10**6))
+def test_permuting_slots_permutes_values_and_leaves_the_weight(
+    problem: tuple[tuple[int, ...], tuple[int, int], Tensor], seed: int
+) -> None:
+    shape, block, mask = problem
+    values = topology.pack(numbered(shape), mask, block)
+    moved = torch.randperm(values.shape[0], generator=torch.Generator().manual_seed(seed))
+    vector = topology.topology_of_slots(topology.row_major_slots(mask)[moved], mask.shape)
+    dense = dense_weight(values[moved], vector, shape)
+    assert torch.equal(dense, topology.unpack(values, mask, shape))
+
+
+def test_a_vector_on_another_device_is_made_without_waiting() -> None:
+    # Every size follows from arguments: a meta tensor has no entries to wait for.
+    slots = torch.zeros(9, dtype=torch.int32, device="meta")
+    vector = topology.topology_of_slots(slots, (4, 5, 3, 3))
+    assert vector.is_meta and vector.dtype == torch.int32
+    assert vector.shape == (4 + 5 + 2 + 5 * 9,)
+
+
+def test_the_compiled_host_module_is_the_one_used_where_it_was_built() -> None:
     try:
         compiled = importlib.import_module("ddst._lib._host")
     except ModuleNotFoundError:
         assert _host.IMPLEMENTATION == "python"
         pytest.skip("no compiled host module for this Python")
     assert _host.IMPLEMENTATION == "pybind11"
-    mask = torch.rand(5, 4, 3, 3) < 0.4
-    assert (compiled.build_topology(mask.numpy()) == topology.build_topology(mask).numpy()).all()
-    transposed = mask.numpy().transpose(1, 0, 3, 2)  # not contiguous
-    assert (compiled.build_topology(transposed) == topology.build_topology(mask.permute(1, 0, 3, 2)).numpy()).all()
+    slots = torch.tensor([8, -1, 3], dtype=torch.int32)
+    assert compiled.topology_of_slots(slots.numpy(), 3, 3, 1).tolist() == topology_of(slots, (3, 3)).tolist()
 
 
 @modest
@@ -279,10 +344,10 @@ def test_a_change_between_any_two_maps(
         (lambda: topology.random_mask((4, 4), (2, 2), 5), ValueError, "nnz"),
         (lambda: topology.random_mask((4, 4), (2, 2), -1), ValueError, "nnz"),
         (lambda: topology.unpack(torch.ones(3, 2, 2), torch.eye(2, dtype=torch.bool), (4, 4)), ValueError, "values"),
-        (lambda: _host.build_topology(torch.ones(2, 2).numpy()), TypeError, "mask"),
-        (lambda: _host.build_topology(torch.ones(2, dtype=torch.bool).numpy()), ValueError, "mask"),
-        (lambda: _host.build_topology_python(torch.ones(2, 2).numpy()), TypeError, "mask"),
-        (lambda: _host.build_topology_python(torch.ones(2, dtype=torch.bool).numpy()), ValueError, "mask"),
+        (lambda: topology.topology_of_slots(torch.tensor([1, 1]).int(), (2, 2)), ValueError, "slot_blocks .* once"),
+        (lambda: topology.topology_of_slots(torch.tensor([0, 4]).int(), (2, 2)), ValueError, "slot_blocks .* below 4"),
+        (lambda: topology.topology_of_slots(torch.tensor([0, 4]), (2, 2)), TypeError, "slot_blocks .* int32"),
+        (lambda: topology.row_major_slots(torch.ones(2, 2)), TypeError, "bool"),
     ],
 )
 def test_wrong_argument_is_named(call: object, error: type[Exception], named: str) -> None:

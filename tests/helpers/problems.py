@@ -140,11 +140,13 @@ def _values(
     numbers: str,
     generator: torch.Generator,
 ) -> Tensor:
-    """Packed values: zero outside the weight, NaN in free slots."""
-    values = _numbers((slots.numel(), *block), dtype, numbers, generator)
-    values = values.where(inside(slots, weight_shape, block), torch.zeros((), dtype=dtype))
-    values[slots < 0] = float("nan")
-    return values
+    """Packed values: zero outside the weight, NaN in free slots. The dense weight is the same for any slots."""
+    active = (slots >= 0).nonzero()[:, 0]
+    by_rank = active[slots[active].argsort()]
+    values = torch.full((slots.numel(), *block), float("nan"), dtype=dtype)
+    values[by_rank] = _numbers((by_rank.numel(), *block), dtype, numbers, generator)
+    outside = ~inside(slots, weight_shape, block) & (slots >= 0)[:, None, None]
+    return values.masked_fill(outside, 0)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._arguments import check_one_of
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -116,10 +118,8 @@ def supports(backend: str, problem: Problem) -> tuple[bool, str]:
 
 
 def check_backend(backend: str) -> str:
-    """Returns ``backend`` if it names one or is "auto", else raises ValueError."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    return backend
+    """Returns ``backend`` if it names one or is "auto", else raises TypeError or ValueError."""
+    return check_one_of("backend", backend, ("auto", *BACKENDS))
 
 
 def choose(backend: str, problem: Problem) -> str:

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._arguments import MAX_INT, check_int, check_ints, check_number, check_tensor
+
 MAX_BLOCK = 64
 
 
@@ -52,12 +54,8 @@ def check_block(block: Sequence[int] | int, name: str = "block") -> tuple[int, i
     >>> check_block(16), check_block((16, 4))
     ((16, 16), (16, 4))
     """
-    pair = (block, block) if isinstance(block, int) else tuple(block) if isinstance(block, Sequence) else None
-    if pair is None or len(pair) != 2 or not all(isinstance(b, int) and not isinstance(b, bool) for b in pair):
-        raise TypeError(f"{name} must be an int or a pair of ints (b_out, b_in), got {block!r}")
-    if not all(1 <= b <= MAX_BLOCK for b in pair):
-        raise ValueError(f"{name} must have entries from 1 to {MAX_BLOCK}, got {pair}")
-    return (pair[0], pair[1])
+    b_out, b_in = check_ints(name, block, 2, 1, MAX_BLOCK, one_tuple=False)
+    return b_out, b_in
 
 
 def grid(weight_shape: Sequence[int], block: tuple[int, int]) -> tuple[int, int, int]:
@@ -162,9 +160,26 @@ def block_count(density: float, total: int) -> int:
     >>> block_count(0.1, 144), block_count(0.001, 144)
     (14, 1)
     """
-    if not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, got {density}")
-    return max(1, round(density * total))
+    return max(1, round(check_number("density", density, most=1, above=0) * total))
+
+
+def check_block_total(weight_shape: Sequence[int], block: tuple[int, int]) -> int:
+    """Number of blocks of a weight, before anything is made of that size.
+
+    Raises:
+        ValueError: more than an int32 index can hold.
+
+    >>> check_block_total((40, 20, 3, 3), (16, 16))
+    54
+    """
+    total = math.prod(grid(weight_shape, block))
+    if total > MAX_INT:
+        sizes = "x".join(map(str, weight_shape))
+        raise ValueError(
+            f"a weight of {sizes} has {total} blocks of {block[0]}x{block[1]}, more than int32 can index: "
+            "use larger blocks (block) or smaller sizes"
+        )
+    return total
 
 
 def random_mask(
@@ -183,9 +198,8 @@ def random_mask(
     (5, True)
     """
     rows, cols, taps = grid(weight_shape, block)
-    total = rows * cols * taps
-    if not 0 <= nnz <= total:
-        raise ValueError(f"nnz must be from 0 to {total}, got {nnz}")
+    total = check_block_total(weight_shape, block)
+    nnz = check_int("nnz", nnz, 0, total)
     cover = min(nnz, max(rows, cols))
 
     def cycle(count: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import topology as tp
+from .._arguments import check_bool, check_device, check_dtype, check_module, check_type
 from ..backends import Problem, check_backend
 from ..ops.reference import block_norms_of
 from ..ops.scores import GradientRecord, ScoreRecorder
@@ -47,19 +48,21 @@ class SparseLayer(nn.Module):
         super().__init__()
         self.block = tp.check_block(block)
         self.weight_shape = tuple(weight_shape)
+        # Everything is checked, and the values have their memory, before a mask of that many blocks is drawn.
+        total = tp.check_block_total(self.weight_shape, self.block)
+        nnz = tp.block_count(density, total)
+        check_bool("bias", bias)
+        device, dtype = check_device("device", device), check_dtype("dtype", dtype)
+        self.values = nn.Parameter(torch.empty((nnz, *self.block), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(weight_shape[0], device=device, dtype=dtype)) if bias else None
         self.backend = "auto"
         self.mask_version = 0
         self.spectral_norm = None
         self._recorder: ScoreRecorder | None = None
-        total = math.prod(tp.mask_shape(self.weight_shape, self.block))
-        mask = tp.random_mask(self.weight_shape, self.block, tp.block_count(density, total))
-        device = torch.empty(0, device=device).device  # None: the default one, "with torch.device(...)" included
+        mask = tp.random_mask(self.weight_shape, self.block, nnz)
         self._active_weights = self._count(mask)
         self.register_buffer("block_mask", mask.to(device))
         self.register_buffer("topology", tp.build_topology(mask).to(device), persistent=False)
-        shape = (self.nnz_of(mask), *self.block)
-        self.values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(weight_shape[0], device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     @staticmethod
@@ -129,8 +132,14 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def block_norms(self) -> Tensor:
-        """``[nnz]``: L2 norm of each active block's values."""
-        return torch.linalg.vector_norm(self.values, dim=(1, 2))
+        """``[nnz]``: L2 norm of each active block's values, without the parts of edge blocks outside the weight.
+
+        Those are zero as they are made here, but whoever fills ``values`` as a whole (``nn.init``) fills them too.
+        """
+        values = self.values
+        if any(size % width for size, width in zip(self.weight_shape, self.block, strict=False)):
+            values = values * tp.inside(self.block_mask, self.weight_shape, self.block)
+        return torch.linalg.vector_norm(values, dim=(1, 2))
 
     # --- the mask ---------------------------------------------------------------------------------------------------
 
@@ -140,6 +149,9 @@ class SparseLayer(nn.Module):
 
         ``values`` stays the same Parameter object, so optimizers keep it; its gradient is carried over likewise.
         Optimizer state is not the layer's: carry it with :func:`ddst.sparsity.remap_state` and what this returns.
+
+        Not while another thread computes with the layer: mask and values are replaced one after the other, and a pass
+        under way may mix old and new ones or read freed memory (as where ``.data`` of a dense layer is replaced).
 
         Args:
             mask: bool, shape of ``block_mask``.
@@ -318,9 +330,22 @@ class SparseLayer(nn.Module):
             state_dict[prefix + "values"] = kept
             state_dict[prefix + "block_mask"] = self.block_mask
         mask, values = state_dict.get(prefix + "block_mask"), state_dict.get(prefix + "values")
-        if mask is not None and values is not None and mask.shape == self.block_mask.shape:
-            fits = tuple(values.shape) == (self.nnz_of(mask), *self.block)
-            if fits and not torch.equal(mask.to(self.block_mask.device), self.block_mask):
+        if mask is not None and mask.shape == self.block_mask.shape:
+            # A mask alone must be that of the present values.
+            shape = tuple(self.values.shape if values is None else values.shape)
+            if mask.dtype != torch.bool or shape != (self.nnz_of(mask), *self.block):
+                active = f"{self.nnz_of(mask)} active blocks" if mask.dtype == torch.bool else f"the dtype {mask.dtype}"
+                args[-1].append(  # torch's list of errors; it raises them together
+                    f"{prefix}block_mask does not fit {prefix}values: a mask with {active} of {self.block}, values of "
+                    f"shape {shape}. The layer keeps both as they are"
+                )
+                return
+            if not torch.equal(mask.to(self.block_mask.device), self.block_mask):
+                if values is None:
+                    args[-1].append(
+                        f"{prefix}block_mask is another one than the layer's, and {prefix}values is missing"
+                    )
+                    return
                 self._replace_topology(mask.to(self.block_mask.device))
                 self._replace_values(self.values.detach().new_zeros(values.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -344,8 +369,7 @@ def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
     A spectral norm or another parametrization makes ``weight`` a product that changes with every look at it, and a
     subclass has a forward pass of its own.
     """
-    if not isinstance(module, kind):
-        raise TypeError(f"module must be an nn.{kind.__name__}, got {type(module).__name__}")
+    check_type("module", module, kind, f"an nn.{kind.__name__}")
     if type(module) is not kind or not isinstance(module._parameters.get("weight"), nn.Parameter):
         raise ValueError(
             f"module must be a plain nn.{kind.__name__}, got {type(module).__name__} with a computed weight or "
@@ -382,7 +406,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     'reference'
     """
     check_backend(backend)
-    for layer in sparse_layers(model).values():
+    for layer in sparse_layers(check_module("model", model)).values():
         layer.backend = backend
 
 
@@ -393,4 +417,4 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     >>> list(sparse_layers(nn.Sequential(nn.ReLU(), SparseLinear(32, 32))))
     ['1']
     """
-    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+    return {name: m for name, m in check_module("model", model).named_modules() if isinstance(m, SparseLayer)}

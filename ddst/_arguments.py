@@ -69,6 +69,15 @@ def check_ints(
     return tuple(check_int(name, v, least, most) for v in entries)
 
 
+def check_weight_shape(name: str, value: Any) -> tuple[int, ...]:
+    """``(C_out, C_in, kH, kW)`` or ``(C_out, C_in)``: 4 or 2 ints of at least 1."""
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{name} must be a tuple of ints, got {_kind(value)}")
+    if len(value) not in (2, 4):
+        raise ValueError(f"{name} must be (C_out, C_in, kH, kW) or (C_out, C_in), got {tuple(value)}")
+    return tuple(check_int(name, size, 1) for size in value)
+
+
 def check_number(
     name: str,
     value: Any,
@@ -150,6 +159,15 @@ def check_tensors(name: str, value: Any) -> list[Tensor]:
     if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of tensors, got {_kind(value)}")
     return [check_tensor(f"{name}[{i}]", tensor) for i, tensor in enumerate(value)]
+
+
+def check_operands(input: Any, values: Any, bias: Any, topology: Any) -> None:
+    """The tensors of an operator; their sizes and dtypes are the operator's business."""
+    tensors = isinstance(input, Tensor) and isinstance(values, Tensor) and isinstance(topology, Tensor)
+    if not (tensors and (bias is None or isinstance(bias, Tensor))):
+        for name, value in (("input", input), ("values", values), ("topology", topology), ("bias", bias)):
+            if name != "bias" or value is not None:
+                check_tensor(name, value)
 
 
 def check_dtype(name: str, value: Any) -> torch.dtype | None:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import MAX_INT, check_int, check_ints, check_number, check_tensor
+from ._arguments import MAX_INT, check_int, check_ints, check_number
 
 MAX_BLOCK = 64
 

@@ -20,7 +20,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from .. import topology as tp
+from .._arguments import check_device, check_dtype, check_int, check_number, check_one_of, check_weight_shape
 from ..ops.reference import dense_weight
+from .repeated_calls import RepeatedCalls, may_be_checkpointed
 
 if TYPE_CHECKING:
     from .base import SparseLayer
@@ -147,6 +149,12 @@ class SpectralNorm(nn.Module):
     Raises:
         ValueError: n_power_iterations, noise or style outside the above.
 
+    Checkpointing (:mod:`torch.utils.checkpoint`, both kinds): the repeated forward pass uses the vectors of the first
+    and iterates no more, so gradients and vectors are those without checkpointing. For that, training calls without
+    gradients or under hooks for saved tensors draw one number from torch's default generator. With
+    ``preserve_rng_state=False`` the first call cannot be known: there is a warning, and the present vectors are used.
+    Checkpoint inside ``torch.compile``, not a compiled module from outside, whose graph iterates again.
+
     Numerics: computes in the dtype of the values, 16-bit floats in float32; no gradient flows through u and v. A weight
     that is all zero is returned as it is (``σ`` counts as 1), and the iteration recovers when it no longer is. Noise
     comes from torch's default generator. Deterministic given that.
@@ -180,14 +188,16 @@ class SpectralNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(n_power_iterations, int) or n_power_iterations < 1:
-            raise ValueError(f"n_power_iterations must be a positive int, got {n_power_iterations!r}")
-        if not noise >= 0:
-            raise ValueError(f"noise must be at least 0, got {noise!r}")
-        if style not in STYLES:
-            raise ValueError(f"style must be one of {STYLES}, got {style!r}")
+        check_int("n_power_iterations", n_power_iterations, 1)
+        check_number("eps", eps, 0)
+        check_number("noise", noise, 0)
+        check_one_of("style", style, STYLES)
+        block = tp.check_block(block)
+        tp.check_mask(block_mask, tp.mask_shape(check_weight_shape("weight_shape", weight_shape), block), "block_mask")
+        device, dtype = check_device("device", device), check_dtype("dtype", dtype)
         super().__init__()
         self.n_power_iterations, self.eps, self.noise, self.style = n_power_iterations, eps, noise, style
+        self._calls: RepeatedCalls[tuple[Tensor, Tensor]] = RepeatedCalls()
         _, cols, taps = tp.grid(weight_shape, block)
         self._in_channels, self._blocks = weight_shape[1], (cols, taps, block[1])
         self._matrix_shape = (weight_shape[0], cols * taps * block[1])
@@ -210,7 +220,10 @@ class SpectralNorm(nn.Module):
         """
         values = layer.values
         wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-        sigma = self._sigma(wide, layer.backend, self.n_power_iterations if self.training else 0)
+        if self.training and may_be_checkpointed():
+            sigma = self._sigma(wide, layer.backend, self.n_power_iterations, (values._version, values.shape))
+        else:
+            sigma = self._sigma(wide, layer.backend, self.n_power_iterations if self.training else 0)
         # All blocks may be zero, as new ones are: then nothing is to be divided, and 0 / 0 must not come out.
         return (wide / (sigma + (sigma == 0))).to(values.dtype)
 
@@ -257,14 +270,36 @@ class SpectralNorm(nn.Module):
     def _wide_dtype(values: Tensor) -> torch.dtype:
         return torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
 
-    def _sigma(self, values: Tensor, backend: str, iterations: int) -> Tensor:
-        """``uᵀ W v``, differentiable in the values. ``⟨W, u vᵀ⟩`` over the active blocks is one product of vectors."""
+    def _sigma(self, values: Tensor, backend: str, iterations: int, version: object = None) -> Tensor:
+        """``uᵀ W v``, differentiable in the values. ``⟨W, u vᵀ⟩`` over the active blocks is one product of vectors.
+
+        With the version of the weights it is that of a call which may be repeated.
+        """
         with torch.no_grad():
             matrix = self._matrix(values.detach(), backend)
-            u, v = self._iterate(matrix, values.dtype, iterations)
+            if version is None:
+                u, v = self._iterate(matrix, values.dtype, iterations)
+            else:
+                u, v = self._iterate_once(matrix, values.dtype, iterations, version)
             # Fresh memory, so that several forward calls before one backward do not disturb each other.
             direction = matrix.outer(u, v)
         return torch.dot(values.flatten(), direction.flatten())
+
+    def _iterate_once(
+        self, matrix: _Matrix, dtype: torch.dtype, iterations: int, version: object
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`_iterate`; where checkpointing repeats a forward call, the vectors of that call and no iteration."""
+
+        def again(kept: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+            for _ in range(iterations):
+                self._noisy(self._start(dtype))
+            return kept or self._iterate(matrix, dtype, 0)
+
+        return self._calls.result(lambda: self._iterate(matrix, dtype, iterations), again, version)
+
+    def _start(self, dtype: torch.dtype) -> Tensor:
+        """The vector that an iteration starts from, in the matrix's order."""
+        return self.u.to(dtype) if self.style == "hook" else self._block_order(self.v.to(dtype))
 
     def _matrix(self, values: Tensor, backend: str) -> _Matrix:
         kind = _Dense if backend == "reference" else _Packed
@@ -275,14 +310,14 @@ class SpectralNorm(nn.Module):
         if iterations == 0:
             return self.u.to(dtype), self._block_order(self.v.to(dtype))
         hook = self.style == "hook"
-        start = self.u.to(dtype) if hook else self._block_order(self.v.to(dtype))
+        start = self._start(dtype)
         for _ in range(iterations):
             if hook:
-                v, norm = _unit(matrix.transposed_times(self._noisy(start)), self.eps)
+                v, norm = _unit(self._inside(matrix.transposed_times(self._noisy(start))), self.eps)
                 u, _ = _unit(matrix.times(v), self.eps)
             else:
                 u, norm = _unit(matrix.times(self._noisy(start)), self.eps)
-                v, _ = _unit(matrix.transposed_times(u), self.eps)
+                v, _ = _unit(self._inside(matrix.transposed_times(u)), self.eps)
             start = u if hook else v
         if self.noise == 0:
             # A zero weight has no directions, and zero vectors would stay zero for ever: the old ones are kept.
@@ -304,6 +339,14 @@ class SpectralNorm(nn.Module):
         if self.noise == 0:
             return start
         return start.add(torch.randn_like(start), alpha=self.noise / math.sqrt(start.numel()))
+
+    def _inside(self, v: Tensor) -> Tensor:
+        """Zeroes what stored parts of edge blocks beyond the last channel give: ``nn.init`` on values fills them."""
+        cols, taps, width = self._blocks
+        beyond = cols * width - self._in_channels
+        if beyond:
+            v.view(cols, taps, width)[-1, :, width - beyond :] = 0
+        return v
 
     def _block_order(self, v: Tensor) -> Tensor:
         """``[C_in · T]`` in the dense weight's order to ``[C · T · b_in]``; channels beyond the last are zero."""

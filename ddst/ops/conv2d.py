@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, topology as tp
-from .._arguments import MAX_INT, check_ints, check_tensor
+from .. import backends
+from .. import topology as tp
+from .._arguments import MAX_INT, check_ints, check_operands, check_tensor, check_weight_shape
 from . import reference
 from .autograd import register_autograd
-from .operands import check_operands, check_shape
 from .precision import in_compute_dtype
 from .scores import values_gradient
 
@@ -20,7 +20,7 @@ _ops = torch.ops.ddst
 
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]:
-    """``(vertical, horizontal)`` of an int or a pair of ints, each at least ``minimum``; like torch, of a one-tuple too.
+    """``(vertical, horizontal)`` of an int or a pair of ints, each at least ``minimum``, or of a one-tuple.
 
     >>> pair(1, "stride", 1), pair((1,), "stride", 1)
     ((1, 1), (1, 1))
@@ -72,7 +72,7 @@ def check_padding(padding: Any, paddings: tuple[int, int], size: Sequence[int], 
     Args:
         padding: as it was given. paddings: of height and width. size: of the input. reach: of the kernel.
     """
-    # A padding of up to 2¹⁴ cannot: nothing is computed for the usual ones, and no sizes of a traced graph are compared.
+    # A padding of up to 2¹⁴ cannot: usual ones cost nothing here, and no sizes of a traced graph are compared.
     if max(paddings) > 2**14 and any(p > max(n, r) for p, n, r in zip(paddings, size, reach, strict=True)):
         height, width = (n + 2 * p for p, n in zip(paddings, size, strict=True))
         if height * width > MAX_INT:
@@ -128,7 +128,7 @@ def conv2d(
     True
     """
     check_operands(input, values, bias, topology)
-    if len(check_shape(weight_shape)) != 4:
+    if len(check_weight_shape("weight_shape", weight_shape)) != 4:
         raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be [N, C_in, H, W] or [C_in, H, W], got the shape {tuple(input.shape)}")
@@ -186,7 +186,7 @@ def conv2d_block_scores(
     """
     check_tensor("grad_output", grad_output, 4)
     check_tensor("input", input, 4)
-    if len(check_shape(weight_shape)) != 4:
+    if len(check_weight_shape("weight_shape", weight_shape)) != 4:
         raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
     block = tp.check_block(block)
     strides, paddings, dilations = pair(stride, "stride", 1), pair(padding, "padding", 0), pair(dilation, "dilation", 1)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._arguments import check_tensor
+from .._arguments import check_operands, check_tensor, check_weight_shape
 from ..topology import check_block
 from . import reference
 from .autograd import register_autograd
-from .operands import check_operands, check_shape
 from .precision import in_compute_dtype
 from .scores import values_gradient
 
@@ -57,7 +56,7 @@ def linear(
     16.0
     """
     check_operands(input, values, bias, topology)
-    if len(check_shape(weight_shape)) != 2:
+    if len(check_weight_shape("weight_shape", weight_shape)) != 2:
         raise ValueError(f"weight_shape must be (out_features, in_features), got {tuple(weight_shape)}")
     if input.dim() == 0 or input.shape[-1] != weight_shape[1]:
         raise ValueError(f"input must have {weight_shape[1]} features, got the shape {tuple(input.shape)}")
@@ -95,7 +94,7 @@ def linear_block_scores(
     """
     check_tensor("grad_output", grad_output, 2)
     check_tensor("input", input, 2)
-    if len(check_shape(weight_shape)) != 2:
+    if len(check_weight_shape("weight_shape", weight_shape)) != 2:
         raise ValueError(f"weight_shape must be (out_features, in_features), got {tuple(weight_shape)}")
     block = check_block(block)
     grad_output, input = grad_output.detach(), input.detach()

@@ -38,7 +38,7 @@ class RepeatedCalls(Generic[Result]):
     state of the random numbers. So a number drawn from it names a call, whichever of several comes back first.
 
     >>> calls = RepeatedCalls()
-    >>> calls.result(lambda: "made", lambda kept: kept or "unknown", version=0)
+    >>> calls.result(lambda: "made", lambda: "present", version=0)
     'made'
     """
 
@@ -46,11 +46,11 @@ class RepeatedCalls(Generic[Result]):
         self._results: OrderedDict[int, Result] = OrderedDict()
         self._version: object = None
 
-    def result(self, make: Callable[[], Result], again: Callable[[Result | None], Result], version: object) -> Result:
-        """``make()`` in a new call; in a repetition ``again(...)`` of what that gave, or of None where it is unknown.
+    def result(self, make: Callable[[], Result], present: Callable[[], Result], version: object) -> Result:
+        """``make()``, or what it gave in the call that is being repeated.
 
         Args:
-            make, again: ``again`` draws as many random numbers as ``make``, so that what comes after repeats, too.
+            make: of a new call; it draws no random numbers. present: of a repetition whose first call is unknown.
             version: of what a result depends on; with another one the results of before are let go.
         """
         name = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
@@ -64,14 +64,14 @@ class RepeatedCalls(Generic[Result]):
                 self._results.popitem(last=False)
             return result
         if name in self._results:
-            return again(self._results[name])
+            return self._results[name]
         warnings.warn(
             "a layer with spectral norm was called inside a backward pass, and the call that this repeats is unknown: "
             "it uses the present vectors. Checkpoint with preserve_rng_state=True, and run backward before the "
             f"optimizer's step and within {KEPT} forward calls",
             stacklevel=2,
         )
-        return again(None)
+        return present()
 
     def __deepcopy__(self, memo: object) -> RepeatedCalls[Result]:
         return RepeatedCalls()

@@ -120,23 +120,16 @@ def _unit(vector: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return vector / norm.clamp_min(eps), norm
 
 
-def _scrambled(vector: Tensor) -> Tensor:
-    """Numbers of mean 0 and variance 1, uniform, mixed from the bits and places of a float32 or float64 vector's entries.
+def _noise_like(vector: Tensor) -> Tensor:
+    """Numbers of mean 0 and variance 1, always the same: a hash of each entry's place.
 
-    Random enough to meet no direction for long, as the lowest bits change in every iteration, and nothing is drawn: a
-    copy of a layer does what the layer does, and random numbers that others draw stay as they are.
+    Nothing is drawn, so that a copy of a layer, a repeated call and a compiled graph do what the layer does; and nothing
+    depends on the last bits of the weights, which differ between kernels.
     """
     low = 0xFFFFFFFF
-    if vector.dtype == torch.float64:
-        bits = vector.contiguous().view(torch.int64)
-        bits = bits ^ (bits >> 32)
-    else:
-        bits = vector.contiguous().view(torch.int32).to(torch.int64)
-    bits = bits ^ torch.arange(vector.numel(), device=vector.device) * 0x9E3779B1
-    for _ in range(2):  # every input bit reaches every output bit
-        bits = bits & low
-        bits = (bits ^ (bits >> 16)) * 0x045D9F3B
-    bits = bits & low
+    bits = torch.arange(1, vector.numel() + 1, device=vector.device) * 0x9E3779B1 & low
+    for _ in range(2):
+        bits = (bits ^ (bits >> 16)) * 0x045D9F3B & low
     return ((bits ^ (bits >> 16)).to(vector.dtype) / 2**31 - 1) * math.sqrt(3)
 
 
@@ -172,11 +165,11 @@ class SpectralNorm(nn.Module):
     and iterates no more, so gradients and vectors are those without checkpointing. For that, training calls without
     gradients or under hooks for saved tensors draw one number from torch's default generator. With
     ``preserve_rng_state=False`` the first call cannot be known: there is a warning, and the present vectors are used.
-    Checkpoint inside ``torch.compile``, not a compiled module from outside, whose graph iterates again.
+    Under ``torch.compile`` what is checkpointed iterates again, as torch's spectral norm does everywhere.
 
     Numerics: computes in the dtype of the values, 16-bit floats in float32; no gradient flows through u and v. A weight
-    that is all zero is returned as it is (``σ`` counts as 1), and the iteration recovers when it no longer is. Noise
-    is a function of u or v: deterministic.
+    that is all zero is returned as it is (``σ`` counts as 1), and the iteration recovers when it no longer is. The
+    noise is always the same: deterministic.
 
     Cost: ``4 · nnz · b_out · b_in`` operations per iteration, proportional to density, and the memory of one more set
     of values until backward.
@@ -346,10 +339,10 @@ class SpectralNorm(nn.Module):
         return u, v
 
     def _noisy(self, start: Tensor) -> Tensor:
-        """``start + noise · g / √n`` with pseudo-random g; about ``noise`` of start's unit length is noise."""
+        """``start + noise · g / √n`` with numbers g of variance 1: ``noise`` of start's unit length."""
         if self.noise == 0:
             return start
-        return start.add(_scrambled(start), alpha=self.noise / math.sqrt(start.numel()))
+        return start.add(_noise_like(start), alpha=self.noise / math.sqrt(start.numel()))
 
     def _inside(self, v: Tensor) -> Tensor:
         """Zeroes what stored parts of edge blocks beyond the last channel give: ``nn.init`` on values fills them."""

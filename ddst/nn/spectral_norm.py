@@ -123,8 +123,8 @@ def _unit(vector: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _noise_like(vector: Tensor) -> Tensor:
     """Numbers of mean 0 and variance 1, always the same: a hash of each entry's place.
 
-    Nothing is drawn, so that a copy of a layer, a repeated call and a compiled graph do what the layer does; and nothing
-    depends on the last bits of the weights, which differ between kernels.
+    Nothing is drawn, so that a copy of a layer, a repeated call and a compiled graph do what the layer does;
+    nothing depends on the last bits of the weights, which differ between kernels.
     """
     low = 0xFFFFFFFF
     bits = torch.arange(1, vector.numel() + 1, device=vector.device) * 0x9E3779B1 & low
@@ -138,8 +138,9 @@ class SpectralNorm(nn.Module):
 
     Few blocks split a matrix into independent parts. Plain power iteration leaves ``u`` exactly zero on some of them
     and then never sees a part whose singular value has become the largest. A little noise in the vector that each
-    iteration starts from (share ``noise`` of its length) and a dozen iterations after each change of the mask prevent it. One iteration per forward call still lags behind a part that grows fast: measured at 10 % density, the
-    true σ was at most 1.4 times the estimate with steps of 1 % of the weights' bound, 1.7 times with 2 %.
+    iteration starts from (share ``noise`` of its length) and a dozen iterations after each change of the mask prevent
+    it. One iteration per forward call still lags behind a part that grows fast: measured at 10 % density, the true σ
+    was at most 1.4 times the estimate with steps of 1 % of the weights' bound, 1.7 times with 2 %.
 
     Args:
         weight_shape: shape of the dense weight, ``(C_out, C_in, kH, kW)`` or ``(C_out, C_in)``.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -154,11 +154,14 @@ def check_tensor(name: str, value: Any, dim: int | None = None) -> Tensor:
     return tensor
 
 
-def check_tensors(name: str, value: Any) -> list[Tensor]:
-    """A sequence of tensors."""
+def check_tensors(name: str, value: Any, like: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """A sequence of vectors, of the lengths of others if those are given."""
     if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a sequence of tensors, got {_kind(value)}")
-    return [check_tensor(f"{name}[{i}]", tensor) for i, tensor in enumerate(value)]
+    tensors = [check_tensor(f"{name}[{i}]", tensor, 1) for i, tensor in enumerate(value)]
+    if like is not None and [len(t) for t in tensors] != [len(t) for t in like]:
+        raise ValueError(f"{name} must have the lengths {[len(t) for t in like]}, got {[len(t) for t in tensors]}")
+    return tensors
 
 
 def check_operands(input: Any, values: Any, bias: Any, topology: Any) -> None:
@@ -188,6 +191,15 @@ def check_device(name: str, value: Any) -> torch.device:
         return torch.empty(0, device=value).device
     except (RuntimeError, AssertionError, OverflowError) as error:
         raise ValueError(f"{name} must be a device that torch has here, got {_kind(value)}: {error}") from error
+
+
+def check_state_keys(state: Any, keys: Collection[str], name: str = "state") -> None:
+    """What ``state_dict()`` made: a mapping with these keys."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{name} must be what state_dict() returned, got {_kind(state)}")
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise ValueError(f"{name} must be what state_dict() returned, {', '.join(missing)} is missing")
 
 
 def check_generator(name: str, value: Any) -> torch.Generator | None:

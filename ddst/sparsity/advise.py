@@ -90,7 +90,7 @@ def advise(
     if not isinstance(sample, Tensor | tuple | list):
         raise TypeError(f"sample must be a tensor or a sequence of arguments, got {type(sample).__name__}")
     arguments = (sample,) if isinstance(sample, Tensor) else tuple(sample)
-    exclude = exclude if isinstance(exclude, str) else list(exclude)
+    exclude = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else exclude
     shares = _shares(model, density, sizes, distribution, exclude)
     model_seconds, seen = watch(model, arguments, find_candidates(model, exclude), repeats)
     known: dict[tuple[Any, ...], tuple[float, float]] = {}

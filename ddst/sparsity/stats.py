@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddst._arguments import check_int, check_module, check_optimizer, check_type
 from ddst.nn import SparseLayer
 from ddst.nn.spectral_norm import SpectralNorm
 from ddst.sparsity.density import NetworkDensity
@@ -84,6 +85,11 @@ def network_stats(
     >>> stats.parameters, stats.dense_parameters, stats.memory.values
     (1024, 4096, 4096)
     """
+    check_module("model", model)
+    if optimizer is not None:
+        check_optimizer("optimizer", optimizer)
+    if average is not None:
+        check_module("average", average)
     network = NetworkDensity(model)
     grow = {id(layer.values): math.prod(layer.weight_shape) for layer in network.layers.values()}
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -155,6 +161,9 @@ class FlopCounter:
     """
 
     def __init__(self, model: nn.Module, sample: Any, forward: Callable[[Any], Any] | None = None) -> None:
+        check_module("model", model)
+        if forward is not None and not callable(forward):
+            raise TypeError(f"forward must be a function or None, got {type(forward).__name__}")
         self._network = NetworkDensity(model)
         names = {id(layer): name for name, layer in self._network.layers.items()}
         positions: dict[int, float] = {}
@@ -220,8 +229,9 @@ class TrainingFlops:
     """
 
     def __init__(self, generator: FlopCounter, discriminator: FlopCounter, d_steps: int = 1) -> None:
-        if d_steps < 1:
-            raise ValueError(f"d_steps must be at least 1, got {d_steps}")
+        for name, counter in (("generator", generator), ("discriminator", discriminator)):
+            check_type(name, counter, FlopCounter, "a FlopCounter")
+        check_int("d_steps", d_steps, 1)
         self.generator, self.discriminator, self.d_steps = generator, discriminator, d_steps
         self.counted = 0.0
         self.counted_dense = 0.0

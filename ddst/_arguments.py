@@ -88,7 +88,7 @@ def check_number(
     finite: bool = True,
     note: str = "",
 ) -> float:
-    """A finite number from ``least`` to ``most``, or above ``above``, as a float.
+    """A number from ``least`` to ``most``, or above ``above``, as a float; ``finite=False`` lets NaN and infinity pass.
 
     >>> check_number("decay", 1, 0, 1)
     1.0
@@ -106,7 +106,9 @@ def check_number(
         number = float(value)
     except OverflowError:
         number = math.inf if value > 0 else -math.inf
-    if math.isnan(number) or (finite and math.isinf(number)):
+    if not finite and not math.isfinite(number):
+        return number
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be {f'{expected} and finite' if expected else 'finite'}, got {_kind(value)}")
     if not least <= number <= most or (above is not None and not number > above):
         raise ValueError(f"{name} must be {expected}, got {_kind(value)}")

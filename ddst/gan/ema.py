@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddst._arguments import check_int, check_module, check_number, check_state_keys
 from ddst.nn import sparse_layers
 
 
@@ -41,15 +42,9 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, start: int = 0) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be from 0 to 1, got {decay}")
-        if start < 0:
-            raise ValueError(f"start must not be negative, got {start}")
-        self.model = model
-        self.decay = decay
-        self.start = start
+        self.model = check_module("model", model)
+        self.decay = check_number("decay", decay, 0, 1)
+        self.start = check_int("start", start, 0)
         self.updates = 0
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.module.eval()
@@ -58,7 +53,15 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the model's present weights into the average. Call it once per step, after every change of topology."""
+        """Takes the model's present weights into the average. Call it once per step, after every change of topology.
+
+        Not while another thread computes with :attr:`module`: where the topology has changed, its masks and values are
+        replaced one after the other, see :meth:`ddst.nn.SparseLayer.set_block_mask`.
+
+        Raises:
+            ValueError: the model has other layers than when the average was made.
+        """
+        self._check_layers()
         self.follow_topology()
         decay = self.decay if self.updates >= self.start else 0.0
         self.updates += 1
@@ -88,6 +91,15 @@ class EMA:
                         norm.set_block_mask(layer.block_mask)
                 self._versions[i] = layer.mask_version
 
+    def _check_layers(self) -> None:
+        names, mine = ([name for name, _ in net.named_parameters()] for net in (self.model, self.module))
+        if names != mine:
+            changed = next(iter(set(names) ^ set(mine)), "their order")
+            raise ValueError(
+                f"model has other parameters than the averaged copy ({changed}): make the EMA after ddst.sparsify or "
+                "ddst.densify, and anew where layers are swapped later"
+            )
+
     def _follow_moves(self) -> None:
         for module, shadow in zip(self.model.modules(), self.module.modules(), strict=True):
             for name, weight in module._parameters.items():
@@ -111,6 +123,7 @@ class EMA:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`; the masks become those of the state. Load the model first."""
+        check_state_keys(state, ("module", "updates"))
         self.module.load_state_dict(state["module"])
         self.updates = int(state["updates"])
         # Whatever the masks are now, the next update compares them with the model's.

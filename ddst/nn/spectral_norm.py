@@ -385,7 +385,7 @@ def spectral_norm(
     >>> layer.spectral_norm.u.shape, layer.spectral_norm.v.shape
     (torch.Size([64]), torch.Size([288]))
     """
-    if not hasattr(layer, "effective_values"):
+    if not hasattr(layer, "effective_values") or isinstance(layer, type):
         raise TypeError(f"layer must be a SparseConv2d or SparseLinear, got {type(layer).__name__}")
     if layer.spectral_norm is not None:
         raise ValueError("layer has a spectral norm already")

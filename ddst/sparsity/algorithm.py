@@ -139,8 +139,8 @@ class SparseTraining:
             What the update did, or None when there was none.
 
         Raises:
-            RuntimeError: closed; or RigL got no gradient in a whole interval. (An update whose step brought none, because a
-                gradient scaler skipped it for instance, is made up for at the next step that does.)
+            RuntimeError: closed; or RigL got no gradient in a whole interval. (An update whose step brought none,
+                because a gradient scaler skipped it for instance, is made up for at the next step that does.)
         """
         self.updater.scores.check_open()
         self.steps += 1

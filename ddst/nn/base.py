@@ -136,7 +136,7 @@ class SparseLayer(nn.Module):
 
         Those are zero as they are made here, but whoever fills ``values`` as a whole (``nn.init``) fills them too.
         """
-        values = self.values
+        values: Tensor = self.values
         if any(size % width for size, width in zip(self.weight_shape, self.block, strict=False)):
             values = values * tp.inside(self.block_mask, self.weight_shape, self.block)
         return torch.linalg.vector_norm(values, dim=(1, 2))

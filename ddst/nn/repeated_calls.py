@@ -21,7 +21,7 @@ def may_be_checkpointed() -> bool:
     Checkpointing runs the forward pass without gradients (reentrant) or under hooks for saved tensors (not reentrant),
     and its repetition inside a backward pass. Compiled graphs repeat operators, not calls of Python.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.is_inference_mode_enabled():
         return False
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return hooked or not torch.is_grad_enabled() or _in_backward()

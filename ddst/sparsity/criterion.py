@@ -33,11 +33,10 @@ def relative_keys(norms: Tensor, sizes: Tensor, active: Tensor | None = None) ->
     >>> relative_keys(torch.tensor([3.0, 4.0]), torch.tensor([1, 1])).tolist()
     [0.848528137423857, 1.131370849898476]
     """
-    for name, tensor in (("norms", norms), ("sizes", sizes), ("active", active)):
-        if tensor is not None or name != "active":
-            check_tensor(name, tensor)
-            if tensor.shape != norms.shape:
-                raise ValueError(f"{name} must have norms' shape {tuple(norms.shape)}, got {tuple(tensor.shape)}")
+    check_tensor("norms", norms)
+    for name, tensor in (("sizes", sizes), ("active", norms if active is None else active)):
+        if check_tensor(name, tensor).shape != norms.shape:
+            raise ValueError(f"{name} must have norms' shape {tuple(norms.shape)}, got {tuple(tensor.shape)}")
     wide, size = _finite(norms, 0.0), sizes.detach().to("cpu", torch.float64)
     # Scaled by the largest norm first: squares of huge or tiny norms would leave float64's range.
     top = float(wide.max()) if wide.numel() else 0.0

@@ -191,7 +191,7 @@ def check_device(name: str, value: Any) -> torch.device:
         raise TypeError(f"{name} must be a torch.device, a string or None, got {_kind(value)}")
     try:
         return torch.empty(0, device=value).device
-    except (RuntimeError, AssertionError, OverflowError) as error:
+    except (RuntimeError, AssertionError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a device that torch has here, got {_kind(value)}: {error}") from error
 
 

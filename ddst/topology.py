@@ -28,7 +28,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import MAX_INT, check_int, check_ints, check_number
+from ._arguments import (
+    MAX_INT,
+    check_generator,
+    check_int,
+    check_ints,
+    check_number,
+    check_tensor,
+    check_weight_shape,
+)
 
 MAX_BLOCK = 64
 
@@ -160,7 +168,7 @@ def block_count(density: float, total: int) -> int:
     >>> block_count(0.1, 144), block_count(0.001, 144)
     (14, 1)
     """
-    return max(1, round(check_number("density", density, most=1, above=0) * total))
+    return max(1, round(check_number("density", density, most=1, above=0) * check_int("total", total, 1)))
 
 
 def check_block_total(weight_shape: Sequence[int], block: tuple[int, int]) -> int:
@@ -197,6 +205,8 @@ def random_mask(
     >>> int(mask.sum()), bool(mask.any(3).any(2).any(1).all())
     (5, True)
     """
+    weight_shape, block = check_weight_shape("weight_shape", weight_shape), check_block(block)
+    check_generator("generator", generator)
     rows, cols, taps = grid(weight_shape, block)
     total = check_block_total(weight_shape, block)
     nnz = check_int("nnz", nnz, 0, total)
@@ -241,7 +251,9 @@ def pack(weight: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:
     >>> pack(torch.arange(4.0).view(2, 2), torch.tensor([[True, True]]), (2, 1)).tolist()
     [[[0.0], [2.0]], [[1.0], [3.0]]]
     """
-    check_mask(mask, mask_shape(weight.shape, block))
+    shape = check_weight_shape("weight's shape", tuple(check_tensor("weight", weight).shape))
+    block = check_block(block)
+    check_mask(mask, mask_shape(shape, block), f"mask (of a weight {shape} in blocks {block})")
     return as_blocks(weight, block)[mask]
 
 
@@ -251,8 +263,11 @@ def unpack(values: Tensor, mask: Tensor, weight_shape: Sequence[int]) -> Tensor:
     >>> unpack(torch.ones(1, 2, 1), torch.tensor([[False, True]]), (2, 2)).tolist()
     [[0.0, 1.0], [0.0, 1.0]]
     """
-    block = (values.shape[1], values.shape[2])
-    check_mask(mask, mask_shape(weight_shape, block))
+    block = (check_tensor("values", values, 3).shape[1], values.shape[2])
+    weight_shape = check_weight_shape("weight_shape", weight_shape)
+    check_mask(
+        mask, mask_shape(weight_shape, block), f"mask (of a weight_shape {weight_shape}, values in blocks {block})"
+    )
     if values.shape[0] != int(mask.sum()):  # one block would be broadcast
         raise ValueError(f"values must hold one block for each of the mask's {int(mask.sum())}, got {values.shape[0]}")
     return from_blocks(values.new_zeros(*mask.shape, *block).index_put((mask,), values), weight_shape)

@@ -202,8 +202,7 @@ class SpectralNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_int("n_power_iterations", n_power_iterations, 1)
-        check_number("eps", eps, 0)
-        check_number("noise", noise, 0)
+        eps, noise = check_number("eps", eps, 0), check_number("noise", noise, 0)
         check_one_of("style", style, STYLES)
         block = tp.check_block(block)
         tp.check_mask(block_mask, tp.mask_shape(check_weight_shape("weight_shape", weight_shape), block), "block_mask")

@@ -148,13 +148,15 @@ def watch(
     handles = []
     for candidate in candidates:
 
-        def note(module: nn.Module, inputs: tuple[Any, ...], name: str = candidate.name) -> None:
-            before = seen.get(name)
-            first = before.input if before else inputs[0].detach()
-            needed = inputs[0].requires_grad or (before is not None and before.input_grad)
+        def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], name: str = candidate.name) -> None:
+            input, before = inputs[0] if inputs else named.get("input"), seen.get(name)
+            if not isinstance(input, Tensor):  # the layer itself says what is wrong with it
+                return
+            first = before.input if before else input.detach()
+            needed = input.requires_grad or (before is not None and before.input_grad)
             seen[name] = Seen(first, (before.calls if before else 0) + 1, needed)
 
-        handles.append(candidate.module.register_forward_pre_hook(note))
+        handles.append(candidate.module.register_forward_pre_hook(note, with_kwargs=True))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:

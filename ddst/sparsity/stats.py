@@ -263,7 +263,7 @@ class TrainingFlops:
 
 
 def _batch_size(sample: Any) -> int:
-    first = sample[0] if isinstance(sample, tuple | list) else sample
+    first = sample[0] if isinstance(sample, tuple | list) and sample else sample
     if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[0] < 1:
         raise TypeError("sample must be a batch, a tensor of at least two dimensions (or a tuple that starts with one)")
     return first.shape[0]

@@ -6,6 +6,7 @@ takes long.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import random
@@ -129,7 +130,9 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "set_block_mask": lambda: (sparse_model()[0].set_block_mask, {"mask": MASK}),
     "set_backend": with_model(sparse_nn.set_backend, backend="reference"),
     "sparse_layers": with_model(sparse_nn.sparse_layers),
-    "explain": lambda: (ddst.explain, {"layer": sparse_model()[0], "input": torch.ones(2, 16), "measure": False}),
+    "explain": lambda: (
+        functools.partial(ddst.explain, measure=False), {"layer": sparse_model()[0], "input": torch.ones(2, 16)},
+    ),
     "spectral_norm": lambda: (
         sparse_nn.spectral_norm,
         {"layer": sparse_model()[0], "n_power_iterations": 1, "eps": 1e-12, "noise": 0.05, "style": "hook"},

@@ -189,6 +189,8 @@ def _unfit(weight: Tensor, settings: tuple[int, ...], owners: list[str]) -> str 
     """Why a plain layer's weight cannot be packed, or None."""
     if len(owners) > 1:
         return f"weight is shared: {', '.join(owners)}"
+    if len(settings) not in (2, 4):
+        return f"kernel_size has {len(settings) - 2} entries"
     if weight.layout != torch.strided or type(weight) not in (nn.Parameter, Tensor):
         return f"weight is a {type(weight).__name__} of layout {weight.layout}"
     if weight.dtype not in DTYPES or weight.is_meta:

@@ -138,8 +138,20 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     >>> storage_bytes([torch.zeros(4)])
     16
     """
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    parts = [part for tensor in tensors for part in _strided_parts(tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in parts}.values())
+
+
+def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What one of torch's sparse layouts is made of: it has no storage of its own."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 class FlopCounter:

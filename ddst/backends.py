@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._arguments import check_one_of
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -68,36 +70,6 @@ _supports: dict[str, Supports] = {}
 #: measurement of this device model says is faster in CUDA C++ runs there (:mod:`ddst.ops.cuda.preferred`).
 AUTO_ORDER = ("cpu", "triton")
 
-#: What the operators take for a backend, as an int: a schema with a string in it is refused by several exporters.
-CODES = {"auto": 0, "cpu": 1, "triton": 2, "cuda": 3, "reference": 4}
-_NAMES = {number: name for name, number in CODES.items()}
-
-
-def code(name: str) -> int:
-    """The code by which the operators know a backend, or "auto".
-
-    Raises:
-        ValueError: an unknown backend.
-
-    >>> code("auto"), code("triton")
-    (0, 2)
-    """
-    return CODES[check_backend(name)]
-
-
-def name_of(code: int) -> str:
-    """The backend of a code; the inverse of :func:`code`.
-
-    Raises:
-        ValueError: a number that is no backend's.
-
-    >>> name_of(3)
-    'cuda'
-    """
-    if code not in _NAMES:
-        raise ValueError(f"backend must be one of the codes {CODES}, got {code!r}")
-    return _NAMES[code]
-
 
 def register(name: str, supports: Supports) -> None:
     """Makes ``supports`` the answer of a backend: called once, by the module that owns it.
@@ -151,10 +123,8 @@ def supports(backend: str, problem: Problem) -> tuple[bool, str]:
 
 
 def check_backend(backend: str) -> str:
-    """Returns ``backend`` if it names one or is "auto", else raises ValueError."""
-    if backend not in CODES:
-        raise ValueError(f"backend must be one of {tuple(CODES)}, got {backend!r}")
-    return backend
+    """Returns ``backend`` if it names one or is "auto", else raises TypeError or ValueError."""
+    return check_one_of("backend", backend, tuple(CODES))
 
 
 def choose(backend: str, problem: Problem) -> str:

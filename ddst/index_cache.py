@@ -94,11 +94,6 @@ def _tensors(lists: Any) -> tuple[Tensor, ...]:
     return () if lists is None else (lists,) if isinstance(lists, Tensor) else tuple(lists)
 
 
-def refresh(topology: Tensor) -> None:
-    """placeholder"""
-    _cache.pop(topology, None)
-
-
 def _is_captured(tensor: Tensor) -> bool:
     """Whether operations on the tensor are being captured in a CUDA graph, and do not run now."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -35,6 +35,15 @@ import torch
 from torch import Tensor
 
 from . import _host
+from ._arguments import (
+    MAX_INT,
+    check_generator,
+    check_int,
+    check_ints,
+    check_number,
+    check_tensor,
+    check_weight_shape,
+)
 
 MAX_BLOCK = 64
 
@@ -61,12 +70,8 @@ def check_block(block: Sequence[int] | int, name: str = "block") -> tuple[int, i
     >>> check_block(16), check_block((16, 4))
     ((16, 16), (16, 4))
     """
-    pair = (block, block) if isinstance(block, int) else tuple(block) if isinstance(block, Sequence) else None
-    if pair is None or len(pair) != 2 or not all(isinstance(b, int) and not isinstance(b, bool) for b in pair):
-        raise TypeError(f"{name} must be an int or a pair of ints (b_out, b_in), got {block!r}")
-    if not all(1 <= b <= MAX_BLOCK for b in pair):
-        raise ValueError(f"{name} must have entries from 1 to {MAX_BLOCK}, got {pair}")
-    return (pair[0], pair[1])
+    b_out, b_in = check_ints(name, block, 2, 1, MAX_BLOCK, one_tuple=False)
+    return b_out, b_in
 
 
 def grid(weight_shape: Sequence[int], block: tuple[int, int]) -> tuple[int, int, int]:
@@ -235,9 +240,26 @@ def block_count(density: float, total: int) -> int:
     >>> block_count(0.1, 144), block_count(0.001, 144)
     (14, 1)
     """
-    if not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, got {density}")
-    return max(1, round(density * total))
+    return max(1, round(check_number("density", density, most=1, above=0) * check_int("total", total, 1)))
+
+
+def check_block_total(weight_shape: Sequence[int], block: tuple[int, int]) -> int:
+    """Number of blocks of a weight, before anything is made of that size.
+
+    Raises:
+        ValueError: more than an int32 index can hold.
+
+    >>> check_block_total((40, 20, 3, 3), (16, 16))
+    54
+    """
+    total = math.prod(grid(weight_shape, block))
+    if total > MAX_INT:
+        sizes = "x".join(map(str, weight_shape))
+        raise ValueError(
+            f"a weight of {sizes} has {total} blocks of {block[0]}x{block[1]}, more than int32 can index: "
+            "use larger blocks (block) or smaller sizes"
+        )
+    return total
 
 
 def random_mask(
@@ -255,10 +277,11 @@ def random_mask(
     >>> int(mask.sum()), bool(mask.any(3).any(2).any(1).all())
     (5, True)
     """
+    weight_shape, block = check_weight_shape("weight_shape", weight_shape), check_block(block)
+    check_generator("generator", generator)
     rows, cols, taps = grid(weight_shape, block)
-    total = rows * cols * taps
-    if not 0 <= nnz <= total:
-        raise ValueError(f"nnz must be from 0 to {total}, got {nnz}")
+    total = check_block_total(weight_shape, block)
+    nnz = check_int("nnz", nnz, 0, total)
     cover = min(nnz, max(rows, cols))
 
     def cycle(count: int) -> Tensor:
@@ -321,12 +344,14 @@ def unpack_slots(values: Tensor, slot_blocks: Tensor, weight_shape: Sequence[int
 
 
 def pack(weight: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:
-    """:func:`pack_slots` with the row-major slots of a mask: the active blocks of a dense weight, ``[nnz, b_out, b_in]``.
+    """:func:`pack_slots` with a mask's row-major slots: the active blocks of a dense weight, ``[nnz, b_out, b_in]``.
 
     >>> pack(torch.arange(4.0).view(2, 2), torch.tensor([[True, True]]), (2, 1)).tolist()
     [[[0.0], [2.0]], [[1.0], [3.0]]]
     """
-    check_mask(mask, mask_shape(weight.shape, block))
+    shape = check_weight_shape("weight's shape", tuple(check_tensor("weight", weight).shape))
+    block = check_block(block)
+    check_mask(mask, mask_shape(shape, block), f"mask (of a weight {shape} in blocks {block})")
     return pack_slots(weight, row_major_slots(mask), block)
 
 
@@ -336,8 +361,11 @@ def unpack(values: Tensor, mask: Tensor, weight_shape: Sequence[int]) -> Tensor:
     >>> unpack(torch.ones(1, 2, 1), torch.tensor([[False, True]]), (2, 2)).tolist()
     [[0.0, 1.0], [0.0, 1.0]]
     """
-    block = (values.shape[1], values.shape[2])
-    check_mask(mask, mask_shape(weight_shape, block))
+    block = (check_tensor("values", values, 3).shape[1], values.shape[2])
+    weight_shape = check_weight_shape("weight_shape", weight_shape)
+    check_mask(
+        mask, mask_shape(weight_shape, block), f"mask (of a weight_shape {weight_shape}, values in blocks {block})"
+    )
     slot_blocks = row_major_slots(mask)
     if values.shape[:1] != slot_blocks.shape:
         raise ValueError(

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
+from ddst._arguments import check_int, check_number, check_one_of, check_state_keys
+
 AVERAGES = ("ratio_of_means", "mean_of_ratios")
 
 
@@ -90,21 +94,17 @@ class BalanceRatio:
     """
 
     def __init__(self, window: int = 100, average: str = "ratio_of_means", eps: float = 1e-3) -> None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(f"window must be a number of samples, an int of at least 1, got {window!r}")
-        if average not in AVERAGES:
-            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {average!r}")
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"eps must be at least 0 and finite, got {eps}")
-        self.window = window
-        self.average = average
-        self.eps = eps
+        self.window = check_int("window", window, 1)
+        self.average = check_one_of("average", average, AVERAGES)
+        self.eps = check_number("eps", eps, 0)
         self.rejected = 0
         self._samples: deque[tuple[float, float]] = deque(maxlen=window)
 
     def add(self, alpha: float, beta: float) -> BalanceSample:
         """Takes one measurement into the window; the oldest leaves when it is full."""
-        alpha, beta = float(alpha), float(beta)
+        # Means of scores may come as tensors.
+        alpha, beta = (x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (alpha, beta))
+        alpha, beta = check_number("alpha", alpha, finite=False), check_number("beta", beta, finite=False)
         if not (math.isfinite(alpha) and math.isfinite(beta)):
             self.rejected += 1
             return BalanceSample(alpha, beta, None)
@@ -155,5 +155,6 @@ class BalanceRatio:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`; when the window is smaller now, the newest samples are kept."""
+        check_state_keys(state, ("samples", "rejected"))
         self._samples = deque(((float(a), float(b)) for a, b in state["samples"]), maxlen=self.window)
         self.rejected = int(state["rejected"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ddst._arguments import check_int, check_number, check_one_of, check_type
 from ddst.gan.balance import WindowSummary
 
 MODES = ("relaxed", "strict")
@@ -92,19 +93,16 @@ class DensityController:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        check_one_of("mode", self.mode, MODES)
         low, high = check_pair("bounds", self.bounds)
         if not low <= high:
             raise ValueError(f"bounds must be (B-, B+) with B- at most B+, got {self.bounds}")
-        if not 0 < self.delta <= 1:
-            raise ValueError(f"delta must be above 0 and at most 1, got {self.delta}")
+        check_number("delta", self.delta, most=1, above=0)
         given = (0.05, 1.0 if self.mode == "relaxed" else 0.5) if self.density_range is None else self.density_range
         d_min, d_max = check_pair("density_range", given)
         if not 0 <= d_min <= d_max <= 1:
             raise ValueError(f"density_range must be (d_min, d_max) with 0 <= d_min <= d_max <= 1, got {given}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must not be negative, got {self.warmup}")
+        check_int("warmup", self.warmup, 0)
         object.__setattr__(self, "bounds", (low, high))
         object.__setattr__(self, "density_range", (d_min, d_max))
 
@@ -128,6 +126,11 @@ class DensityController:
                 change full): the range ends there if that is narrower.
             resolution: the smallest change that can be made: a density within it of the range's end is at the end.
         """
+        check_type("window", window, WindowSummary, "a WindowSummary")
+        check_number("density", density, 0, 1)
+        check_int("step", step)
+        for name, value in (("lowest", lowest), ("highest", highest), ("resolution", resolution)):
+            check_number(name, value)
 
         def decision(action: str, new_density: float, reason: str) -> Decision:
             return Decision(step, action, density, new_density, reason, window, lowest, highest, resolution)
@@ -159,6 +162,7 @@ class DensityController:
 
     def replay(self, decision: Decision) -> Decision:
         """Decides again from what a logged decision was made from: equal to it if the settings are the same."""
+        check_type("decision", decision, Decision, "a Decision")
         return self.decide(
             decision.window,
             decision.density,
@@ -175,10 +179,6 @@ class DensityController:
 
 def check_pair(name: str, pair: Any) -> tuple[float, float]:
     """Two finite numbers as floats; an error that names the argument otherwise."""
-    try:
-        low, high = (float(x) for x in pair)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be two numbers, got {pair!r}") from None
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{name} must be finite, got {pair!r}")
-    return (low, high)
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise TypeError(f"{name} must be two numbers, got {pair!r:.50}")
+    return (check_number(name, pair[0]), check_number(name, pair[1]))

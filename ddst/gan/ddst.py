@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddst.gan.balance import BalanceRatio, BalanceSample
+from ddst._arguments import (
+    check_int,
+    check_module,
+    check_number,
+    check_one_of,
+    check_state_keys,
+    check_tensor,
+    check_type,
+)
+from ddst.gan.balance import AVERAGES, BalanceRatio, BalanceSample
 from ddst.gan.controller import DROP, EXCHANGE, GROW, Decision, DensityController
 from ddst.gan.ema import EMA
-from ddst.nn import SparseLayer
-from ddst.sparsity.algorithm import SparseTraining, check_steps
+from ddst.gan.loop_checks import StepOrder, check_optimizers
+from ddst.gan.unperturbed import unperturbed
+from ddst.sparsity.algorithm import SparseTraining
 from ddst.sparsity.density import NetworkDensity
 from ddst.sparsity.schedule import FINAL_FRACTION, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport, has_single_weight_blocks
@@ -161,27 +170,32 @@ class DDST:
         generate: Callable[[Any], Tensor] | None = None,
         score: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        for name, module in (("generator", generator), ("discriminator", discriminator)):
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
-        if ema is not None and ema.model is not generator:
+        check_one_of("mode", mode, MODES)
+        check_module("generator", generator)
+        check_module("discriminator", discriminator)
+        check_optimizers(generator, discriminator, opt_g, opt_d)
+        if ema is not None and check_type("ema", ema, EMA, "a ddst.EMA or None").model is not generator:
             raise ValueError("ema must average the generator that is given")
+        for name, function in (("generate", generate), ("score", score)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function or None, got {type(function).__name__}")
+        check_int("seed", seed, -(2**63), 2**64 - 1)
         self.generator, self.discriminator = generator, discriminator
         self.mode, self.ema = mode, ema
-        self.total_steps = check_steps("total_steps", total_steps)
-        self.interval_g = check_steps("interval_g", interval_g)
+        self.total_steps = check_int("total_steps", total_steps, 1)
+        self.interval_g = check_int("interval_g", interval_g, 1)
         default = 2000 if mode == "strict" else 1000
-        self.interval_d = check_steps("interval_d", default if interval_d is None else interval_d)
-        self.br_every = check_steps("br_every", br_every)
-        self.br_window = check_steps("br_window", br_window)
+        self.interval_d = check_int("interval_d", default if interval_d is None else interval_d, 1)
+        self.br_every = check_int("br_every", br_every, 1)
+        self.br_window = check_int("br_window", br_window, 1)
         if self.br_window < self.br_every:
             raise ValueError(f"br_window must be at least br_every ({br_every} iterations), got {br_window}")
         self.network_d = NetworkDensity(discriminator)
         single = has_single_weight_blocks(self.network_d.layers)
         if br_average is None:
             br_average = "mean_of_ratios" if single else "ratio_of_means"
+        check_one_of("br_average", br_average, AVERAGES)
+        check_number("br_eps", br_eps, 0)
         self.balance = BalanceRatio(self.br_window // self.br_every, br_average, br_eps)
         self._generate, self._score = generate or generator, score or discriminator
 
@@ -223,6 +237,7 @@ class DDST:
                 self.updater_d.scores.set_aside_at(opt_g)
         self.steps = 0
         self._waiting: Decision | None = None
+        self._order = StepOrder(opt_g)
         self._warn_if_idle()
 
     @property
@@ -245,17 +260,22 @@ class DDST:
         Args:
             real: the iteration's batch of data, as D takes it.
             noise: what ``fake_scores`` was made from, as G takes it.
-            fake_scores: ``D(G(noise))`` as computed for G's loss, before ``opt_g.step()``; any shape.
+            fake_scores: ``D(G(noise))`` as computed for G's loss, before ``opt_g.step()``; one score for each that D
+                gives to ``G(noise)``, in any shape.
 
         Raises:
             TypeError: ``fake_scores`` or what D returns is no tensor.
-            RuntimeError: the gradient an update needs did not come in a whole interval.
+            ValueError: ``real``, ``noise`` and ``fake_scores`` do not fit together (seen where the ratio is measured).
+            RuntimeError: ``fake_scores`` were computed after the last ``opt_g.step()``, twice in a row: G has not moved
+                since, and α would be 0 for ever. (In a step that a gradient scaler skipped it is, rightly.) Or the
+                gradient an update needs did not come in a whole interval; or the scheduler is closed.
         """
-        if not isinstance(fake_scores, Tensor):
-            raise TypeError(f"fake_scores must be a tensor of scores, got {type(fake_scores).__name__}")
-        self.steps += 1
-        step = self.steps
+        check_tensor("fake_scores", fake_scores)
+        self.training_g.updater.scores.check_open()
+        self._order.check(fake_scores)
+        step = self.steps + 1
         sample = self._measure(real, noise, fake_scores) if step % self.br_every == 0 else None
+        self.steps = step
         generator_update = self.training_g.step()
         decision, discriminator_update = self._steer(step)
         if self.ema is not None:
@@ -267,16 +287,29 @@ class DDST:
     @torch.no_grad()
     def _measure(self, real: Tensor, noise: Any, fake_scores: Tensor) -> BalanceSample:
         with unperturbed(self.generator, self.discriminator):
-            after = self._mean(self._score(self._generate(noise)))
-            data = self._mean(self._score(real))
-        before = self._mean(fake_scores)
-        return self.balance.add(after - before, data - before)
+            images = self._generate(noise)
+            fake = self._scores_of(images)
+            if fake.numel() != fake_scores.numel() or not fake.numel():
+                raise ValueError(
+                    "fake_scores must be D(G(noise)) as computed for G's loss, not its mean and not of other noise: D "
+                    f"gives {tuple(fake.shape)} to G(noise), fake_scores have the shape {tuple(fake_scores.shape)}"
+                )
+            plain = self._generate is self.generator and self._score is self.discriminator
+            if plain and isinstance(real, Tensor) and isinstance(images, Tensor) and real.shape[1:] != images.shape[1:]:
+                raise ValueError(
+                    f"real must be a batch of data of the size of G's {tuple(images.shape)}, got {tuple(real.shape)}"
+                )
+            data = self._scores_of(real)
+            if not data.numel():
+                raise ValueError("real must hold data, got none")
+        after, before, rated = (scores.to(torch.float64).mean().item() for scores in (fake, fake_scores, data))
+        return self.balance.add(after - before, rated - before)
 
-    @staticmethod
-    def _mean(scores: Tensor) -> float:
+    def _scores_of(self, images: Any) -> Tensor:
+        scores = self._score(images)
         if not isinstance(scores, Tensor):
             raise TypeError(f"score must return a tensor of scores, got {type(scores).__name__}; give score=...")
-        return scores.detach().to(torch.float64).mean().item()
+        return scores
 
     def _steer(self, step: int) -> tuple[Decision | None, UpdateReport | None]:
         if self.updater_d is None or self.controller is None:
@@ -343,6 +376,7 @@ class DDST:
         Raises:
             ValueError: it is the state of another mode.
         """
+        check_state_keys(state, ("mode", "steps", "balance", "generator", "discriminator", "waiting"))
         if state["mode"] != self.mode:
             raise ValueError(f'state is of mode="{state["mode"]}", this is mode="{self.mode}"')
         self.balance.load_state_dict(state["balance"])
@@ -353,27 +387,11 @@ class DDST:
         self._waiting = None if state["waiting"] is None else Decision.from_dict(state["waiting"])
 
     def close(self) -> None:
-        """Ends open requests and removes the hooks from the optimizers."""
+        """Ends open requests and removes the hooks from the optimizers; :meth:`step` is not to be called any more.
+
+        Not needed before another one is made for the same networks, which takes over.
+        """
+        self._order.close()
         self.training_g.close()
         if self.updater_d is not None:
             self.updater_d.scores.close()
-
-
-@contextmanager
-def unperturbed(*modules: nn.Module) -> Iterator[None]:
-    """Puts buffers and the random state back at the end: forward passes inside leave no trace in the training."""
-    saved = [
-        (module._buffers, name, buffer, buffer.clone())
-        for root in modules
-        for module in root.modules()
-        if not isinstance(module, SparseLayer)  # its buffers are masks and indices, which no forward pass changes
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {p.device for root in modules for p in root.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            for owner, name, buffer, copy in saved:
-                owner[name] = buffer.copy_(copy)

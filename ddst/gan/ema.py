@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddst._arguments import check_int, check_module, check_number, check_state_keys
 from ddst.nn.origin import follow
 
 
 class EMA:
     """``w̄ ← γ w̄ + (1 − γ) w``, on active blocks: what the model drops leaves the average, what it grows enters as 0.
 
-    :attr:`module` is a copy of the model to generate images with. Its masks follow the model's at the moment they change
-    (:func:`ddst.follow`), dtypes and devices before each update, so it is as sparse as the model. Buffers (batch norm's
-    statistics) are copied, not averaged.
+    :attr:`module` is a copy of the model to generate images with. Its masks follow the model's at the moment they
+    change (:func:`ddst.follow`), dtypes and devices before each update, so it is as sparse as the model. Buffers (batch
+    norm's statistics) are copied, not averaged.
 
     Args:
         model: the model that is trained.
@@ -41,15 +42,9 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, start: int = 0) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be from 0 to 1, got {decay}")
-        if start < 0:
-            raise ValueError(f"start must not be negative, got {start}")
-        self.model = model
-        self.decay = decay
-        self.start = start
+        self.model = check_module("model", model)
+        self.decay = check_number("decay", decay, 0, 1)
+        self.start = check_int("start", start, 0)
         self.updates = 0
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.module.eval()
@@ -57,7 +52,15 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the model's present weights into the average. Call it once per step, after every change of topology."""
+        """Takes the model's present weights into the average. Call it once per step, after every change of topology.
+
+        Not while another thread computes with :attr:`module`: slots that change hands and weights are written one after
+        the other, see :meth:`ddst.nn.SparseLayer.set_block_mask`.
+
+        Raises:
+            ValueError: the model has other layers than when the average was made.
+        """
+        self._check_layers()
         self._follow_moves()
         follow(self.module, self.model)  # they do already, unless one of the two has loaded a state or was copied
         decay = self.decay if self.updates >= self.start else 0.0
@@ -69,6 +72,15 @@ class EMA:
             else:
                 weights[name].copy_(weight)
         self._copy_buffers()
+
+    def _check_layers(self) -> None:
+        names, mine = ([name for name, _ in net.named_parameters()] for net in (self.model, self.module))
+        if names != mine:
+            changed = next(iter(set(names) ^ set(mine)), "their order")
+            raise ValueError(
+                f"model has other parameters than the averaged copy ({changed}): make the EMA after ddst.sparsify or "
+                "ddst.densify, and anew where layers are swapped later"
+            )
 
     def _follow_moves(self) -> None:
         for module, shadow in zip(self.model.modules(), self.module.modules(), strict=True):
@@ -92,6 +104,7 @@ class EMA:
         return {"module": self.module.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`; the masks become those of the state, until the next update those of the model."""
+        """Restores :meth:`state_dict`; its masks stay until the next update, which takes the model's."""
+        check_state_keys(state, ("module", "updates"))
         self.module.load_state_dict(state["module"])
         self.updates = int(state["updates"])

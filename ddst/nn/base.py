@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .. import topology as tp
+from .._arguments import check_bool, check_device, check_dtype, check_module, check_number, check_type
 from ..backends import Problem, check_backend
 from ..ops.reference import block_norms_of
 from ..ops.scores import GradientRecord, ScoreRecorder
@@ -44,19 +45,24 @@ class SparseLayer(PackedStorage):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        pair = tp.check_block(block)
-        total = math.prod(tp.mask_shape(weight_shape, pair))
-        reserved = 0 if reserve is None else tp.block_count(reserve, total)
+        pair, weight_shape = tp.check_block(block), tuple(weight_shape)
+        # Everything is checked, and the values have their memory, before a mask of that many blocks is drawn.
+        total = tp.check_block_total(weight_shape, pair)
+        nnz = tp.block_count(density, total)
+        reserved = 0 if reserve is None else tp.block_count(check_number("reserve", reserve, most=1, above=0), total)
+        check_bool("bias", bias)
+        device, dtype = check_device("device", device), check_dtype("dtype", dtype)
+        values = torch.empty((max(nnz, reserved), *pair), device=device, dtype=dtype)
         with unset_fake_temporarily():
-            mask = tp.random_mask(weight_shape, pair, tp.block_count(density, total))
-            free = tp.SlotChange.to_mask(torch.full((reserved,), -1, dtype=torch.int32, device="cpu"), mask, reserved)
-        super().__init__(weight_shape, pair, free.slot_blocks, reserved)
+            mask = tp.random_mask(weight_shape, pair, nnz)
+            free = torch.full((reserved,), -1, dtype=torch.int32, device="cpu")
+            slot_blocks = tp.SlotChange.to_mask(free, mask, reserved).slot_blocks
+        super().__init__(weight_shape, pair, slot_blocks, reserved)
         self.backend = "auto"
         self.spectral_norm = None
         self._recorder, self._records = ScoreRecorder(), False
         self._origin: Origin | None = None
-        device = torch.empty(0, device=device).device  # None: the default one, "with torch.device(...)" included
-        self.values = nn.Parameter(torch.empty((self.slots, *pair), device=device, dtype=dtype))
+        self.values = nn.Parameter(values)
         self.bias = nn.Parameter(torch.empty(weight_shape[0], device=device, dtype=dtype)) if bias else None
         self._place()
         self.reset_parameters()
@@ -100,7 +106,7 @@ class SparseLayer(PackedStorage):
         """``W`` as code for the dense layer reads it: unpacked anew at each look, differentiable; under spectral norm
         divided by σ. Writing into it in place (``nn.init.normal_(layer.weight)``) sets the values at active blocks.
         """
-        values = self.values
+        values: Tensor = self.values
         if self.spectral_norm is not None:
             sigma = self.spectral_norm.sigma(self)
             values = values / (sigma + (sigma == 0))
@@ -238,8 +244,9 @@ class SparseLayer(PackedStorage):
 
     @property
     def _record(self) -> int:
-        """What operators are called with, so that their formulas find the recorder. A compiled graph is another one while
-        scores are requested, as what it records costs copies.
+        """What operators are called with, so that their formulas find the recorder.
+
+        While scores are requested a compiled graph is another one, as what it records costs copies.
         """
         return self._recorder.key if self._records or not torch.compiler.is_compiling() else 0
 
@@ -330,8 +337,7 @@ def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
     A spectral norm or another parametrization makes ``weight`` a product that changes with every look at it, and a
     subclass has a forward pass of its own.
     """
-    if not isinstance(module, kind):
-        raise TypeError(f"module must be an nn.{kind.__name__}, got {type(module).__name__}")
+    check_type("module", module, kind, f"an nn.{kind.__name__}")
     if type(module) is not kind or not isinstance(module._parameters.get("weight"), nn.Parameter):
         raise ValueError(
             f"module must be a plain nn.{kind.__name__}, got {type(module).__name__} with a computed weight or "
@@ -368,7 +374,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     'reference'
     """
     check_backend(backend)
-    for layer in sparse_layers(model).values():
+    for layer in sparse_layers(check_module("model", model)).values():
         layer.backend = backend
 
 
@@ -379,4 +385,4 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     >>> list(sparse_layers(nn.Sequential(nn.ReLU(), SparseLinear(32, 32))))
     ['1']
     """
-    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+    return {name: m for name, m in check_module("model", model).named_modules() if isinstance(m, SparseLayer)}

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from .. import ops, topology
+from .._arguments import check_int, check_one_of
 from ..backends import Problem
-from ..ops.conv2d import output_is_channels_last, pair, resolve_padding
+from ..ops.conv2d import check_padding, output_is_channels_last, pair, resolve_padding
 from .base import SparseLayer, check_plain, copy_of, mask_for
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -60,13 +61,11 @@ class SparseConv2d(SparseLayer):
         block: Sequence[int] | int = (16, 16),
         reserve: float | None = None,
     ) -> None:
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        if groups != 1:
+        in_channels = check_int("in_channels", in_channels, 1)
+        out_channels = check_int("out_channels", out_channels, 1)
+        if check_int("groups", groups) != 1:
             raise ValueError(f"groups must be 1 (block-sparse grouped convolution is not supported), got {groups!r}")
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
+        check_one_of("padding_mode", padding_mode, PADDING_MODES)
         kernel = pair(kernel_size, "kernel_size", 1)
         strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
         paddings, extra = resolve_padding(padding, kernel, strides, dilations)
@@ -161,6 +160,8 @@ class SparseConv2d(SparseLayer):
             # Not contiguous(): with one channel or one pixel the old strides would pass for channels_last and stay.
             input = input.clone(memory_format=torch.channels_last)
         if self.padding_mode != "zeros":
+            reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            check_padding(padding, (self._border[2], self._border[0]), input.shape[-2:], reach)
             input = nn.functional.pad(input, self._border, mode=self.padding_mode)
             padding = (0, 0)
         return ops.conv2d(

@@ -21,8 +21,9 @@ class DenseView(Tensor):
     """A dense weight that was unpacked for reading; what is written into it in place goes to the active blocks.
 
     It is a tensor of its own, differentiable with respect to the packed values. An operation in place (those of
-    ``torch.nn.init``, ``copy_``, ``mul_``, assignment to an index) is carried out on it and packed again at once: numbers
-    at inactive blocks are let go. ``data`` and ``detach()`` stay bound likewise; any other result is a plain tensor.
+    ``torch.nn.init``, ``copy_``, ``mul_``, assignment to an index) is carried out on it and packed again at once:
+    numbers at inactive blocks are let go. ``data`` and ``detach()`` stay bound likewise; any other result is a plain
+    tensor.
     """
 
     _layer: PackedStorage

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import check_bool, check_tensor, check_type
 from .._extension import cpu_capability
 from ..backends import BACKENDS, Problem, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
@@ -102,8 +103,9 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     >>> found.backend, found.slow
     ('cpu', ('input gradient',))
     """
-    if not isinstance(layer, SparseLayer):
-        raise TypeError(f"layer must be a block-sparse layer, got {type(layer).__name__}")
+    check_type("layer", layer, SparseLayer, "a block-sparse layer")
+    check_tensor("input", input)
+    check_bool("measure", measure)
     computed = compute_dtype(input.dtype, input.device.type)
     problem = layer.problem(input.device.type, computed)
     chosen = choose(layer.backend, problem)

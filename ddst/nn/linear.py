@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, topology
+from .._arguments import check_int
 from ..backends import Problem
 from .base import SparseLayer, check_plain, copy_of, mask_for
 
@@ -46,9 +47,8 @@ class SparseLinear(SparseLayer):
         block: Sequence[int] | int = (16, 16),
         reserve: float | None = None,
     ) -> None:
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        in_features = check_int("in_features", in_features, 1)
+        out_features = check_int("out_features", out_features, 1)
         super().__init__((out_features, in_features), bias, block, density, reserve, device, dtype)
         self.in_features, self.out_features = in_features, out_features
 

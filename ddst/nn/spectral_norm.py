@@ -20,7 +20,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from .. import topology as tp
+from .._arguments import check_device, check_dtype, check_int, check_number, check_one_of, check_weight_shape
 from ..ops.reference import dense_weight
+from .repeated_calls import RepeatedCalls, may_be_checkpointed
 from .storage import placed_topology
 
 if TYPE_CHECKING:
@@ -119,22 +121,35 @@ def _unit(vector: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return vector / norm.clamp_min(eps), norm
 
 
+def _noise_like(vector: Tensor) -> Tensor:
+    """Numbers of mean 0 and variance 1, always the same: a hash of each entry's place.
+
+    Nothing is drawn, so that a copy of a layer, a repeated call and a compiled graph do what the layer does;
+    nothing depends on the last bits of the weights, which differ between kernels.
+    """
+    low = 0xFFFFFFFF
+    bits = torch.arange(1, vector.numel() + 1, device=vector.device) * 0x9E3779B1 & low
+    for _ in range(2):
+        bits = (bits ^ (bits >> 16)) * 0x045D9F3B & low
+    return ((bits ^ (bits >> 16)).to(vector.dtype) / 2**31 - 1) * math.sqrt(3)
+
+
 class SpectralNorm(nn.Module):
     """``W / σ``, ``σ = uᵀ W v``, after ``v ← Wᵀ(u + noise) / ‖·‖``, ``u ← W v / ‖·‖`` per training forward, on blocks.
 
     Few blocks split a matrix into independent parts. Plain power iteration leaves ``u`` exactly zero on some of them
-    and then never sees a part whose singular value has become the largest. A little random noise in the vector that
-    each iteration starts from (share ``noise`` of its length) and a dozen iterations after each change of the mask
-    prevent it. One iteration per forward call still lags behind a part that grows fast: measured at 10 % density, the
-    true σ was at most 1.4 times the estimate with steps of 1 % of the weights' bound, 1.7 times with 2 %.
+    and then never sees a part whose singular value has become the largest. A little noise in the vector that each
+    iteration starts from (share ``noise`` of its length) and a dozen iterations after each change of the mask prevent
+    it. One iteration per forward call still lags behind a part that grows fast: measured at 10 % density, the true σ
+    was at most 1.4 times the estimate with steps of 1 % of the weights' bound, 1.7 times with 2 %.
 
     Args:
         weight_shape: shape of the dense weight, ``(C_out, C_in, kH, kW)`` or ``(C_out, C_in)``.
         block: ``(b_out, b_in)``.
         n_power_iterations: iterations per forward call in training mode, at least 1.
         eps: smallest length that a vector is divided by.
-        noise: share of random noise, at least 0. With 0 nothing is random, nothing extra is iterated, and the result is
-            that of torch's spectral norm of the masked dense weight.
+        noise: share of noise, at least 0. With 0 nothing extra is iterated, and the result is that of torch's spectral
+            norm of the masked dense weight.
         style: the torch function this stands for: "hook" (:func:`torch.nn.utils.spectral_norm`) iterates v, then u;
             "parametrization" (:func:`torch.nn.utils.parametrizations.spectral_norm`) iterates u, then v, with the noise
             in v. :func:`ddst.densify` and :func:`ddst.dense_state_dict` return to it.
@@ -147,9 +162,15 @@ class SpectralNorm(nn.Module):
     Raises:
         ValueError: n_power_iterations, noise or style outside the above.
 
+    Checkpointing (:mod:`torch.utils.checkpoint`, both kinds): the repeated forward pass uses the vectors of the first
+    and iterates no more, so gradients and vectors are those without checkpointing. For that, training calls without
+    gradients or under hooks for saved tensors draw one number from torch's default generator. With
+    ``preserve_rng_state=False`` the first call cannot be known: there is a warning, and the present vectors are used.
+    Under ``torch.compile`` what is checkpointed iterates again, as torch's spectral norm does everywhere.
+
     Numerics: computes in the dtype of the values, 16-bit floats in float32; no gradient flows through u and v. A weight
-    that is all zero is returned as it is (``σ`` counts as 1), and the iteration recovers when it no longer is. Noise
-    comes from torch's default generator. Deterministic given that.
+    that is all zero is returned as it is (``σ`` counts as 1), and the iteration recovers when it no longer is. The
+    noise is always the same: deterministic.
 
     Cost: ``4 · nnz · b_out · b_in`` operations per iteration, proportional to density, and the memory of one more set
     of values until backward.
@@ -179,14 +200,15 @@ class SpectralNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(n_power_iterations, int) or n_power_iterations < 1:
-            raise ValueError(f"n_power_iterations must be a positive int, got {n_power_iterations!r}")
-        if not noise >= 0:
-            raise ValueError(f"noise must be at least 0, got {noise!r}")
-        if style not in STYLES:
-            raise ValueError(f"style must be one of {STYLES}, got {style!r}")
+        check_int("n_power_iterations", n_power_iterations, 1)
+        eps, noise = check_number("eps", eps, 0), check_number("noise", noise, 0)
+        check_one_of("style", style, STYLES)
+        block = tp.check_block(block)
+        weight_shape = check_weight_shape("weight_shape", weight_shape)
+        device, dtype = check_device("device", device), check_dtype("dtype", dtype)
         super().__init__()
         self.n_power_iterations, self.eps, self.noise, self.style = n_power_iterations, eps, noise, style
+        self._calls: RepeatedCalls[tuple[Tensor, Tensor]] = RepeatedCalls()
         _, cols, taps = tp.grid(weight_shape, block)
         self._in_channels, self._blocks = weight_shape[1], (cols, taps, block[1])
         self._matrix_shape = (weight_shape[0], cols * taps * block[1])
@@ -212,7 +234,10 @@ class SpectralNorm(nn.Module):
         """
         values = layer.values
         wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-        sigma = self._sigma(wide, layer.backend, self.n_power_iterations if self.training else 0)
+        if self.training and may_be_checkpointed():
+            sigma = self._sigma(wide, layer.backend, self.n_power_iterations, (values._version, values.shape))
+        else:
+            sigma = self._sigma(wide, layer.backend, self.n_power_iterations if self.training else 0)
         # All blocks may be zero, as new ones are: then nothing is to be divided, and 0 / 0 must not come out.
         return (wide / (sigma + (sigma == 0))).to(values.dtype)
 
@@ -259,14 +284,28 @@ class SpectralNorm(nn.Module):
     def _wide_dtype(values: Tensor) -> torch.dtype:
         return torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
 
-    def _sigma(self, values: Tensor, backend: str, iterations: int) -> Tensor:
-        """``uᵀ W v``, differentiable in the values. ``⟨W, u vᵀ⟩`` over the active blocks is one product of vectors."""
+    def _sigma(self, values: Tensor, backend: str, iterations: int, version: object = None) -> Tensor:
+        """``uᵀ W v``, differentiable in the values. ``⟨W, u vᵀ⟩`` over the active blocks is one product of vectors.
+
+        With the version of the weights it is that of a call which may be repeated.
+        """
         with torch.no_grad():
             matrix = self._matrix(values.detach(), backend)
-            u, v = self._iterate(matrix, values.dtype, iterations)
+            if version is None:
+                u, v = self._iterate(matrix, values.dtype, iterations)
+            else:
+                u, v = self._iterate_once(matrix, values.dtype, iterations, version)
             # Fresh memory, so that several forward calls before one backward do not disturb each other.
             direction = matrix.outer(u, v)
         return torch.dot(values.flatten(), direction.flatten())
+
+    def _iterate_once(
+        self, matrix: _Matrix, dtype: torch.dtype, iterations: int, version: object
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`_iterate`; where checkpointing repeats a forward call, the vectors of that call and no iteration."""
+
+        make, present = (lambda n=n: self._iterate(matrix, dtype, n) for n in (iterations, 0))
+        return self._calls.result(make, present, version)
 
     def _matrix(self, values: Tensor, backend: str) -> _Matrix:
         kind = _Dense if backend == "reference" else _Packed
@@ -280,11 +319,11 @@ class SpectralNorm(nn.Module):
         start = self.u.to(dtype) if hook else self._block_order(self.v.to(dtype))
         for _ in range(iterations):
             if hook:
-                v, norm = _unit(matrix.transposed_times(self._noisy(start)), self.eps)
+                v, norm = _unit(self._inside(matrix.transposed_times(self._noisy(start))), self.eps)
                 u, _ = _unit(matrix.times(v), self.eps)
             else:
-                u, norm = _unit(matrix.times(self._noisy(start)), self.eps)
-                v, _ = _unit(matrix.transposed_times(u), self.eps)
+                u, norm = _unit(matrix.times(self._inside(self._noisy(start))), self.eps)
+                v, _ = _unit(self._inside(matrix.transposed_times(u)), self.eps)
             start = u if hook else v
         if self.noise == 0:
             # A zero weight has no directions, and zero vectors would stay zero for ever: the old ones are kept.
@@ -302,10 +341,18 @@ class SpectralNorm(nn.Module):
         return u, v
 
     def _noisy(self, start: Tensor) -> Tensor:
-        """``start + noise · g / √n`` with standard normal g; about ``noise`` of start's unit length is random."""
+        """``start + noise · g / √n`` with numbers g of variance 1: ``noise`` of start's unit length."""
         if self.noise == 0:
             return start
-        return start.add(torch.randn_like(start), alpha=self.noise / math.sqrt(start.numel()))
+        return start.add(_noise_like(start), alpha=self.noise / math.sqrt(start.numel()))
+
+    def _inside(self, v: Tensor) -> Tensor:
+        """Zeroes what stored parts of edge blocks beyond the last channel give: ``nn.init`` on values fills them."""
+        cols, taps, width = self._blocks
+        beyond = cols * width - self._in_channels
+        if beyond:
+            v.view(cols, taps, width)[-1, :, width - beyond :] = 0
+        return v
 
     def _block_order(self, v: Tensor) -> Tensor:
         """``[C_in · T]`` in the dense weight's order to ``[C · T · b_in]``; channels beyond the last are zero."""
@@ -339,7 +386,7 @@ def spectral_norm(
     >>> layer.spectral_norm.u.shape, layer.spectral_norm.v.shape
     (torch.Size([64]), torch.Size([288]))
     """
-    if not hasattr(layer, "effective_values"):
+    if not hasattr(layer, "effective_values") or isinstance(layer, type):
         raise TypeError(f"layer must be a SparseConv2d or SparseLinear, got {type(layer).__name__}")
     if layer.spectral_norm is not None:
         raise ValueError("layer has a spectral norm already")

@@ -1,6 +1,6 @@
 """Where a sparse layer keeps its weight: packed values in slots, the map of slots, and what is derived from it.
 
-``values`` is the one parameter. ``slot_blocks`` says which block lies in which slot. It is a plain tensor on the CPU, no
+``values`` is the one parameter. ``slot_blocks`` says which block lies in which slot: a plain tensor on the CPU, and no
 buffer: what averages buffers, casts them or sends them to other processes leaves it alone, and it survives the meta
 device. It is part of the state dict. ``topology``, the vector that kernels walk, is derived from it, lies on the device
 of the values and stands in no state dict. Both are rewritten in place while the number of slots stays.
@@ -106,8 +106,16 @@ class PackedStorage(nn.Module):
 
     @torch.no_grad()
     def block_norms(self) -> Tensor:
-        """L2 norm of every block, in the shape of the block mask; 0 where it is inactive."""
-        norms = torch.linalg.vector_norm(self.values, dim=(1, 2))
+        """L2 norm of every block, in the shape of the block mask; 0 where it is inactive.
+
+        Parts of edge blocks outside the weight are left out: they are zero as they are made here, but whoever fills
+        ``values`` as a whole (``nn.init``) fills them too.
+        """
+        values: Tensor = self.values
+        if any(size % width for size, width in zip(self.weight_shape, self.block, strict=False)):
+            within = tp.inside_slots(self.slot_blocks, self.weight_shape, self.block)
+            values = values * within.to(values.device)
+        norms = torch.linalg.vector_norm(values, dim=(1, 2))
         ranks = self.slot_blocks.to(norms.device).long()
         return norms.new_zeros(self.num_blocks + 1).index_put_((ranks,), norms)[:-1].view(self.mask_shape)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..topology import slot_count
+from .. import topology as tp
+from .._arguments import MAX_INT, check_ints, check_operands, check_tensor, check_weight_shape
 from . import reference
 from .autograd import register_autograd
 from .precision import in_compute_dtype
@@ -19,17 +20,13 @@ _ops = torch.ops.ddst
 
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]:
-    """``(vertical, horizontal)`` of an int or a pair of ints, each at least ``minimum``.
+    """``(vertical, horizontal)`` of an int or a pair of ints, each at least ``minimum``, or of a one-tuple.
 
-    >>> pair(1, "stride", 1)
-    (1, 1)
+    >>> pair(1, "stride", 1), pair((1,), "stride", 1)
+    ((1, 1), (1, 1))
     """
-    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, Sequence)) else ()
-    if len(both) != 2 or not all(isinstance(v, int) for v in both):
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(both) < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
-    return (both[0], both[1])
+    vertical, horizontal = check_ints(name, value, 2, minimum)
+    return vertical, horizontal
 
 
 def output_is_channels_last(input: Tensor) -> bool:
@@ -67,6 +64,22 @@ def resolve_padding(
         raise ValueError(f"padding='same' is not supported for strided convolutions, got stride={stride}")
     total = [dilation[i] * (kernel[i] - 1) for i in range(2)]
     return (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
+
+
+def check_padding(padding: Any, paddings: tuple[int, int], size: Sequence[int], reach: Sequence[int]) -> None:
+    """Raises ValueError for a padding beyond input and kernel that alone makes 2³¹ output positions and more.
+
+    Args:
+        padding: as it was given. paddings: of height and width. size: of the input. reach: of the kernel.
+    """
+    # A padding of up to 2¹⁴ cannot: usual ones cost nothing here, and no sizes of a traced graph are compared.
+    if max(paddings) > 2**14 and any(p > max(n, r) for p, n, r in zip(paddings, size, reach, strict=True)):
+        height, width = (n + 2 * p for p, n in zip(paddings, size, strict=True))
+        if height * width > MAX_INT:
+            raise ValueError(
+                f"padding must not make 2**31 positions and more, got {padding!r}, which makes {height}x{width} of an "
+                f"input of {size[0]}x{size[1]}"
+            )
 
 
 def conv2d(
@@ -116,9 +129,8 @@ def conv2d(
     >>> torch.allclose(y, torch.nn.functional.conv2d(x, weight, padding=1), atol=1e-4)
     True
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
-    if len(weight_shape) != 4:
+    check_operands(input, values, bias, topology)
+    if len(check_weight_shape("weight_shape", weight_shape)) != 4:
         raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be [N, C_in, H, W] or [C_in, H, W], got the shape {tuple(input.shape)}")
@@ -126,14 +138,15 @@ def conv2d(
         raise ValueError(f"input must have {weight_shape[1]} channels, got the shape {tuple(input.shape)}")
     strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     paddings, extra = resolve_padding(padding, weight_shape[2:], strides, dilations)
+    reach = [dilations[i] * (weight_shape[2 + i] - 1) + 1 for i in (0, 1)]
     for i, name in enumerate(("height", "width")):
-        reach = dilations[i] * (weight_shape[2 + i] - 1) + 1
         padded = input.shape[i - 2] + 2 * paddings[i] + extra[i]
-        if padded < reach:
+        if padded < reach[i]:
             raise ValueError(
-                f"input's {name} with padding must be at least the kernel's reach {reach}, got {padded} "
+                f"input's {name} with padding must be at least the kernel's reach {reach[i]}, got {padded} "
                 f"from the shape {tuple(input.shape)} and padding {padding!r}"
             )
+    check_padding(padding, paddings, input.shape[-2:], reach)
     x = input.unsqueeze(0) if input.dim() == 3 else input
     if any(extra):
         x = torch.nn.functional.pad(x, (0, extra[1], 0, extra[0]))
@@ -153,10 +166,10 @@ def conv2d_block_scores(
     grad_output: Tensor,
     input: Tensor,
     weight_shape: Sequence[int],
-    block: tuple[int, int],
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
+    block: tuple[int, int] | int,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -174,10 +187,16 @@ def conv2d_block_scores(
     >>> conv2d_block_scores(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), (2, 2, 1, 1), (2, 1)).flatten().tolist()
     [12.727922439575195, 12.727922439575195]
     """
+    check_tensor("grad_output", grad_output, 4)
+    check_tensor("input", input, 4)
+    if len(check_weight_shape("weight_shape", weight_shape)) != 4:
+        raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
+    block = tp.check_block(block)
+    strides, paddings, dilations = pair(stride, "stride", 1), pair(padding, "padding", 0), pair(dilation, "dilation", 1)
     grad_output, input = grad_output.detach(), input.detach()
-    args = (list(weight_shape), list(block), list(stride), list(padding), list(dilation))
+    args = (list(weight_shape), list(block), list(strides), list(paddings), list(dilations))
     problem = backends.Problem(
-        input.device.type, input.dtype, block, (weight_shape[2], weight_shape[3]), stride, dilation
+        input.device.type, input.dtype, block, (weight_shape[2], weight_shape[3]), strides, dilations
     )
     if backends.choose(backend, problem) == "reference":
         return reference.conv2d_block_scores(grad_output, input, *args)
@@ -241,7 +260,7 @@ def _conv2d_weight_grad_fake(
     backend: int = 0,
 ) -> Tensor:
     rows, cols = -(-weight_shape[0] // block[0]), -(-weight_shape[1] // block[1])
-    return input.new_empty([slot_count(topology, rows, cols), *block])
+    return input.new_empty([tp.slot_count(topology, rows, cols), *block])
 
 
 @torch.library.register_fake("ddst::conv2d_block_scores")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..topology import slot_count
+from .._arguments import check_operands, check_tensor, check_weight_shape
+from ..topology import check_block, slot_count
 from . import reference
 from .autograd import register_autograd
 from .precision import in_compute_dtype
@@ -57,9 +58,8 @@ def linear(
     >>> linear(torch.ones(2, 32), pack(weight, mask, (16, 16)), None, build_topology(mask), weight.shape)[0, 0].item()
     16.0
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
-    if len(weight_shape) != 2:
+    check_operands(input, values, bias, topology)
+    if len(check_weight_shape("weight_shape", weight_shape)) != 2:
         raise ValueError(f"weight_shape must be (out_features, in_features), got {tuple(weight_shape)}")
     if input.dim() == 0 or input.shape[-1] != weight_shape[1]:
         raise ValueError(f"input must have {weight_shape[1]} features, got the shape {tuple(input.shape)}")
@@ -76,7 +76,12 @@ def linear(
 
 
 def linear_block_scores(
-    grad_output: Tensor, input: Tensor, weight_shape: Sequence[int], block: tuple[int, int], *, backend: str = "auto"
+    grad_output: Tensor,
+    input: Tensor,
+    weight_shape: Sequence[int],
+    block: tuple[int, int] | int,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """``scores[r, c] = ‖∂L/∂W[block r, c]‖₂`` of the dense weight gradient, active or not.
 
@@ -92,6 +97,11 @@ def linear_block_scores(
     >>> linear_block_scores(torch.ones(1, 2), torch.ones(1, 4), (2, 4), (2, 2)).tolist()
     [[2.0, 2.0]]
     """
+    check_tensor("grad_output", grad_output, 2)
+    check_tensor("input", input, 2)
+    if len(check_weight_shape("weight_shape", weight_shape)) != 2:
+        raise ValueError(f"weight_shape must be (out_features, in_features), got {tuple(weight_shape)}")
+    block = check_block(block)
     grad_output, input = grad_output.detach(), input.detach()
     problem = backends.Problem(input.device.type, input.dtype, block, linear=True)
     if backends.choose(backend, problem) == "reference":

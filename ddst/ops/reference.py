@@ -18,7 +18,7 @@ from .scores import recorder_of
 
 
 def dense_weight(values: Tensor, topology: Tensor, weight_shape: Sequence[int], record: int = 0) -> Tensor:
-    """The dense weight of packed values, differentiable; the score recorder of a key, if open, receives its gradient."""
+    """The dense weight of packed values, differentiable; the recorder of a key, if open, receives its gradient."""
     block = (values.shape[1], values.shape[2])
     rows, cols, taps = grid(weight_shape, block)
     expected = rows + cols + 2 + 5 * values.shape[0]

@@ -1,10 +1,11 @@
 """Recording what the dense weight gradient is made of, so that inactive blocks can be scored for growth.
 
 The gradient of a packed weight exists at active blocks only. Growth needs the norm of the *dense* gradient per block.
-An operator is called with the key of its layer's :class:`ScoreRecorder`. While that is open, every backward formula that
-computes a gradient of the layer's values also hands over its two factors ``(grad_output, input)``; the norms are computed
-from them later, a layer at a time. Because the formulas themselves record, gradient accumulation, several forward calls,
-double backward (a gradient penalty), activation checkpointing and hooks on saved tensors are all included exactly.
+An operator is called with the key of its layer's :class:`ScoreRecorder`. While that is open, every backward formula
+that computes a gradient of the layer's values also hands over its two factors ``(grad_output, input)``; the norms are
+computed from them later, a layer at a time. Because the formulas themselves record, gradient accumulation, several
+forward calls, double backward (a gradient penalty), activation checkpointing and hooks on saved tensors are all
+included exactly.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import topology as tp
+from .._arguments import check_int
 from ..backends import check_backend
 from ..measure import Spread, clock_of, interleaved
 from ..nn import SparseConv2d, SparseLayer, SparseLinear
 from .advice import Advice, BlockAdvice, LayerAdvice
-from .candidates import Candidate, find_candidates
+from .candidates import Candidate, check_no_layer, find_candidates
 from .distribution import check_density
 from .shares import share_out
 
@@ -80,18 +81,16 @@ def advise(
     >>> [layer.name for layer in found.blocks[0].layers]
     ['0', '2']
     """
+    check_no_layer(model)
     check_backend(backend)
     check_density(density)
-    densities = sorted({check_density(d, "densities") for d in densities})
-    if not densities:
-        raise ValueError("densities must hold at least one density")
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    sizes = [tp.check_block(block) for block in blocks]
-    if not sizes:
-        raise ValueError("blocks must hold at least one block")
+    densities = sorted({check_density(d, "densities") for d in _listed("densities", densities)})
+    check_int("repeats", repeats, 1)
+    sizes = [tp.check_block(block, "blocks") for block in _listed("blocks", blocks)]
+    if not isinstance(sample, Tensor | tuple | list):
+        raise TypeError(f"sample must be a tensor or a sequence of arguments, got {type(sample).__name__}")
     arguments = (sample,) if isinstance(sample, Tensor) else tuple(sample)
-    exclude = exclude if isinstance(exclude, str) else list(exclude)
+    exclude = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else exclude
     shares = _shares(model, density, sizes, distribution, exclude)
     model_seconds, seen = watch(model, arguments, find_candidates(model, exclude), repeats)
     known: dict[tuple[Any, ...], tuple[float, float]] = {}
@@ -107,6 +106,16 @@ def advise(
                 layers.append(LayerAdvice(candidate.name, candidate.shape, where.calls, asked, points))
         found.append(BlockAdvice(block, tuple(layers), model_seconds))
     return Advice(density, tuple(found))
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """A list of at least one."""
+    if isinstance(values, str | Tensor) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence, got {type(values).__name__}")
+    listed = list(values)
+    if not listed:
+        raise ValueError(f"{name} must hold at least one")
+    return listed
 
 
 def _shares(
@@ -139,13 +148,15 @@ def watch(
     handles = []
     for candidate in candidates:
 
-        def note(module: nn.Module, inputs: tuple[Any, ...], name: str = candidate.name) -> None:
-            before = seen.get(name)
-            first = before.input if before else inputs[0].detach()
-            needed = inputs[0].requires_grad or (before is not None and before.input_grad)
+        def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], name: str = candidate.name) -> None:
+            input, before = inputs[0] if inputs else named.get("input"), seen.get(name)
+            if not isinstance(input, Tensor):  # the layer itself says what is wrong with it
+                return
+            first = before.input if before else input.detach()
+            needed = input.requires_grad or (before is not None and before.input_grad)
             seen[name] = Seen(first, (before.calls if before else 0) + 1, needed)
 
-        handles.append(candidate.module.register_forward_pre_hook(note))
+        handles.append(candidate.module.register_forward_pre_hook(note, with_kwargs=True))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ddst._arguments import check_generator, check_int, check_one_of, check_state_keys
 from ddst.sparsity.schedule import FINAL_FRACTION, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport
 
@@ -91,13 +92,13 @@ class SparseTraining:
         seed: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        self.method = method
-        self.total_steps = check_steps("total_steps", total_steps)
-        self.interval = check_steps("interval", interval)
-        self.begin = begin
-        self.end = self.total_steps if end is None else end
+        self.method = check_one_of("method", method, METHODS)
+        self.total_steps = check_int("total_steps", total_steps, 1)
+        self.interval = check_int("interval", interval, 1)
+        self.begin = check_int("begin", begin)
+        self.end = self.total_steps if end is None else check_int("end", end)
+        check_int("seed", seed, -(2**63), 2**64 - 1)
+        check_generator("generator", generator)
         self.updater = TopologyUpdater(
             model,
             optimizer,
@@ -138,9 +139,10 @@ class SparseTraining:
             What the update did, or None when there was none.
 
         Raises:
-            RuntimeError: RigL got no gradient in a whole interval. (An update whose step brought none, because a
-                gradient scaler skipped it for instance, is made up for at the next step that does.)
+            RuntimeError: closed; or RigL got no gradient in a whole interval. (An update whose step brought none,
+                because a gradient scaler skipped it for instance, is made up for at the next step that does.)
         """
+        self.updater.scores.check_open()
         self.steps += 1
         step, report = self.steps, None
         if self.is_update_step(step) and self._due is None:
@@ -170,19 +172,14 @@ class SparseTraining:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`. Load the model first."""
+        check_state_keys(state, ("steps", "due", "updater"))
         self.updater.load_state_dict(state["updater"])
         self.steps = state["steps"]
         self._due = state["due"]
 
     def close(self) -> None:
-        """Ends an open request and removes the hook from the optimizer."""
+        """Ends an open request and removes the hook from the optimizer; :meth:`step` is not to be called any more.
+
+        Not needed before another one is made for the same model, which takes over.
+        """
         self.updater.scores.close()
-
-
-def check_steps(name: str, value: int) -> int:
-    """A count of steps: an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value

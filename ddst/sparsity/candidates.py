@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import (
@@ -18,8 +19,9 @@ from torch.nn.utils.spectral_norm import (
     SpectralNormStateDictHook,
 )
 
+from .._arguments import check_module
 from ..models.sngan import ImageConv2d
-from ..nn import SparseLayer
+from ..nn import SparseLayer, SparseLinear
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -70,6 +72,17 @@ class Candidate:
         return math.prod(self.shape)
 
 
+def check_no_layer(model: nn.Module) -> None:
+    """Raises for what is no module, or itself a layer that only its parent could swap."""
+    check_module("model", model)
+    if isinstance(model, nn.Conv2d | nn.Linear | SparseLayer):
+        kind = "SparseLinear" if isinstance(model, nn.Linear | SparseLinear) else "SparseConv2d"
+        raise ValueError(
+            f"model is itself a {type(model).__name__}, which cannot be swapped in place: use ddst.{kind}.from_dense, "
+            "or put it into an nn.Sequential"
+        )
+
+
 def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """``(dotted name, parent, attribute, module)`` of every place below ``model`` that holds a module.
 
@@ -98,6 +111,7 @@ def find_candidates(model: nn.Module, exclude: Iterable[str | nn.Module | type] 
     0 Conv2d groups=2
     2 Linear None
     """
+    check_module("model", model)
     excluded = _excluded(model, exclude)
     owners = _owners(model)
     found: dict[int, Candidate] = {}
@@ -150,34 +164,51 @@ def _examine(module: nn.Module, excluded: bool, owners: dict[int, list[str]]) ->
     if isinstance(module, SparseLayer):
         return Candidate(module, type(module).__name__, module.weight_shape, reason="already sparse")
     kind = parametrize.type_before_parametrizations(module)
-    candidate = Candidate(module, kind.__name__, _shape(module))
-    candidate.counted = isinstance(module, nn.Conv2d | nn.Linear) and not excluded
-    candidate.weight, candidate.norm, candidate.reason = _raw_weight(module)
+    weight, norm, reason = _raw_weight(module)
+    lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+    settings = _shape(module)
+    shape = settings if lazy or not isinstance(weight, Tensor) else tuple(weight.shape)
+    candidate = Candidate(module, kind.__name__, shape, weight=weight, norm=norm, reason=reason)
+    # A layer without weights, or not with them yet, has none to share out.
+    candidate.counted = isinstance(module, nn.Conv2d | nn.Linear) and not excluded and candidate.size > 0
     if excluded:
         candidate.reason = "excluded"
+    elif lazy:
+        candidate.reason = "lazy, without a shape yet: run the model once on a batch before"
     elif kind not in (nn.Conv2d, nn.Linear, ImageConv2d):
         known = kind.__module__.startswith("torch.nn.modules.conv")
         candidate.reason = f"{kind.__name__} is not supported" if known else "a subclass with code of its own"
     elif isinstance(module, nn.Conv2d) and module.groups != 1:
         candidate.reason = f"groups={module.groups}"
     elif candidate.weight is not None and candidate.reason is None:
-        others = owners[id(candidate.weight)]
-        if len(others) > 1:
-            candidate.reason = f"weight is shared: {', '.join(others)}"
-        elif candidate.weight.dtype not in DTYPES or candidate.weight.is_meta:
-            candidate.reason = f"weight is {candidate.weight.dtype} on {candidate.weight.device}"
+        candidate.reason = _unfit(candidate.weight, settings, owners[id(candidate.weight)])
     return candidate
+
+
+def _unfit(weight: Tensor, settings: tuple[int, ...], owners: list[str]) -> str | None:
+    """Why a plain layer's weight cannot be packed, or None."""
+    if len(owners) > 1:
+        return f"weight is shared: {', '.join(owners)}"
+    if len(settings) not in (2, 4):
+        return f"kernel_size has {len(settings) - 2} entries"
+    if weight.layout != torch.strided or type(weight) not in (nn.Parameter, Tensor):
+        return f"weight is a {type(weight).__name__} of layout {weight.layout}"
+    if weight.dtype not in DTYPES or weight.is_meta:
+        return f"weight is {weight.dtype} on {weight.device}"
+    if tuple(weight.shape) != settings:
+        return f"weight has the shape {tuple(weight.shape)}, the layer's settings say {settings}"
+    return None if weight.numel() else "has no weights"
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
     """Weight shape from the layer's settings: reading a parametrized weight would run its power iteration."""
     if isinstance(module, nn.Linear):
-        return (module.out_features, module.in_features)
+        return (int(module.out_features), int(module.in_features))  # which may be numpy's
     assert isinstance(module, _ConvNd)
     first, second = module.out_channels, module.in_channels
     if isinstance(module, _ConvTransposeNd):
         first, second = second, first
-    return (first, second // module.groups, *module.kernel_size)
+    return (int(first), int(second) // int(module.groups), *map(int, module.kernel_size))
 
 
 def _raw_weight(module: nn.Module) -> tuple[Tensor | None, DenseNorm | None, str | None]:
@@ -205,6 +236,8 @@ def _raw_weight(module: nn.Module) -> tuple[Tensor | None, DenseNorm | None, str
             norm = DenseNorm("hook", hook.n_power_iterations, hook.eps, u, v)
     extra = sorted((set(module._parameters) | set(module._buffers)) - expected)
     extra += [name for name in module._modules if name != "parametrizations"]
+    if "weight_mask" in module._buffers:
+        return None, None, "pruned by torch.nn.utils.prune (it has weight_mask): prune.remove(layer, 'weight') first"
     if extra or weight is None:
         return None, None, f"re-parametrized or extended: has {', '.join(extra) or 'no weight parameter'}"
     if _foreign_state_hooks(module):

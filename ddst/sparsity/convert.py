@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import topology as tp
+from .._arguments import check_bool, check_generator, check_module, check_number, check_one_of
 from ..backends import check_backend
 from ..nn import SparseConv2d, SparseLayer, SparseLinear
 from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
 from .advice import Advice
 from .advise import advise
-from .candidates import Candidate, find_candidates, places, spectral_hook
+from .candidates import Candidate, check_no_layer, find_candidates, places, spectral_hook
 from .conversion_report import LayerReport, SparsifyReport
 from .distribution import block_counts, check_density
 from .initial_masks import KINDS, initial_masks
-from .shares import share_out
+from .shares import share_out, why_dense
 
 #: Of spectral norms on blocks larger than single weights.
 NOISE = 0.05
@@ -79,9 +80,9 @@ def sparsify(
             "magnitude" (L2 norm).
         spectral_norm_noise: ``noise`` of the spectral norms (:class:`~ddst.nn.spectral_norm.SpectralNorm`). None: 0 for
             1×1 blocks (torch's spectral norm of the masked weight, as in the paper), else 0.05.
-        reserve: a density to come, for which slots are set aside in every layer as the distribution shares it out, so that
-            no change of the masks up to there makes new tensors; they are part of ``values`` from the start (zero, with
-            gradients and optimizer state of zero). None: none. A layer that is grown beyond its share still enlarges.
+        reserve: a density to come, for which slots are set aside in every layer as the distribution shares it out, so
+            that no change of the masks up to there makes new tensors; they are part of ``values`` from the start (zero,
+            as their gradients and optimizer state). None: none. A layer that is grown beyond its share still enlarges.
         only_if_faster: True measures every layer here (:func:`ddst.advise`, which needs ``sample``) and leaves those
             dense that would not be faster sparse; an :class:`~ddst.sparsity.Advice` that holds this block is used
             instead of measuring. The other layers keep the density they would have had, so with "erk" the density over
@@ -105,20 +106,18 @@ def sparsify(
     3      Conv2d  64x64x1x1   1.0000       -  left as it is: its ERK density is 1
     1 of 3 layers sparse; density 0.2504, of all convolution and linear weights 0.2504
     """
+    check_no_layer(model)
     check_density(density)
-    if spectral_norm_noise is not None and not spectral_norm_noise >= 0:
-        raise ValueError(f"spectral_norm_noise must be at least 0 or None, got {spectral_norm_noise!r}")
     if reserve is not None:
         check_density(reserve, "reserve")
+    if spectral_norm_noise is not None:
+        check_number("spectral_norm_noise", spectral_norm_noise, 0)
     block = tp.check_block(block)
     check_backend(backend)
-    if mask not in KINDS:
-        raise ValueError(f"mask must be one of {KINDS}, got {mask!r}")
-    if isinstance(model, nn.Conv2d | nn.Linear | SparseLayer):
-        kind = "SparseLinear" if isinstance(model, nn.Linear | SparseLinear) else "SparseConv2d"
-        raise ValueError(
-            f"model is itself a {type(model).__name__}, which cannot be swapped in place: use ddst.{kind}.from_dense"
-        )
+    check_one_of("mask", mask, KINDS)
+    check_generator("generator", generator)
+    if not isinstance(only_if_faster, Advice):
+        check_bool("only_if_faster", only_if_faster)
     candidates = find_candidates(model, exclude)
     densities = share_out(candidates, density, block, distribution)
     slower: dict[str, str] = {}
@@ -152,7 +151,7 @@ def sparsify(
     wanted = sum(densities.get(c.name, 1.0) * c.size for c in candidates if c.counted)
     if distribution == "erk" and not slower:
         wanted = density * sum(c.size for c in candidates if c.counted)
-    _check_met(report, wanted, block)
+    _check_met(report, wanted, block, why_dense(candidates))
 
     for name, candidate in chosen.items():
         for parent, attribute in candidate.slots:
@@ -161,7 +160,7 @@ def sparsify(
     return report
 
 
-def _check_met(report: SparsifyReport, wanted: float, block: tuple[int, int]) -> None:
+def _check_met(report: SparsifyReport, wanted: float, block: tuple[int, int], dense: str) -> None:
     counted = [layer for layer in report.layers if layer.counted]
     reached, total = sum(layer.active for layer in counted), sum(layer.size for layer in counted)
     if abs(reached - wanted) > block[0] * block[1]:
@@ -170,6 +169,7 @@ def _check_met(report: SparsifyReport, wanted: float, block: tuple[int, int]) ->
             f"density {wanted / total:.6g} cannot be met with blocks of {block[0]}x{block[1]}: "
             "the smallest that can is "
             f"{smallest} (layers left dense, and one block in each other); exclude layers or use smaller blocks"
+            + (f". Left dense: {dense}" if dense else "")
         )
 
 
@@ -274,7 +274,7 @@ def densify(model: nn.Module) -> nn.Module:
     >>> torch.allclose(densify(model)(x), y, atol=1e-5), type(model[0]).__name__
     (True, 'Linear')
     """
-    if isinstance(model, SparseLayer):
+    if isinstance(check_module("model", model), SparseLayer):
         raise ValueError(
             f"model is itself a {type(model).__name__}, which cannot be swapped in place: use its to_dense()"
         )
@@ -316,7 +316,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     >>> dense.load_state_dict(dense_state_dict(model))
     <All keys matched successfully>
     """
-    state = model.state_dict()
+    state = check_module("model", model).state_dict()
     renamed: dict[str, str | None] = {}
     weights: dict[str, Tensor] = {}
     for name, layer in model.named_modules(remove_duplicate=False):

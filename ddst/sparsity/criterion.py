@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ddst._arguments import check_number, check_tensor, check_tensors
+
 
 def relative_keys(norms: Tensor, sizes: Tensor, active: Tensor | None = None) -> Tensor:
     """``key_b = rms_b / rms_layer``, ``rms_b = ‖block b‖ / √size_b``, ``rms_layer`` over the layer's active blocks.
@@ -31,6 +33,10 @@ def relative_keys(norms: Tensor, sizes: Tensor, active: Tensor | None = None) ->
     >>> relative_keys(torch.tensor([3.0, 4.0]), torch.tensor([1, 1])).tolist()
     [0.848528137423857, 1.131370849898476]
     """
+    check_tensor("norms", norms)
+    for name, tensor in (("sizes", sizes), ("active", norms if active is None else active)):
+        if check_tensor(name, tensor).shape != norms.shape:
+            raise ValueError(f"{name} must have norms' shape {tuple(norms.shape)}, got {tuple(tensor.shape)}")
     wide, size = _finite(norms, 0.0), sizes.detach().to("cpu", torch.float64)
     # Scaled by the largest norm first: squares of huge or tiny norms would leave float64's range.
     top = float(wide.max()) if wide.numel() else 0.0
@@ -40,6 +46,12 @@ def relative_keys(norms: Tensor, sizes: Tensor, active: Tensor | None = None) ->
     among = torch.ones_like(rms, dtype=torch.bool) if active is None else active.cpu()
     scale = float(((rms.square() * size)[among].sum() / size[among].sum().clamp(min=1)).sqrt())
     return rms / scale if scale > 0 else rms
+
+
+def check_share(name: str, value: float | None) -> None:
+    """Raises unless it is a share from 0 to 1, or None for none."""
+    if value is not None:
+        check_number(name, value, 0, 1, note="(a share) or None")
 
 
 def choose_drop(
@@ -70,8 +82,10 @@ def choose_drop(
     >>> [d.tolist() for d in choose_drop([torch.tensor([3.0, 1.0]), torch.tensor([0.5])], 3)]
     [[False, True], [False]]
     """
-    if max_norm_share is not None and not 0 <= max_norm_share <= 1:
-        raise ValueError(f"max_norm_share must be from 0 to 1 or None, got {max_norm_share}")
+    check_share("max_norm_share", max_norm_share)
+    norms = check_tensors("norms", norms)
+    keys = None if keys is None else check_tensors("keys", keys, norms)
+    sizes = None if sizes is None else check_tensors("sizes", sizes, norms)
     finite = [_finite(n, 0.0) for n in norms]
     ranked = [_finite(k, 0.0) for k in keys] if keys is not None else finite
     free = []
@@ -104,6 +118,8 @@ def choose_grow(scores: Sequence[Tensor], amount: float, *, sizes: Sequence[Tens
     >>> [g.tolist() for g in choose_grow([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2)]
     [[True, False], [True]]
     """
+    scores = check_tensors("scores", scores)
+    sizes = None if sizes is None else check_tensors("sizes", sizes, scores)
     keys = [-_finite(s, -float("inf")) for s in scores]
     return _smallest(keys, amount, sizes, [torch.ones_like(k, dtype=torch.bool) for k in keys], None)
 
@@ -140,8 +156,7 @@ def _smallest(
     cost: tuple[Sequence[Tensor], float] | None,
 ) -> list[Tensor]:
     """Takes candidates in ascending order of their key up to an amount and, if given, a budget of cost."""
-    if not amount >= 0:
-        raise ValueError(f"amount must not be negative, got {amount}")
+    amount = check_number("amount", amount, 0)
     lengths = [k.numel() for k in keys]
     chosen = torch.zeros(sum(lengths), dtype=torch.bool)
     if chosen.numel():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+from ddst._arguments import check_number
 from ddst.topology import grid
 
 Shape = Sequence[int]
@@ -28,11 +29,7 @@ def check_density(density: float, name: str = "density") -> float:
     >>> check_density(1)
     1.0
     """
-    if isinstance(density, bool) or not isinstance(density, int | float):
-        raise TypeError(f"{name} must be a number above 0 and at most 1, got {density!r}")
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {density}")
-    return float(density)
+    return check_number(name, density, most=1, above=0)
 
 
 def erk_densities(shapes: Mapping[str, Shape], density: float, dense: Collection[str] = ()) -> dict[str, float]:

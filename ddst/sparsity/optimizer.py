@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ddst._arguments import check_number, check_optimizer, check_tensor, check_type
 from ddst.topology import SlotChange
 
 # Running means of squared gradients: the ones for which a start at zero makes a grown block's first step too long.
@@ -71,13 +72,18 @@ def carry_state(
     >>> [round(x, 4) for x in adam.state[param]["exp_avg"].flatten().tolist()]
     [0.0, 0.4]
     """
+    check_optimizer("optimizer", optimizer)
+    check_tensor("param", param)
+    check_type("change", change, SlotChange, "what set_block_mask returned")
+    if isinstance(second_moment, str) and second_moment != "mean":
+        raise ValueError(f'second_moment must be a tensor, a number, "mean" or None, got {second_moment!r}')
+    if not (second_moment is None or isinstance(second_moment, Tensor | str)):
+        check_number("second_moment", second_moment, finite=False)
     state = optimizer.state.get(param)
     if not state:
         return
     shape = torch.Size([change.before.numel(), *param.shape[1:]])
     _check_shapes(optimizer, state, shape)
-    if isinstance(second_moment, str) and second_moment != "mean":
-        raise ValueError(f'second_moment must be a tensor, a number, "mean" or None, got {second_moment!r}')
     if isinstance(second_moment, Tensor) and second_moment.shape != change.entered.shape:
         raise ValueError(f"second_moment must have the shape ({change.grown},), got {tuple(second_moment.shape)}")
     starts = _own_starts(optimizer, param)

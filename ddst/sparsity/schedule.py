@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ddst._arguments import check_int, check_number, check_one_of
+
 FINAL_FRACTION = 0.005
+SHARE = "(a share of the active blocks)"
 SHAPES = ("cosine", "linear", "constant")
 
 
@@ -39,17 +42,14 @@ class DropSchedule:
     final: float = FINAL_FRACTION
 
     def __post_init__(self) -> None:
-        if not 0 <= self.initial <= 1:
-            raise ValueError(f"initial must be from 0 to 1 (a share of the active blocks), got {self.initial}")
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"final must be from 0 to 1 (a share of the active blocks), got {self.final}")
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+        for name in ("initial", "final"):
+            check_number(name, getattr(self, name), 0, 1, note=SHARE)
+        check_int("total_steps", self.total_steps, 1)
+        check_one_of("shape", self.shape, SHAPES)
 
     def __call__(self, step: int) -> float:
         """The drop fraction at a step."""
+        check_number("step", step)
         final = min(self.final, self.initial)
         done = min(max(step / self.total_steps, 0.0), 1.0)
         if self.shape == "constant":
@@ -73,10 +73,9 @@ def make_schedule(
     """
     if callable(schedule):
         return schedule
-    if schedule not in SHAPES:
-        raise ValueError(f"schedule must be a function of the step or one of {', '.join(SHAPES)}, got {schedule!r}")
-    if not 0 <= initial <= 1:
-        raise ValueError(f"{name} must be from 0 to 1 (a share of the active blocks), got {initial}")
-    if not 0 <= final <= 1:
-        raise ValueError(f"drop_fraction_end must be from 0 to 1 (a share of the active blocks), got {final}")
+    if not isinstance(schedule, str) or schedule not in SHAPES:
+        error = ValueError if isinstance(schedule, str) else TypeError
+        raise error(f"schedule must be a function of the step or one of {', '.join(SHAPES)}, got {schedule!r:.50}")
+    initial = check_number(name, initial, 0, 1, note=SHARE)
+    final = check_number("drop_fraction_end", final, 0, 1, note=SHARE)
     return DropSchedule(initial, total_steps, schedule, final)

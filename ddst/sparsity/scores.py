@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch.optim import Optimizer
 
 from ddst.nn import SparseLayer
 from ddst.ops.scores import GradientRecord, backward_reaches
+
+#: The collector whose request a layer serves: a layer records for one.
+_owners: weakref.WeakKeyDictionary[SparseLayer, ScoreCollector] = weakref.WeakKeyDictionary()
 
 
 class _Pending:
@@ -58,7 +62,7 @@ class ScoreCollector:
         latest: per layer ``[R, C, kH, kW]`` (linear ``[R, C]``), the L2 norm of each block of the dense gradient with
             respect to the weight; layers that no backward pass reached are missing. With spectral norm, of the raw
             weight without σ's own dependence on it (a rank-one term).
-        requested: whether a request is open.
+        requested: whether a request is open. closed: whether :meth:`close` has been called.
 
     >>> import ddst
     >>> layer = ddst.SparseLinear(32, 32, density=0.5)
@@ -77,6 +81,7 @@ class ScoreCollector:
         self._aside: dict[str, _Pending] = {}
         self._others: list[Optimizer] = []
         self.requested = False
+        self.closed = False
         self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._collect())]
 
     def set_aside_at(self, other: Optimizer) -> None:
@@ -91,18 +96,39 @@ class ScoreCollector:
         self._hooks.append(other.register_step_pre_hook(lambda *_: self._set_aside()))
 
     def request(self) -> None:
-        """Makes the following backward passes record what scores need; forgets former scores."""
+        """Makes the following backward passes record what scores need; forgets former scores.
+
+        A layer records for one collector: another one's open request for it ends, and that one is closed.
+
+        Raises:
+            RuntimeError: this collector is closed.
+        """
+        self.check_open()
         self.cancel()
         self.requested = bool(self.layers)
         for layer in self.layers.values():
+            other = _owners.get(layer)
+            if other is not None and other is not self:
+                other.close()
+            _owners[layer] = self
             layer.request_scores(self._begin)
+
+    def check_open(self) -> None:
+        """Raises RuntimeError after :meth:`close`."""
+        if self.closed:
+            raise RuntimeError(
+                "this scheduler is closed: by close(), or because another SparseTraining or DDST was made for the same "
+                "layers and has taken over. Go on with that one, or make a new one"
+            )
 
     def cancel(self) -> None:
         """Ends the request and drops the scores."""
         self._taken, self._aside, self.requested = {}, {}, False
         for layer in self.layers.values():
-            if layer.scores_requested:
+            # Another collector's request is not this one's to end.
+            if layer.scores_requested and _owners.get(layer, self) is self:
                 layer.cancel_scores()
+                _owners.pop(layer, None)
 
     @property
     def arrived(self) -> bool:
@@ -163,7 +189,8 @@ class ScoreCollector:
         )
 
     def close(self) -> None:
-        """Ends the request and removes the hooks from the optimizers."""
+        """Ends the request and removes the hooks from the optimizers, for good."""
         self.cancel()
+        self.closed = True
         for hook in self._hooks:
             hook.remove()

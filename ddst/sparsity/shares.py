@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .candidates import Candidate
 from .distribution import check_density, erk_densities, smallest_density, uniform_densities
+
+
+def why_dense(candidates: Iterable[Candidate], most: int = 10) -> str:
+    """The layers that stay dense, the largest first, and why."""
+    left = sorted((c for c in candidates if c.reason is not None), key=lambda c: -c.size)
+    more = [f"and {len(left) - most} more"] if len(left) > most else []
+    return "; ".join([f"{c.name}: {c.reason}" for c in left[:most]] + more)
 
 
 def share_out(
@@ -19,11 +26,17 @@ def share_out(
     named: dict[str, float] = {}
     if isinstance(distribution, Mapping):
         named = _named_densities(candidates, distribution)
+    elif not isinstance(distribution, str):
+        raise TypeError(
+            f"distribution must be 'erk', 'uniform' or {{name: density}}, got {type(distribution).__name__}"
+        )
     elif distribution not in ("erk", "uniform"):
         raise ValueError(f"distribution must be 'erk', 'uniform' or {{name: density}}, got {distribution!r}")
     for c in candidates:
+        if c.reason is not None:
+            continue
         c_out, c_in = c.shape[:2]
-        if c.reason is None and c.name not in named and (c_out < block[0] or c_in < block[1]):
+        if c.name not in named and (c_out < block[0] or c_in < block[1]):
             c.reason = f"{c_in} to {c_out} channels, fewer than a block of {block[0]}x{block[1]}"
     free = {c.name: c.shape for c in candidates if c.reason is None}
     if distribution == "erk":
@@ -32,8 +45,7 @@ def share_out(
     else:
         counted, dense = free, set()
     if not counted:
-        reasons = ", ".join(f"{c.name}: {c.reason}" for c in candidates)
-        raise ValueError(f"model has no layer to swap ({reasons or 'no convolution or linear layer'})")
+        raise ValueError(f"model has no layer to swap ({why_dense(candidates) or 'no convolution or linear layer'})")
     if distribution != "erk":
         for c in candidates:
             c.counted = c.name in free

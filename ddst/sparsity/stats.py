@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddst._arguments import check_int, check_module, check_optimizer, check_type
 from ddst.nn import SparseLayer
 from ddst.nn.spectral_norm import SpectralNorm
 from ddst.sparsity.density import NetworkDensity
@@ -84,6 +85,11 @@ def network_stats(
     >>> stats.parameters, stats.dense_parameters, stats.memory.values
     (1024, 4096, 4096)
     """
+    check_module("model", model)
+    if optimizer is not None:
+        check_optimizer("optimizer", optimizer)
+    if average is not None:
+        check_module("average", average)
     network = NetworkDensity(model)
     grow = {id(layer.values): math.prod(layer.weight_shape) for layer in network.layers.values()}
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -132,8 +138,20 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     >>> storage_bytes([torch.zeros(4)])
     16
     """
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    parts = [part for tensor in tensors for part in _strided_parts(tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in parts}.values())
+
+
+def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What one of torch's sparse layouts is made of: it has no storage of its own."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 class FlopCounter:
@@ -155,6 +173,9 @@ class FlopCounter:
     """
 
     def __init__(self, model: nn.Module, sample: Any, forward: Callable[[Any], Any] | None = None) -> None:
+        check_module("model", model)
+        if forward is not None and not callable(forward):
+            raise TypeError(f"forward must be a function or None, got {type(forward).__name__}")
         self._network = NetworkDensity(model)
         names = {id(layer): name for name, layer in self._network.layers.items()}
         positions: dict[int, float] = {}
@@ -220,8 +241,9 @@ class TrainingFlops:
     """
 
     def __init__(self, generator: FlopCounter, discriminator: FlopCounter, d_steps: int = 1) -> None:
-        if d_steps < 1:
-            raise ValueError(f"d_steps must be at least 1, got {d_steps}")
+        for name, counter in (("generator", generator), ("discriminator", discriminator)):
+            check_type(name, counter, FlopCounter, "a FlopCounter")
+        check_int("d_steps", d_steps, 1)
         self.generator, self.discriminator, self.d_steps = generator, discriminator, d_steps
         self.counted = 0.0
         self.counted_dense = 0.0
@@ -253,7 +275,7 @@ class TrainingFlops:
 
 
 def _batch_size(sample: Any) -> int:
-    first = sample[0] if isinstance(sample, tuple | list) else sample
+    first = sample[0] if isinstance(sample, tuple | list) and sample else sample
     if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[0] < 1:
         raise TypeError("sample must be a batch, a tensor of at least two dimensions (or a tuple that starts with one)")
     return first.shape[0]

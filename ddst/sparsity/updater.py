@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddst._arguments import (
+    check_generator,
+    check_int,
+    check_module,
+    check_number,
+    check_one_of,
+    check_optimizer,
+    check_state_keys,
+)
 from ddst.nn import SparseLayer
 from ddst.sparsity.candidates import find_candidates
-from ddst.sparsity.criterion import choose_drop, choose_grow, exchange_count, random_scores, relative_keys
+from ddst.sparsity.criterion import check_share, choose_drop, choose_grow, exchange_count, random_scores, relative_keys
 from ddst.sparsity.density import NetworkDensity, flat_mask
 from ddst.sparsity.optimizer import carry_state, check_state
 from ddst.sparsity.scores import ScoreCollector
@@ -100,27 +109,25 @@ class TopologyUpdater:
         grown_second_moment: str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if max_norm_share is not None and not 0 <= max_norm_share <= 1:
-            raise ValueError(f"max_norm_share must be from 0 to 1 or None, got {max_norm_share}")
-        if generator is not None and generator.device.type != "cpu":
-            raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
+        check_module("model", model)
+        check_optimizer("optimizer", optimizer)
+        check_share("max_norm_share", max_norm_share)
+        check_generator("generator", generator)
         self.network = NetworkDensity(model)
         self.all_layers = self.network.layers
         self.single_weights = has_single_weight_blocks(self.all_layers)
         single = self.single_weights
-        self.growth = _one_of("growth", growth, GROWTHS)
-        self.scope = _one_of("scope", scope or ("global" if single else "layer"), SCOPES)
-        self.ranking = _one_of("ranking", ranking or ("raw" if single else "relative"), RANKINGS)
+        self.growth = check_one_of("growth", growth, GROWTHS)
+        self.scope = check_one_of("scope", ("global" if single else "layer") if scope is None else scope, SCOPES)
+        ranking = ("raw" if single else "relative") if ranking is None else ranking
+        self.ranking = check_one_of("ranking", ranking, RANKINGS)
         if exempt is None:
             exempt = "ends" if self.scope == "global" and not single else ()
         self.exempt = resolve_exempt(model, self.all_layers, exempt)
         self.layers = {name: layer for name, layer in self.all_layers.items() if name not in self.exempt}
         start = "zero" if single else "score" if growth == "gradient" else "mean"
-        self.grown_second_moment = _one_of("grown_second_moment", grown_second_moment or start, SECOND_MOMENTS)
+        start = start if grown_second_moment is None else grown_second_moment
+        self.grown_second_moment = check_one_of("grown_second_moment", start, SECOND_MOMENTS)
         if self.grown_second_moment == "score" and growth == "random":
             raise ValueError('grown_second_moment="score" needs growth="gradient": random growth has no scores')
         self.max_norm_share = max_norm_share
@@ -170,8 +177,8 @@ class TopologyUpdater:
         active weights, and growth of as many weights anywhere, no layer losing its last block.
         Layers that recorded no gradient are left alone.
         """
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction must be from 0 to 1 (a share of the active blocks), got {fraction}")
+        fraction = check_number("fraction", fraction, 0, 1, note="(a share of the active blocks)")
+        check_int("step", step)
         names = self._ready()
         groups = [[name] for name in names] if self.scope == "layer" else [names]
         masks: dict[str, Tensor] = {}
@@ -195,8 +202,8 @@ class TopologyUpdater:
         Full layers cannot grow, layers with one block cannot drop, exempt ones do neither: where that leaves too few
         blocks, the density comes as near as it can (:attr:`attainable_density`).
         """
-        if not 0 <= target <= 1:
-            raise ValueError(f"target must be a density from 0 to 1, got {target}")
+        target = check_number("target", target, 0, 1, note="(a density)")
+        check_int("step", step)
         amount = target * self.network.total_weights - self.network.active_weights
         names = self._ready() if amount > 0 else list(self.layers)
         old = {name: flat_mask(self.layers[name]) for name in names}
@@ -276,6 +283,7 @@ class TopologyUpdater:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`. Load the model first."""
+        check_state_keys(state, ("scores", "generator"))
         self.scores.load_state_dict(state["scores"])
         self.generator.set_state(state["generator"].cpu())
 
@@ -293,16 +301,12 @@ def resolve_exempt(model: nn.Module, layers: Mapping[str, SparseLayer], exempt: 
         weights = [candidate.module for candidate in find_candidates(model)]
         names = tuple(n for n, layer in layers.items() if weights and (layer is weights[0] or layer is weights[-1]))
         return names if len(names) < len(layers) else ()
+    if isinstance(exempt, Tensor) or not isinstance(exempt, Sequence | Set):
+        raise TypeError(f'exempt must be a list of layer names or "ends", got {type(exempt).__name__}')
     unknown = [name for name in exempt if name not in layers]
     if unknown:
         raise ValueError(f"exempt names no sparse layer of the model: {unknown[0]!r}; there are {', '.join(layers)}")
     return tuple(name for name in layers if name in set(exempt))
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    return value
 
 
 def _without(mask: Tensor, gone: Tensor) -> Tensor:

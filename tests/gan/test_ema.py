@@ -7,7 +7,7 @@ from torch import nn
 from ddst.gan import EMA
 from ddst.nn import sparse_layers
 from ddst.nn.spectral_norm import spectral_norm
-from ddst.sparsity import SparseTraining
+from ddst.sparsity import SparseTraining, densify, sparsify
 from ddst.topology import unpack
 from helpers.training import batch, classifier, snapshot, train_step
 
@@ -156,3 +156,17 @@ def test_errors_name_the_argument(options, error):
 def test_model_must_be_a_module():
     with pytest.raises(TypeError, match="model"):
         EMA([nn.Linear(1, 1)])
+
+
+def test_an_average_made_before_sparsify_or_densify_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(32, 32))
+    ema = EMA(model)
+    before = snapshot(ema.module)
+    sparsify(model, 0.5)
+    with pytest.raises(ValueError, match=r"make the EMA after ddst\.sparsify"):
+        ema.update()
+    torch.testing.assert_close(snapshot(ema.module), before, rtol=0, atol=0)
+    ema = EMA(model)
+    densify(model)
+    with pytest.raises(ValueError, match=r"0\.\w+\): make the EMA after"):
+        ema.update()

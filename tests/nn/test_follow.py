@@ -1,4 +1,4 @@
-"""Copies of sparse layers whose origin's blocks move: they follow, or say that they hold averages of different blocks."""
+"""Copies of sparse layers whose origin's blocks move: they follow, or say that they mix different blocks."""
 
 from __future__ import annotations
 

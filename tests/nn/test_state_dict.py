@@ -52,6 +52,28 @@ def images() -> Tensor:
 
 
 @torch.no_grad()  # torch cannot copy a layer that holds a weight with a history, as its hook leaves one
+@pytest.mark.parametrize("change", ["mask of more blocks", "other mask alone", "mask of another dtype", "fewer values"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_mask_that_does_not_fit_its_values_is_refused_and_the_layer_stays(change: str, strict: bool) -> None:
+    layer = SparseConv2d(32, 32, 3, density=0.25)
+    x = torch.randn(1, 32, 6, 6)
+    before, state = layer(x), layer.state_dict()
+    state = {"0." + name: value.clone() for name, value in state.items()}
+    if change == "mask of more blocks":
+        state["0.block_mask"] = SparseConv2d(32, 32, 3, density=0.5).block_mask
+    elif change == "other mask alone":
+        state["0.block_mask"] = state["0.block_mask"].flip(0, 1, 2, 3)
+        del state["0.values"]
+    elif change == "mask of another dtype":  # an average of buffers
+        state["0.block_mask"] = state["0.block_mask"].float()
+    else:
+        state["0.values"] = state["0.values"][1:]
+    with pytest.raises(RuntimeError, match=r"0\.block_mask .*0\.values"):
+        nn.Sequential(layer).load_state_dict(state, strict=strict)
+    assert torch.equal(layer(x), before)
+    assert layer.dense_weight().isfinite().all()
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_dense_state_dict_loads_strictly_into_the_dense_model(style: str) -> None:
     sparse = sparse_net(style)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddst.nn import sparse_layers
+from ddst.nn import SparseLinear, sparse_layers
 from ddst.sparsity import SparseTraining
 from helpers.training import batch, classifier, counts, snapshot, train_step
 
@@ -254,3 +254,32 @@ def test_a_dense_model_is_refused_unless_static():
     with pytest.raises(ValueError, match=r"ddst\.sparsify"):
         SparseTraining(model, sgd, total_steps=10)
     assert SparseTraining(model, sgd, method="static", total_steps=10).density == 1.0
+
+
+@pytest.mark.parametrize("stopped_after", [3, 7])
+def test_a_second_one_for_the_same_model_takes_over(stopped_after):
+    model, adam, first = make()
+    run(model, adam, first, stopped_after)  # a notebook cell, interrupted
+    second = SparseTraining(model, adam, total_steps=TOTAL, interval=4)
+    assert steps_of(run(model, adam, second, TOTAL)) == [4, 8, 12, 16]
+    with pytest.raises(RuntimeError, match="taken over"):
+        run(model, adam, first, 1)
+
+
+def test_a_closed_one_says_so():
+    model, _, training = make()
+    training.close()
+    with pytest.raises(RuntimeError, match=r"closed: by close\(\)"):
+        training.step()
+    assert not any(layer.scores_requested for layer in sparse_layers(model).values())
+
+
+def test_what_lies_outside_the_weight_does_not_keep_an_edge_block():
+    net = nn.Sequential(SparseLinear(20, 52, density=1.0))
+    net[0].set_block_mask(torch.tensor([[False, True], [True, True], [True, True], [True, True]]))
+    nn.init.constant_(net[0].values, 1.0)
+    assert net[0].block_norms()[-1] == 4.0
+    sgd = torch.optim.SGD(net.parameters(), 0.0)
+    training = SparseTraining(net, sgd, method="set", ranking="raw", scope="layer", total_steps=9, interval=2)
+    training.updater.exchange(0.15)
+    assert not net[0].block_mask[3, 1]

@@ -61,7 +61,7 @@ REASONS = {
     "one_d": "Conv1d is not supported",
     "narrow": "8 to 32 channels, fewer than a block of 16x16",
     "own": "subclass",
-    "lazy": "subclass",
+    "lazy": "run the model once",
     "tied": "weight is shared: tied.weight, twin.weight",
     "twin": "weight is shared: tied.weight, twin.weight",
     "pruned": "weight_mask",

@@ -51,7 +51,7 @@ class EMA:
         self.decay = decay
         self.start = start
         self.updates = 0
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.module = copied(model).requires_grad_(False)
         self.module.eval()
         self._pairs = list(zip(sparse_layers(model).values(), sparse_layers(self.module).values(), strict=True))
         self._versions = [layer.mask_version for layer, _ in self._pairs]
@@ -115,3 +115,13 @@ class EMA:
         self.updates = int(state["updates"])
         # Whatever the masks are now, the next update compares them with the model's.
         self._versions = [-1] * len(self._pairs)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also after a forward pass.
+
+    torch's spectral norm keeps its last weight in an attribute, with the graph that made it, and ``copy.deepcopy``
+    alone refuses such tensors: they are copied without their graph.
+    """
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})

@@ -156,3 +156,17 @@ def test_errors_name_the_argument(options, error):
 def test_model_must_be_a_module():
     with pytest.raises(TypeError, match="model"):
         EMA([nn.Linear(1, 1)])
+
+
+def test_a_model_that_has_run_can_be_averaged():
+    """torch's spectral norm holds its last weight with a graph, which deepcopy refuses."""
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model(torch.randn(2, 4)).sum().backward()
+    weight = model[0].weight
+    ema = EMA(model, decay=0.5)
+    assert model[0].weight is weight
+    assert weight.grad_fn is not None
+    assert torch.equal(ema.module[0].weight, weight)
+    assert ema.module[0].weight.grad_fn is None
+    ema.update()
+    assert ema.module(torch.randn(2, 4)).shape == (2, 4)

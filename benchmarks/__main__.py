@@ -21,6 +21,7 @@ import argparse
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="python -m ddst.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.epilog = f"--layer NAME: {registry.GRAMMAR}; or {', '.join(['all', *registry.NETWORKS, *registry.GANS])}."
+    known = ", ".join(["all", *registry.NETWORKS, *registry.GANS])
+    command.epilog = textwrap.fill(f"--layer NAME: {registry.GRAMMAR}; or one of {known}.", 100)
     add = command.add_argument
     add("--op", nargs="+", choices=registry.OPS, default=registry.OPS, help="only these operators")
     add(

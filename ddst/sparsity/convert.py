@@ -80,8 +80,8 @@ def sparsify(
             1×1 blocks (torch's spectral norm of the masked weight, as in the paper), else 0.05.
         only_if_faster: True measures every layer here (:func:`ddst.advise`, which needs ``sample``) and leaves those
             dense that were not found to be faster sparse; an :class:`~ddst.sparsity.Advice` that holds this block is
-            used instead of measuring. The other layers keep the density they would have had, so with "erk" the density over
-            all layers comes out higher than asked for.
+            used instead of measuring. The other layers keep the density they would have had, so with "erk" the density
+            over all layers comes out higher than asked for.
         sample: what a training step calls the model with, a tensor or a sequence of arguments.
 
     Returns:

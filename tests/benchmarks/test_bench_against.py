@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -193,6 +194,19 @@ def test_what_is_no_build_is_named(
     with pytest.raises(SystemExit):
         command.main([*LINE, f"--against={target.format(tmp=tmp_path)}"])
     assert message in capsys.readouterr().err
+
+
+def test_a_wheel_is_unpacked_into_a_folder(tmp_path: Path) -> None:
+    wheel = tmp_path / "ddst-0.0.7-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as packed:
+        packed.writestr("ddst/__init__.py", "__version__ = '0.0.7'")
+        packed.writestr("ddst-0.0.7.dist-info/METADATA", "Metadata-Version: 2.1\nName: ddst\nVersion: 0.0.7\n")
+        packed.writestr("ddst-0.0.7.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        packed.writestr("ddst-0.0.7.dist-info/RECORD", "")
+    build = against.build_of(str(wheel), tmp_path / "scratch")
+    assert build.name == wheel.stem
+    assert build.folder is not None
+    assert (build.folder / "ddst" / "__init__.py").read_text() == "__version__ = '0.0.7'"
 
 
 def test_a_revision_is_built_once_from_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

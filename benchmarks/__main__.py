@@ -3,19 +3,25 @@
     python -m ddst.benchmarks                                            a quick selection
     python -m ddst.benchmarks --layer sngan32-g --density 0.1 0.3        the layers of a network
     python -m ddst.benchmarks --layer sngan32 --density 0.1 --batch 16   a whole GAN iteration
-    python -m ddst.benchmarks --layer targets --against main             this library beside another commit's
+    python -m ddst.benchmarks --layer conv3x3-192-320-24 linear-512-2048 layers of one's own shape
+    python -m ddst.benchmarks --layer targets sngan32 --against main     this build beside that of another commit
     python -m ddst.benchmarks --list --layer all                         what there is to measure
     python -m ddst.benchmarks table RUN.json [--readme README.md]        a kept run as a Markdown table
     python -m ddst.benchmarks tune --help                                the fastest configurations of a GPU's kernels
+    python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
 
 Printed for every pass: ms, the floor (the larger of useful operations at the measured peak and bytes at the measured
 bandwidth), shares of both, then the dense time ("n" NCHW or "c" channels_last, the faster) and its share of peak.
+With --against: ms of both builds, and the median of the paired ratios this / other with its 95 % interval.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
+import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,8 +29,7 @@ from pathlib import Path
 import torch
 
 import ddst
-from ddst.benchmarks import registry, report
-from ddst.benchmarks.against import Comparison, library_of
+from ddst.benchmarks import against, registry, report
 from ddst.benchmarks.memory import keep_freed_memory
 from ddst.benchmarks.problem import LAYOUTS
 from ddst.benchmarks.runner import Row, Settings, measure
@@ -61,9 +66,16 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="python -m ddst.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    known = ", ".join(["all", *registry.NETWORKS, *registry.GANS])
+    command.epilog = textwrap.fill(f"--layer NAME: {registry.GRAMMAR}; or one of {known}.", 100)
     add = command.add_argument
     add("--op", nargs="+", choices=registry.OPS, default=registry.OPS, help="only these operators")
-    add("--layer", nargs="+", metavar="NAME", help="layers, networks, GANs or 'all' (default: a quick selection)")
+    add(
+        "--layer",
+        nargs="+",
+        metavar="NAME",
+        help="layers, networks, GANs or 'all', see below (default: a quick selection)",
+    )
     add("--density", nargs="+", type=density_of, default=[0.1, 0.3], help="default: 0.1 0.3")
     add("--block", nargs="+", type=block_of, default=[(16, 16)], help="b_out x b_in, default 16x16")
     add("--batch", nargs="+", type=positive, default=[16], help="default: 16")
@@ -75,7 +87,13 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=positive, default=15, help="rounds, each measures every program once (default: 15)")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread")
     add("--layout", choices=LAYOUTS, default="channels_last", help="of the packed side's activations")
-    add("--against", metavar="REV", help="compare with the library of this commit instead of with dense torch")
+    add(
+        "--against",
+        metavar="BUILD",
+        help="compare with another build instead of with dense torch: a commit (built once), "
+        "a wheel, or a folder that ddst is installed into",
+    )
+    add("--exchanges", type=int, default=0, metavar="N", help="with --against: N random exchanges of every mask first")
     add("--json", type=Path, metavar="FILE", help="also keep the run in this file")
     add("--picture", type=Path, metavar="FILE", help="also draw speed-up over density")
     add("--list", action="store_true", help="print the cases, measure nothing")
@@ -124,23 +142,54 @@ def chosen_cases(arguments: argparse.Namespace) -> list[registry.Case]:
         device=arguments.device,
         baselines=arguments.baseline,
     )
-    if arguments.against:
-        cases = [case for case in cases if case.op != "gan"]  # its Python side is not compared
     if not cases:
-        raise ValueError(
-            "no case fits: a layer needs as many channels as the block, a skewed mask a density "
-            "below 1; no GAN with --against"
-        )
+        raise ValueError("no case fits: a layer needs as many channels as the block, a skewed mask a density below 1")
+    for case in cases:
+        check_size(case)
     return cases
 
 
-def run(cases: list[registry.Case], measure_one: Callable[[registry.Case], Row]) -> list[Row]:
+def check_size(case: registry.Case) -> None:
+    """Raises ValueError if a layer and its activations cannot fit into this machine's memory."""
+    if case.op == "gan":
+        return
+    layer = registry.layer_of(case.layer)
+    pixels = (layer.size**2 or 1) * layer.in_channels + (layer.out_size**2 if layer.size else 1) * layer.out_channels
+    # Tensors of the packed and the dense side, and the check in float64.
+    needed = 5 * 8 * (layer.in_channels * layer.out_channels * layer.kernel**2 + case.batch * pixels)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"--layer {case.layer} with --batch {case.batch} needs about {needed / 2**30:,.0f} GiB, "
+            f"this machine has {memory / 2**30:,.0f}"
+        )
+
+
+def run(
+    cases: list[registry.Case],
+    measure_one: Callable[[registry.Case], Row],
+    head: str = report.HEAD,
+    text_of: Callable[[Row], str] = report.text_of,
+) -> list[Row]:
     """Measures and prints each case."""
     rows = []
-    print(report.HEAD)
+    print(head)
     for case in cases:
         rows.append(measure_one(case))
-        print(report.text_of(rows[-1]), flush=True)
+        print(text_of(rows[-1]), flush=True)
+    return rows
+
+
+def run_against(arguments: argparse.Namespace, cases: list[registry.Case], settings: Settings) -> list[Row]:
+    """Measures and prints each case in this build and the other."""
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        other = against.build_of(arguments.against, scratch, arguments.device == "cuda")
+        exchanged = f", after {arguments.exchanges} exchanges of every mask" if arguments.exchanges else ""
+        print(f"in place of dense: the build of {other.name}{exchanged}")
+        comparison = stack.enter_context(against.Comparison(other, settings, arguments.exchanges))
+        rows = run(cases, comparison.measure, against.HEAD, against.text_of)
+    print(against.slowest(rows))
     return rows
 
 
@@ -157,8 +206,14 @@ def main(argv: list[str] | None = None) -> int:
         from ddst.benchmarks import prefer
 
         return prefer.main(argv[1:])
+    if argv[:1] == ["memory-over-time"]:
+        from ddst.benchmarks import memory_over_time
+
+        return memory_over_time.main(argv[1:])
     command = parser()
     arguments = command.parse_args(argv)
+    if arguments.exchanges < 0 or (arguments.exchanges and not arguments.against):
+        command.error(f"--exchanges must be at least 0, and needs --against, got {arguments.exchanges}")
     if arguments.against and arguments.picture:
         command.error("--picture draws speed-ups over dense, which --against does not measure")
     settings = Settings(arguments.threads, arguments.repeats, arguments.clock, arguments.layout)
@@ -175,13 +230,11 @@ def main(argv: list[str] | None = None) -> int:
             f"packed side {settings.layout}; measured peak {known['machine']['peak_gflops']} GFLOP/s, "
             f"{known['machine']['bandwidth_gbytes']} GB/s; allocator: {allocator}"
         )
-        with ExitStack() as stack:
-            measure_one: Callable[[registry.Case], Row] = lambda case: measure(case, settings)  # noqa: E731
-            if arguments.against:
-                known["against"], library = library_of(arguments.against)
-                print(f"in place of dense: the library of commit {known['against']}, built from its sources")
-                measure_one = stack.enter_context(Comparison(library, settings)).measure
-            rows = run(cases, measure_one)
+        if arguments.against:
+            known["against"] = arguments.against
+            rows = run_against(arguments, cases, settings)
+        else:
+            rows = run(cases, lambda case: measure(case, settings))
     except ValueError as error:
         command.error(str(error))
     if arguments.json:

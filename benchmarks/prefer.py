@@ -17,7 +17,7 @@ import torch
 
 from ddst.benchmarks.gpu.environment import KINDS
 from ddst.benchmarks.gpu.results import write_whole
-from ddst.benchmarks.registry import LAYERS
+from ddst.benchmarks.registry import layer_of
 from ddst.ops.cuda import preferred
 from ddst.ops.cuda.preferred import Kind
 
@@ -34,7 +34,7 @@ def fastest(rows: Sequence[dict[str, Any]], device: str) -> dict[Kind, tuple[flo
     for row in rows:
         if row.get("wrong") or "cold" not in row:
             continue
-        layer = LAYERS[row["layer"]]
+        layer = layer_of(row["layer"])
         block = (row["block"][0], row["block"][1])
         dtype: torch.dtype = KINDS[row["kind"]][0]
         sides = ((layer.kernel,) * 2, (layer.stride,) * 2)

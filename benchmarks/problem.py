@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddst import topology
-from ddst.benchmarks.registry import LAYERS, SKEW, Case, Layer
+from ddst.benchmarks.registry import SKEW, Case, Layer, layer_of
 
 PASSES = ("forward", "dgrad", "wgrad")
 LAYOUTS = ("nchw", "channels_last")
@@ -37,11 +37,9 @@ class Problem:
     @classmethod
     def make(cls, case: Case, channels_last: bool = True) -> Problem:
         """Random tensors from a fixed seed; the packed side's activations are NHWC if `channels_last`."""
-        layer, dtype = LAYERS[case.layer], getattr(torch, case.dtype)
+        layer, dtype = layer_of(case.layer), getattr(torch, case.dtype)
         generator = torch.Generator().manual_seed(0)
-        nnz = max(1, round(case.density * math.prod(topology.mask_shape(layer.weight_shape, case.block))))
-        make_mask = skewed_mask if case.mask == "skewed" else topology.random_mask
-        mask = make_mask(layer.weight_shape, case.block, nnz, generator)
+        mask = mask_of(case, generator)
         values = topology.pack(torch.randn(layer.weight_shape, generator=generator), mask, case.block)
         weight = topology.unpack(values, mask, layer.weight_shape).contiguous()
         image, out = [layer.size] * 2, [layer.out_size] * 2
@@ -183,6 +181,14 @@ class Problem:
         """What is wrong with a result, or None."""
         error = self.error(pass_, result, expected)
         return None if error < TOLERANCE[self.input.dtype] else f"{PASSES[pass_]} (error {error:.1e})"
+
+
+def mask_of(case: Case, generator: torch.Generator) -> Tensor:
+    """The mask of a case."""
+    shape = layer_of(case.layer).weight_shape
+    nnz = max(1, round(case.density * math.prod(topology.mask_shape(shape, case.block))))
+    make = skewed_mask if case.mask == "skewed" else topology.random_mask
+    return make(shape, case.block, nnz, generator)
 
 
 def skewed_mask(weight_shape: list[int], block: tuple[int, int], nnz: int, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -142,6 +143,43 @@ NETWORKS: dict[str, list[Layer]] = {
 #: Name -> layer, each once.
 LAYERS: dict[str, Layer] = {layer.name: layer for layers in NETWORKS.values() for layer in layers}
 
+#: How a layer of one's own shape is named, as `Layer.name` does.
+GRAMMAR = (
+    "conv<K>x<K>[s<S>]-<in>-<out>-<size> is a convolution with kernel K x K, stride S (1 without it) and padding "
+    "(K - 1) // 2, of <in> to <out> channels on images of size x size; linear-<in>-<out> a linear layer"
+)
+_CONV = re.compile(r"conv(\d+)x(\d+)(?:s(\d+))?-(\d+)-(\d+)-(\d+)")
+_LINEAR = re.compile(r"linear-(\d+)-(\d+)")
+
+
+def layer_of(name: str) -> Layer:
+    """The layer that a name describes, listed or not.
+
+    Raises:
+        ValueError: no such name, or a layer that cannot be.
+
+    >>> layer_of("conv3x3-192-320-24")
+    Layer(in_channels=192, out_channels=320, kernel=3, size=24, stride=1)
+    """
+    if name in LAYERS:
+        return LAYERS[name]
+    conv, linear = _CONV.fullmatch(name), _LINEAR.fullmatch(name)
+    numbers = [int(number or 1) for found in (conv, linear) if found for number in found.groups()]
+    if not numbers:
+        raise ValueError(f"layer must be named as in {GRAMMAR}; got {name!r}")
+    if 0 in numbers:
+        raise ValueError(f"layer {name!r}: every number must be at least 1")
+    if linear:
+        return Layer(*numbers)
+    kernel, width, stride, into, out, size = numbers
+    layer = Layer(into, out, kernel, size, stride)
+    if width != kernel:
+        raise ValueError(f"layer {name!r}: the kernel must be square, got {kernel}x{width}")
+    if layer.out_size < 1:
+        raise ValueError(f"layer {name!r}: a kernel of {kernel} does not fit into {size} pixels and padding")
+    return layer
+
+
 #: Whole models for the operator "gan": name -> settings of `ddst train`.
 GANS: dict[str, dict[str, object]] = {
     "sngan32": {"preset": "sngan32"},
@@ -154,7 +192,7 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        op: "conv2d", "linear" or "gan". layer: its name in :data:`LAYERS`, for "gan" in :data:`GANS`.
+        op: "conv2d", "linear" or "gan". layer: its name, as :func:`layer_of` takes it, for "gan" in :data:`GANS`.
         baselines: what it is compared with.
     """
 
@@ -174,7 +212,7 @@ class Case:
 
 
 def layers_of(names: Sequence[str]) -> list[str]:
-    """Names of layers and GANs, from names of these and of networks ("all": every layer); each once.
+    """Names of layers and GANs, from names of these and of networks ("all": every listed layer); each once.
 
     Raises:
         ValueError: an unknown name.
@@ -188,11 +226,13 @@ def layers_of(names: Sequence[str]) -> list[str]:
             found.update(dict.fromkeys(LAYERS))
         elif name in NETWORKS:
             found.update(dict.fromkeys(layer.name for layer in NETWORKS[name]))
-        elif name in LAYERS or name in GANS:
+        elif name in GANS:
             found[name] = None
         else:
-            known = ", ".join(["all", *NETWORKS, *GANS])
-            raise ValueError(f"layer must be a layer such as conv3x3-256-256-16 or one of {known}, got {name!r}")
+            try:
+                found[layer_of(name).name] = None
+            except ValueError as error:
+                raise ValueError(f"{error}, or be one of {', '.join(['all', *NETWORKS, *GANS])}") from None
     return list(found)
 
 
@@ -218,10 +258,11 @@ def cases(
     """
     found = []
     for name, batch, density, block, mask in itertools.product(layers_of(layers), batches, densities, blocks, masks):
-        op = LAYERS[name].op if name in LAYERS else "gan"
+        layer = None if name in GANS else layer_of(name)
+        op = "gan" if layer is None else layer.op
         if op == "gan" and mask != "random":
             continue
-        if name in LAYERS and (LAYERS[name].out_channels < block[0] or LAYERS[name].in_channels < block[1]):
+        if layer is not None and (layer.out_channels < block[0] or layer.in_channels < block[1]):
             continue
         if op not in ops or (mask == "skewed" and density == 1.0):
             continue

@@ -22,7 +22,7 @@ MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 ROOT = Path(ddst.__file__).resolve().parents[1]
 HEAD = (
     f"{'layer':<24} batch dens. block {'mask':<6} {'pass':<8}     ms  floor  peak   bw | "
-    "dense ms  peak  speed-up [10 %, 90 %] | other baselines"  # with --against: the other revision's ms
+    "dense ms  peak  speed-up [10 %, 90 %] | other baselines"
 )
 
 
@@ -121,7 +121,7 @@ def _figures(name: str, figures: dict[str, Any]) -> str:
     cells = f"{name:<8} {1e3 * figures['seconds']:6.3f} {floor} {percent('peak_share', figures)} "
     cells += percent("bandwidth_share", figures)
     baselines = dict(figures["baselines"])
-    dense = baselines.pop("dense", None) or baselines.pop("revision", None)
+    dense = baselines.pop("dense", None)
     if dense is not None and "speedup" in dense:
         ratio = dense["speedup"]
         layout = {"nchw": "n", "channels_last": "c"}.get(dense.get("layout", ""), " ")

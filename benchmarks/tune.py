@@ -31,7 +31,7 @@ from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.sweep import TABLE_NAMES
 from ddst.benchmarks.gpu.timing import Program, Watch, forget, in_turn, precision, sets_needed, watch_of, without_cudnn
 from ddst.benchmarks.problem import PASSES, Problem
-from ddst.benchmarks.registry import LAYERS
+from ddst.benchmarks.registry import GANS, layer_of
 from ddst.measure import Spread
 
 FEW_IMAGES, FEW_ROWS = 4, 256  # of the exactness check, whose reference is computed in float64
@@ -106,7 +106,7 @@ def check(task: Task) -> dict[str, Any]:
 
     Few images are computed: their number changes neither the compiled kernel nor the rows of the mask.
     """
-    few = FEW_ROWS if LAYERS[task.spec.layer].op == "linear" else FEW_IMAGES
+    few = FEW_ROWS if layer_of(task.spec.layer).op == "linear" else FEW_IMAGES
     small = replace(task.spec, batch=min(few, task.spec.batch))
     dtype, mode = KINDS[task.spec.kind]
     found: dict[str, Any] = {"exact": [], "wrong": []}
@@ -116,7 +116,7 @@ def check(task: Task) -> dict[str, Any]:
         return like.copy_(torch.randint(-3, 4, like.shape, generator=generator, device=task.device))
 
     with torch.no_grad(), precision(mode), poisoned():
-        inputs, gradients = activations(LAYERS[small.layer], small.batch, dtype, task.device, 1)
+        inputs, gradients = activations(layer_of(small.layer), small.batch, dtype, task.device, 1)
         (problem,) = problems_of(small, [whole(inputs[0])], [whole(gradients[0])], whole)
         with without_cudnn():
             expected = problem.expected()[PASSES.index(task.op)].to(dtype)
@@ -137,7 +137,7 @@ def check(task: Task) -> dict[str, Any]:
 
 def times(task: Task, exact: Sequence[int], watch: Watch, rounds: int) -> tuple[Any, list[tuple[Any, float]]]:
     """``(the problem as the tables know it, pairs of a configuration and its milliseconds)``, cold, in turn."""
-    layer, (dtype, mode) = LAYERS[task.spec.layer], KINDS[task.spec.kind]
+    layer, (dtype, mode) = layer_of(task.spec.layer), KINDS[task.spec.kind]
     size = dtype.itemsize * task.spec.batch * max(layer.size, 1) ** 2 * (layer.in_channels + layer.out_channels)
     cache = torch.cuda.get_device_properties(0).L2_cache_size if task.device == "cuda" else 0
     allowed = candidates(task)
@@ -172,7 +172,7 @@ def table_problem(task: Task) -> Any:
     """The pass as the tables know it."""
     from ddst.kernels import configs
 
-    spec, layer, one = task.spec, LAYERS[task.spec.layer], (1, 1)
+    spec, layer, one = task.spec, layer_of(task.spec.layer), (1, 1)
     common = (TABLE_NAMES[task.op], layer.op == "linear", KINDS[spec.kind][0], spec.block)
     if layer.op == "linear":
         sizes = ((*layer.weight_shape, 1, 1), one, (0, 0), one, spec.batch, one, one)
@@ -186,7 +186,7 @@ def blocks_of(spec: Spec) -> int:
     """Number of active blocks."""
     from ddst.topology import block_count, mask_shape
 
-    shape = torch.Size(mask_shape(LAYERS[spec.layer].weight_shape, spec.block))
+    shape = torch.Size(mask_shape(layer_of(spec.layer).weight_shape, spec.block))
     return block_count(spec.density, shape.numel())
 
 
@@ -231,7 +231,7 @@ def chosen_specs(arguments: argparse.Namespace) -> list[Spec]:
         for density in arguments.density
         for block in arguments.block
         for layer in layers
-        if layer in LAYERS and LAYERS[layer].out_channels >= block[0] and LAYERS[layer].in_channels >= block[1]
+        if layer not in GANS and layer_of(layer).out_channels >= block[0] and layer_of(layer).in_channels >= block[1]
     ]
     order = {spec: place for place, spec in enumerate(specs())}
     return sorted(wanted, key=lambda spec: order.get(spec, len(order)))

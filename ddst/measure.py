@@ -7,6 +7,7 @@ median of the ratios of neighbouring measurements, which is steadier than a rati
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -63,6 +64,38 @@ class Spread:
         return cls.of([n / d for n, d in zip(numerators, denominators, strict=True)])
 
 
+@dataclass(frozen=True)
+class MedianInterval:
+    """Median of some measurements, and where the true median lies with 95 % confidence, whatever their distribution.
+
+    The bounds are the ``k``-th smallest and the ``k``-th largest sample, with the largest ``k`` for which the true
+    median is outside with a probability ``2 P(Binomial(n, 1/2) < k)`` of at most 5 %. Fewer than six samples allow no
+    such ``k``: the bounds are infinite.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> MedianInterval:
+        """The interval of at least one sample.
+
+        >>> MedianInterval.of([float(i) for i in range(1, 16)])
+        MedianInterval(median=8.0, low=4.0, high=12.0)
+        """
+        ordered, k, outside = sorted(samples), 0, 0.0
+        while (outside := outside + 2.0 * math.comb(len(ordered), k) / 2.0 ** len(ordered)) <= 0.05:
+            k += 1
+        low, high = (ordered[k - 1], ordered[-k]) if k else (-math.inf, math.inf)
+        return cls(statistics.median(ordered), low, high)
+
+    @classmethod
+    def of_ratios(cls, numerators: Sequence[float], denominators: Sequence[float]) -> MedianInterval:
+        """The interval of the ratios taken pair by pair."""
+        return cls.of([n / d for n, d in zip(numerators, denominators, strict=True)])
+
+
 def seconds(work: Work, calls: int, clock: Clock = time.perf_counter) -> float:
     """Mean seconds of one call, over some calls in a row."""
     start = clock()
@@ -95,6 +128,29 @@ def interleaved(
         for i, work in enumerate(works):
             samples[i].append(seconds(work, calls[i], clock))
     return samples
+
+
+#: A ratio counts as known when its 95 % interval is no wider than this factor.
+TIGHT = 1.25
+PATIENCE = 8
+
+
+def paired(first: Work, second: Work, repeats: int, clock: Clock = time.perf_counter) -> tuple[float, MedianInterval]:
+    """``(median seconds of the first, interval of first / second)``, measured in turn until the ratio is known.
+
+    At least six pairs are measured, `repeats` at a time, until the interval is no wider than the factor
+    :data:`TIGHT`, at most :data:`PATIENCE` times: on a machine that other programs keep busy it may stay wider.
+    """
+    ours: list[float] = []
+    theirs: list[float] = []
+    repeats = max(repeats, 6)
+    for _ in range(PATIENCE):
+        for samples, more in zip((ours, theirs), interleaved([first, second], repeats, clock), strict=True):
+            samples += more
+        ratio = MedianInterval.of_ratios(ours, theirs)
+        if ratio.high <= TIGHT * ratio.low:
+            break
+    return statistics.median(ours), ratio
 
 
 @dataclass(frozen=True)

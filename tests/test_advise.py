@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable
@@ -12,14 +13,22 @@ import torch
 from torch import nn
 
 import ddst
+from ddst import measure
+from ddst.measure import MedianInterval
 from ddst.nn import SparseLayer, sparse_layers
-from ddst.sparsity.advice import Advice, BlockAdvice, LayerAdvice
+from ddst.sparsity.advice import Advice, BlockAdvice, LayerAdvice, Measured
 from ddst.sparsity.advise import Seen
 
 # The package's attribute of that name is the function.
 measuring = importlib.import_module("ddst.sparsity.advise")
 
 SAMPLE = torch.randn(2, 32, 6, 6)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here depends on what is measured for real: once is enough, on a busy machine too."""
+    monkeypatch.setattr(measure, "PATIENCE", 1)
 
 
 def net() -> nn.Sequential:
@@ -45,22 +54,28 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cost], list[SparseLayer]
     def install(cost: Cost) -> list[SparseLayer]:
         measured: list[SparseLayer] = []
 
-        def time_pair(dense: nn.Module, sparse: SparseLayer, seen: Seen, repeats: int) -> tuple[float, float]:
+        def time_pair(dense: nn.Module, sparse: SparseLayer, seen: Seen, repeats: int) -> tuple[float, MedianInterval]:
             measured.append(sparse)
-            return 1.0, cost(dense, sparse)
+            return 1.0, exactly(1.0 / cost(dense, sparse))
 
         monkeypatch.setattr(measuring, "time_pair", time_pair)
+        monkeypatch.setattr(measuring, "time_model", lambda *_: (8.0, exactly(2.0)))
         return measured
 
     return install
+
+
+def exactly(ratio: float) -> MedianInterval:
+    return MedianInterval(ratio, ratio, ratio)
 
 
 def pointwise_loses(dense: nn.Module, sparse: SparseLayer) -> float:
     return 1.5 if sparse.weight_shape[2:] == (1, 1) else 0.1 + sparse.density
 
 
-def points(*pairs: tuple[float, float]) -> tuple[tuple[float, float, float], ...]:
-    return tuple((density, 2.0, 2.0 * relative) for density, relative in pairs)
+def points(*pairs: tuple[float, float], busy: float = 1.0) -> tuple[Measured, ...]:
+    """Of pairs of a density and the sparse over the dense time, known to within a factor ``busy`` on both sides."""
+    return tuple(Measured(density, 2.0, 2.0 * r, 1 / r / busy, busy / r) for density, r in pairs)
 
 
 def test_break_even_is_where_the_interpolated_time_crosses_dense() -> None:
@@ -143,7 +158,7 @@ def test_calls_and_input_gradients_are_seen() -> None:
     shared = nn.Linear(32, 32)
     model = nn.Sequential(nn.Linear(32, 32), shared, nn.Sequential(shared))
     candidates = measuring.find_candidates(model)
-    _, seen = measuring.watch(model, (torch.randn(2, 32),), candidates, 1)
+    _, seen = measuring.watch(model, (torch.randn(2, 32),), candidates)
     assert {name: (s.calls, s.input_grad) for name, s in seen.items()} == {"0": (1, False), "1": (2, True)}
 
 
@@ -160,6 +175,21 @@ def test_layers_the_step_does_not_reach_are_left_out(timed: Any) -> None:
 
     found = ddst.advise(Partly(), (torch.randn(2, 32), 2.0), blocks=[16], densities=[0.5], distribution="uniform")
     assert [layer.name for layer in found.blocks[0].layers] == ["used"]
+
+
+def test_a_sample_that_reaches_no_layer_is_refused(timed: Any) -> None:
+    timed(pointwise_loses)
+
+    class Elsewhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(ValueError, match=r"sample must reach a layer"):
+        ddst.advise(Elsewhere(), torch.randn(2, 32), blocks=[16], densities=[0.5], distribution="uniform")
 
 
 def test_blocks_too_large_for_every_layer_are_left_out(timed: Any) -> None:
@@ -189,6 +219,74 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert model.training
+
+
+def test_a_layer_that_is_not_told_is_not_advised() -> None:
+    def layer(relative: float, busy: float) -> LayerAdvice:
+        return LayerAdvice("a", (64, 64), 1, 0.1, points((0.1, relative), busy=busy))
+
+    quiet, close, clear, lost = layer(0.5, 1.1), layer(0.95, 1.1), layer(0.2, 2.0), layer(1 / 65, 100.0)
+    assert [x.known(0.1) for x in (quiet, close, clear, lost)] == [True, True, False, False]
+    assert [x.told(0.1) for x in (quiet, close, clear, lost)] == [True, True, True, False]
+    assert [x.wins for x in (quiet, close, clear, lost)] == [True, True, True, False]
+    assert clear.saved_seconds == pytest.approx(2.0 * (1 - 1 / 2.5))  # the least that the interval allows
+    assert lost.saved_seconds == 0.0
+    assert quiet.why_dense(0.1) is None
+    assert lost.why_dense(0.1) == "0.65x to 6500.00x the dense speed at density 0.1: this machine is too busy to tell"
+    found = BlockAdvice((16, 16), (clear, lost), 10.0)
+    assert set(found.slower({"a": 0.1})) == {"a"}
+    text = str(Advice(0.1, (found,)))
+    assert "65.00x" not in text
+    assert "0.65x to 6500.00x" in text
+    assert "busy machine: not told" in text
+    assert (
+        "1 of 2 layers win, 1 cannot be told on this busy machine; the model's step of 10000.0 ms would be at" in text
+    )
+    assert "at least" not in str(BlockAdvice((16, 16), (quiet,), 10.0))
+    assert "at least" in str(BlockAdvice((16, 16), (quiet,), 10.0, known=False))
+
+
+def test_the_model_cannot_gain_more_than_its_layers_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers' own seconds are of other, busier moments than the model's."""
+    monkeypatch.setattr(measuring, "time_pair", lambda *_: (1000.0, exactly(1e6)))
+    for interval, known, share in ((exactly(4.0), True, 0.25), (MedianInterval(4.0, 2.0, 10.0), False, 0.1)):
+        monkeypatch.setattr(measuring, "time_model", lambda *_, interval=interval: (8.0, interval))
+        (found,) = ddst.advise(net(), SAMPLE, density=0.5, blocks=[16], densities=[0.5], distribution="uniform").blocks
+        assert (found.model_seconds, found.known) == (8.0, known)
+        assert sum(layer.dense_seconds for layer in found.layers) == pytest.approx(8.0 * share)
+        assert found.gain == pytest.approx(1 / (1 - share), rel=1e-4)
+
+
+def test_a_model_can_be_copied_after_it_was_measured() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.utils.spectral_norm(nn.Linear(32, 32))
+            self.last, self.calls = None, 0
+            self.register_buffer("mean", torch.zeros(2, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last, self.calls, self.mean = self.layer(x), self.calls + 1, self.mean + x
+            return self.last
+
+    model, x = Remembers(), torch.randn(2, 32)
+    weight, mean = model.layer.weight, model.mean
+    ddst.advise(model, x, density=0.5, blocks=[16], densities=[0.5])
+    assert (model.last, model.calls) == (None, 0)
+    assert model.layer.weight is weight
+    assert model.mean is mean
+    assert not mean.any()
+    copy.deepcopy(model)
+    report = ddst.sparsify(model, 0.5, block=16, only_if_faster=True, sample=x)
+    assert len(report.layers) == 1
+    copy.deepcopy(model)
+
+
+def test_explain_leaves_a_layer_that_can_be_copied() -> None:
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(32, 32)))
+    ddst.sparsify(model, 0.5, block=16, distribution="uniform")
+    ddst.explain(model[0], torch.randn(2, 32))
+    copy.deepcopy(model)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from ddst.benchmarks.gpu.timing import (
     watch_of,
 )
 from ddst.benchmarks.problem import PASSES, Problem, Work
-from ddst.benchmarks.registry import LAYERS, NETWORKS, Layer
+from ddst.benchmarks.registry import NETWORKS, Layer, layer_of
 from ddst.measure import Spread
 from ddst.topology import block_count, mask_shape, random_mask
 
@@ -152,7 +152,7 @@ class Bench:
     def _setting(self, spec: Spec) -> Setting:
         key = (spec.layer, spec.batch, spec.kind)
         if key not in self._settings:
-            layer, dtype = LAYERS[spec.layer], KINDS[spec.kind][0]
+            layer, dtype = layer_of(spec.layer), KINDS[spec.kind][0]
             bytes_of_one = dtype.itemsize * sum(_elements(layer, spec.batch))
             count = sets_needed(bytes_of_one, self.environment.get("l2_bytes", 0))
             inputs, gradients = activations(layer, spec.batch, dtype, self.device, count)
@@ -236,7 +236,7 @@ def problems_of(
 
     ``fill`` makes other weights of normal ones.
     """
-    layer, dtype = LAYERS[spec.layer], KINDS[spec.kind][0]
+    layer, dtype = layer_of(spec.layer), KINDS[spec.kind][0]
     device = inputs[0].device
     generator = torch.Generator().manual_seed(1)
     shape = mask_shape(layer.weight_shape, spec.block)

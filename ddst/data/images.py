@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+from ddst.data.files import IMAGE_SUFFIXES, find_images, shown
+from ddst.data.pixels import read_pixels
 
 
 class DataError(ValueError):
@@ -29,12 +29,16 @@ class ImageSet:
         stored: `[N, channels, resolution, resolution]`, uint8 for files, float32 for digits.
         top: the stored value that stands for white (255, or 16 for digits).
         labels: `[N]` int64 class of every image, or None where there are no classes.
+        left_out: reason -> number of files and folders that were not read (:func:`ddst.data.files.find_images`).
+        note: one line on what was left out and what was laid over white; empty where there is nothing to say.
     """
 
     name: str
     stored: Tensor
     top: float
     labels: Tensor | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
 
     def __len__(self) -> int:
         return self.stored.shape[0]
@@ -63,15 +67,18 @@ def load_images(data: str, resolution: int) -> ImageSet:
     """The images named by `data`, at `resolution` x `resolution`.
 
     Args:
-        data: "digits", or the path of a folder; the folder is searched for image files at every depth.
+        data: "digits", or the path of a folder, which is searched for image files at every depth and through links:
+            :func:`ddst.data.files.find_images` says which files count.
         resolution: side in pixels. Digits (8x8) are enlarged bilinearly; files are cropped to their central square and
-            resized with antialiasing.
+            resized with antialiasing, their values read as :func:`ddst.data.pixels.read_pixels` says.
 
     Returns:
-        An `ImageSet` with one channel and labels for digits, three channels and no labels for a folder.
+        An `ImageSet` with one channel and labels for digits, three channels and no labels for a folder; its `left_out`
+        counts what was not read.
 
     Raises:
-        DataError: the folder is missing, is no folder, holds no image, or holds a file that cannot be read as an image.
+        DataError: the folder is missing, is no folder, cannot be read, holds no image, or holds an image file that
+            cannot be read.
 
     Example:
         >>> images = load_images("digits", 16)
@@ -93,30 +100,29 @@ def digits(resolution: int) -> ImageSet:
 
 
 def folder(path: Path, resolution: int) -> ImageSet:
-    """Every image file under `path`, in the order of their relative paths."""
+    """Every image file under `path`, in the order of their paths."""
+    named = shown(path)
     if not path.exists():
-        raise DataError(f"data folder {path} does not exist (give a folder of image files, or 'digits')")
+        raise DataError(f"data folder {named} does not exist (give a folder of image files, or 'digits')")
     if not path.is_dir():
-        raise DataError(f"data {path} is not a folder (give a folder of image files, or 'digits')")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not files:
-        raise DataError(f"data folder {path} holds no image file ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    stored = torch.empty(len(files), 3, resolution, resolution, dtype=torch.uint8)
-    for i, file in enumerate(files):
-        stored[i] = _read(file, resolution)
-    return ImageSet(str(path), stored, 255.0)
-
-
-def _read(file: Path, resolution: int) -> Tensor:
+        raise DataError(f"data {named} is not a folder (give a folder of image files, or 'digits')")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types on damaged files; each means the same to the user.
-        raise DataError(f"cannot read image {file}: {' '.join(str(error).split())}") from error
-    side = min(image.size)
-    left, upper = (image.width - side) // 2, (image.height - side) // 2
-    square = (left, upper, left + side, upper + side)
-    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=square)
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+        found = find_images(path)
+    except OSError as error:
+        raise DataError(f"data folder {named} cannot be read: {error.strerror or error}") from error
+    if not found.files:
+        there = f"; there is: {found}" if found.left_out else ""
+        raise DataError(f"data folder {named} holds no image file ({', '.join(sorted(IMAGE_SUFFIXES))}){there}")
+    stored = torch.empty(len(found.files), 3, resolution, resolution, dtype=torch.uint8)
+    over_white = 0
+    for i, file in enumerate(found.files):
+        try:
+            pixels, transparent = read_pixels(file, resolution)
+        except Exception as error:  # Pillow's decoders raise many types on damaged files, the same to the user.
+            raise DataError(f"cannot read image {shown(file)}: {shown(' '.join(str(error).split()))}") from error
+        stored[i] = torch.from_numpy(pixels).permute(2, 0, 1)
+        over_white += transparent
+    notes = [f"left out: {found}"] if found.left_out else []
+    notes += [f"{over_white} with transparent pixels laid over white"] if over_white else []
+    note = f"images of {named}: {'; '.join(notes)}" if notes else ""
+    return ImageSet(str(path), stored, 255.0, None, dict(found.left_out), note)

@@ -46,7 +46,7 @@ class EMA:
         self.decay = check_number("decay", decay, 0, 1)
         self.start = check_int("start", start, 0)
         self.updates = 0
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.module = copied(model).requires_grad_(False)
         self.module.eval()
         follow(self.module, model)
 
@@ -108,3 +108,13 @@ class EMA:
         check_state_keys(state, ("module", "updates"))
         self.module.load_state_dict(state["module"])
         self.updates = int(state["updates"])
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also after a forward pass.
+
+    torch's spectral norm keeps its last weight in an attribute, with the graph that made it, and ``copy.deepcopy``
+    alone refuses such tensors: they are copied without their graph.
+    """
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..measure import TIGHT
+
+
+class Measured(NamedTuple):
+    """A training step of a layer at a density: seconds, and the 95 % interval of dense over sparse time."""
+
+    density: float
+    dense: float
+    sparse: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -14,35 +28,39 @@ class LayerAdvice:
     Attributes:
         name, shape: of the layer and its weight. calls: in one forward pass of the model.
         asked: the density that ``sparsify`` would give it.
-        points: ``(density, dense seconds, sparse seconds)`` of a training step of the layer, by density.
+        points: what was measured, by density.
     """
 
     name: str
     shape: tuple[int, ...]
     calls: int
     asked: float
-    points: tuple[tuple[float, float, float], ...]
+    points: tuple[Measured, ...]
 
     @property
     def dense_seconds(self) -> float:
         """Median of the dense measurements."""
-        ordered = sorted(dense for _, dense, _ in self.points)
-        middle = len(ordered) // 2
-        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        return statistics.median(point.dense for point in self.points)
 
     def speedup(self, density: float) -> float:
-        """Dense over sparse time at a density: each point's ratio is of one pair; between points interpolated.
+        """Dense over sparse time at a density: each point's ratio is of pairs; between points interpolated.
 
-        >>> LayerAdvice("a", (64, 64), 1, 0.1, ((0.1, 8.0, 1.0), (0.5, 8.0, 5.0))).speedup(0.3)
+        >>> points = Measured(0.1, 8.0, 1.0, 7.0, 9.0), Measured(0.5, 8.0, 5.0, 1.5, 1.7)
+        >>> LayerAdvice("a", (64, 64), 1, 0.1, points).speedup(0.3)
         2.6666666666666665
         """
-        return 1.0 / self._relative(density)
+        return 1.0 / self._relative(density, [point.sparse / point.dense for point in self.points])
 
-    def _relative(self, density: float) -> float:
+    def interval(self, density: float) -> tuple[float, float]:
+        """Between what :meth:`speedup` lies with 95 % confidence, interpolated likewise."""
+        low = self._relative(density, [1.0 / max(point.low, 1e-9) for point in self.points])
+        return 1.0 / low, 1.0 / self._relative(density, [1.0 / point.high for point in self.points])
+
+    def _relative(self, density: float, relative: list[float]) -> float:
         """Sparse over dense time, linear between the points and beyond the last; below the first its value."""
-        points = [(d, sparse / dense) for d, dense, sparse in self.points]
+        points = list(zip((point.density for point in self.points), relative, strict=True))
         if density <= points[0][0] or len(points) == 1:
-            return points[0][1]
+            return max(points[0][1], 1e-9)
         (d0, r0), (d1, r1) = next(
             (pair for pair in itertools.pairwise(points) if density <= pair[1][0]), (points[-2], points[-1])
         )
@@ -51,7 +69,7 @@ class LayerAdvice:
     @property
     def break_even(self) -> float:
         """Sparse wins at densities below this: 0 where it never does, 1 where it does at every measured density."""
-        points = [(d, sparse / dense) for d, dense, sparse in self.points]
+        points = [(point.density, point.sparse / point.dense) for point in self.points]
         if points[0][1] >= 1.0:
             return 0.0
         for (d0, r0), (d1, r1) in itertools.pairwise(points):
@@ -59,31 +77,62 @@ class LayerAdvice:
                 return d0 + (d1 - d0) * (1.0 - r0) / (r1 - r0)
         return 1.0
 
+    def known(self, density: float) -> bool:
+        """Whether the speed-up at a density was measured to within the factor :data:`ddst.measure.TIGHT`."""
+        low, high = self.interval(density)
+        return high <= TIGHT * low
+
+    def told(self, density: float) -> bool:
+        """Whether the measurements tell which side is faster at a density: on a busy machine they may not."""
+        low, high = self.interval(density)
+        return self.known(density) or low > 1.0 or high < 1.0
+
     @property
     def wins(self) -> bool:
-        """Whether sparse is faster at the density asked for."""
-        return self.speedup(self.asked) > 1.0
+        """Whether sparse was measured to be faster at the density asked for."""
+        return self.told(self.asked) and self.speedup(self.asked) > 1.0
 
     def why_dense(self, density: float) -> str | None:
         """Why the layer should rather stay dense than have a density, or None where sparse is faster."""
+        if not self.told(density):
+            return f"{self.shown(density)} the dense speed at density {density:.3g}: this machine is too busy to tell"
         if self.speedup(density) > 1.0:
             return None
         limit = f"sparse wins below {self.break_even:.2g}" if self.break_even else "sparse never wins"
-        return f"{self.speedup(density):.2f}x the dense speed at density {density:.3g} ({limit}, measured here)"
+        return f"{self.shown(density)} the dense speed at density {density:.3g} ({limit}, measured here)"
+
+    def shown(self, density: float) -> str:
+        """The speed-up at a density as text: a number, or where it is not known its interval."""
+        if self.known(density):
+            return f"{self.speedup(density):.2f}x"
+        low, high = self.interval(density)
+        return f"{low:.2f}x to {high:.2f}x"
 
     @property
     def saved_seconds(self) -> float:
-        """What the model's step saves with this layer sparse; 0 where it would lose."""
-        return self.calls * self.dense_seconds * (1.0 - 1.0 / self.speedup(self.asked)) if self.wins else 0.0
+        """What the model's step saves with this layer sparse; where that is not known, what it saves at least; 0 where
+        it would lose.
+        """
+        if not self.wins:
+            return 0.0
+        speedup = self.speedup(self.asked) if self.known(self.asked) else self.interval(self.asked)[0]
+        return self.calls * self.dense_seconds * (1.0 - 1.0 / speedup)
 
 
 @dataclass(frozen=True)
 class BlockAdvice:
-    """All layers with blocks of one size. ``model_seconds``: forward and backward pass of the dense model."""
+    """All layers with blocks of one size.
+
+    Attributes:
+        model_seconds: forward and backward pass of the dense model; the layers' seconds are on its scale.
+        known: whether the layers' share of these was measured to within the factor :data:`ddst.measure.TIGHT`;
+            otherwise the smallest share that the measurements allow is taken.
+    """
 
     block: tuple[int, int]
     layers: tuple[LayerAdvice, ...]
     model_seconds: float
+    known: bool = True
 
     @property
     def gain(self) -> float:
@@ -97,6 +146,16 @@ class BlockAdvice:
             layer.name: layer.why_dense(densities[layer.name]) for layer in self.layers if layer.name in densities
         }
         return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def __str__(self) -> str:
+        wins = sum(layer.wins for layer in self.layers)
+        untold = sum(not layer.told(layer.asked) for layer in self.layers)
+        busy = f", {untold} cannot be told on this busy machine" if untold else ""
+        least = "" if self.known and all(layer.known(layer.asked) for layer in self.layers) else "at least "
+        return (
+            f"blocks {self.block[0]}x{self.block[1]}: {wins} of {len(self.layers)} layers win{busy}; the model's step "
+            f"of {1e3 * self.model_seconds:.1f} ms would be {least}{self.gain:.2f}x as fast"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,10 +199,12 @@ class Advice:
             for found in self.blocks:
                 for layer in (layer for layer in found.layers if layer.name == name):
                     advice = ("best block" if found.block == best else "sparse") if layer.wins else "leave dense"
+                    advice = advice if layer.told(layer.asked) else "busy machine: not told"
                     numbers = (f"{layer.asked:.3f}", f"{1e3 * layer.calls * layer.dense_seconds:.3f}")
                     limit = {0.0: "never", 1.0: "always"}.get(layer.break_even, f"{layer.break_even:.2f}")
+                    limit = limit if all(layer.known(point.density) for point in layer.points) else "?"
                     shape, block = "x".join(map(str, layer.shape)), f"{found.block[0]}x{found.block[1]}"
-                    speedup = f"{layer.speedup(layer.asked):.2f}x"
+                    speedup = layer.shown(layer.asked)
                     rows.append((name, shape, block, *numbers, speedup, limit, advice))
         widths = [max(len(row[i]) for row in rows) for i in range(8)]
         lines = []
@@ -151,12 +212,7 @@ class Advice:
             left = [row[i].ljust(widths[i]) for i in range(3)] + [row[i].rjust(widths[i]) for i in range(3, 7)]
             lines.append("  ".join([*left, row[7]]).rstrip())
         lines.insert(1, "-" * max(map(len, lines)))
-        for found in self.blocks:
-            wins = sum(layer.wins for layer in found.layers)
-            lines.append(
-                f"blocks {found.block[0]}x{found.block[1]}: {wins} of {len(found.layers)} layers win; the model's step "
-                f"of {1e3 * found.model_seconds:.1f} ms would be {found.gain:.2f}x as fast"
-            )
+        lines += map(str, self.blocks)
         chosen = self.best
         lines.append(f"at density {self.density:g} choose block={chosen.block}" if chosen.gain > 1 else "stay dense")
         return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .. import topology as tp
 from .._arguments import check_int
 from ..backends import check_backend
-from ..measure import Spread, clock_of, interleaved
+from ..measure import TIGHT, MedianInterval, clock_of, paired
 from ..nn import SparseConv2d, SparseLayer, SparseLinear
-from .advice import Advice, BlockAdvice, LayerAdvice
+from .advice import Advice, BlockAdvice, LayerAdvice, Measured
 from .candidates import Candidate, check_no_layer, find_candidates
 from .distribution import check_density
 from .shares import share_out
@@ -55,8 +55,12 @@ def advise(
     A layer's time is that of its training step: forward, and the gradients of weight, bias and (unless the layer is
     the first) input. Both sides run in turn on the input that the layer gets in the model, in its memory format, with
     the threads torch has now. Between the measured densities sparse time is interpolated linearly. Spectral norm is
-    left out on both sides. The model is run as it is, but keeps its parameters, gradients, buffers and hooks, and
-    torch's random numbers stay as they were.
+    left out on both sides. The model is run as it is, but keeps its parameters, gradients, buffers, attributes and
+    hooks, and torch's random numbers stay as they were.
+
+    A ratio is measured again, up to eight times as often, until its 95 % interval is no wider than a factor of 1.25.
+    Where other programs keep the machine so busy that it stays wider, the interval is shown instead; a layer of which
+    it does not tell which side is faster is left dense, and what the model gains is stated as "at least".
 
     Args:
         model: a module on the device it trains on; nothing of it is changed.
@@ -64,7 +68,7 @@ def advise(
         density, distribution, exclude, backend: as :func:`ddst.sparsify` would get them.
         blocks: the block sizes to compare, each ``(b_out, b_in)`` or one int.
         densities: to measure at, ascending.
-        repeats: pairs of measurements for each layer, block and density.
+        repeats: pairs of measurements for each layer, block and density, at least six, at first.
 
     Returns:
         For each layer and block the density from which on sparse wins and the time at the density asked for, and for
@@ -74,7 +78,8 @@ def advise(
         ValueError, TypeError: an argument does not fit, or no layer would be sparse.
 
     Numerics: times spread by some per cent between calls, more on a busy machine; so do decisions that are close.
-    Cost: ``layers of different shape × blocks × densities × repeats`` training steps of a layer: seconds to minutes.
+    Cost: ``layers of different shape × blocks × densities × repeats`` training steps of a layer: seconds to minutes, on
+    a busy machine up to eight times as long. Memory: a copy of the layers' weights.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     >>> found = advise(model, torch.randn(4, 64), density=0.5, blocks=[16], densities=(0.5, 1.0), repeats=1)
@@ -92,20 +97,52 @@ def advise(
     arguments = (sample,) if isinstance(sample, Tensor) else tuple(sample)
     exclude = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else exclude
     shares = _shares(model, density, sizes, distribution, exclude)
-    model_seconds, seen = watch(model, arguments, find_candidates(model, exclude), repeats)
-    known: dict[tuple[Any, ...], tuple[float, float]] = {}
+    candidates = find_candidates(model, exclude)
+    step, seen = watch(model, arguments, candidates)
+    known: dict[tuple[Any, ...], tuple[float, MedianInterval]] = {}
     found = []
     for block in shares:
         layers = []
-        for candidate in find_candidates(model, exclude):
-            if candidate.name in shares[block] and candidate.name in seen:
-                where = seen[candidate.name]
-                times = [_times(candidate, where, block, d, backend, repeats, known) for d in densities]
-                asked = shares[block][candidate.name]
-                points = tuple(zip(densities, *zip(*times, strict=True), strict=True))
-                layers.append(LayerAdvice(candidate.name, candidate.shape, where.calls, asked, points))
-        found.append(BlockAdvice(block, tuple(layers), model_seconds))
-    return Advice(density, tuple(found))
+        for candidate in (c for c in candidates if c.name in shares[block] and c.name in seen):
+            where = seen[candidate.name]
+            points = []
+            for d in densities:
+                seconds, ratio = _times(candidate, where, block, d, backend, repeats, known)
+                points.append(Measured(d, seconds, seconds / ratio.median, ratio.low, ratio.high))
+            asked = shares[block][candidate.name]
+            layers.append(LayerAdvice(candidate.name, candidate.shape, where.calls, asked, tuple(points)))
+        found.append(BlockAdvice(block, tuple(layers), 0.0))
+    return Advice(density, _on_one_scale(model, step, candidates, seen, found, repeats))
+
+
+def _on_one_scale(
+    model: nn.Module,
+    step: Callable[[], object],
+    candidates: list[Candidate],
+    seen: Mapping[str, Seen],
+    found: list[BlockAdvice],
+    repeats: int,
+) -> tuple[BlockAdvice, ...]:
+    """What was found, with the layers' seconds as they are within the model's step.
+
+    The layers were measured one by one, at moments that may have been busier than those of the model: their share of
+    its step is measured in pairs.
+    """
+    layers = {layer.name: layer for block in found for layer in block.layers}
+    if not layers:
+        raise ValueError("sample must reach a layer that would be sparse, but running the model with it reached none")
+    with undisturbed(model), torch.enable_grad():
+        twins = [(_dense(c.module, c), seen[c.name]) for c in candidates if c.name in layers]
+        model_seconds, ratio = time_model(step, twins, repeats)
+    known = ratio.high <= TIGHT * ratio.low
+    share = min(1.0 / (ratio.median if known else ratio.high), 1.0)
+    scale = share * model_seconds / sum(layer.calls * layer.dense_seconds for layer in layers.values())
+
+    def scaled(layer: LayerAdvice) -> LayerAdvice:
+        points = (p._replace(dense=scale * p.dense, sparse=scale * p.sparse) for p in layer.points)
+        return replace(layer, points=tuple(points))
+
+    return tuple(BlockAdvice(b.block, tuple(map(scaled, b.layers)), model_seconds, known) for b in found)
 
 
 def _listed(name: str, values: Any) -> list[Any]:
@@ -141,9 +178,9 @@ def _shares(
 
 
 def watch(
-    model: nn.Module, arguments: tuple[Any, ...], candidates: list[Candidate], repeats: int
-) -> tuple[float, dict[str, Seen]]:
-    """Seconds of the model's training step (forward and all gradients), and what each candidate was called with."""
+    model: nn.Module, arguments: tuple[Any, ...], candidates: list[Candidate]
+) -> tuple[Callable[[], object], dict[str, Seen]]:
+    """The model's training step (forward and all gradients), and what each candidate was called with in one."""
     seen: dict[str, Seen] = {}
     handles = []
     for candidate in candidates:
@@ -164,27 +201,35 @@ def watch(
         if outputs and parameters:
             torch.autograd.grad(outputs, parameters, [torch.ones_like(t) for t in outputs], allow_unused=True)
 
-    with undisturbed(model), torch.enable_grad():
-        try:
+    try:
+        with undisturbed(model), torch.enable_grad():
             step()
-        finally:
-            for handle in handles:
-                handle.remove()
-        device = next((p.device.type for p in parameters), "cpu")
-        seconds = interleaved([step], repeats, clock_of(device))[0]
-    return Spread.of(seconds).median, seen
+    finally:
+        for handle in handles:
+            handle.remove()
+    return step, seen
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts back the buffers that running a model changes (batch norm, spectral norm), and the random numbers."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Puts back what running a model changes: buffers (batch norm, spectral norm), attributes, random numbers.
+
+    torch's spectral norm leaves its last weight in an attribute, with the graph that made it: a module that holds such
+    a tensor cannot be copied.
+    """
+    held = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    contents = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng():
         try:
             yield
         finally:
+            for module, attributes, buffers in held:
+                vars(module).clear()
+                vars(module).update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
             with torch.no_grad():
-                for buffer, copy in before:
+                for buffer, copy in contents:
                     buffer.copy_(copy)
 
 
@@ -203,9 +248,9 @@ def _times(
     density: float,
     backend: str,
     repeats: int,
-    known: dict[tuple[Any, ...], tuple[float, float]],
-) -> tuple[float, float]:
-    """``(dense, sparse)`` seconds of a layer's step; layers that are alike are measured once."""
+    known: dict[tuple[Any, ...], tuple[float, MedianInterval]],
+) -> tuple[float, MedianInterval]:
+    """Dense seconds of a layer's step, and dense over sparse time; layers that are alike are measured once."""
     module = candidate.module
     settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "padding_mode")]
     key = (candidate.shape, *map(str, settings), module.bias is None, seen.key, block, density)
@@ -247,16 +292,29 @@ def _dense(module: nn.Module, candidate: Candidate) -> nn.Module:
     return plain.train(module.training)
 
 
-def time_pair(dense: nn.Module, sparse: nn.Module, seen: Seen, repeats: int) -> tuple[float, float]:
-    """``(dense, sparse)`` seconds of a training step, measured in turn: their ratio is the median of paired ratios."""
+def layer_step(layer: nn.Module, seen: Seen) -> Callable[[], object]:
+    """A training step of a layer on the input it got: forward, gradients of its parameters and of that input."""
+    x = seen.input.detach().requires_grad_(seen.input_grad)
+    wanted = [*layer.parameters(), *([x] if seen.input_grad else [])]
+    gradient = torch.ones_like(layer(x))
+    return lambda: torch.autograd.grad(layer(x), wanted, gradient)
 
-    def step_of(layer: nn.Module) -> Callable[[], object]:
-        x = seen.input.detach().requires_grad_(seen.input_grad)
-        wanted = [*layer.parameters(), *([x] if seen.input_grad else [])]
-        gradient = torch.ones_like(layer(x))
-        return lambda: torch.autograd.grad(layer(x), wanted, gradient)
 
+def time_pair(dense: nn.Module, sparse: nn.Module, seen: Seen, repeats: int) -> tuple[float, MedianInterval]:
+    """Dense seconds of a training step, and dense over sparse time, measured in turn."""
     with torch.enable_grad():
-        samples = interleaved([step_of(dense), step_of(sparse)], repeats, clock_of(seen.input.device.type))
-    median = Spread.of(samples[0]).median
-    return median, median / Spread.of_ratios(*samples).median
+        clock = clock_of(seen.input.device.type)
+        return paired(layer_step(dense, seen), layer_step(sparse, seen), repeats, clock)
+
+
+def time_model(
+    step: Callable[[], object], layers: Sequence[tuple[nn.Module, Seen]], repeats: int
+) -> tuple[float, MedianInterval]:
+    """Seconds of the model's step, and that over the time of these layers alone, called as often as the model does."""
+    steps = [layer_step(layer, seen) for layer, seen in layers for _ in range(seen.calls)]
+
+    def alone() -> None:
+        for one in steps:
+            one()
+
+    return paired(step, alone, repeats, clock_of(layers[0][1].input.device.type if layers else "cpu"))

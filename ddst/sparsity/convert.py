@@ -84,9 +84,9 @@ def sparsify(
             that no change of the masks up to there makes new tensors; they are part of ``values`` from the start (zero,
             as their gradients and optimizer state). None: none. A layer that is grown beyond its share still enlarges.
         only_if_faster: True measures every layer here (:func:`ddst.advise`, which needs ``sample``) and leaves those
-            dense that would not be faster sparse; an :class:`~ddst.sparsity.Advice` that holds this block is used
-            instead of measuring. The other layers keep the density they would have had, so with "erk" the density over
-            all layers comes out higher than asked for.
+            dense that were not found to be faster sparse; an :class:`~ddst.sparsity.Advice` that holds this block is
+            used instead of measuring. The other layers keep the density they would have had, so with "erk" the density
+            over all layers comes out higher than asked for.
         sample: what a training step calls the model with, a tensor or a sequence of arguments.
 
     Returns:

@@ -38,6 +38,8 @@ def run(given: Mapping[str, Any]) -> int:
         check_folder(Path(config.out))
     trainer = Trainer(config, load_images(config.data, config.resolution))
     print(_heading(config, trainer, saved))
+    if trainer.images.note:
+        print(trainer.images.note)
     for warning in trainer.warnings:
         print(f"warning: {warning}")
     ended_by = train(trainer, saved)

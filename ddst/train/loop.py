@@ -279,7 +279,8 @@ def train(trainer: Trainer, saved: dict[str, Any] | None) -> int | None:
     with RunLog(log_path) as log, stop.listening():
         if saved is None:
             settings = {k: v for k, v in config.as_dict().items() if k not in ("out", "resume", "stop_after")}
-            log.write(event="start", settings=settings, images=len(trainer.images), warnings=trainer.warnings)
+            images, left_out = len(trainer.images), dict(trainer.images.left_out)
+            log.write(event="start", settings=settings, images=images, left_out=left_out, warnings=trainer.warnings)
             trainer.save_samples()
             trainer.checkpoint(log)  # So that even a run killed in its first steps can be continued.
         with _progress(config.steps, trainer.step) as bar:

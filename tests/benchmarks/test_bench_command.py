@@ -1,18 +1,15 @@
-"""The command line, and the comparison of two libraries."""
+"""The command line."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddst._extension import LIBRARY
 from ddst.benchmarks import __main__ as command
-from ddst.benchmarks import against, report, runner
-from ddst.benchmarks.registry import LAYERS, QUICK, Case, Layer
-from ddst.benchmarks.runner import Settings
+from ddst.benchmarks import registry, report, runner
+from ddst.benchmarks.registry import QUICK, Case, Layer
 from ddst.measure import Peak
 
 SMALL = Layer(16, 32, 3, 6)
@@ -21,7 +18,6 @@ LINE = ["--layer", SMALL.name, "--density", "0.5", "--batch", "2", "--repeats", 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LAYERS, SMALL.name, SMALL)
     for module in (runner, report):
         monkeypatch.setattr(module, "peak", lambda *_: Peak(1e11, 1e10))
 
@@ -61,6 +57,18 @@ def test_without_a_layer_it_is_the_quick_selection(capsys: pytest.CaptureFixture
     assert any("32x32" in line for line in listed)
 
 
+def test_layers_of_ones_own_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["conv3x3-192-320-24", "linear-512-2048", "conv4x4s2-40-24-10"]
+    assert command.main(["--list", "--density", "0.5", "--layer", *names]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names
+    assert command.main(["--layer", "conv4x4s2-40-24-10", *LINE[2:], "--baseline", "dense"]) == 0
+    assert "conv4x4s2-40-24-10" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    helped = " ".join(capsys.readouterr().out.split())
+    assert " ".join(registry.GRAMMAR.split()) in helped
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -70,9 +78,14 @@ def test_without_a_layer_it_is_the_quick_selection(capsys: pytest.CaptureFixture
         (["--density", "0"], "density"),
         (["--threads", "0"], "positive"),
         (["--layer", "linear-128-1"], "no case"),
-        (["--layer", "sngan32", "--against", "HEAD"], "no GAN"),
+        (["--layer", "conv3x5-16-16-8"], "square, got 3x5"),
+        (["--layer", "conv3x3s0-16-16-8"], "conv3x3s0-16-16-8"),
+        (["--layer", "conv9x9-16-16-8", "conv8x8-16-16-1"], "conv8x8-16-16-1"),
+        (["--layer", "linear-16"], "linear-<in>-<out>"),
+        (["--layer", "linear-1000000-1000000"], "--layer linear-1000000-1000000 with --batch 16 needs about"),
+        (["--exchanges", "3"], "--exchanges"),
+        (["--against", "HEAD", "--exchanges", "-1"], "--exchanges"),
         (["--against", "HEAD", "--picture", "x.png"], "--picture"),
-        (["--against", "no-such-revision"], "no-such-revision"),
         (["table", "missing.json"], "missing.json"),
     ],
 )
@@ -80,27 +93,3 @@ def test_mistakes_are_named(line: list[str], message: str, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         command.main(line)
     assert message in capsys.readouterr().err
-
-
-def test_two_libraries_are_compared_pass_by_pass() -> None:
-    settings = Settings(repeats=2)
-    with against.Comparison(LIBRARY, settings) as comparison:
-        row = comparison.measure(Case("conv2d", SMALL.name, 2, 0.5))
-        pids = {worker._process.pid for worker in comparison.workers}
-    assert len(pids) == 2
-    assert row["wrong"] == []
-    assert list(row["passes"]) == ["forward", "dgrad", "wgrad"]
-    for figures in (*row["passes"].values(), row["step"]):
-        assert figures["baselines"]["revision"]["speedup"]["median"] > 0
-    assert "x [" in report.text_of(row)
-    assert all(worker._process.returncode == 0 for worker in comparison.workers)
-
-
-def test_a_library_that_cannot_run_the_operators_is_reported(tmp_path: Path) -> None:
-    other = tmp_path / "libddst.so"
-    other.write_bytes(b"no library")
-    with against.Comparison(other, Settings(repeats=1)) as comparison:
-        row = comparison.measure(Case("conv2d", SMALL.name, 2, 0.5))
-    assert row["wrong"]
-    assert row["wrong"][0].startswith("the other revision")
-    json.dumps(row)

@@ -78,6 +78,31 @@ def test_names_say_the_layer_and_are_unique() -> None:
     assert len(set(LAYERS.values())) == len(LAYERS)
 
 
+def test_a_name_describes_its_layer_and_only_one_name_does() -> None:
+    for layer in LAYERS.values():
+        assert registry.layer_of(layer.name) == layer
+    assert registry.layer_of("conv4x4s2-48-24-10") == Layer(48, 24, 4, 10, 2)
+    assert registry.layer_of("linear-512-2048") == Layer(512, 2048)
+    assert registry.layers_of(["conv3x3s1-16-016-8", "conv3x3-16-16-8"]) == ["conv3x3-16-16-8"]
+    assert [case.op for case in registry.cases(["linear-64-48"], batches=[1], densities=[0.5], blocks=[(8, 8)])] == (
+        ["linear"] * 2
+    )
+    for name in (
+        "conv3x3",
+        "conv3x3-16-16",
+        "linear-16-",
+        "linear-1-2-3",
+        "conv3x3-16-16-8 ",
+        "Linear-16-16",
+        "conv²x²-1-1-1",
+    ):
+        with pytest.raises(ValueError, match="layer must be named as in"):
+            registry.layer_of(name)
+    for name, why in (("conv5x3-1-1-9", "square"), ("linear-0-4", "at least 1"), ("conv4x4-1-1-1", "does not fit")):
+        with pytest.raises(ValueError, match=rf"{name}.*{why}"):
+            registry.layer_of(name)
+
+
 def test_cases_are_the_product_without_the_impossible() -> None:
     found = registry.cases()
     assert len(set(found)) == len(found)
@@ -98,7 +123,7 @@ def test_cases_are_filtered_by_operator_and_name() -> None:
     gan = registry.cases(["sngan32"], batches=[16], densities=[0.1], blocks=[(16, 16)])
     assert [(case.op, case.mask, case.baselines) for case in gan] == [("gan", "random", ("dense",))]
     assert registry.cases(["linear-128-1"], blocks=[(16, 16)]) == []
-    with pytest.raises(ValueError, match=r"sngan32-g.*'conv9'"):
+    with pytest.raises(ValueError, match=r"'conv9'.*sngan32-g"):
         registry.layers_of(["conv9"])
 
 

@@ -170,3 +170,17 @@ def test_an_average_made_before_sparsify_or_densify_is_refused_by_name():
     densify(model)
     with pytest.raises(ValueError, match=r"0\.\w+\): make the EMA after"):
         ema.update()
+
+
+def test_a_model_that_has_run_can_be_averaged():
+    """torch's spectral norm holds its last weight with a graph, which deepcopy refuses."""
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model(torch.randn(2, 4)).sum().backward()
+    weight = model[0].weight
+    ema = EMA(model, decay=0.5)
+    assert model[0].weight is weight
+    assert weight.grad_fn is not None
+    assert torch.equal(ema.module[0].weight, weight)
+    assert ema.module[0].weight.grad_fn is None
+    ema.update()
+    assert ema.module(torch.randn(2, 4)).shape == (2, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import os
@@ -131,6 +132,31 @@ def test_all_that_tuning_may_choose_is_compiled() -> None:
             for config in candidates(op, dtype, block):
                 tiles = replace(config, waves=4) if hasattr(config, "waves") else config
                 assert (arch, op, dtype, precision, block, tiles) in compiled
+
+
+def test_fused_multiply_adds_are_asked_for() -> None:
+    """Whatever a version of triton takes without being asked (docs/notes/triton.md)."""
+    assert all(ahead.launch_of(job).options["enable_fp_fusion"] is True for job in ahead.jobs([90]))
+
+
+LOOPS = {  # what the variable of every loop in a kernel begins with, none of which is below zero
+    "gather.py": ["TAPS", "start", "start", "start", "2"],
+    "weight_grad.py": ["0", "first"],
+    "block_scores.py": ["0"],
+}
+
+
+def test_no_loop_variable_is_below_zero() -> None:
+    """There a quotient is rounded down in the interpreter and towards zero when compiled (docs/notes/triton.md)."""
+    found = {}
+    for file in sorted(Path(ahead.__file__).parent.glob("*.py")):
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        kernels = [f for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)]
+        loops = [node.iter for f in kernels for node in ast.walk(f) if isinstance(node, ast.For)]
+        if loops:
+            assert all(isinstance(loop, ast.Call) and "range" in ast.unparse(loop.func) for loop in loops)
+            found[file.name] = sorted(ast.unparse(loop.args[0]) for loop in loops if isinstance(loop, ast.Call))
+    assert found == {name: sorted(first) for name, first in LOOPS.items()}
 
 
 def test_interpreted_kernels_are_refused() -> None:

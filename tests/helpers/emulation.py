@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -36,13 +37,16 @@ def compile_program(source: Path, folder: Path, *flags: str, kernels: Path = KER
     cxx = compiler()
     assert cxx is not None, "no C++ compiler: install g++ or set CXX"
     program = folder / f"{source.stem}-{key(source, *flags, optimize=optimize, kernels=kernels)}"
-    if program.exists():
-        return program
-    partial = program.with_suffix(f".{os.getpid()}")
+    partial = program.with_suffix(".partial")
     command = [cxx, "-std=c++20", optimize, "-g1", *WARNINGS, *flags, f"-I{kernels}", f"-I{TESTS}"]
-    done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr[:8000]}"
-    partial.rename(program)
+    with program.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that wants the same waits for it
+        if not program.exists():
+            done = subprocess.run(
+                [*command, str(source), "-o", str(partial)], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr[:8000]}"
+            partial.rename(program)
     return program
 
 

@@ -22,6 +22,10 @@ BUILD_FILES := setup.py CMakeLists.txt $(shell find csrc -type f)
 # the cores too (measured: 0.70 s a step instead of 0.13 s on a busy machine of two cores).
 demo test test-all: export OMP_WAIT_POLICY ?= passive
 
+# Set up for tests, nvcc compiles for one architecture: what it makes for the others is recorded in
+# tests/cuda/resources.json, and compiled by the tests where that no longer holds. Elsewhere it compiles for all.
+test test-all test-newest record-kernels lint check-format check-lint check-types: export DDST_CUDA_ARCHS ?= 90-real
+
 .PHONY: demo test test-all test-newest record-kernels lint check-format check-lint check-types format wheel bench gpu clean
 .DELETE_ON_ERROR:
 
@@ -87,9 +91,6 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --no-compile -r $(VENV)/build-requires.txt
 	touch $@
 
-# nvcc compiles for one architecture: what it makes for the others is recorded in tests/cuda/resources.json, and compiled by
-# the tests where that no longer holds. `make wheel` compiles for all.
-$(VENV)/built: export DDST_CUDA_ARCHS ?= 90-real
 $(VENV)/built: $(VENV)/installed $(BUILD_FILES)
 	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,bench]'
 	touch $@

@@ -1,8 +1,10 @@
 # Needs Python 3.11 or later with venv, g++ and make; everything else is installed into .venv.
 #   make demo    set up, train the default configuration on the embedded digits, show the table
-#   make test    set up, then formatting, lint, types and all tests
+#   make test    set up, then formatting, lint, types and the tests; make test-all leaves none out (an hour)
 #   make wheel   dist/ddst-*.whl          make format   rewrite the sources in the project's format
 #   make bench   measure against dense    make clean    remove builds and caches (not .venv, not runs)
+#   make record-kernels  compile what changed since tests/**/{compiled,resources,recorded}.json were written, and write them
+#   make test-newest     the tests that need no compiled kernels with the newest torch and Triton, in a venv of their own
 #   make gpu     prove and measure the library on a GPU: with any python3 that has torch and CMake, no network, no .venv
 #                (make gpu PYTHON=… ARGS='--only correctness --budget 120 --out DIR')
 
@@ -14,13 +16,17 @@ OUT ?= runs/demo
 
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc tests/cuda -name "*.[ch]" -o -name "*.[ch]pp" -o -name "*.cu" -o -name "*.cuh")
-BUILD_FILES := setup.py CMakeLists.txt
+BUILD_FILES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 # Threads that wait go to sleep. OpenMP's default, waiting busily, costs several times the time where other programs want
 # the cores too (measured: 0.70 s a step instead of 0.13 s on a busy machine of two cores).
-demo test: export OMP_WAIT_POLICY ?= passive
+demo test test-all: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint check-format check-lint check-types format wheel bench gpu clean
+# Set up for tests, nvcc compiles for one architecture: what it makes for the others is recorded in
+# tests/cuda/resources.json, and compiled by the tests where that no longer holds. Elsewhere it compiles for all.
+test test-all test-newest record-kernels lint check-format check-lint check-types: export DDST_CUDA_ARCHS ?= 90-real
+
+.PHONY: demo test test-all test-newest record-kernels lint check-format check-lint check-types format wheel bench gpu clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the second demo goes to runs/demo-2.
@@ -29,7 +35,20 @@ demo: $(VENV)/built
 	echo "$(BIN)/ddst train --out $$out"; exec $(BIN)/ddst train --out "$$out"
 
 test: lint
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist loadfile --durations=20 -m "not torture"
+
+# Every kernel is compiled, every randomised test tries all it has, and the torture suite runs.
+test-all: export DDST_TEST_ALL = 1
+test-all: lint
+	$(BIN)/pytest -q -n 2 --dist loadfile --durations=20
+
+test-newest: $(VENV)/built
+	$(BIN)/python -P tests/newest.py --write
+
+record-kernels: $(VENV)/built
+	$(BIN)/python -P -m ddst.kernels.compile --json tests/kernels/compiled.json
+	PYTHONPATH=tests $(BIN)/python -P tests/helpers/cuda_resources.py
+	DDST_TEST_RECORD=1 $(BIN)/pytest -q tests/cuda
 
 lint: check-format check-lint check-types
 
@@ -61,6 +80,7 @@ gpu: PYTHON = python3
 gpu:
 	@$(PYTHON) -P benchmarks/gpu/run.py $(ARGS)
 
+# Without compiling to bytecode, which an import does for what it needs: a third of the time.
 # torch first, and the build without isolation: an isolated one would download torch a second time.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("ddst needs Python 3.11 or later, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -68,11 +88,11 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -c 'import tomllib; \
 		needs = tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]; \
 		print("$(TORCH)", *(n for n in needs if not n.startswith("torch")), sep="\n")' > $(VENV)/build-requires.txt
-	$(BIN)/pip install -r $(VENV)/build-requires.txt
+	$(BIN)/pip install --no-compile -r $(VENV)/build-requires.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed $(BUILD_FILES) $(CXX_SOURCES)
-	$(BIN)/pip install --no-build-isolation --editable '.[train,dev,bench]'
+$(VENV)/built: $(VENV)/installed $(BUILD_FILES)
+	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,bench]'
 	touch $@
 
 clean:

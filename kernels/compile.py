@@ -1,12 +1,15 @@
 """Compiles the kernels ahead of time, without a GPU, and says what came out.
 
-    python -m ddst.kernels.compile [--arch 80 90 100] [--json FILE | --check FILE] [--jobs N]
+    python -m ddst.kernels.compile [--arch 80 90 100] [--json FILE | --check FILE] [--all] [--jobs N]
 
 Every configuration that tuning may choose is compiled for every architecture with every kind of product: bfloat16,
 float16, TF32 and full float32. The table holds registers, spilled bytes, shared memory, tensor-core instructions, the
 number of instructions in the innermost loop around them, and how that loop loads. What is compiled is taken from the
 launches themselves, of a 3×3 convolution of 256 channels at 10 % (and one of ragged channels with stride 2). ``--json``
 writes the table, ``--check`` compares with one; both exit with 1 where a law of :func:`violations` is broken.
+
+The table keeps the :mod:`.fingerprint` of each kernel. What has the recorded one is not compiled again but taken from
+the table, unless ``--all`` asks for it; ``--check`` finds fault with every other, which ``--json`` records anew.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from ddst.topology import block_count
 
 from . import block_scores, gather, weight_grad
 from .configs import SIDES, GatherConfig, Problem, WeightGradConfig, candidates
+from .fingerprint import fingerprint
 from .launch import INTERPRETED, Launch
 
 ARCHITECTURES = (80, 90, 100)
@@ -116,8 +120,8 @@ def launch_of(job: Job) -> Launch:
     return block_scores.plan(job.problem, job.precision, -1)[1][0]
 
 
-def compile_launch(launch: Launch, dtype: torch.dtype, arch: int) -> Any:
-    """The compiled kernel of a launch, as it is when run: addresses are known to be multiples of 16."""
+def source_of(launch: Launch, dtype: torch.dtype) -> ASTSource:
+    """What the compiler is given for a launch, as it is when run: addresses are known to be multiples of 16."""
     numbers = iter(launch.scalars)
     signature: dict[str, str] = {}
     for name, parameter in zip(launch.kernel.arg_names, launch.kernel.params, strict=True):
@@ -131,8 +135,12 @@ def compile_launch(launch: Launch, dtype: torch.dtype, arch: int) -> Any:
         else:
             signature[name] = "*" + HOLDS.get(name, TYPES[dtype])
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=launch.constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=launch.constants, attrs=aligned)
+
+
+def target_of(job: Job) -> GPUTarget:
+    """The architecture that a job is compiled for."""
+    return GPUTarget("cuda", job.arch, 32)
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -182,7 +190,8 @@ def _count(instructions: Sequence[str]) -> dict[str, int]:
 
 def run(job: Job) -> dict[str, Any]:
     """Compiles one job: registers, spilled and shared bytes, products and copies, length of the loop."""
-    kernel = compile_launch(launch_of(job), job.problem.dtype, job.arch)
+    launch = launch_of(job)
+    kernel = triton.compile(source_of(launch, job.problem.dtype), target=target_of(job), options=launch.options)
     code, usage = _disassemble(kernel.asm["cubin"])
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
     found, loop = _instructions(code)
@@ -194,6 +203,13 @@ def run(job: Job) -> dict[str, Any]:
         "products": _count([re.sub(r"\.(F32|BF16|TF32|gdesc).*", "", i) for i in found if _is_product(i)]),
         "copies": _count([i for i in loop if re.match(r"LDGSTS|UTMALDG|LDG\.", i)]),
     }
+
+
+def key(job: Job) -> str:
+    """The fingerprint of what :func:`run` says about a job."""
+    launch = launch_of(job)
+    measure = (source_of, run, _disassemble, _instructions, _is_product, _count)
+    return fingerprint(source_of(launch, job.problem.dtype), target_of(job), launch.options, measure)
 
 
 def violations(job: Job, result: dict[str, Any]) -> list[str]:
@@ -216,6 +232,8 @@ def violations(job: Job, result: dict[str, Any]) -> list[str]:
 
 def compile_all(todo: Sequence[Job], processes: int) -> dict[str, dict[str, Any]]:
     """:func:`run` of every job, in parallel, by the job's text."""
+    if not todo:
+        return {}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
         results = pool.map(run, todo, chunksize=4)
@@ -233,6 +251,17 @@ def differences(recorded: dict[str, Any], results: dict[str, Any], architectures
     ]
 
 
+def read(path: Path | None) -> dict[str, Any]:
+    """The kernels of a table, none where there is no file or it is of another version of triton."""
+    if path is None or not path.is_file():
+        return {}
+    table = json.loads(path.read_text())
+    if table["triton"] != triton.__version__:
+        print(f"{path} is of triton {table['triton']}, this is {triton.__version__}: not compared")
+        return {}
+    return table["kernels"]
+
+
 def write(path: Path, results: dict[str, Any]) -> None:
     """A table as JSON, one line per kernel."""
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(result)}" for name, result in results.items())
@@ -244,26 +273,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare with a table of the same triton version")
+    parser.add_argument("--all", action="store_true", help="compile also what has not changed since it was recorded")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers at once")
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("kernels cannot be compiled while TRITON_INTERPRET is set")
     todo = list(jobs(options.arch))
-    results = compile_all(todo, options.jobs)
+    keys = {str(job): key(job) for job in todo}
+    recorded = read(options.check or options.json)
+    fresh = {} if options.all else {n: r for n, r in recorded.items() if n in keys and r.get("key") == keys[n]}
+    compiled = compile_all([job for job in todo if str(job) not in fresh], options.jobs)
+    results = {n: fresh[n] if n in fresh else compiled[n] | {"key": keys[n]} for n in keys}
     problems = [f"{job}: {text}" for job in todo for text in violations(job, results[str(job)])]
-    if options.check:
-        table = json.loads(options.check.read_text())
-        if table["triton"] == triton.__version__:
-            problems += differences(table["kernels"], results, options.arch)
-        else:
-            print(f"{options.check} is of triton {table['triton']}, this is {triton.__version__}: not compared")
+    if options.check and recorded:
+        problems += differences(recorded, results, options.arch)
     if options.json:
         write(options.json, results)
     else:
         for name, result in results.items():
             print(name, *(f"{what}={value}" for what, value in result.items()))
     print(*problems, sep="\n", file=sys.stderr)
-    print(f"{len(results)} kernels compiled, {len(problems)} problems")
+    print(
+        f"{len(compiled)} kernels compiled, {len(fresh)} unchanged since they were recorded, {len(problems)} problems"
+    )
     return 1 if problems else 0
 
 

@@ -55,7 +55,8 @@ class Launch:
         self.grid = (*grid, *[1] * (3 - len(grid)))
         self.scalars = scalars
         self.constants = dict(constants)
-        self.options = {"num_warps": warps, "num_stages": stages}
+        # Fused multiply-adds are asked for: from 3.10 on, Triton leaves them out by default.
+        self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
         self.others = others
         ordered = [name for name in kernel.arg_names if name in self.constants]
         self._tail = (*scalars, *[self.constants[name] for name in ordered])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ddst
 from ddst import _extension
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,9 +41,9 @@ print(ddst.__version__, ddst.__file__, ddst.benchmarks.__file__, ddst.build_info
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """Output of a command that must succeed, run without this process's Python settings."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | variables
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -50,10 +51,13 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the checkout, with its build folder: only what changed is compiled."""
+    """Built from the checkout, with its build folder and for its architectures: only what changed is compiled."""
+    architectures = ddst.build_info()["cuda_architectures"].partition(" by ")[0].split()
+    variables = {} if architectures == ["none"] else {"DDST_CUDA_ARCHS": ";".join(architectures)}
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, ROOT, cwd=folder)
+    command = [*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+    run(*command, cwd=folder, **variables)
     (built,) = folder.glob("*.whl")
     return built
 

@@ -7,31 +7,22 @@ logic; the instructions themselves (csrc/cuda/device/primitives_ptx.cuh) run on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from helpers import emulation
+from helpers import emulation, recorded
 
 PROGRAMS = sorted(emulation.TESTS.glob("test_*.cpp"))
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
 
 
-@pytest.fixture(scope="module")
-def programs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Path]]]:
-    """Every program, being compiled two at a time, into pytest's cache."""
-    folder = Path(request.config.cache.mkdir("cuda"))
-    pool = ThreadPoolExecutor(2)
-    yield {source.stem: pool.submit(emulation.compile_program, source, folder) for source in PROGRAMS}
-    pool.shutdown(cancel_futures=True)
-
-
-@pytest.mark.parametrize("name", [source.stem for source in PROGRAMS])
-def test_program(programs: dict[str, Future[Path]], name: str) -> None:
-    done = emulation.run_program(programs[name].result())
-    print(done.stdout)
-    assert done.returncode == 0, f"{name} failed:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
-    assert " checks, 0 failures" in done.stdout
+@pytest.mark.parametrize("source", PROGRAMS, ids=lambda source: source.stem)
+def test_program(request: pytest.FixtureRequest, source: Path) -> None:
+    with recorded.outcome(f"emulator: {source.name}", emulation.key(source)):
+        folder = Path(request.config.cache.mkdir("cuda"))
+        done = emulation.run_program(emulation.compile_program(source, folder))
+        print(done.stdout)
+        assert done.returncode == 0, f"{source.name} failed:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+        assert " checks, 0 failures" in done.stdout

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from helpers import emulation
+from helpers import emulation, recorded
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
 PROGRAM = emulation.TESTS / "mutant_gather.cpp"
-FLAGS = ("-std=c++20", "-O0", "-w", f"-I{emulation.KERNELS}", f"-I{emulation.TESTS}")
+OPTIONS = ("-std=c++20", "-O0", "-w")
+FLAGS = (*OPTIONS, f"-I{emulation.KERNELS}", f"-I{emulation.TESTS}")
 MUTATIONS = {
     "conv2d_gather.cuh": [
         ("wait too weak", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
@@ -51,6 +52,11 @@ MUTATIONS = {
 
 
 def test_slips_are_found(tmp_path: Path) -> None:
+    with recorded.outcome("emulator: slips", emulation.key(Path(__file__), *OPTIONS)):
+        plant(tmp_path)
+
+
+def plant(tmp_path: Path) -> None:
     common = tmp_path / "common.hpp"  # precompiled: what no mutation changes
     includes = ("<random>", "<vector>", '"check.hpp"', '"device/primitives.cuh"')
     common.write_text("".join(f"#include {name}\n" for name in includes))

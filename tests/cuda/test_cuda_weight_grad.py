@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddst import topology as tp
 from ddst.ops.cuda import weight_grad as cwg
-from helpers import emulation
+from helpers import emulated_weight_grad, emulation, recorded
 from helpers.emulated_weight_grad import BLOCKS, DEVICE, DTYPES, Caught, Library, Options, Problem, plan_for
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
@@ -279,6 +279,13 @@ def test_zero_outside_of_the_weight(library: Library) -> None:
 
 
 def test_mutations_are_caught(tmp_path: Path, library: Library) -> None:
+    files = [Path(str(module.__file__)) for module in (cwg, emulated_weight_grad)]
+    key = recorded.digest(emulation.key(SOURCE, optimize="-O0"), Path(__file__), *files)
+    with recorded.outcome("emulator: mutations of the weight gradient", key):
+        mutate(tmp_path, library)
+
+
+def mutate(folder: Path, library: Library) -> None:
     problems = mutation_problems()
     assert finds(library, problems) == ""
     original = (emulation.KERNELS / "weight_grad.cuh").read_text()
@@ -286,11 +293,11 @@ def test_mutations_are_caught(tmp_path: Path, library: Library) -> None:
     def mutant(number: int) -> tuple[str, str]:
         name, old, new = MUTATIONS[number]
         assert original.count(old) >= 1, name
-        folder = tmp_path / str(number)
-        shutil.copytree(emulation.KERNELS, folder)
-        (folder / "weight_grad.cuh").write_text(original.replace(old, new, 1))
-        how = {"kernels": folder, "optimize": "-O0"}
-        compiled = emulation.compile_program(SOURCE, folder, "-shared", "-fPIC", "-w", "-g0", **how)  # type: ignore[arg-type]
+        copy = folder / str(number)
+        shutil.copytree(emulation.KERNELS, copy)
+        (copy / "weight_grad.cuh").write_text(original.replace(old, new, 1))
+        how = {"kernels": copy, "optimize": "-O0"}
+        compiled = emulation.compile_program(SOURCE, copy, "-shared", "-fPIC", "-w", "-g0", **how)  # type: ignore[arg-type]
         return name, finds(Library(compiled), problems)
 
     with ThreadPoolExecutor(2) as pool:

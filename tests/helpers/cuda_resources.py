@@ -1,20 +1,30 @@
-"""What the compiler made of every CUDA kernel: registers, local memory, instructions, read from libddst_cuda.so.
+"""What the compiler made of every CUDA kernel: registers, local memory, instructions.
 
-``python -P tests/helpers/cuda_resources.py > tests/cuda/resources.json`` records the built library's registers.
+Read from libddst_cuda.so and, for architectures that it holds no code for, from the kernels compiled on the spot.
+``make record-kernels`` writes tests/cuda/resources.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import ddst
 from ddst import _extension
+from helpers import recorded
+
+RECORD = Path(__file__).parents[1] / "cuda" / "resources.json"
+KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+ARCHITECTURES = ("sm_100", "sm_80", "sm_90")
+#: What decides about registers in CMakeLists.txt's command.
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo")
 
 
 def tool() -> str | None:
@@ -34,21 +44,29 @@ def compiler() -> str:
     return ddst.build_info()["cuda_architectures"].partition(" by ")[2]
 
 
-def _dump(*options: str) -> str:
+def nvcc() -> str | None:
+    """The CUDA compiler, None if there is none."""
+    return shutil.which(os.environ.get("CUDACXX", "nvcc"))
+
+
+def key() -> str:
+    """What the recorded numbers depend on: the kernels' sources, the compiler, its options."""
+    sources = sorted(p for p in KERNELS.rglob("*") if p.suffix in recorded.SOURCES and not p.name.startswith("glue"))
+    return recorded.digest(*sources, compiler(), " ".join(FLAGS))
+
+
+def _dump(*options: str, file: Path = _extension.CUDA_LIBRARY) -> str:
     program = tool()
     assert program is not None
-    dump = subprocess.run(
-        [program, *options, str(_extension.CUDA_LIBRARY)], capture_output=True, text=True, check=True
-    ).stdout
+    dump = subprocess.run([program, *options, str(file)], capture_output=True, text=True, check=True).stdout
     names = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout
     return re.sub(r"ddst::(cuda|dev)::|void (?=ddst)", "", names)
 
 
-def resources() -> dict[str, dict[str, dict[str, int]]]:
-    """``{architecture: {kernel: {"REG": …, "STACK": …, "LOCAL": …}}}``."""
+def _resources(dump: str) -> dict[str, dict[str, dict[str, int]]]:
     found: dict[str, dict[str, dict[str, int]]] = {}
     arch = kernel = ""
-    for line in _dump("--dump-resource-usage").splitlines():
+    for line in dump.splitlines():
         if line.startswith("arch = "):
             arch = line.removeprefix("arch = ")
         elif line.startswith(" Function "):
@@ -56,6 +74,26 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
         elif "REG:" in line:
             numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
             found.setdefault(arch, {})[kernel] = numbers
+    return found
+
+
+def resources() -> dict[str, dict[str, dict[str, int]]]:
+    """``{architecture: {kernel: {"REG": …, "STACK": …, "LOCAL": …}}}`` of the built library."""
+    return _resources(_dump("--dump-resource-usage"))
+
+
+def compiled(arch: str) -> dict[str, dict[str, int]]:
+    """The same of the kernels compiled for one architecture, as the library's are."""
+    program = nvcc()
+    assert program is not None
+    found: dict[str, dict[str, int]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted(KERNELS.glob("*.cu")):
+            cubin = Path(folder) / f"{source.stem}.cubin"
+            command = [program, *FLAGS, f"-I{KERNELS.parent}", "-cubin", f"-arch={arch}", str(source), "-o", str(cubin)]
+            subprocess.run(command, check=True, capture_output=True)
+            for kernels in _resources(f"arch = {arch}\n{_dump('--dump-resource-usage', file=cubin)}").values():
+                found |= kernels
     return found
 
 
@@ -72,10 +110,21 @@ def instructions(arch: str) -> dict[str, Counter[str]]:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if not _extension.CUDA_LIBRARY.is_file() or nvcc() is None:
+        sys.exit(f"{RECORD} cannot be recorded without nvcc and a library built by it")
+    if json.loads(RECORD.read_text())["key"] == key():
+        return
+    built = resources()
+    numbers = {arch: built[arch] if arch in built else compiled(arch) for arch in ARCHITECTURES}
+    spills = [f"{a} {k}" for a, kernels in numbers.items() for k, n in kernels.items() if n["STACK"] or n["LOCAL"]]
+    if spills:
+        sys.exit(f"these kernels spill or use local memory, nothing was recorded: {spills}")
     registers = {
-        arch: {name: numbers["REG"] for name, numbers in sorted(kernels.items())}
-        for arch, kernels in sorted(resources().items())
+        arch: {name: counts["REG"] for name, counts in sorted(kernels.items())} for arch, kernels in numbers.items()
     }
-    json.dump({"compiler": compiler(), "registers": registers}, sys.stdout, indent=1)
-    print()
+    RECORD.write_text(json.dumps({"compiler": compiler(), "key": key(), "registers": registers}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

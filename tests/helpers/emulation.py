@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import os
 import shutil
 import subprocess
 from pathlib import Path
+
+from helpers import recorded
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
@@ -19,10 +21,11 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _digest(*folders: Path) -> str:
-    suffixes = (".cpp", ".hpp", ".cu", ".cuh", ".h")
-    files = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix in suffixes)
-    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
+def key(source: Path, *flags: str, optimize: str = "-O2", kernels: Path = KERNELS) -> str:
+    """What a test program and its outcome depend on: every source that it may include, the compiler, the options."""
+    cxx = compiler()
+    assert cxx is not None, "no C++ compiler: install g++ or set CXX"
+    return recorded.digest(source, kernels, TESTS, recorded.version(cxx), " ".join((optimize, *flags, *WARNINGS)))
 
 
 def compile_program(source: Path, folder: Path, *flags: str, kernels: Path = KERNELS, optimize: str = "-O2") -> Path:
@@ -33,14 +36,17 @@ def compile_program(source: Path, folder: Path, *flags: str, kernels: Path = KER
     """
     cxx = compiler()
     assert cxx is not None, "no C++ compiler: install g++ or set CXX"
-    program = folder / f"{source.stem}-{_digest(kernels, TESTS)}-{'-'.join((optimize, *flags))}".replace("=", "-")
-    if program.exists():
-        return program
-    partial = program.with_suffix(f".{os.getpid()}")
+    program = folder / f"{source.stem}-{key(source, *flags, optimize=optimize, kernels=kernels)}"
+    partial = program.with_suffix(".partial")
     command = [cxx, "-std=c++20", optimize, "-g1", *WARNINGS, *flags, f"-I{kernels}", f"-I{TESTS}"]
-    done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr[:8000]}"
-    partial.rename(program)
+    with program.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that wants the same waits for it
+        if not program.exists():
+            done = subprocess.run(
+                [*command, str(source), "-o", str(partial)], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr[:8000]}"
+            partial.rename(program)
     return program
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +17,7 @@ import torch
 
 from ddst.kernels import compile as ahead
 from ddst.kernels.configs import DTYPES, SIDES, candidates
+from helpers import scale
 
 TABLE = Path(__file__).with_name("compiled.json")
 
@@ -30,12 +34,92 @@ def command(*arguments: str, interpreted: bool = False, cache: Path | None = Non
 
 
 def test_every_kernel_compiles_to_what_is_recorded(tmp_path: Path) -> None:
-    """With the recorded version of triton the same kernels, with another one at least lawful ones. An empty cache makes
-    it compile. To record anew: python -m ddst.kernels.compile --json tests/kernels/compiled.json
+    """With the recorded version of triton the same kernels, with another one at least lawful ones. Compiled are those
+    whose fingerprint is not the recorded one, in ``make test-all`` all. An empty cache makes it compile. To record:
+    make record-kernels
     """
-    done = command("--check", str(TABLE), cache=tmp_path)
+    done = command("--check", str(TABLE), *(["--all"] if scale.everything() else []), cache=tmp_path)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert f"{len(list(ahead.jobs(ahead.ARCHITECTURES)))} kernels compiled, 0 problems" in done.stdout
+    compiled, unchanged = map(int, re.findall(r"(\d+) kernels compiled, (\d+) unchanged .* 0 problems", done.stdout)[0])
+    assert compiled + unchanged == len(list(ahead.jobs(ahead.ARCHITECTURES)))
+    assert not (scale.everything() and unchanged)
+
+
+def test_what_changed_since_it_was_recorded_is_compiled(tmp_path: Path) -> None:
+    table = json.loads(TABLE.read_text())
+    kernels = {name: entry for name, entry in table["kernels"].items() if name.startswith("sm_80 ")}
+    stale, missing, wrong = [name for name in kernels if "adding parts" in name][:3]
+    kernels[stale] = kernels[stale] | {"key": "of another source"}
+    kernels[wrong] = kernels[wrong] | {"key": "of another source", "registers": 0}
+    del kernels[missing]
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps(table | {"kernels": kernels}))
+    done = command("--check", str(file), "--arch", "80", cache=tmp_path)
+    assert done.returncode == 1
+    assert f"3 kernels compiled, {len(kernels) - 2} unchanged since they were recorded, 3 problems" in done.stdout
+    assert {line.partition(": recorded")[0] for line in done.stderr.splitlines()} == {stale, missing, wrong}
+    again = command("--json", str(file), "--arch", "80", cache=tmp_path)
+    assert f"3 kernels compiled, {len(kernels) - 2} unchanged since they were recorded, 0 problems" in again.stdout
+    written = json.loads(file.read_text())["kernels"]
+    assert written == {name: entry for name, entry in table["kernels"].items() if name in written}
+    assert len(written) == len(kernels) + 1
+
+
+KERNELS = """
+import triton
+import triton.language as tl
+
+FACTOR = tl.constexpr(2)
+LIST = [1]
+
+@triton.jit
+def twice(x):
+    # says nothing
+    return x * FACTOR
+
+@triton.jit
+def kernel(x, y):
+    \"\"\"A docstring.\"\"\"
+    tl.store(y, twice(tl.load(x)))
+"""
+CODES = """
+import importlib, json, sys
+from ddst.kernels.fingerprint import code_of
+sys.path.insert(0, sys.argv[1])
+codes = []
+for number in range(int(sys.argv[2])):
+    try:
+        codes.append(code_of(importlib.import_module(f"kernels{number}").kernel))
+    except TypeError as error:
+        codes.append(str(error))
+print(json.dumps(codes))
+"""
+
+
+def test_a_fingerprint_is_of_what_the_compiler_reads(tmp_path: Path) -> None:
+    equal = [
+        ("# says nothing", "# says something else"),
+        ("A docstring.", "Another one."),
+        ("FACTOR = ", "\n\nFACTOR = "),
+        ("x * FACTOR", "(x*FACTOR)"),
+    ]
+    others = [
+        ("constexpr(2)", "constexpr(3)"),
+        ("x * FACTOR", "x + FACTOR"),
+        ("twice(tl.load(x))", "twice(tl.load(x)) + 1"),
+        ("x * FACTOR", "x * LIST[0]"),
+    ]
+    changes = [("", ""), *equal, *others]
+    for number, (old, new) in enumerate(changes):
+        assert old in KERNELS
+        (tmp_path / f"kernels{number}.py").write_text(KERNELS.replace(old, new))
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    call = [sys.executable, "-P", "-c", CODES, str(tmp_path), str(len(changes))]
+    done = subprocess.run(call, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *codes = (re.sub(r"kernels\d+\.", "", code) for code in json.loads(done.stdout))
+    assert [code == first for code in codes] == [True] * len(equal) + [False] * len(others)
+    assert "reads LIST = [1]" in codes[-1]
 
 
 def test_all_that_tuning_may_choose_is_compiled() -> None:
@@ -48,6 +132,31 @@ def test_all_that_tuning_may_choose_is_compiled() -> None:
             for config in candidates(op, dtype, block):
                 tiles = replace(config, waves=4) if hasattr(config, "waves") else config
                 assert (arch, op, dtype, precision, block, tiles) in compiled
+
+
+def test_fused_multiply_adds_are_asked_for() -> None:
+    """Whatever a version of triton takes without being asked (docs/notes/triton.md)."""
+    assert all(ahead.launch_of(job).options["enable_fp_fusion"] is True for job in ahead.jobs([90]))
+
+
+LOOPS = {  # what the variable of every loop in a kernel begins with, none of which is below zero
+    "gather.py": ["TAPS", "start", "start", "start", "2"],
+    "weight_grad.py": ["0", "first"],
+    "block_scores.py": ["0"],
+}
+
+
+def test_no_loop_variable_is_below_zero() -> None:
+    """There a quotient is rounded down in the interpreter and towards zero when compiled (docs/notes/triton.md)."""
+    found = {}
+    for file in sorted(Path(ahead.__file__).parent.glob("*.py")):
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        kernels = [f for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)]
+        loops = [node.iter for f in kernels for node in ast.walk(f) if isinstance(node, ast.For)]
+        if loops:
+            assert all(isinstance(loop, ast.Call) and "range" in ast.unparse(loop.func) for loop in loops)
+            found[file.name] = sorted(ast.unparse(loop.args[0]) for loop in loops if isinstance(loop, ast.Call))
+    assert found == {name: sorted(first) for name, first in LOOPS.items()}
 
 
 def test_interpreted_kernels_are_refused() -> None:

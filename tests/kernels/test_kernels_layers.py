@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from triton.runtime import interpreter
 
-from ddst import SparseConv2d, SparseLinear, backends
+from ddst import SparseConv2d, SparseLinear, backends, kernels
 from ddst.gan import DDST
 from ddst.nn import set_backend, sparse_layers, spectral_norm
 from ddst.ops import conv2d
@@ -134,3 +136,47 @@ def test_training_is_that_of_the_reference(on_triton: list[str]) -> None:
     torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(masks, expected_masks, strict=True))
     assert not all(torch.equal(ours, old) for ours, old in zip(masks, before, strict=True))
+
+
+@pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 1, 1), (3, 2, 2)])
+def test_no_result_hangs_on_what_versions_of_triton_do_otherwise(
+    on_triton: list[str], monkeypatch: pytest.MonkeyPatch, stride: int, padding: int, dilation: int
+) -> None:
+    """Quotients below zero may be rounded down or towards zero, and there is no maximum or minimum of floating-point
+    numbers, in which a NaN may win or lose (docs/notes/triton.md).
+    """
+    layer = SparseConv2d(40, 24, 3, stride, padding, dilation, density=0.5, block=(16, 16))
+    x = torch.randn(2, 40, 9, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    shape = (24, 40, 3, 3)
+
+    def results() -> list[torch.Tensor]:
+        y = layer(x)
+        gradients = torch.autograd.grad(y.square().sum(), (x, layer.values))
+        settings = ((stride,) * 2, (padding,) * 2, (dilation,) * 2)
+        scores = kernels.conv2d_block_scores(y.detach(), x.detach(), shape, (16, 16), *settings)
+        return [y.detach(), *gradients, scores]
+
+    before = results()
+    rounded: list[object] = []
+
+    def divide_down(self: object, lhs: interpreter.TensorHandle, rhs: interpreter.TensorHandle) -> object:
+        rounded.append(np.floor_divide(lhs.data, rhs.data))
+        return interpreter.TensorHandle(rounded[-1], lhs.dtype.scalar)
+
+    def remain_down(self: object, lhs: interpreter.TensorHandle, rhs: interpreter.TensorHandle) -> object:
+        return interpreter.TensorHandle(np.mod(lhs.data, rhs.data), lhs.dtype.scalar)
+
+    def refuse(*arguments: object, **settings: object) -> object:
+        raise AssertionError("a maximum or minimum of floating-point numbers")
+
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "create_idiv", divide_down)
+    monkeypatch.setattr(builder, "create_srem", remain_down)
+    for name in ("create_maximumf", "create_maxnumf", "create_minimumf", "create_minnumf"):
+        monkeypatch.setattr(builder, name, refuse)
+    monkeypatch.setattr(interpreter.ReduceOps, "min_max", refuse)
+    on_triton.clear()
+    after = results()
+    assert set(on_triton) == {"conv2d", "conv2d_input_grad", "conv2d_weight_grad"}
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert rounded, "no quotient was taken"

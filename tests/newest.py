@@ -1,0 +1,116 @@
+"""Runs tests with the newest torch and Triton that the package index has, and keeps what came out (`make test-newest`).
+
+    python -P tests/newest.py [--write] [--venv DIR] [TESTS ...]
+
+The newest packages go into a virtual environment of their own (several GB where they are CUDA builds), which is deleted
+afterwards unless ``--venv`` names it; ddst is this tree with the library built in it by the pinned torch's headers.
+``--write`` writes docs/notes/newest.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "docs" / "notes" / "newest.md"
+TESTS = ["tests/ops", "tests/nn", "tests/sparsity", "tests/gan", "tests/kernels"]
+#: Compiles every kernel, as none is recorded with another version of Triton.
+LEFT_OUT = ["tests/kernels/test_kernels_compile.py"]
+PACKAGES = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+VERSIONS = """
+import platform, numpy, torch, triton
+print(torch.__version__, triton.__version__, numpy.__version__, platform.python_version())
+"""
+
+
+def run(*command: str | Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    print("+", *command, flush=True)
+    return subprocess.run([str(part) for part in command], text=True, check=True, **settings)  # type: ignore[call-overload]
+
+
+def prepare(python: Path) -> None:
+    """An environment with the newest packages; Triton's newest, whatever torch asks for."""
+    run(sys.executable, "-m", "venv", python.parents[1])
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    tests = [need for need in needs["dev"] if need.startswith(("pytest", "hypothesis"))]
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade"]
+    run(*pip, "torch", "numpy", *needs["train"], *tests)
+    run(*pip, "--no-deps", "triton")
+
+
+def install(python: Path) -> None:
+    """ddst as it is installed here: this tree, with the library that is built in it, which any torch loads."""
+    packages = Path(run(python, "-c", PACKAGES, stdout=subprocess.PIPE).stdout.strip())
+    for file in importlib.metadata.files("ddst") or []:
+        if ".." not in file.parts and "__pycache__" not in file.parts:
+            (packages / file).parent.mkdir(exist_ok=True)
+            shutil.copy(str(file.locate()), packages / file)
+
+
+def outcome(python: Path, tests: list[str]) -> tuple[int, list[str], list[str]]:
+    """(exit code, lines on failures, the counts in pytest's last line) of the tests."""
+    ignored = [f"--ignore={ROOT / file}" for file in LEFT_OUT]
+    command = [python.with_name("pytest"), "-q", "-m", "not torture", "-p", "no:cacheprovider", *ignored, *tests]
+    print("+", *command, flush=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    lines = done.stdout.splitlines()
+    bad = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return (
+        done.returncode,
+        bad,
+        re.findall(r"\d+ (?:passed|failed|skipped|errors?|deselected)", lines[-1] if lines else ""),
+    )
+
+
+def write(versions: str, tests: list[str], code: int, bad: list[str], counts: list[str]) -> None:
+    torch, triton, numpy, python = versions.split()
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    lines = [
+        "# The tests with the newest torch and Triton",
+        "",
+        "Written by `make test-newest`, which is run by hand.",
+        "",
+        f"- {datetime.date.today()}, commit {commit.strip() or 'unknown'}",
+        f"- torch {torch}, Triton {triton}, numpy {numpy}, Python {python}",
+        "- the library as built with the headers of the torch that pyproject.toml names",
+        f"- `{' '.join(tests)}` without `{' '.join(LEFT_OUT)}`",
+        f"- {', '.join(counts) or 'no tests ran'}; pytest's exit code {code}",
+        *(["", "```", *bad, "```"] if bad else []),
+    ]
+    RESULT.write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tests", nargs="*", default=TESTS, help="files and folders (default: %(default)s)")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
+    parser.add_argument(
+        "--venv", type=Path, metavar="DIR", help="where the environment is made and kept; used if there"
+    )
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        python = (options.venv or Path(temporary) / "venv").absolute() / "bin" / "python"
+        if not python.exists():
+            prepare(python)
+        install(python)
+        versions = run(python, "-P", "-c", VERSIONS, stdout=subprocess.PIPE).stdout.strip()
+        result = outcome(python, options.tests)
+        if options.write:
+            write(versions, options.tests, *result)
+    return result[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

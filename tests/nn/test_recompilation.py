@@ -1,0 +1,31 @@
+"""How often a compiled layer is compiled anew while the number of its blocks changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ddst
+
+COUNTS = (32, 30, 28, 36, 20, 41)
+
+
+@pytest.mark.parametrize("static, graphs", [(True, len(COUNTS)), (False, 2)])
+def test_parameters_of_changing_shape_end_recompilation(static: bool, graphs: int) -> None:
+    """README's limit: torch takes a parameter's shape for a constant unless it is told otherwise."""
+    layer = ddst.SparseLinear(64, 64, density=0.5, block=8)
+    seen = []
+
+    def compiler(module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        seen.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=compiler, fullgraph=True)
+    x = torch.randn(4, 64)
+    with torch._dynamo.config.patch(force_parameter_static_shapes=static):
+        for count in COUNTS:
+            layer.set_block_mask((torch.randperm(64) < count).view_as(layer.block_mask))
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert len(seen) == graphs
+    torch._dynamo.reset()

@@ -13,7 +13,7 @@ _extension.load()  # before anything that registers derivatives of the compiled 
 from ._extension import build_info  # noqa: E402
 from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
 from .nn import SparseConv2d, SparseLinear, explain, follow  # noqa: E402
-from .sparsity import SparseTraining, advise, dense_state_dict, densify, carry_state, sparsify  # noqa: E402
+from .sparsity import SparseTraining, advise, carry_state, dense_state_dict, densify, sparsify  # noqa: E402
 
 try:
     __version__ = version("ddst")
@@ -31,10 +31,10 @@ __all__ = [
     "__version__",
     "advise",
     "build_info",
+    "carry_state",
     "dense_state_dict",
     "densify",
     "explain",
     "follow",
-    "carry_state",
     "sparsify",
 ]

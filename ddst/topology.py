@@ -309,7 +309,7 @@ def unpack_slots(values: Tensor, slot_blocks: Tensor, weight_shape: Sequence[int
 
 
 def pack(weight: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:
-    """:func:`pack_slots` with the row-major slots of a mask: the active blocks of a dense weight, ``[nnz, b_out, b_in]``.
+    """:func:`pack_slots` with the row-major slots of a mask: a dense weight's active blocks, ``[nnz, b_out, b_in]``.
 
     >>> pack(torch.arange(4.0).view(2, 2), torch.tensor([[True, True]]), (2, 1)).tolist()
     [[[0.0], [2.0]], [[1.0], [3.0]]]
@@ -420,7 +420,7 @@ class SlotChange:
     def between(before: Tensor, after: Tensor) -> SlotChange:
         """The change from one map of slots to any other, where kept blocks may lie in other slots."""
         old, new = before.long(), after.long()
-        blocks = int(max([0, *(part.max() + 1 for part in (old, new) if part.numel())]))
+        blocks = max([0, *(int(part.max()) + 1 for part in (old, new) if part.numel())])
         slot_of = old.new_full((blocks + 1,), -1)
         active = old >= 0
         slot_of[old[active]] = active.nonzero()[:, 0]

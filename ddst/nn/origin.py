@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _REMEDY = "Call ddst.follow(average, model) right after making the average, or use ddst.EMA"
 
-_copies: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+_copies: weakref.WeakKeyDictionary[SparseLayer, weakref.WeakSet[SparseLayer]] = weakref.WeakKeyDictionary()
 
 
 class Origin:
@@ -45,7 +45,7 @@ class Origin:
         if torch.equal(change.before, change.slot_blocks):
             return
         for copy in list(_copies.get(origin, ())):
-            known: Origin | None = copy._origin
+            known = copy._origin
             if known is None or known.of() is not origin:
                 _copies[origin].discard(copy)
             elif known.follows:

@@ -20,12 +20,12 @@ __all__ = [
     "TrainingFlops",
     "UpdateReport",
     "advise",
+    "carry_state",
     "choose_drop",
     "choose_grow",
     "dense_state_dict",
     "densify",
     "network_stats",
     "relative_keys",
-    "carry_state",
     "sparsify",
 ]

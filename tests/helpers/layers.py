@@ -33,7 +33,7 @@ def topology_from(slot_blocks: Tensor, dims: Sequence[int]) -> Tensor:
     by_row = sorted(places(slot_blocks, dims), key=lambda p: p[1:])
     by_col = sorted(by_row, key=lambda p: (p[2], p[1], p[3]))
     free = [slot for slot, rank in enumerate(slot_blocks.tolist()) if rank < 0]
-    at = {slot: (row, col, tap) for slot, row, col, tap in by_row} | {slot: (dims[0], dims[1], 0) for slot in free}
+    at = {slot: (row, col, tap) for slot, row, col, tap in by_row} | dict.fromkeys(free, (dims[0], dims[1], 0))
     parts = [
         [sum(p[1] < r for p in by_row) for r in range(dims[0] + 1)],
         [sum(p[2] < c for p in by_row) for c in range(dims[1] + 1)],

@@ -1,4 +1,4 @@
-"""Copies of sparse layers whose origin's blocks move: they follow, or say that they hold averages of different blocks."""
+"""Copies of sparse layers whose origin's blocks move: they follow, or raise before they mix different blocks."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ Loop = Callable[[nn.Module, nn.Module], None]
 @loops
 @pytest.mark.parametrize("growths", [(0, 0, 0, 0), (5, 0, -6, 2)])
 @pytest.mark.parametrize("reserve", [None, 0.9])
-def test_a_follower_averages_every_block_with_itself(loop: Loop, growths: tuple[int, ...], reserve: float | None) -> None:
+def test_a_follower_averages_every_block_with_itself(
+    loop: Loop, growths: tuple[int, ...], reserve: float | None
+) -> None:
     model = net(reserve=reserve)
     average = copy.deepcopy(model).requires_grad_(False)
     ddst.follow(average, model)

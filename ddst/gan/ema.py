@@ -15,7 +15,7 @@ from ddst.nn.origin import follow
 class EMA:
     """``w̄ ← γ w̄ + (1 − γ) w``, on active blocks: what the model drops leaves the average, what it grows enters as 0.
 
-    :attr:`module` is a copy of the model to generate images with. Its masks follow the model's at the moment they change
+    :attr:`module` is a copy of the model to generate images with. Its masks follow the model's when they change
     (:func:`ddst.follow`), dtypes and devices before each update, so it is as sparse as the model. Buffers (batch norm's
     statistics) are copied, not averaged.
 
@@ -92,6 +92,6 @@ class EMA:
         return {"module": self.module.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`; the masks become those of the state, until the next update those of the model."""
+        """Restores :meth:`state_dict`; the masks become the state's, until the next update the model's."""
         self.module.load_state_dict(state["module"])
         self.updates = int(state["updates"])

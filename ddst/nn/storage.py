@@ -1,7 +1,7 @@
 """Where a sparse layer keeps its weight: packed values in slots, the map of slots, and what is derived from it.
 
-``values`` is the one parameter. ``slot_blocks`` says which block lies in which slot. It is a plain tensor on the CPU, no
-buffer: what averages buffers, casts them or sends them to other processes leaves it alone, and it survives the meta
+``values`` is the one parameter. ``slot_blocks`` says which block lies in which slot. It is a plain tensor on the CPU,
+no buffer: what averages buffers, casts them or sends them to other processes leaves it alone, and it survives the meta
 device. It is part of the state dict. ``topology``, the vector that kernels walk, is derived from it, lies on the device
 of the values and stands in no state dict. Both are rewritten in place while the number of slots stays.
 """

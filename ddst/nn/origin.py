@@ -45,7 +45,7 @@ class Origin:
         if torch.equal(change.before, change.slot_blocks):
             return
         for copy in list(_copies.get(origin, ())):
-            known: Origin | None = copy._origin
+            known = copy._origin
             if known is None or known.of() is not origin:
                 _copies[origin].discard(copy)
             elif known.follows:

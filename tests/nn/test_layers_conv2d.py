@@ -50,6 +50,7 @@ def test_signature_is_that_of_conv2d_plus_density_and_block() -> None:
     assert {n: (p.default, p.kind) for n, p in ours.items() if n not in theirs} == {
         "density": (0.1, inspect.Parameter.KEYWORD_ONLY),
         "block": ((16, 16), inspect.Parameter.KEYWORD_ONLY),
+        "reserve": (None, inspect.Parameter.KEYWORD_ONLY),
     }
 
 

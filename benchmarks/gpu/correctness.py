@@ -26,7 +26,7 @@ from ddst import backends, index_cache, topology
 from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.environment import KINDS
-from ddst.benchmarks.gpu.problems import SHAPES, Shape, Tensors
+from ddst.benchmarks.gpu.problems import SHAPES, Shape, Tensors, in_slots
 from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.timing import precision, watch_of, without_cudnn
 
@@ -205,6 +205,7 @@ def _check_layer(group: Group, linear: bool, dtype: torch.dtype, report: Report)
         layer.set_block_mask(mask)
         with torch.no_grad():
             layer.values.normal_()
+            layer.values[layer.slot_blocks.to(group.device) < 0] = 0.0
         layer.request_scores()
         pixels = () if linear else (6, 5)
         x, gy = (torch.randn(9, c, *pixels, device=group.device).to(dtype) for c in (into, out))
@@ -218,7 +219,7 @@ def _check_layer(group: Group, linear: bool, dtype: torch.dtype, report: Report)
             gx, gw, gb = torch.autograd.grad(expected_y, wide, gy.double())
         blocks = topology.as_blocks(gw, group.block)
         scores = torch.linalg.vector_norm(blocks, dim=(-2, -1))
-        expected = (expected_y, gx, blocks[mask], gb, scores)
+        expected = (expected_y, gx, in_slots(blocks[mask], layer.slot_blocks.to(group.device), fill=0.0), gb, scores)
         names = ("output", "input's gradient", "values' gradient", "bias's gradient", "scores")
         for name, result, right in zip(names, (y, *grads, layer.take_scores()), expected, strict=True):
             report.checked["layer"] = report.checked.get("layer", 0) + 1

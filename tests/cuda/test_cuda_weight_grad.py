@@ -235,7 +235,8 @@ MUTATIONS = [
     ("image of a tile", "/ z.tiles_h * s.tile_images", "/ z.tiles_h"),
     ("share's partials", "(std::int64_t(share) * s.groups + group)", "(std::int64_t(share) + group)"),
     ("reduction's rows", "lane / 4;", "lane / 8;"),
-    ("a share left out", "for (int share = 0; share < s.shares", "for (int share = 1; share < s.shares"),
+    ("a share left out", "for (int share = 0; share < shares", "for (int share = 1; share < shares"),
+    ("partials that nobody wrote", "out_channel < s.out_channels ? s.shares : 0", "s.shares"),
     ("outside of the weight", "out_channel + row < s.out_channels && ", ""),
 ]
 

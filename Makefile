@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 
 BIN := $(VENV)/bin
-CXX_SOURCES := $(shell find csrc tests/cuda -name "*.[ch]" -o -name "*.[ch]pp" -o -name "*.cu" -o -name "*.cuh")
+CXX_SOURCES := $(shell find csrc tests -name "*.[ch]" -o -name "*.[ch]pp" -o -name "*.cu" -o -name "*.cuh")
 BUILD_FILES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 # Threads that wait go to sleep. OpenMP's default, waiting busily, costs several times the time where other programs want

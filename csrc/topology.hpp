@@ -178,7 +178,7 @@ inline Tensor check_bias(const char* op, const std::optional<Tensor>& bias, cons
   if (bias->dim() != 1 || bias->size(0) != grid.out_channels) {
     fail(op, "bias has shape ", shape_text(*bias), ", expected [", grid.out_channels, "]");
   }
-  return as_contiguous(*bias);
+  return naming_operator(op, [&] { return as_contiguous(*bias); });
 }
 
 inline WeightGrid grid_of_block(const char* op, const Ints& block, const Ints& weight_shape, int64_t dims) {

@@ -114,6 +114,7 @@ def conv2d(
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; the message names it.
+        RuntimeError: no memory for the output or a workspace, in torch's words, with its bytes.
 
     Numerics: accumulates in the compute dtype (float32 or float64); the same bits for the same number of threads.
     Differentiable any number of times; every derivative is one of the registered operators.

@@ -46,6 +46,7 @@ def linear(
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument does not fit; the message names it.
+        RuntimeError: no memory for the output or a workspace, in torch's words, with its bytes.
 
     Numerics: accumulates in the compute dtype; the same bits for the same number of threads. Differentiable any number
     of times.

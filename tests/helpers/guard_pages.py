@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from helpers.dense import block_norms, pack_blocks, unpack_blocks
-from helpers.problems import Case, ConvProblem, LinearProblem, wide_problems
+from helpers.problems import Case, ConvProblem, LinearProblem, large_problems, wide_problems
 
 PAGE = mmap.PAGESIZE
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -74,7 +74,12 @@ class GuardedMemory:
 
 
 def guarded_problem(seed: int) -> ConvProblem | LinearProblem:
-    """A random problem; every second one has channels in whole vectors, so that operands are read where they lie."""
+    """A random problem; every second one has channels in whole vectors, so that operands are read where they lie.
+
+    Seeds -1, -2, … are `large_problems`.
+    """
+    if seed < 0:
+        return list(large_problems())[seed]
     problem = next(iter(wide_problems(1, seed)))
     rng = random.Random(seed)
     if rng.random() < 0.5:

@@ -15,6 +15,7 @@ import torch
 
 from helpers.cpu_paths import CAPABILITIES, run_with, skip_without
 from helpers.guard_pages import GuardedArea
+from helpers.problems import large_problems
 
 CHECK = str(Path(__file__).resolve().parents[1] / "helpers" / "check_guard_pages.py")
 MOST_KILLS = 5  # then it is known well enough that it is broken
@@ -57,6 +58,16 @@ def test_nothing_beside_the_operands_is_touched_in_50000_problems(
     skip_without(capability)
     first, last = 10_000 + 50_000 * number // 3, 10_000 + 50_000 * (number + 1) // 3
     record_property("tally", check_seeds(first, last, capability, guarded_heap, tmp_path))
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_nothing_beside_the_operands_of_large_problems_is_touched(
+    capability: str, guarded_heap: str, tmp_path: Path, record_property
+) -> None:
+    skip_without(capability)
+    count = len(list(large_problems()))
+    record_property("tally", check_seeds(-count, 0, capability, guarded_heap, tmp_path))
 
 
 def ended_by(act: Callable[[], object]) -> int:

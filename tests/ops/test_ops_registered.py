@@ -222,7 +222,7 @@ def test_wrong_argument_is_named(name: str, index: int, value: Any, named: str) 
         ),
         ({"topology": torch.zeros(7, dtype=torch.int64)}, "topology has dtype Long, expected Int"),
         ({"weight_shape": [48, 32, 3]}, "weight_shape has 3 numbers, expected 4"),
-        ({"stride": [0, 1]}, r"stride is \[0, 1\], expected two ints of at least 1"),
+        ({"stride": [0, 1]}, r"stride is \[0, 1\], expected two ints from 1 to 2\^31 - 1"),
         ({"dilation": [9, 9]}, "is smaller than the kernel"),
         ({"padding": [0, 1_200_000_000]}, "makes an output of .* expected at most 2\\^31 - 1"),
     ],

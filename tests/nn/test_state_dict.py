@@ -51,7 +51,6 @@ def images() -> Tensor:
     return torch.randn(2, 3, 6, 6)
 
 
-@torch.no_grad()  # torch cannot copy a layer that holds a weight with a history, as its hook leaves one
 @pytest.mark.parametrize("change", ["mask of more blocks", "other mask alone", "mask of another dtype", "fewer values"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_mask_that_does_not_fit_its_values_is_refused_and_the_layer_stays(change: str, strict: bool) -> None:
@@ -74,6 +73,7 @@ def test_a_mask_that_does_not_fit_its_values_is_refused_and_the_layer_stays(chan
     assert layer.dense_weight().isfinite().all()
 
 
+@torch.no_grad()  # torch cannot copy a layer that holds a weight with a history, as its hook leaves one
 @pytest.mark.parametrize("style", STYLES)
 def test_dense_state_dict_loads_strictly_into_the_dense_model(style: str) -> None:
     sparse = sparse_net(style)

@@ -152,13 +152,14 @@ class Wheel(bdist_wheel):
 
 setup(
     packages=[
-        *find_packages(include=["ddst", "ddst.*"]),
+        *find_packages(include=["ddst", "ddst.*"], exclude=["ddst._command"]),
+        "run_ddst",
         "ddst.benchmarks",
         *(f"ddst.benchmarks.{name}" for name in find_packages("benchmarks")),
         "ddst.kernels",
         *(f"ddst.kernels.{name}" for name in find_packages("kernels")),
     ],
-    package_dir={"ddst.benchmarks": "benchmarks", "ddst.kernels": "kernels"},
+    package_dir={"run_ddst": "ddst/_command", "ddst.benchmarks": "benchmarks", "ddst.kernels": "kernels"},
     ext_modules=[Extension("ddst._lib._native", sources=[])],
     cmdclass={"build": Build, "build_ext": CMakeBuild, "bdist_wheel": Wheel},
     zip_safe=False,

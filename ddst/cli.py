@@ -8,12 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from ddst import __version__, build_info
+from ddst.train.config import OPTIONS
+from ddst.train.options import flag, shown_value
+from ddst.train.terminal import lenient_streams, one_line
+
 
 class _Parser(argparse.ArgumentParser):
     """Errors are one line with exit code 2, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def _converter(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -32,10 +37,6 @@ def _converter(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser. `train` puts only the options that were given into its namespace."""
-    from ddst import __version__
-    from ddst.train.config import OPTIONS
-    from ddst.train.options import flag, shown_value
-
     parser = _Parser(prog="ddst", description="Sparse GAN training on packed block-sparse layers.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ddst {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -61,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
         elif declared.metavar:
             more["metavar"] = declared.metavar
         text = declared.help + (f" (default: {default})" if default else "")
+        if declared.methods:
+            text += f" (with {', '.join(declared.methods)})"
         train.add_argument(flag(name), type=_converter(declared.kind), help=text.replace("%", "%%"), **more)
     commands.add_parser("info", help="show version, libraries and instruction sets", allow_abbrev=False)
     return parser
@@ -68,41 +71,43 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (argparse exits by itself for --help and wrong options)."""
-    try:
-        given = vars(build_parser().parse_args(arguments))
-        if given.pop("command") == "info":
-            return _info()
+    given = vars(build_parser().parse_args(arguments))
+    if given.pop("command") == "info":
+        return _info()
+    with lenient_streams():
         return _train({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    except ModuleNotFoundError as error:
-        print(f"ddst: error: {error.name} is missing: pip install 'ddst[train]'", file=sys.stderr)
-        return 2
 
 
 def _info() -> int:
-    from ddst import build_info
-
-    print(json.dumps(build_info(), indent=2, default=str))
+    print(json.dumps({"ddst": __version__, **build_info()}, indent=2, default=str))
     return 0
 
 
 def _train(given: dict[str, Any]) -> int:
-    from ddst.data import DataError
-    from ddst.train.checkpoint import CheckpointError
-    from ddst.train.job import run
-    from ddst.train.loop import TrainingError
-    from ddst.train.options import ConfigError
-
     try:
-        return run(given)
-    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
-        print(f"ddst train: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
-    except OSError as error:  # A full disk, a folder that is gone: the last whole checkpoint stays.
-        print(f"ddst train: error: {error}", file=sys.stderr)
-        return 1
+        from ddst.data import DataError
+        from ddst.train.checkpoint import CheckpointError
+        from ddst.train.job import run
+        from ddst.train.loop import TrainingError
+        from ddst.train.options import ConfigError
+
+        try:
+            return run(given)
+        except (ConfigError, DataError, CheckpointError) as error:
+            return _ended(2, f"error: {error}")
+        except TrainingError as error:
+            return _ended(1, f"error: {error}")
+        except OSError as error:  # A full disk, a folder that is gone: the last whole checkpoint stays.
+            return _ended(1, f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+    except ModuleNotFoundError as error:
+        return _ended(2, f"error: {error.name} is missing: pip install 'ddst[train]'")
     except KeyboardInterrupt:  # Outside the training loop, which ends in order.
-        print("ddst train: interrupted", file=sys.stderr)
-        return 130
+        return _ended(130, "interrupted")
+
+
+def _ended(code: int, why: str) -> int:
+    print(f"ddst train: {one_line(why)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -84,12 +85,13 @@ class Quality:
 
 
 @torch.no_grad()
-def evaluate_digits(real: Tensor, fake: Tensor) -> Quality:
+def evaluate_digits(real: Tensor, fake: Tensor | Iterable[Tensor]) -> Quality:
     """Fréchet distance, floor and class shares of generated digits.
 
     Args:
         real: `[N, 1, H, H]` real digits in [-1, 1].
-        fake: `[M, 1, H, H]` generated ones at the same resolution.
+        fake: `[M, 1, H, H]` generated ones at the same resolution, or parts of them: of each part only the features are
+            kept, 64 numbers an image.
 
     Returns:
         A `Quality`; the same inputs give the same numbers (no random numbers but the floor's own seeded splits).
@@ -99,8 +101,6 @@ def evaluate_digits(real: Tensor, fake: Tensor) -> Quality:
     """
     if real.ndim != 4 or real.shape[1] != 1 or real.shape[2] != real.shape[3]:
         raise ValueError(f"real must be [N, 1, H, H], got {list(real.shape)}")
-    if fake.ndim != 4 or fake.shape[1:] != real.shape[1:]:
-        raise ValueError(f"fake must be [M, {', '.join(map(str, real.shape[1:]))}], got {list(fake.shape)}")
     resolution = nearest_resolution(real.shape[-1])
     net = load_classifier(resolution)
 
@@ -110,7 +110,13 @@ def evaluate_digits(real: Tensor, fake: Tensor) -> Quality:
             images = F.interpolate(images, size=(resolution, resolution), mode="bilinear", antialias=True)
         return net.features(images)
 
-    real_features, fake_features = features(real), features(fake)
+    def checked(part: Tensor) -> Tensor:
+        if part.ndim != 4 or part.shape[1:] != real.shape[1:]:
+            raise ValueError(f"fake must be [M, {', '.join(map(str, real.shape[1:]))}], got {list(part.shape)}")
+        return part
+
+    parts = (fake,) if isinstance(fake, Tensor) else fake
+    real_features, fake_features = features(real), torch.cat([features(checked(part)) for part in parts])
     # The head was trained on unscaled features.
     classes = net.head(fake_features / net.scale).argmax(dim=1)
     shares = torch.bincount(classes, minlength=10).double() / len(classes)

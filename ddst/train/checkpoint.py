@@ -1,7 +1,8 @@
-"""One checkpoint file, replaced whole or not at all, and the log cut back to the checkpoint's last line."""
+"""One checkpoint file: replaced whole or not at all, and read only where it is, bit for bit, what was written."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,18 @@ from typing import Any, BinaryIO
 
 import torch
 
-FORMAT = 1
+from ddst.train.terminal import OneLineError
+
+FORMAT = 2
+
+# What torch.save writes, a zip file whose checksums torch.load does not compare, ends with this and the SHA-256 of all
+# before it. Readers of zip files pass over what stands behind the end of one.
+_MARK = b"ddst checkpoint, sha256: "
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be continued from; the message is one line that says why."""
+class CheckpointError(OneLineError, ValueError):
+    """A checkpoint that cannot be continued from; the message is one line that says which file, and why."""
 
 
 @contextmanager
@@ -23,54 +31,113 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     The bytes go to a temporary file in the same folder and are flushed to the disk before it is renamed over `path`
     (atomic on POSIX); the folder is flushed last, so that the new name survives a power cut.
+
+    Raises:
+        OSError: names `path`, also where the system names no file (a full disk).
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    with naming(path):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError that names no file the name of `path`."""
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+class _Digesting:
+    """Passes on what is written, with a digest of it and the error that ended it, which torch.save hides."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, whole or not at all."""
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; `path` holds what it held before.
+    """
     with replacing(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        through: Any = _Digesting(file)
+        try:
+            torch.save({"format": FORMAT, **state}, through)
+        except RuntimeError as error:
+            raise through.error or error from None
+        file.write(_MARK + through.digest.digest())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state `save_checkpoint` wrote. Only tensors and plain containers are read, never code.
 
     Raises:
-        CheckpointError: the file is missing, damaged or of another format.
+        CheckpointError: the file is missing, damaged (a single bit suffices), of another format or not of ddst.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint to resume from: {path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch errors alike mean a damaged or foreign file.
-        raise CheckpointError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no ddst training checkpoint of format {FORMAT}")
+        with path.open("rb") as file:  # Once, so that what is read is what was compared.
+            _compare_digest(path, file)
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint to resume from: {path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # What torch says of it is advice on how to load it all the same.
+        raise CheckpointError(f"cannot read checkpoint {path}: it holds more than tensors and plain values") from error
+    if not isinstance(state, dict) or type(found := state.pop("format", None)) is not int:
+        raise CheckpointError(f"{path} is no checkpoint of ddst train")
+    if found != FORMAT:
+        raise CheckpointError(f"{path} is a checkpoint of format {found}; this ddst continues format {FORMAT}")
     return state
 
 
-def truncate_log(path: Path, size: int) -> None:
-    """Cut the log back to its length when the checkpoint was written: later lines will be written again.
-
-    Raises:
-        CheckpointError: the log is missing or shorter than the checkpoint says.
-    """
-    found = path.stat().st_size if path.is_file() else 0
-    if found < size:
-        raise CheckpointError(f"{path} does not belong to its checkpoint: {found} bytes, {size} expected")
-    os.truncate(path, size)
+def _compare_digest(path: Path, file: BinaryIO) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise CheckpointError(f"cannot read checkpoint {path}: it is empty")
+    end = size - len(_MARK) - _DIGEST_BYTES
+    digest, left = hashlib.sha256(), max(end, 0)
+    while left > 0 and (part := file.read(min(left, 1 << 20))):
+        digest.update(part)
+        left -= len(part)
+    mark, expected = file.read(len(_MARK)), file.read()
+    if mark != _MARK:
+        raise CheckpointError(f"cannot read checkpoint {path}: it is no file of ddst train, or its end is missing")
+    if expected != digest.digest():
+        raise CheckpointError(
+            f"cannot read checkpoint {path}: it is damaged, its bytes are not those that were written"
+        )

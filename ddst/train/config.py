@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -18,11 +18,11 @@ from ddst.train.options import (
     NATURAL,
     NOT_NEGATIVE,
     PAIR_BELOW_ONE,
-    POSITIVE,
+    RATE,
+    SAMPLES,
     SEED,
     SHARE,
     THREADS,
-    TWO,
     ConfigError,
     Known,
     flag,
@@ -33,12 +33,14 @@ from ddst.train.options import (
 )
 
 METHODS = ("dense", "static", "sdst-set", "sdst-rigl", "ddst-relaxed", "ddst-strict")
-MOVING = METHODS[2:]  # Those that move G's blocks.
+# Those with sparse layers, those that move G's blocks, and those that steer D's density.
+SPARSE, MOVING, STEERED = METHODS[1:], METHODS[2:], METHODS[4:]
 PRESETS = ("demo", "sngan32", "sngan48")
 EXEMPT = ("none", "ends")
 
 # Settings of where and how long a process runs: a resumed run may be given others and is still the same run.
-FREE_ON_RESUME = ("out", "resume", "stop_after", "checkpoint_every", "sample_every", "compare_steps", "fd_samples")
+NOT_SAVED = ("out", "resume", "stop_after")
+FREE_ON_RESUME = (*NOT_SAVED, "checkpoint_every", "sample_every", "compare_steps", "fd_samples")
 
 
 def _published(demo: Any, published: Any) -> Callable[[Known], Any]:
@@ -86,61 +88,65 @@ class TrainConfig:
     latent: int = option(128, int, "length of the noise vector", range=COUNT, metavar="N")
 
     # Sparsity.
-    density: float = option(0.1, float, "share of G's weights that are active", range=DENSITY, metavar="D")
+    density: float = option(0.1, float, "share of G's weights that are active", range=DENSITY, metavar="D",
+                            methods=SPARSE)
     density_d: float = option(lambda known: known["density"], float, "the same for D, at the start",
-                              shown="that of G", range=DENSITY, metavar="D")
+                              shown="that of G", range=DENSITY, metavar="D", methods=SPARSE)
     block: tuple[int, int] = option((16, 16), parse_block, "block of weights that is active or not: output x input "
-                                    "channels, 1x1 to 64x64", metavar="ROWSxCOLUMNS")
-    distribution: str = option("erk", str, "how the density is shared out over layers", choices=("erk", "uniform"))
+                                    "channels, 1x1 to 64x64", metavar="ROWSxCOLUMNS", methods=SPARSE)
+    distribution: str = option("erk", str, "how the density is shared out over layers", choices=("erk", "uniform"),
+                               methods=SPARSE)
     sn_noise: float = option(_blocks(0.0, 0.05), float, "share of noise in D's power iteration, which keeps the "
                              "spectral norm of few blocks from getting stuck", shown="1x1 blocks 0, larger 0.05",
-                             range=SHARE, metavar="SHARE")
+                             range=SHARE, metavar="SHARE", methods=SPARSE)
     backend: str = option("auto", str, "'reference' computes with dense weights and masks, for comparison",
-                          choices=("auto", "reference"))
+                          choices=("auto", "reference"), methods=SPARSE)
     device: str = option("cpu", str, "where the networks are trained", choices=("cpu", "cuda"))
 
     # Moving G's blocks.
     interval_g: int = option(_published(25, 500), int, "steps between G's topology updates",
-                             shown="demo 25, published 500", range=COUNT, metavar="STEPS")
+                             shown="demo 25, published 500", range=COUNT, metavar="STEPS", methods=MOVING)
     drop_fraction: float = option(_blocks(0.5, 0.3), float, "share of G's active blocks exchanged at the first update",
-                                  shown="1x1 blocks 0.5, larger 0.3", range=SHARE, metavar="SHARE")
+                                  shown="1x1 blocks 0.5, larger 0.3", range=SHARE, metavar="SHARE", methods=MOVING)
     drop_schedule: str = option("cosine", str, "how that share falls over the run, to --drop-fraction-end",
-                                choices=("cosine", "linear", "constant"))
+                                choices=("cosine", "linear", "constant"), methods=MOVING)
     drop_fraction_end: float = option(FINAL_FRACTION, float, "share exchanged at the end of the run, of G and of D",
-                                      range=SHARE, metavar="SHARE")
+                                      range=SHARE, metavar="SHARE", methods=MOVING)
     scope: str = option(_blocks("global", "layer"), str, "an exchange of blocks (of G; strict: of D too) "
                         "ranks them within each layer or over the network",
-                        shown="1x1 blocks global, larger layer", choices=("layer", "global"))
+                        shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=MOVING)
     ranking: str = option(_blocks("raw", "relative"), str, "blocks are ranked by their norm, or by their RMS relative "
                           "to the layer's", shown="1x1 blocks raw, larger relative",
-                          choices=("relative", "raw"))
+                          choices=("relative", "raw"), methods=MOVING)
     max_norm_share: float | None = option(None, float, "most of the squared norm that one update may drop: of a "
                                           "layer or, with --scope global and changes of D's density, of the network",
-                                          shown="no limit", range=SHARE, metavar="SHARE")
+                                          shown="no limit", range=SHARE, metavar="SHARE", methods=MOVING)
     grown_second_moment: str | None = option(None, str, "where Adam's second moment of a grown block starts",
                                              shown="1x1 blocks zero, larger score, with random growth mean",
-                                             choices=("zero", "mean", "score"))
+                                             choices=("zero", "mean", "score"), methods=MOVING)
 
     exempt_g: str | None = option(None, str, "layers of G that never change: none, or its first and last",
                                   shown="ends with --scope global and blocks larger than 1x1, else none",
-                                  choices=EXEMPT)
+                                  choices=EXEMPT, methods=MOVING)
 
     # The balance ratio and D's density.
     interval_d: int = option(
         lambda known: (40 if known["preset"] == "demo" else 1000) * (2 if known["method"] == "ddst-strict" else 1),
         int, "steps between decisions on D's density", shown="relaxed: demo 40, published 1000; strict: twice that",
-        range=COUNT, metavar="STEPS")
+        range=COUNT, metavar="STEPS", methods=STEERED)
     bounds: tuple[float, float] = option((0.45, 0.55), float, "D grows where the balance ratio is above HI and shrinks "
-                                         "where it is below LO", words=2, range=BOUNDS, metavar=("LO", "HI"))
-    delta: float = option(0.05, float, "change of D's density per decision", range=DENSITY, metavar="D")
-    density_d_min: float = option(0.05, float, "lowest density of D", range=SHARE, metavar="D")
+                                         "where it is below LO", words=2, range=BOUNDS, metavar=("LO", "HI"),
+                                         methods=STEERED)
+    delta: float = option(0.05, float, "change of D's density per decision", range=DENSITY, metavar="D",
+                          methods=STEERED)
+    density_d_min: float = option(0.05, float, "lowest density of D", range=SHARE, metavar="D", methods=STEERED)
     density_d_max: float = option(_strict(1.0, 0.5), float, "highest density of D", shown="relaxed 1, strict 0.5",
-                                  range=DENSITY, metavar="D")
+                                  range=DENSITY, metavar="D", methods=STEERED)
     drop_fraction_d: float = option(_blocks(0.5, 0.3), float, "strict: share of D's active blocks exchanged at its "
                                     "highest density", shown="1x1 blocks 0.5, larger 0.3", range=SHARE,
-                                    metavar="SHARE")
+                                    metavar="SHARE", methods=("ddst-strict",))
     exempt_d: str | None = option(None, str, "layers of D that never change: none, or its first and last",
-                                  shown="1x1 blocks none, larger ends", choices=EXEMPT)
+                                  shown="1x1 blocks none, larger ends", choices=EXEMPT, methods=STEERED)
     br_every: int = option(_published(2, 10), int, "steps between measurements of the balance ratio",
                            shown="demo 2, published 10", range=COUNT, metavar="STEPS")
     br_window: int = option(_published(40, 1000), int, "steps the balance ratio is averaged over",
@@ -154,7 +160,7 @@ class TrainConfig:
                            metavar="EPS")
     warmup: int | None = option(None, int, "steps without a decision on D's density",
                                 shown="1x1 blocks 0, larger an eighth of the run, at most 1000", range=NATURAL,
-                                metavar="STEPS")
+                                metavar="STEPS", methods=STEERED)
 
     # Optimisation.
     batch: int = option(_published(32, 64), int, "images per batch, real and generated", shown="demo 32, published 64",
@@ -162,8 +168,8 @@ class TrainConfig:
     d_steps: int = option(_published(2, 5), int, "D steps per G step", shown="demo 2, published 5", range=COUNT,
                           metavar="N")
     lr: float = option(_published(3e-4, 2e-4), float, "learning rate of Adam", shown="demo 0.0003, published 0.0002",
-                       range=POSITIVE, metavar="RATE")
-    lr_d: float = option(lambda known: known["lr"], float, "the same for D", shown="that of --lr", range=POSITIVE,
+                       range=RATE, metavar="RATE")
+    lr_d: float = option(lambda known: known["lr"], float, "the same for D", shown="that of --lr", range=RATE,
                          metavar="RATE")
     betas: tuple[float, float] = option((0.0, 0.9), float, "betas of Adam", words=2, range=PAIR_BELOW_ONE,
                                         metavar=("B1", "B2"))
@@ -179,7 +185,7 @@ class TrainConfig:
                                shown="demo 100, published 1000", range=COUNT, metavar="STEPS")
     checkpoint_every: int = option(_published(50, 500), int, "steps between checkpoints",
                                    shown="demo 50, published 500", range=COUNT, metavar="STEPS")
-    fd_samples: int = option(1797, int, "generated images for the Fréchet distance", range=TWO, metavar="N")
+    fd_samples: int = option(1797, int, "generated images for the Fréchet distance", range=SAMPLES, metavar="N")
     compare_steps: int = option(5, int, "iterations timed beside a dense twin at the end (0: none)", range=NATURAL,
                                 metavar="N")
 
@@ -188,6 +194,10 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, of which `resolve` makes an equal config."""
         return asdict(self)
+
+    def saved(self) -> dict[str, Any]:
+        """What checkpoint and log keep of it: `as_dict` without where and how long this process runs."""
+        return {name: value for name, value in self.as_dict().items() if name not in NOT_SAVED}
 
 
 OPTIONS = {f.name: option_of(f) for f in fields(TrainConfig)}
@@ -209,11 +219,23 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(f"unknown setting {flag(min(unknown))}")
     known: dict[str, Any] = {}
     for name, declared in OPTIONS.items():
-        known[name] = given[name] if name in given else declared.resolve(known)
-        declared.check(name, known[name])
+        known[name] = declared.plain(name, given[name] if name in given else declared.resolve(known))
     config = TrainConfig(**known)
     _check_together(config)
     return config
+
+
+def refuse_without_effect(given: Mapping[str, Any], method: str) -> None:
+    """Raises ConfigError if a given setting is one that the method does not have; names the first."""
+    for name, declared in OPTIONS.items():
+        if name in given and declared.methods is not None and method not in declared.methods:
+            raise ConfigError(
+                f"{flag(name)} has no effect with --method {method}, only with {_listed(declared.methods)}"
+            )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _check_together(config: TrainConfig) -> None:
@@ -254,27 +276,67 @@ def setting_errors() -> Iterator[None]:
         if argument and argument[1] in OPTIONS:
             message = f"{flag(argument[1])} {message[argument.end() :]}"
         raise ConfigError(message) from error
-    except RuntimeError as error:
-        message = str(error).splitlines()[0]
-        if "allocate" not in message and "overflow" not in message:
+
+
+@contextmanager
+def fitting(sizes: str) -> Iterator[None]:
+    """Turns running out of memory into a `ConfigError` that names the options which say how much is needed.
+
+    Example:
+        >>> with fitting("images of this --resolution"):
+        ...     torch.empty(2**60)
+        Traceback (most recent call last):
+        ddst.train.options.ConfigError: images of this --resolution do not fit: ...
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if (message := out_of_memory(error)) is None:
             raise
-        raise ConfigError(f"networks of these --width-g, --width-d and --latent do not fit: {message}") from error
+        raise ConfigError(f"{sizes} do not fit: {message}") from error
+
+
+def out_of_memory(error: RuntimeError | MemoryError) -> str | None:
+    """What torch or Python says of a size that cannot be had; None for an error of another kind."""
+    message = str(error).splitlines()[0] if str(error) else "not enough memory"
+    words = ("allocate", "overflow", "out of memory")
+    return message if isinstance(error, MemoryError) or any(word in message for word in words) else None
+
+
+def check_saved(settings: Any) -> dict[str, Any]:
+    """What `TrainConfig.saved` returned, read back from a file: all settings, each of its type and within its range.
+
+    Raises:
+        ConfigError: they are not; names the first.
+    """
+    names = [name for name in OPTIONS if name not in NOT_SAVED]
+    if not isinstance(settings, dict):
+        raise ConfigError(f"settings must be a dict, got {type(settings).__name__}")
+    for name in [*names, *settings]:
+        if name not in settings or name not in names:
+            problem = "is missing" if name in names else "is none of this ddst"
+            raise ConfigError(f"setting {name!r} {problem}")
+    return {name: OPTIONS[name].plain(name, settings[name]) for name in names}
 
 
 def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings to resume with: the saved run's, and the given ones that are free to change.
 
     Args:
-        saved: `TrainConfig.as_dict()` of the run in the checkpoint.
+        saved: `TrainConfig.saved()` of the run.
         given: settings given now.
 
     Raises:
         ConfigError: a given setting differs from the saved run's; names the first, in the order of `--help`.
     """
-    merged = {name: value for name, value in saved.items() if name not in ("resume", "stop_after")}
-    for name in OPTIONS:
-        if name in given and name not in FREE_ON_RESUME and given[name] != saved.get(name):
-            mine, theirs = shown_value(saved.get(name)), shown_value(given[name])
-            raise ConfigError(f"cannot resume with {flag(name)} {theirs}: the run in --out has {flag(name)} {mine}")
+    merged = dict(saved)
+    for name, declared in OPTIONS.items():
+        if name in given and name not in FREE_ON_RESUME:
+            theirs = declared.plain(name, given[name])
+            if theirs != saved.get(name):
+                mine = shown_value(saved.get(name))
+                raise ConfigError(
+                    f"cannot resume with {flag(name)} {shown_value(theirs)}: the run in --out has {flag(name)} {mine}"
+                )
     merged.update({name: value for name, value in given.items() if name in FREE_ON_RESUME})
     return merged

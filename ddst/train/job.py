@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddst.data import load_images
 from ddst.sparsity.density import NetworkDensity
-from ddst.train.checkpoint import load_checkpoint
-from ddst.train.config import TrainConfig, check_same_run, resolve
-from ddst.train.loop import CHECKPOINT, LOG, SAMPLES, Trainer, check_folder, train
-from ddst.train.options import shown_value
+from ddst.train.checkpoint import CheckpointError, load_checkpoint
+from ddst.train.config import TrainConfig, check_same_run, check_saved, fitting, refuse_without_effect, resolve
+from ddst.train.folder import (
+    CHECKPOINT,
+    LOG,
+    SAMPLES,
+    check_folder,
+    make_folder,
+    only_writer,
+    settings_begun,
+    versions,
+)
+from ddst.train.log import Kept, kept_log
+from ddst.train.loop import Trainer, enough_memory, train
+from ddst.train.options import ConfigError, shown_value
 from ddst.train.report import plot_report, summarize, table, write_summary
+from ddst.train.terminal import one_line
 
 
 def run(given: Mapping[str, Any]) -> int:
     """Train as the given settings say, and print the table and the paths at the end.
+
+    Only one process writes to the folder: the lock on it is held from before anything is read there to the end.
 
     Args:
         given: settings by name as in `TrainConfig`; the others have their defaults or, with `resume`, the saved run's.
@@ -26,37 +41,89 @@ def run(given: Mapping[str, Any]) -> int:
 
     Raises:
         ConfigError, DataError, CheckpointError: nothing has been written then.
-        TrainingError: training broke off.
+        TrainingError, OSError: training or the report broke off; the last checkpoint stays.
     """
-    saved = None
     if given.get("resume"):
-        out = Path(resolve({"out": given.get("out")}).out)
-        saved = load_checkpoint(out / CHECKPOINT)
-        config = resolve(check_same_run(saved["config"], given))
-    else:
-        config = resolve(given)
-        check_folder(Path(config.out))
-    trainer = Trainer(config, load_images(config.data, config.resolution))
-    print(_heading(config, trainer, saved))
+        return _resume(given)
+    config = resolve(given)
+    refuse_without_effect(given, config.method)
+    return _begin(config)
+
+
+def _begin(config: TrainConfig) -> int:
+    out = Path(config.out)
+    check_folder(out)
+    trainer = _trainer(config)
+    trainer.try_step()
+    make_folder(out)
+    with only_writer(out) as warnings:
+        check_folder(out)  # Another process may have been faster.
+        return _train(trainer, None, warnings)
+
+
+def _resume(given: Mapping[str, Any]) -> int:
+    out = Path(resolve({"out": given.get("out")}).out)
+    path = out / CHECKPOINT
+    if not path.exists():
+        # It may have ended before its first checkpoint: then it begins anew, with the settings it was given.
+        try:
+            settings = check_saved(settings_begun(out))
+        except ConfigError:
+            message = f"no checkpoint to resume from: {path} does not exist; leave out --resume to begin a run"
+            raise CheckpointError(message) from None
+        return _begin(_continued(settings, given))
+    with only_writer(out) as warnings:
+        saved = load_checkpoint(path)
+        try:
+            settings = check_saved(saved.get("config"))
+            resolve({**settings, "out": str(out)})
+        except ConfigError as error:
+            raise CheckpointError(f"checkpoint {path} does not fit any run: config: {error}") from None
+        trainer = _trainer(_continued(settings, given))
+        trainer.load_state_dict(saved)
+        kept = kept_log(out / LOG, saved["log"], trainer.step)
+        return _train(trainer, kept, [*warnings, *kept.warnings, *_other_versions(saved["versions"])])
+
+
+def _continued(settings: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
+    config = resolve(check_same_run(settings, given))
+    refuse_without_effect(given, config.method)
+    return config
+
+
+def _other_versions(before: Mapping[str, str]) -> list[str]:
+    changed = [(name, before.get(name), now) for name, now in versions().items() if before.get(name) != now]
+    return [f"begun with {name} {old}, going on with {now}: numbers may differ" for name, old, now in changed]
+
+
+def _trainer(config: TrainConfig) -> Trainer:
+    with fitting("images of this --resolution"):
+        images = load_images(config.data, config.resolution)
+    return Trainer(config, images)
+
+
+def _train(trainer: Trainer, kept: Kept | None, warnings: Sequence[str]) -> int:
+    config = trainer.config
+    print(_heading(config, trainer, kept is not None))
     if trainer.images.note:
-        print(trainer.images.note)
-    for warning in trainer.warnings:
-        print(f"warning: {warning}")
-    ended_by = train(trainer, saved)
+        print(one_line(trainer.images.note))
+    for warning in [*warnings, *trainer.warnings]:
+        print(f"warning: {one_line(warning)}")
+    ended_by = train(trainer, kept)
     if trainer.step < config.steps:
-        print(
-            f"stopped after step {trainer.step} of {config.steps}; go on with: ddst train --resume --out {config.out}"
-        )
+        again = f"ddst train --resume --out {shlex.quote(config.out)}"
+        print(f"stopped after step {trainer.step} of {config.steps}; go on with: {one_line(again)}")
         return 0 if ended_by is None else 128 + ended_by
-    _finish(trainer)
+    with enough_memory(trainer):
+        _finish(trainer)
     return 0
 
 
-def _heading(config: TrainConfig, trainer: Trainer, saved: Mapping[str, Any] | None) -> str:
+def _heading(config: TrainConfig, trainer: Trainer, resumed: bool) -> str:
     g, d = (NetworkDensity(net) for net in (trainer.players.generator, trainer.players.discriminator))
-    begun = "" if saved is None else f", resumed after step {saved['step']}"
+    begun = f", resumed after step {trainer.step}" if resumed else ""
     return (
-        f"{config.method}, {len(trainer.images):,} images of {trainer.images.name} at "
+        f"{config.method}, {len(trainer.images):,} images of {one_line(trainer.images.name)} at "
         f"{config.resolution}x{config.resolution}, {config.steps} steps of batch {config.batch}{begun}\n"
         f"generator {g.active_weights:,} of {g.total_weights:,} weights, "
         f"discriminator {d.active_weights:,} of {d.total_weights:,}, blocks {shown_value(config.block)}"
@@ -72,10 +139,10 @@ def _finish(trainer: Trainer) -> None:
     print(table(summary))
     print("written:")
     for path, what in (
-        (grid, f"samples of the averaged generator (earlier ones in {out / SAMPLES})"),
+        (grid, f"samples of the averaged generator (earlier ones in {SAMPLES})"),
         (report, "balance ratio, densities and losses over steps"),
         (numbers, "the numbers of this table"),
         (out / LOG, "every step and decision, one JSON object per line"),
         (out / CHECKPOINT, "networks, optimizers and everything else of the last step"),
     ):
-        print(f"  {path}  {what}")
+        print(f"  {one_line(str(path))}  {what}")

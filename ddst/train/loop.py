@@ -19,15 +19,27 @@ from tqdm import tqdm
 
 from ddst.data import ImageSet, Sampler
 from ddst.gan import DDST, EMA, StepReport
+from ddst.gan.ddst import unperturbed
 from ddst.sparsity.stats import FlopCounter, TrainingFlops
-from ddst.train.checkpoint import CheckpointError, save_checkpoint, truncate_log
-from ddst.train.config import TrainConfig, setting_errors
-from ddst.train.log import RunLog
+from ddst.train.checkpoint import CheckpointError, save_checkpoint
+from ddst.train.config import TrainConfig, fitting, out_of_memory, setting_errors
+from ddst.train.folder import CHECKPOINT, LOG, SAMPLES, clear_folder, versions
+from ddst.train.log import Kept, RunLog, cut_log
 from ddst.train.options import ConfigError, flag
-from ddst.train.players import build_networks, gan_iteration, make_sparse, with_optimizers
+from ddst.train.players import (
+    build_networks,
+    check_memory,
+    discriminator_backward,
+    gan_iteration,
+    generator_backward,
+    make_sparse,
+    with_optimizers,
+)
+from ddst.train.rules import Misfit
 from ddst.train.samples import generate, save_grid
+from ddst.train.state_schema import check_state
+from ddst.train.terminal import OneLineError
 
-CHECKPOINT, LOG, SAMPLES, REPORT, SUMMARY = "checkpoint.pt", "log.jsonl", "samples", "report.png", "summary.json"
 GRID = 100  # Images in a sample grid.
 
 # (mode, method) of ddst.gan.DDST for each method of the command line.
@@ -41,7 +53,7 @@ _SCHEDULER = {
 }
 
 
-class TrainingError(RuntimeError):
+class TrainingError(OneLineError, RuntimeError):
     """Training cannot go on; the message is one line that says why and what is left."""
 
 
@@ -97,7 +109,8 @@ class Trainer:
         self.config, self.images = config, images
         self.out = Path(config.out)
         self.warnings: list[str] = []
-        with setting_errors():
+        with setting_errors(), fitting("networks of these --width-g, --width-d and --latent"):
+            check_memory(config, images.channels)
             generator, discriminator = build_networks(config, images.channels)
             make_sparse(config, generator, discriminator)
             self.players = with_optimizers(config, generator.to(self.device), discriminator.to(self.device))
@@ -176,6 +189,24 @@ class Trainer:
         self.seconds += time.perf_counter() - started
         return loss_d, loss_g, report
 
+    def try_step(self) -> None:
+        """The passes of one iteration on empty images, of which nothing is left: does it fit into the memory?
+
+        Raises:
+            ConfigError: it does not.
+        """
+        c, players = self.config, self.players
+        with (
+            fitting("iterations of these --batch, --resolution, --width-g and --width-d"),
+            unperturbed(players.generator, players.discriminator),
+        ):
+            noise = torch.zeros(c.batch, c.latent, device=self.device)
+            real = self.images.batch(torch.zeros(c.batch, dtype=torch.int64)).to(self.device)
+            discriminator_backward(players, real, noise)
+            generator_backward(players, noise)
+            for optimizer in (players.optimizer_g, players.optimizer_d):
+                optimizer.zero_grad(set_to_none=True)
+
     def save_samples(self) -> Path:
         """The fixed-noise grid of the averaged generator as `samples/step_NNNNNN.png`."""
         path = self.out / SAMPLES / f"step_{self.step:06d}.png"
@@ -186,15 +217,16 @@ class Trainer:
         """Everything a continuation needs, as tensors and plain values."""
         players = self.players
         return {
-            "config": self.config.as_dict(),
+            "config": self.config.saved(),
+            "versions": versions(),
             "images": self.images.fingerprint(),
             "step": self.step,
             "seconds": self.seconds,
             "flops": {**self.flops.state_dict(), "forward": self.forward_flops},
             "generator": players.generator.state_dict(),
             "discriminator": players.discriminator.state_dict(),
-            "optimizer_g": players.optimizer_g.state_dict(),
-            "optimizer_d": players.optimizer_d.state_dict(),
+            "optimizer_g": players.optimizer_g.state_dict()["state"],  # The settings beside it follow from the run's.
+            "optimizer_d": players.optimizer_d.state_dict()["state"],
             "ema": self.ema.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "sampler": self.sampler.state_dict(),
@@ -207,20 +239,25 @@ class Trainer:
         """Continue exactly where `state_dict` was taken.
 
         Raises:
-            CheckpointError: the images are not those of the run.
+            CheckpointError: the state does not fit this run; nothing has been changed then.
         """
-        if state["images"] != self.images.fingerprint():
+        if isinstance(state.get("images"), str) and state["images"] != self.images.fingerprint():
             raise CheckpointError(f"cannot resume: the images of {flag('data')} {self.images.name} have changed")
+        try:
+            check_state(state, self)
+        except Misfit as error:
+            raise CheckpointError(f"checkpoint {self.out / CHECKPOINT} does not fit its run: {error}") from None
         players = self.players
         players.generator.load_state_dict(state["generator"])
         players.discriminator.load_state_dict(state["discriminator"])
-        players.optimizer_g.load_state_dict(state["optimizer_g"])
-        players.optimizer_d.load_state_dict(state["optimizer_d"])
+        for optimizer, saved in ((players.optimizer_g, "optimizer_g"), (players.optimizer_d, "optimizer_d")):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state[saved], "param_groups": groups})
         self.ema.load_state_dict(state["ema"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.sampler.load_state_dict(state["sampler"])
         self._noise.set_state(state["noise"])
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.step, self.seconds = state["step"], state["seconds"]
         self.flops.load_state_dict(state["flops"])
         self.forward_flops = state["flops"]["forward"]
         # Last: building and loading networks may draw random numbers.
@@ -230,60 +267,46 @@ class Trainer:
 
     def checkpoint(self, log: RunLog) -> None:
         """Write the checkpoint, whole or not at all, together with the length of the log it belongs to."""
-        save_checkpoint(self.out / CHECKPOINT, {**self.state_dict(), "log_bytes": log.sync()})
+        save_checkpoint(self.out / CHECKPOINT, {**self.state_dict(), "log": log.sync()})
 
 
-def check_folder(out: Path) -> None:
-    """Raises ConfigError if a new run in `out` would overwrite something, or `out` is no folder."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is not a folder")
-    for name in (CHECKPOINT, LOG, SAMPLES, REPORT, SUMMARY):
-        if (out / name).exists():
-            raise ConfigError(
-                f"--out {out} already holds a run ({name}): add --resume to continue it, or choose another"
-            )
-
-
-def make_folder(out: Path) -> None:
-    """Make the folder of a new run; ConfigError if it holds one already or cannot be made."""
-    check_folder(out)
-    try:
-        (out / SAMPLES).mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made: {error.strerror or error}") from error
-
-
-def train(trainer: Trainer, saved: dict[str, Any] | None) -> int | None:
+def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
     """Train to the last step, to --stop-after, or to a signal, with a checkpoint at the end.
 
     Args:
-        trainer: a new one.
-        saved: the checkpoint to continue from, or None for a new run, whose folder is made here.
+        trainer: a new one, or one whose state has been loaded.
+        kept: what it keeps of its log; None begins a new run in the trainer's folder.
 
     Returns:
         The signal that ended it before its last step, or None.
 
     Raises:
-        ConfigError, CheckpointError: nothing has been written or changed then.
-        TrainingError: a loss is not finite; the last checkpoint stays.
+        TrainingError: a loss is not finite, or memory ran out; the last checkpoint stays.
+        OSError: a file cannot be written; likewise.
     """
     config, stop = trainer.config, StopFlag()
     log_path = trainer.out / LOG
-    if saved is None:
-        make_folder(trainer.out)
+    if kept is None:
+        clear_folder(trainer.out)
     else:
-        trainer.load_state_dict(saved)
-        truncate_log(log_path, saved["log_bytes"])
-        (trainer.out / SAMPLES).mkdir(exist_ok=True)
+        cut_log(log_path, kept)
+    (trainer.out / SAMPLES).mkdir(parents=True, exist_ok=True)
     last = config.steps if config.stop_after is None else min(config.steps, config.stop_after)
     with RunLog(log_path) as log, stop.listening():
-        if saved is None:
-            settings = {k: v for k, v in config.as_dict().items() if k not in ("out", "resume", "stop_after")}
-            images, left_out = len(trainer.images), dict(trainer.images.left_out)
-            log.write(event="start", settings=settings, images=images, left_out=left_out, warnings=trainer.warnings)
+        if kept is None or kept.bytes == 0:
+            log.write(
+                event="start",
+                settings=config.saved(),
+                images=len(trainer.images),
+                left_out=dict(trainer.images.left_out),
+                warnings=trainer.warnings,
+                versions=versions(),
+            )
+        if kept is None:
+            log.sync()
             trainer.save_samples()
             trainer.checkpoint(log)  # So that even a run killed in its first steps can be continued.
-        with _progress(config.steps, trainer.step) as bar:
+        with _progress(config.steps, trainer.step) as bar, enough_memory(trainer):
             try:
                 while trainer.step < last and stop.signal is None:
                     loss_d, loss_g, report = trainer.train_step()
@@ -299,10 +322,29 @@ def train(trainer: Trainer, saved: dict[str, Any] | None) -> int | None:
     return stop.signal if trainer.step < config.steps else None
 
 
+@contextmanager
+def enough_memory(trainer: Trainer) -> Iterator[None]:
+    """Turns running out of memory into a `TrainingError`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if (message := out_of_memory(error)) is None:
+            raise
+        raise TrainingError(f"memory ran out after step {trainer.step}: {message}") from error
+
+
 def _progress(steps: int, done: int) -> Any:
     # Where nobody watches (a file, a pipe), a line every half minute instead of ten a second.
-    every = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(total=steps, initial=done, unit=" steps", file=sys.stderr, dynamic_ncols=True, mininterval=every)
+    every = 0.1 if sys.stderr is not None and sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=steps,
+        initial=done,
+        unit=" steps",
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=every,
+        disable=sys.stderr is None,
+    )
 
 
 def _log_step(log: RunLog, trainer: Trainer, loss_d: float, loss_g: float, report: StepReport) -> None:

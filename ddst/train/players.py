@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -36,6 +37,16 @@ def build_networks(config: TrainConfig, channels: int) -> tuple[Generator, Discr
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return generator.train(), discriminator.train()
+
+
+def check_memory(config: TrainConfig, channels: int) -> None:
+    """Raises MemoryError if this machine could never hold the networks as they are built, dense."""
+    with torch.device("meta"):
+        networks = build_networks(config, channels)
+    needed = sum(p.numel() * p.element_size() for net in networks for p in net.parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise MemoryError(f"built dense they need {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB")
 
 
 def make_sparse(config: TrainConfig, generator: Generator, discriminator: Discriminator) -> None:
@@ -75,8 +86,8 @@ def with_optimizers(config: TrainConfig, generator: Generator, discriminator: Di
     return Players(generator, discriminator, adam(generator, config.lr), adam(discriminator, config.lr_d))
 
 
-def discriminator_step(players: Players, real: Tensor, noise: Tensor) -> Tensor:
-    """loss_D = E[max(0, 1 − D(x))] + E[max(0, 1 + D(G(z)))], one Adam step of D; returns the loss.
+def discriminator_backward(players: Players, real: Tensor, noise: Tensor) -> Tensor:
+    """loss_D = E[max(0, 1 − D(x))] + E[max(0, 1 + D(G(z)))], its gradient in D's parameters; returns the loss.
 
     Real and generated images pass D as one batch (it has no batch norm, so the scores are the same).
     """
@@ -86,12 +97,11 @@ def discriminator_step(players: Players, real: Tensor, noise: Tensor) -> Tensor:
     loss = F.relu(1.0 - scores[: len(real)]).mean() + F.relu(1.0 + scores[len(real) :]).mean()
     players.optimizer_d.zero_grad(set_to_none=True)
     loss.backward()
-    players.optimizer_d.step()
     return loss.detach()
 
 
-def generator_step(players: Players, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """loss_G = −E[D(G(z))], one Adam step of G; returns the loss and the scores D(G(z)) from before the step."""
+def generator_backward(players: Players, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """loss_G = −E[D(G(z))], its gradient in G's parameters; returns the loss and the scores D(G(z))."""
     # D only passes the gradient on: its own weights need none here, which saves a third of the work in D.
     players.discriminator.requires_grad_(False)
     try:
@@ -101,7 +111,6 @@ def generator_step(players: Players, noise: Tensor) -> tuple[Tensor, Tensor]:
         loss.backward()
     finally:
         players.discriminator.requires_grad_(True)
-    players.optimizer_g.step()
     return loss.detach(), scores.detach()
 
 
@@ -113,7 +122,11 @@ def gan_iteration(
     Returns:
         Mean loss of D over its steps, loss of G, the noise of G's step and the scores of its images before the step.
     """
-    losses = [discriminator_step(players, real, draw_noise()) for real in reals]
+    losses = []
+    for real in reals:
+        losses.append(discriminator_backward(players, real, draw_noise()))
+        players.optimizer_d.step()
     noise = draw_noise()
-    loss_g, scores = generator_step(players, noise)
+    loss_g, scores = generator_backward(players, noise)
+    players.optimizer_g.step()
     return torch.stack(losses).mean(), loss_g, noise, scores

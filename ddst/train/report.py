@@ -15,8 +15,9 @@ from ddst.metrics import Quality, evaluate_digits
 from ddst.sparsity.stats import network_stats
 from ddst.train.checkpoint import replacing
 from ddst.train.compare import Timing, compare_with_dense
+from ddst.train.folder import LOG, REPORT, SUMMARY
 from ddst.train.log import read_log
-from ddst.train.loop import LOG, REPORT, SUMMARY, Trainer
+from ddst.train.loop import Trainer
 from ddst.train.samples import generate
 
 
@@ -96,7 +97,8 @@ def _quality(trainer: Trainer) -> Quality | None:
         return None
     noise = torch.Generator().manual_seed(trainer.config.seed + 3)
     z = torch.randn(trainer.config.fd_samples, trainer.config.latent, generator=noise)
-    return evaluate_digits(trainer.images.batch(slice(None)), generate(trainer.ema.module, z))
+    parts = (generate(trainer.ema.module, part) for part in z.split(4096))
+    return evaluate_digits(trainer.images.batch(slice(None)), parts)
 
 
 def table(summary: Summary) -> str:

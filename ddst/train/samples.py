@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -50,5 +51,7 @@ def to_pixels(images: Tensor, columns: int, gap: int = 1, smallest: int = 48) ->
 
 def save_grid(path: Path, images: Tensor, columns: int = 10) -> None:
     """Write the images as one PNG, whole or not at all."""
+    picture = io.BytesIO()  # Pillow writing to a full disk says "encoder error".
+    Image.fromarray(to_pixels(images, columns).numpy()).save(picture, format="PNG")
     with replacing(path) as file:
-        Image.fromarray(to_pixels(images, columns).numpy()).save(file, format="PNG")
+        file.write(picture.getbuffer())

@@ -1,0 +1,253 @@
+"""What a run's checkpoint holds: keys, types, shapes, ranges, and what must agree with what. Nothing else checks it.
+
+The description hangs on the run that is to be continued: a freshly built `Trainer` of the saved settings says which
+networks, layers and counts there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ddst import topology
+from ddst.gan import DDST
+from ddst.gan.controller import EXCHANGE, GROW
+from ddst.nn import SparseLayer, sparse_layers
+from ddst.sparsity.updater import TopologyUpdater
+from ddst.train.rules import (
+    Misfit,
+    Rule,
+    anything,
+    list_of,
+    mapping_of,
+    nothing,
+    number,
+    one_of,
+    optional,
+    pair,
+    part,
+    record,
+    some_of,
+    tensor,
+    text,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from ddst.train.loop import Trainer
+
+_LARGEST_STEP = 2**24  # Adam counts in float32, whose whole numbers end there.
+_PLACES = "block_mask"  # What says in a sparse layer's state where its values lie.
+
+
+def check_state(state: Mapping[str, Any], trainer: Trainer) -> None:
+    """Compare a checkpoint's state with the description, before anything of it is used.
+
+    Raises:
+        Misfit: the first part that does not fit.
+    """
+    part("step", whole(0, trainer.config.steps))(state, "")
+    record(_description(state, trainer))(state, "")
+
+
+def _description(state: Mapping[str, Any], trainer: Trainer) -> dict[str, Rule]:
+    step, players = state["step"], trainer.players
+    taken = step * trainer.config.d_steps
+    return {
+        "config": anything,  # The trainer was built of it.
+        "versions": mapping_of(text),
+        "images": text,
+        "step": whole(step, step),
+        "seconds": number(0),
+        "log": record({"bytes": whole(1), "sha256": text}),
+        "flops": record({"counted": number(0), "counted_dense": number(0), "forward": pair(number(0))}),
+        "generator": network(players.generator),
+        "discriminator": network(players.discriminator),
+        "optimizer_g": adam(players.generator, state.get("generator"), step),
+        "optimizer_d": adam(players.discriminator, state.get("discriminator"), taken),
+        "ema": record({"module": average(trainer.ema.module, state.get("generator")), "updates": whole(step, step)}),
+        "scheduler": scheduler(trainer.scheduler, step),
+        "sampler": sampler(len(trainer.images), taken * trainer.config.batch),
+        "noise": random_state,
+        "torch": random_state,
+        "cuda": nothing if trainer.device.type == "cpu" else tensor(torch.uint8, torch.cuda.get_rng_state().shape),
+    }
+
+
+def network(net: nn.Module) -> Rule:
+    """A network's state dict: that of `net`, where sparse layers may have other blocks and as many values as those."""
+    plain = {name: _like(name, entry) for name, entry in net.state_dict().items()}
+    layers = sparse_layers(net)
+
+    def check(state: Any, where: str) -> None:
+        rules = dict(plain)
+        if isinstance(state, dict):
+            for name, layer in layers.items():
+                rules.update({f"{name}.{key}": rule for key, rule in packed_weight(layer, state, name).items()})
+        record(rules)(state, where)
+
+    return check
+
+
+def packed_weight(layer: SparseLayer, state: dict[str, Any], name: str) -> dict[str, Rule]:
+    """Rules for what a sparse layer keeps instead of a dense weight: one packed block for each block of the mask."""
+    places = blocks(layer.block_mask.shape)
+
+    def values(value: Any, where: str) -> None:
+        mask: Any = state.get(f"{name}.{_PLACES}")
+        places(mask, where.removesuffix("values") + _PLACES)
+        tensor(layer.values.dtype, (int(mask.sum()), *layer.block))(value, where)
+        if value[~topology.inside(mask, layer.weight_shape, layer.block)].any():
+            raise Misfit(f"{where} must be zero outside the weight")
+
+    return {_PLACES: places, "values": values}
+
+
+def blocks(shape: Sequence[int]) -> Rule:
+    """A block mask with at least one block."""
+
+    def check(value: Any, where: str) -> None:
+        tensor(torch.bool, shape)(value, where)
+        if not value.any():
+            raise Misfit(f"{where} has no active block")
+
+    return check
+
+
+def average(net: nn.Module, model: Any) -> Rule:
+    """The averaged generator: a network with the masks of the generator, where the dict `model` holds that."""
+
+    def check(state: Any, where: str) -> None:
+        network(net)(state, where)
+        for name in sparse_layers(net):
+            key = f"{name}.{_PLACES}"
+            if isinstance(model, dict) and not torch.equal(state[key], model[key]):
+                raise Misfit(f"{where}.{key} must be that of the generator")
+
+    return check
+
+
+def adam(net: nn.Module, state: Any, steps: int) -> Rule:
+    """Adam's state by the number of the parameter: none before the first step, then moments of the saved weights."""
+    names = [name for name, _ in net.named_parameters()]
+    count = float(min(steps, _LARGEST_STEP))
+
+    def check(value: Any, where: str) -> None:
+        rules: dict[Any, Rule] = {}
+        for i, name in enumerate(names if steps else []):
+            weight = state[name]  # Checked before, as it stands before in the description.
+            moment = tensor(weight.dtype, weight.shape)
+            square = tensor(weight.dtype, weight.shape, low=0)
+            rules[i] = record({"step": tensor(None, (), count, count), "exp_avg": moment, "exp_avg_sq": square})
+        record(rules)(value, where)
+
+    return check
+
+
+def scheduler(ddst: DDST, step: int) -> Rule:
+    """The state of `DDST`: its counters are the step, open requests those that this step leaves open."""
+    training, updater = ddst.training_g, ddst.updater_d
+    moves = training.method != "static"
+    oldest_g, oldest_d = max(1, step - ddst.interval_g + 1), max(1, step - ddst.interval_d + 1)
+    warmup = 0 if ddst.controller is None else ddst.controller.warmup
+
+    def check(value: Any, where: str) -> None:
+        mapping_of(anything)(value, where)
+        generator, waiting = value.get("generator"), value.get("waiting")
+        due = generator.get("due") if isinstance(generator, dict) else None
+        asks_g = training.is_update_step(step + 1) or (due is not None and step + 1 < training.end)
+        asks_d = waiting is not None or (ddst.is_decision_step(step + 1) and step + 1 > warmup)
+        g = {
+            "steps": whole(step, step),
+            "due": optional(whole(oldest_g, step)) if moves else nothing,
+            "updater": requests(training.updater, asks_g),
+        }
+        rules = {
+            "mode": one_of(ddst.mode),
+            "steps": whole(step, step),
+            "balance": balance(ddst.balance.window, step // ddst.br_every),
+            "generator": record(g),
+            "discriminator": nothing if updater is None else requests(updater, asks_d),
+            "waiting": nothing if updater is None else optional(decision(oldest_d, step)),
+        }
+        record(rules)(value, where)
+
+    return check
+
+
+def requests(updater: TopologyUpdater, wanted: bool) -> Rule:
+    """A `TopologyUpdater`: whether scores are asked for, scores that came and were not used, its random numbers."""
+    masks = {name: layer.block_mask.shape for name, layer in updater.scores.layers.items()}
+    one = {name: tensor(None, shape, low=0) for name, shape in masks.items()}
+    scores = record({"requested": one_of(wanted and bool(masks)), "latest": some_of(one), "aside": some_of(one)})
+    return record({"scores": scores, "generator": random_state})
+
+
+def balance(window: int, measured: int) -> Rule:
+    """The balance ratio's window: all measurements that were finite, or the newest that it holds."""
+
+    def check(value: Any, where: str) -> None:
+        record({"samples": list_of(pair(number())), "rejected": whole(0, measured)})(value, where)
+        expected = min(window, measured - value["rejected"])
+        if len(value["samples"]) != expected:
+            raise Misfit(f"{where}.samples must hold {expected} measurements, got {len(value['samples'])}")
+
+    return check
+
+
+def decision(oldest: int, step: int) -> Rule:
+    """A decision on D's density that waits for its gradient."""
+    density = number(0, 1)
+    window = {
+        "samples": whole(0),
+        "capacity": whole(1),
+        "mean_alpha": number(),
+        "mean_beta": number(),
+        "balance_ratio": optional(number()),
+        "reason": text,
+    }
+    return record(
+        {
+            "step": whole(oldest, step),
+            "action": one_of(GROW, EXCHANGE),
+            "density": density,
+            "new_density": density,
+            "reason": text,
+            "window": record(window),
+            "lowest": density,
+            "highest": density,
+            "resolution": density,
+        }
+    )
+
+
+def sampler(size: int, taken: int) -> Rule:
+    """The sampler of `size` images after `taken` were taken: a permutation, and the position in it that follows."""
+    used = (taken - 1) % size + 1 if taken else 0
+
+    def check(value: Any, where: str) -> None:
+        rules = {"generator": random_state, "order": tensor(torch.int64, (size,)), "used": whole(used, used)}
+        record(rules)(value, where)
+        if not torch.equal(value["order"].sort().values, torch.arange(size)):
+            raise Misfit(f"{where}.order must be a permutation of {size} images")
+
+    return check
+
+
+def random_state(value: Any, where: str) -> None:
+    """The state of one of torch's generators on the CPU."""
+    tensor(torch.uint8, torch.Generator().get_state().shape)(value, where)
+    try:
+        torch.Generator().set_state(value)
+    except (RuntimeError, TypeError):
+        raise Misfit(f"{where} is no state of a random generator") from None
+
+
+def _like(name: str, entry: Tensor) -> Rule:
+    """A tensor like one of a new network; variances and counters are not negative."""
+    counts = name.endswith(("running_var", "num_batches_tracked"))
+    return tensor(entry.dtype, entry.shape, low=0 if counts else -math.inf)

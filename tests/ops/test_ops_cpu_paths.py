@@ -69,6 +69,7 @@ def each_op(problem: Problem, dtype: torch.dtype, threads: Sequence[int]) -> lis
     return results
 
 
+@pytest.mark.usefixtures("poison_outputs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("problem", BUSY, ids=str)
 def test_thread_counts_agree_and_one_count_repeats_its_bits(problem: Problem, dtype: torch.dtype) -> None:

@@ -192,7 +192,7 @@ def cuda_preference(layer: SparseLayer, problem: Problem, device: torch.device) 
             problem.stride,
             tf32=tf32_allowed(linear=problem.linear),
         )
-        found[name] = preferred.is_cuda_preferred(kind, layer.density)[1]
+        found[name] = preferred.is_cuda_preferred(kind, layer.slots / layer.num_blocks)[1]
     return "; ".join(f"{name}: {reason}" for name, reason in found.items())
 
 
@@ -205,7 +205,7 @@ def triton_forms(layer: SparseLayer, input: Tensor) -> dict[str, str]:
     for name, op in (("forward", "forward"), ("input gradient", "input_grad"), ("weight gradient", "weight_grad")):
         shape = (*layer.weight_shape, 1, 1)[:4]
         linear = len(layer.weight_shape) == 2
-        problem = configs.Problem(op, linear, dtype, layer.block, shape, *sizes, layer.nnz)
+        problem = configs.Problem(op, linear, dtype, layer.block, shape, *sizes, layer.slots)
         measured = tuning.table_of(device).fastest(problem) is not None
         why = f"fastest measured on {device}" if measured else f"the default: not measured on {device}"
         forms[name] = f"{tuning.choose(problem, device)}, {why}"

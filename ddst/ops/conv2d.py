@@ -154,7 +154,9 @@ def conv2d(
     dtype, (x, values, bias) = in_compute_dtype(x, values, bias)
     shape, last = list(weight_shape), output_is_channels_last(x)
     problem = backends.Problem.of(x, values, (shape[2], shape[3]), strides, dilations)
-    if backends.choose(backend, problem) == "reference":
+    # On meta nothing is computed but shapes.
+    chosen = backend if x.is_meta else backends.choose(backend, problem)
+    if chosen == "reference":
         y = reference.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, record)
     else:
         code = backends.code(backend)

@@ -67,7 +67,9 @@ def linear(
     dtype, (x, values, bias) = in_compute_dtype(input, values, bias)
     # Sizes are read off tensors only where there is need: tracers take what is read for a constant.
     matrix = x if x.dim() == 2 else x.reshape(-1, weight_shape[1])
-    if backends.choose(backend, backends.Problem.of(x, values, linear=True)) == "reference":
+    # On meta nothing is computed but shapes.
+    chosen = backend if x.is_meta else backends.choose(backend, backends.Problem.of(x, values, linear=True))
+    if chosen == "reference":
         y = reference.linear(matrix, values, bias, topology, list(weight_shape), record)
     else:
         y = _ops.linear(matrix, values, bias, topology, list(weight_shape), backends.code(backend), record)

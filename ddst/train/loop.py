@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ddst.data import ImageSet, Sampler
 from ddst.gan import DDST, EMA, StepReport
-from ddst.gan.ddst import unperturbed
+from ddst.gan.unperturbed import unperturbed
 from ddst.sparsity.stats import FlopCounter, TrainingFlops
 from ddst.train.checkpoint import CheckpointError, save_checkpoint
 from ddst.train.config import TrainConfig, fitting, out_of_memory, setting_errors

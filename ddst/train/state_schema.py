@@ -7,7 +7,7 @@ networks, layers and counts there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from ddst import topology
 from ddst.gan import DDST
 from ddst.gan.controller import EXCHANGE, GROW
 from ddst.nn import SparseLayer, sparse_layers
+from ddst.nn.storage import slots_fault
 from ddst.sparsity.updater import TopologyUpdater
 from ddst.train.rules import (
     Misfit,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from ddst.train.loop import Trainer
 
 _LARGEST_STEP = 2**24  # Adam counts in float32, whose whole numbers end there.
-_PLACES = "block_mask"  # What says in a sparse layer's state where its values lie.
+_PLACES = "slot_blocks"  # What says in a sparse layer's state where its values lie.
 
 
 def check_state(state: Mapping[str, Any], trainer: Trainer) -> None:
@@ -94,32 +95,28 @@ def network(net: nn.Module) -> Rule:
 
 
 def packed_weight(layer: SparseLayer, state: dict[str, Any], name: str) -> dict[str, Rule]:
-    """Rules for what a sparse layer keeps instead of a dense weight: one packed block for each block of the mask."""
-    places = blocks(layer.block_mask.shape)
+    """Rules for what a sparse layer keeps instead of a dense weight: blocks in slots, and which block lies in which."""
+
+    def slots(value: Any, where: str) -> None:
+        held = state.get(f"{name}.values")
+        fault = slots_fault(
+            value, held.shape[0] if isinstance(held, torch.Tensor) and held.dim() else 0, layer.num_blocks
+        )
+        if fault or not (value >= 0).any():
+            raise Misfit(f"{where} does not say where blocks lie: {fault or 'no block is active'}")
 
     def values(value: Any, where: str) -> None:
-        mask: Any = state.get(f"{name}.{_PLACES}")
-        places(mask, where.removesuffix("values") + _PLACES)
-        tensor(layer.values.dtype, (int(mask.sum()), *layer.block))(value, where)
-        if value[~topology.inside(mask, layer.weight_shape, layer.block)].any():
-            raise Misfit(f"{where} must be zero outside the weight")
+        slot_blocks: Any = state.get(f"{name}.{_PLACES}")
+        slots(slot_blocks, where.removesuffix("values") + _PLACES)
+        tensor(layer.values.dtype, (slot_blocks.numel(), *layer.block))(value, where)
+        if value[~topology.inside_slots(slot_blocks, layer.weight_shape, layer.block)].any():
+            raise Misfit(f"{where} must be zero outside the weight and where there is no block")
 
-    return {_PLACES: places, "values": values}
-
-
-def blocks(shape: Sequence[int]) -> Rule:
-    """A block mask with at least one block."""
-
-    def check(value: Any, where: str) -> None:
-        tensor(torch.bool, shape)(value, where)
-        if not value.any():
-            raise Misfit(f"{where} has no active block")
-
-    return check
+    return {_PLACES: slots, "values": values}
 
 
 def average(net: nn.Module, model: Any) -> Rule:
-    """The averaged generator: a network with the masks of the generator, where the dict `model` holds that."""
+    """The averaged generator: a network with the slots of the generator, where the dict `model` holds that."""
 
     def check(state: Any, where: str) -> None:
         network(net)(state, where)
@@ -181,7 +178,7 @@ def scheduler(ddst: DDST, step: int) -> Rule:
 
 def requests(updater: TopologyUpdater, wanted: bool) -> Rule:
     """A `TopologyUpdater`: whether scores are asked for, scores that came and were not used, its random numbers."""
-    masks = {name: layer.block_mask.shape for name, layer in updater.scores.layers.items()}
+    masks = {name: layer.mask_shape for name, layer in updater.scores.layers.items()}
     one = {name: tensor(None, shape, low=0) for name, shape in masks.items()}
     scores = record({"requested": one_of(wanted and bool(masks)), "latest": some_of(one), "aside": some_of(one)})
     return record({"scores": scores, "generator": random_state})

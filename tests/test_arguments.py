@@ -154,7 +154,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         {"model": nn.Sequential(nn.Linear(16, 16)), "sample": torch.ones(1, 16), "density": 0.5, "blocks": [8],
          "densities": (1.0,), "distribution": "erk", "exclude": (), "backend": "auto", "repeats": 1},
     ),
-    "remap_state": lambda: (ddst.remap_state, {**adam_and_change(), "second_moment": None}),
+    "carry_state": lambda: (ddst.carry_state, {**adam_and_change(), "second_moment": None}),
     "SparseTraining": lambda: (
         ddst.SparseTraining,
         dict(zip(("model", "optimizer"), trained(), strict=True))

@@ -11,9 +11,10 @@ from . import _extension
 _extension.load()  # before anything that registers derivatives of the compiled operators
 
 from ._extension import build_info  # noqa: E402
+from .convert import advise, dense_state_dict, densify, sparsify  # noqa: E402
 from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
 from .nn import SparseConv2d, SparseLinear, explain, follow  # noqa: E402
-from .sparsity import SparseTraining, advise, carry_state, dense_state_dict, densify, sparsify  # noqa: E402
+from .sparsity import SparseTraining, carry_state  # noqa: E402
 
 try:
     __version__ = version("ddst")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ddst.convert import sparsify
 from ddst.models.sngan import _DownBlock, _UpBlock
-from ddst.sparsity import sparsify
 from ddst.sparsity.stats import FlopCounter
 from ddst.train.players import Players
 

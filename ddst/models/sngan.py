@@ -73,7 +73,10 @@ class ImageConv2d(nn.Conv2d):
     Raises:
         ValueError: the kernel side is even.
 
-    Numerics: that of the sum in another order. `sparsify` takes the layer for the `nn.Conv2d` it equals.
+    Attributes:
+        sparsify_as: the layer of torch that it equals, for which `ddst.sparsify` takes it.
+
+    Numerics: that of the sum in another order.
 
     Cost: ``2 · N · H · W · C_in · C_out · kH · kW`` operations and ``N · H · W · C_out · kH · kW`` numbers of memory.
 
@@ -82,6 +85,8 @@ class ImageConv2d(nn.Conv2d):
         >>> torch.allclose(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=1e-5)
         True
     """
+
+    sparsify_as = nn.Conv2d
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         if kernel_size % 2 == 0:

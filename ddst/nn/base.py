@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from .. import topology as tp
 from .._arguments import check_bool, check_device, check_dtype, check_module, check_number, check_type
 from ..backends import Problem, check_backend
+from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..ops.reference import block_norms_of
-from ..ops.scores import GradientRecord, ScoreRecorder
 from .dense_view import DenseView
 from .origin import Origin
 from .spectral_norm import SpectralNorm, rename_dense_keys

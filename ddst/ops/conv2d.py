@@ -13,8 +13,8 @@ from .. import topology as tp
 from .._arguments import MAX_INT, check_ints, check_operands, check_tensor, check_weight_shape
 from . import reference
 from .autograd import register_autograd
+from .gradient_record import values_gradient
 from .precision import in_compute_dtype
-from .scores import values_gradient
 
 _ops = torch.ops.ddst
 
@@ -107,7 +107,7 @@ def conv2d(
         stride, padding, dilation: as in :func:`torch.nn.functional.conv2d`.
         backend: "auto", "cpu", "triton", "cuda" (CUDA C++) or "reference" (dense arithmetic on the unpacked weight, the
             oracle of the tests); derivatives run on the same.
-        record: key of a :class:`~ddst.ops.scores.ScoreRecorder`, or 0.
+        record: key of a :class:`~ddst.ops.gradient_record.ScoreRecorder`, or 0.
 
     Returns:
         ``[N, C_out, H_out, W_out]``, channels_last where ``F.conv2d`` would return channels_last.

@@ -13,8 +13,8 @@ from .._arguments import check_operands, check_tensor, check_weight_shape
 from ..topology import check_block, slot_count
 from . import reference
 from .autograd import register_autograd
+from .gradient_record import values_gradient
 from .precision import in_compute_dtype
-from .scores import values_gradient
 
 _ops = torch.ops.ddst
 
@@ -38,8 +38,8 @@ def linear(
         bias: ``[out_features]`` or None.
         weight_shape: ``(out_features, in_features)``.
         backend: "auto", "cpu", "triton", "cuda" or "reference"; derivatives run on the same.
-        record: key of a :class:`~ddst.ops.scores.ScoreRecorder`, or 0.
-        record: key of a :class:`~ddst.ops.scores.ScoreRecorder`, or 0.
+        record: key of a :class:`~ddst.ops.gradient_record.ScoreRecorder`, or 0.
+        record: key of a :class:`~ddst.ops.gradient_record.ScoreRecorder`, or 0.
 
     Returns:
         ``[…, out_features]``.

@@ -14,7 +14,7 @@ from torch.nn.grad import conv2d_weight
 
 from .. import backends
 from ..topology import as_blocks, from_blocks, grid, split_topology
-from .scores import recorder_of
+from .gradient_record import recorder_of
 
 
 def dense_weight(values: Tensor, topology: Tensor, weight_shape: Sequence[int], record: int = 0) -> Tensor:

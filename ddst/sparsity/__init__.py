@@ -1,9 +1,6 @@
-"""Sparse training: conversion, density distributions, drop and grow criteria, schedules, algorithms, optimizers."""
+"""Sparse training: drop and grow criteria, schedules, algorithms, optimizer state, densities."""
 
-from ddst.sparsity.advice import Advice
-from ddst.sparsity.advise import advise
 from ddst.sparsity.algorithm import SparseTraining
-from ddst.sparsity.convert import dense_state_dict, densify, sparsify
 from ddst.sparsity.criterion import choose_drop, choose_grow, relative_keys
 from ddst.sparsity.optimizer import carry_state
 from ddst.sparsity.schedule import DropSchedule
@@ -11,7 +8,6 @@ from ddst.sparsity.stats import FlopCounter, NetworkStats, TrainingFlops, networ
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport
 
 __all__ = [
-    "Advice",
     "DropSchedule",
     "FlopCounter",
     "NetworkStats",
@@ -19,13 +15,9 @@ __all__ = [
     "TopologyUpdater",
     "TrainingFlops",
     "UpdateReport",
-    "advise",
     "carry_state",
     "choose_drop",
     "choose_grow",
-    "dense_state_dict",
-    "densify",
     "network_stats",
     "relative_keys",
-    "sparsify",
 ]

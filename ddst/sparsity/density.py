@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ddst.convert import find_candidates
 from ddst.nn import SparseLayer, sparse_layers
-from ddst.sparsity.candidates import find_candidates
 from ddst.topology import mask_of_slots, mask_sizes
 
 

@@ -23,12 +23,12 @@ from ddst._arguments import (
     check_optimizer,
     check_state_keys,
 )
+from ddst.convert import find_candidates
 from ddst.nn import SparseLayer
-from ddst.sparsity.candidates import find_candidates
 from ddst.sparsity.criterion import check_share, choose_drop, choose_grow, exchange_count, random_scores, relative_keys
 from ddst.sparsity.density import NetworkDensity, flat_mask
 from ddst.sparsity.optimizer import carry_state, check_state
-from ddst.sparsity.scores import ScoreCollector
+from ddst.sparsity.score_collector import ScoreCollector
 from ddst.topology import SlotChange
 
 SCOPES = ("layer", "global")
@@ -92,8 +92,8 @@ class TopologyUpdater:
         stays as it is, with its values and its optimizer state.
     Cost: an exchange or a growth costs the block scores (the operations of a dense weight gradient, one layer at a
         time) and a sort of the blocks' keys, a drop the sort only. Steps without a request cost nothing; with one, what
-        the scores are made of is kept, see :class:`~ddst.sparsity.scores.ScoreCollector`. Scores take one number per
-        block: with 1×1 blocks as many as the dense weights have.
+        the scores are made of is kept, see :class:`~ddst.sparsity.score_collector.ScoreCollector`. Scores take one
+        number per block: with 1×1 blocks as many as the dense weights have.
     """
 
     def __init__(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
+from ddst.convert import sparsify
 from ddst.models import Discriminator, Generator
-from ddst.sparsity import sparsify
 from ddst.train.config import TrainConfig
 from ddst.train.options import ConfigError, flag
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from ddst.convert import densify, sparsify
 from ddst.gan import EMA
 from ddst.nn import sparse_layers
 from ddst.nn.spectral_norm import spectral_norm
-from ddst.sparsity import SparseTraining, densify, sparsify
+from ddst.sparsity import SparseTraining
 from ddst.topology import unpack
 from helpers.training import batch, classifier, snapshot, train_step
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ddst
 from ddst.nn import SparseLayer
 from ddst.ops import scores
-from ddst.ops.scores import ScoreRecorder, recorder_of
+from ddst.ops.gradient_record import ScoreRecorder, recorder_of
 from helpers.dense import block_norms
 
 BACKENDS = ["cpu", "reference"]

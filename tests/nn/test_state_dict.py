@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
+from ddst.convert import dense_state_dict, densify, sparsify
 from ddst.nn import SparseConv2d, SparseLayer, SparseLinear, sparse_layers
-from ddst.sparsity import dense_state_dict, densify, sparsify
 from helpers.layers import packed_from, slots_inside, weight_of
 
 STYLES: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -10,7 +10,7 @@ from torch import nn
 
 from ddst.nn import sparse_layers
 from ddst.nn.spectral_norm import spectral_norm
-from ddst.sparsity.scores import ScoreCollector
+from ddst.sparsity.score_collector import ScoreCollector
 from helpers.training import ToyGan, batch, classifier, dense_gradient_norms, make, run, train_step
 
 

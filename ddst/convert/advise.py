@@ -15,7 +15,7 @@ from .._arguments import check_int
 from ..backends import check_backend
 from ..measure import TIGHT, MedianInterval, clock_of, paired
 from ..nn import SparseConv2d, SparseLayer, SparseLinear
-from .advice import Advice, BlockAdvice, LayerAdvice, Measured
+from .advice_report import Advice, BlockAdvice, LayerAdvice, Measured
 from .candidates import Candidate, check_no_layer, find_candidates
 from .distribution import check_density
 from .shares import share_out

@@ -14,13 +14,13 @@ from torch import nn
 
 import ddst
 from ddst import measure
+from ddst.convert.advice_report import Advice, BlockAdvice, LayerAdvice, Measured
+from ddst.convert.advise import Seen
 from ddst.measure import MedianInterval
 from ddst.nn import SparseLayer, sparse_layers
-from ddst.sparsity.advice import Advice, BlockAdvice, LayerAdvice, Measured
-from ddst.sparsity.advise import Seen
 
 # The package's attribute of that name is the function.
-measuring = importlib.import_module("ddst.sparsity.advise")
+measuring = importlib.import_module("ddst.convert.advise")
 
 SAMPLE = torch.randn(2, 32, 6, 6)
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
+from ddst.convert import densify, sparsify
+from ddst.convert.initial_masks import initial_masks
 from ddst.models import Discriminator, Generator
 from ddst.nn import SparseConv2d, SparseLayer, SparseLinear, sparse_layers
-from ddst.sparsity import densify, sparsify
-from ddst.sparsity.initial_masks import initial_masks
 from helpers.dense import active_entries, block_norms
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ddst.nn import SparseLayer
-from ddst.ops.scores import GradientRecord, backward_reaches
+from ddst.ops.gradient_record import GradientRecord, backward_reaches
 
 #: The collector whose request a layer serves: a layer records for one.
 _owners: weakref.WeakKeyDictionary[SparseLayer, ScoreCollector] = weakref.WeakKeyDictionary()

@@ -15,12 +15,12 @@ from .._arguments import check_bool, check_generator, check_module, check_number
 from ..backends import check_backend
 from ..nn import SparseConv2d, SparseLayer, SparseLinear
 from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
-from .advice import Advice
+from .advice_report import Advice
 from .advise import advise
 from .candidates import Candidate, check_no_layer, find_candidates, places, spectral_hook
-from .conversion_report import LayerReport, SparsifyReport
 from .distribution import block_counts, check_density
 from .initial_masks import KINDS, initial_masks
+from .report import LayerReport, SparsifyReport
 from .shares import share_out, why_dense
 
 #: Of spectral norms on blocks larger than single weights.
@@ -69,7 +69,7 @@ def sparsify(
         model: a module that contains the layers.
         density: share of active weights, above 0 and at most 1.
         block: ``(b_out, b_in)``, or one int for a square block.
-        distribution: "erk" (:func:`~ddst.sparsity.distribution.erk_densities`): small layers stay denser; the density
+        distribution: "erk" (:func:`~ddst.convert.distribution.erk_densities`): small layers stay denser; the density
             is that of all Conv2d and Linear layers which are not excluded, those left dense counting as 1. "uniform":
             every swapped layer has the density. ``{name: density}``: these layers have theirs, all other swapped layers
             ``density``; a layer named here is swapped even if it has fewer channels than the block.
@@ -84,7 +84,7 @@ def sparsify(
             that no change of the masks up to there makes new tensors; they are part of ``values`` from the start (zero,
             as their gradients and optimizer state). None: none. A layer that is grown beyond its share still enlarges.
         only_if_faster: True measures every layer here (:func:`ddst.advise`, which needs ``sample``) and leaves those
-            dense that were not found to be faster sparse; an :class:`~ddst.sparsity.Advice` that holds this block is
+            dense that were not found to be faster sparse; an :class:`~ddst.Advice` that holds this block is
             used instead of measuring. The other layers keep the density they would have had, so with "erk" the density
             over all layers comes out higher than asked for.
         sample: what a training step calls the model with, a tensor or a sequence of arguments.

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
+from ddst.convert import sparsify
+from ddst.convert.candidates import find_candidates
 from ddst.nn import SparseLinear, sparse_layers
-from ddst.sparsity import sparsify
-from ddst.sparsity.candidates import find_candidates
 
 
 class OwnLinear(nn.Linear):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddst.sparsity.distribution import (
+from ddst.convert.distribution import (
     block_counts,
     check_density,
     erk_densities,

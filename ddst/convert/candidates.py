@@ -20,7 +20,6 @@ from torch.nn.utils.spectral_norm import (
 )
 
 from .._arguments import check_module
-from ..models.sngan import ImageConv2d
 from ..nn import SparseLayer, SparseLinear
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -175,7 +174,7 @@ def _examine(module: nn.Module, excluded: bool, owners: dict[int, list[str]]) ->
         candidate.reason = "excluded"
     elif lazy:
         candidate.reason = "lazy, without a shape yet: run the model once on a batch before"
-    elif kind not in (nn.Conv2d, nn.Linear, ImageConv2d):
+    elif vars(kind).get("sparsify_as", kind) not in (nn.Conv2d, nn.Linear):
         known = kind.__module__.startswith("torch.nn.modules.conv")
         candidate.reason = f"{kind.__name__} is not supported" if known else "a subclass with code of its own"
     elif isinstance(module, nn.Conv2d) and module.groups != 1:

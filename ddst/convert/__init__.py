@@ -1,0 +1,18 @@
+"""From a dense model to a sparse one and back: which layers are swapped, at which density, and what that gains."""
+
+from .advice_report import Advice
+from .advise import advise
+from .candidates import find_candidates
+from .report import LayerReport, SparsifyReport
+from .swap import dense_state_dict, densify, sparsify
+
+__all__ = [
+    "Advice",
+    "LayerReport",
+    "SparsifyReport",
+    "advise",
+    "dense_state_dict",
+    "densify",
+    "find_candidates",
+    "sparsify",
+]

@@ -82,8 +82,8 @@ class EMA:
         for i, (layer, shadow) in enumerate(self._pairs):
             if self._versions[i] != layer.mask_version:
                 if not torch.equal(layer.block_mask, shadow.block_mask):
-                    # Without its spectral norm, whose iterations on the new mask would draw random numbers: the
-                    # vectors they find are buffers, and copied from the model.
+                    # Without its spectral norm, which would iterate on the new mask: the vectors are buffers, and
+                    # copied from the model.
                     norm, shadow.spectral_norm = shadow.spectral_norm, None
                     shadow.set_block_mask(layer.block_mask)
                     shadow.spectral_norm = norm

@@ -183,6 +183,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "TrainingFlops": lambda: (
         sparsity.TrainingFlops, {"generator": flops(), "discriminator": flops(), "d_steps": 1},
     ),
+    "TrainingFlops.load_state_dict": lambda: loaded(sparsity.TrainingFlops(flops(), flops())),
     "choose_drop": lambda: (
         sparsity.choose_drop,
         {"norms": [torch.ones(3)], "amount": 1, "keys": None, "sizes": None, "max_norm_share": None},
@@ -203,6 +204,9 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "DDST.step": lambda: (
         ddst.DDST(**networks(), total_steps=99, mode="sdst", interval_g=9, br_every=1, br_window=4).step,
         {"fake_scores": torch.ones(2, 16), "noise": torch.ones(2, 16), "real": torch.ones(2, 16)},
+    ),
+    "DDST.load_state_dict": lambda: loaded(
+        ddst.DDST(**networks(), total_steps=99, interval_g=9, interval_d=9, br_every=1, br_window=4)
     ),
     "EMA": with_model(ddst.EMA, decay=0.9, start=0),
     "EMA.load_state_dict": lambda: loaded(ddst.EMA(sparse_model())),

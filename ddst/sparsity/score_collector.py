@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ddst._arguments import check_state_keys
 from ddst.nn import SparseLayer
 from ddst.ops.gradient_record import GradientRecord, backward_reaches
 
@@ -177,6 +178,7 @@ class ScoreCollector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`: reopens a request that was open. Load the model first."""
+        check_state_keys(state, ("requested", "latest", "aside"))
         for name, score in [*state["latest"].items(), *state["aside"].items()]:
             if name not in self.layers or score.shape != self.layers[name].mask_shape:
                 raise ValueError(f"state holds scores of a layer {name!r} of shape {tuple(score.shape)}, unknown here")

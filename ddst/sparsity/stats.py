@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddst._arguments import check_int, check_module, check_optimizer, check_type
+from ddst._arguments import check_int, check_module, check_optimizer, check_state_keys, check_type
 from ddst.nn import SparseLayer
 from ddst.nn.spectral_norm import SpectralNorm
 from ddst.sparsity.density import NetworkDensity
@@ -271,6 +271,7 @@ class TrainingFlops:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restores :meth:`state_dict`."""
+        check_state_keys(state, ("counted", "counted_dense"))
         self.counted, self.counted_dense = state["counted"], state["counted_dense"]
 
 

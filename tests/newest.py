@@ -63,9 +63,12 @@ def outcome(python: Path, tests: list[str]) -> tuple[int, list[str], list[str]]:
     command = [python.with_name("pytest"), "-q", "-m", "not torture", "-p", "no:cacheprovider", *ignored, *tests]
     print("+", *command, flush=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    print(done.stdout)
-    lines = done.stdout.splitlines()
+    lines = []
+    with subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None
+        for line in done.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
     bad = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return (
         done.returncode,
@@ -74,15 +77,20 @@ def outcome(python: Path, tests: list[str]) -> tuple[int, list[str], list[str]]:
     )
 
 
-def write(versions: str, tests: list[str], code: int, bad: list[str], counts: list[str]) -> None:
+def commit() -> str:
+    """The commit of this tree, marked where files differ from it."""
+    described = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def write(tested: str, versions: str, tests: list[str], code: int, bad: list[str], counts: list[str]) -> None:
     torch, triton, numpy, python = versions.split()
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = [
         "# The tests with the newest torch and Triton",
         "",
         "Written by `make test-newest`, which is run by hand.",
         "",
-        f"- {datetime.date.today()}, commit {commit.strip() or 'unknown'}",
+        f"- {datetime.date.today()}, commit {tested}",
         f"- torch {torch}, Triton {triton}, numpy {numpy}, Python {python}",
         "- the library as built with the headers of the torch that pyproject.toml names",
         f"- `{' '.join(tests)}` without `{' '.join(LEFT_OUT)}`",
@@ -106,9 +114,10 @@ def main() -> int:
             prepare(python)
         install(python)
         versions = run(python, "-P", "-c", VERSIONS, stdout=subprocess.PIPE).stdout.strip()
+        tested = commit()
         result = outcome(python, options.tests)
         if options.write:
-            write(versions, options.tests, *result)
+            write(tested, versions, options.tests, *result)
     return result[0]
 
 

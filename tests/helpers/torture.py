@@ -45,12 +45,14 @@ def words_of(settings: dict[str, Any]) -> list[str]:
 NEW, RESUME = words_of(SETTINGS), ["--resume"]
 
 
-def _child(words: list[str], said: str, largest_file: int | None) -> None:
+def _child(words: list[str], said: str, largest_file: int | None, report: bool) -> None:
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if not report:
+        job._finish = lambda trainer: None
     sys.exit(cli.main(words))
 
 
@@ -58,12 +60,13 @@ class Child:
     """`ddst train` with these words in a process of its own.
 
     Args:
-        out: the run's folder. words: of the command line. largest_file: bytes that a file may have.
+        out: the run's folder. words: of the command line. largest_file: bytes that a file may have. report: whether a
+            finished run is judged, which takes as long as the run.
     """
 
-    def __init__(self, out: Path, words: list[str], largest_file: int | None = None) -> None:
+    def __init__(self, out: Path, words: list[str], largest_file: int | None = None, report: bool = False) -> None:
         self.said_in = out.parent / f"{out.name}.txt"
-        arguments = (["train", "--out", str(out), *words], str(self.said_in), largest_file)
+        arguments = (["train", "--out", str(out), *words], str(self.said_in), largest_file, report)
         self.process = _server.Process(target=_child, args=arguments)
         self.process.start()
 
@@ -101,19 +104,19 @@ def way_on(out: Path, rng: random.Random) -> list[str]:
 def kills(folder: Path, count: int, seed: int) -> str:
     """Runs killed by SIGKILL at random moments, half of them while a checkpoint is being written, and continued."""
     rng, whole = random.Random(seed), folder / "whole"
-    started = time.monotonic()
     finish(whole, NEW)
-    length, done, writing, runs = time.monotonic() - started, 0, 0, 0
+    done, writing, runs = 0, 0, 0
     while done < count:
         out, step = folder / f"killed {runs}", 0
         runs += 1
         for _ in range(rng.randint(1, 4)):
+            left = stamp(out / ".checkpoint.pt.tmp")
             child = Child(out, way_on(out, rng))
-            _wait(child, out / ".checkpoint.pt.tmp" if rng.random() < 0.5 else None, rng, length)
+            _wait(child, out, rng)
             done += child.process.is_alive()
             child.process.kill()
             child.process.join()
-            writing += (out / ".checkpoint.pt.tmp").exists()
+            writing += stamp(out / ".checkpoint.pt.tmp") not in (0, left)
             reached = load_checkpoint(out / "checkpoint.pt")["step"] if (out / "checkpoint.pt").exists() else 0
             assert reached >= step, "a checkpoint is lost"
             step = reached
@@ -122,13 +125,31 @@ def kills(folder: Path, count: int, seed: int) -> str:
     return f"{done} kills ({writing} while a checkpoint was written), 0 checkpoints lost, {runs} continued runs equal"
 
 
-def _wait(child: Child, file: Path | None, rng: random.Random, length: float) -> None:
-    until = time.monotonic() + rng.uniform(0.0, length)
-    while time.monotonic() < until and child.process.is_alive():
-        time.sleep(0.001)
-    while file is not None and child.process.is_alive() and not file.exists():
-        time.sleep(0.0002)
-    time.sleep(rng.uniform(0.0, 0.004))
+def _wait(child: Child, out: Path, rng: random.Random) -> None:
+    """Until the child has written some more checkpoints, in half of the cases until it writes another; then a moment.
+
+    Counted in checkpoints and not in seconds, so that a busy machine is tried at the same places.
+    """
+    checkpoint, temporary = out / "checkpoint.pt", out / ".checkpoint.pt.tmp"
+    left = stamp(temporary)  # By an earlier kill.
+    for _ in range(rng.randrange(5)):
+        seen = stamp(checkpoint)
+        while child.process.is_alive() and stamp(checkpoint) == seen:
+            time.sleep(0.001)
+    if rng.random() < 0.5:
+        while child.process.is_alive() and stamp(temporary) in (0, left):
+            time.sleep(0.0002)
+        time.sleep(rng.uniform(0.0, 0.004))
+    else:
+        time.sleep(rng.uniform(0.0, rng.choice([0.01, 0.1, 1.0])))
+
+
+def stamp(path: Path) -> int:
+    """When a file was written, or 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def one_error(child: Child, out: Path) -> None:
@@ -146,7 +167,7 @@ def full_disks(folder: Path, count: int, seed: int) -> str:
     largest = (whole / "checkpoint.pt").stat().st_size
     for i in range(count):
         out = folder / f"full {i}"
-        child = Child(out, NEW, largest_file=rng.randrange(largest))
+        child = Child(out, NEW, largest_file=rng.randrange(largest), report=True)
         assert child.code() == 1
         one_error(child, out)
         if (out / "checkpoint.pt").exists():
@@ -171,7 +192,7 @@ def small_file_systems(folder: Path, count: int, seed: int) -> str | None:
             return None
         try:
             out = disk / "run"
-            child = Child(out, NEW)
+            child = Child(out, NEW, report=True)
             if child.code() != 0:
                 one_error(child, out)
             assert mount("remount", "size=100m")

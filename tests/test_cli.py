@@ -1,6 +1,7 @@
 """The command line: one clear line and code 2 for everything wrong, nothing overwritten, help with all defaults."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,17 +9,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddst import cli
+from ddst import __version__, cli
+from ddst.train.checkpoint import load_checkpoint, save_checkpoint
 from ddst.train.config import OPTIONS
-from ddst.train.options import flag
-from helpers.runs import TINY, checkpoint_of
+from ddst.train.folder import versions
+from ddst.train.options import flag, shown_value
+from helpers.runs import TINY, checkpoint_of, tiny
 
-# The settings of helpers.runs as words of the command line.
-WORDS = [
-    word
-    for name, value in TINY.items()
-    for word in (flag(name), "x".join(map(str, value)) if isinstance(value, tuple) else str(value))
-]
+
+def words_of(settings):
+    """Settings as words of the command line."""
+    return [word for name, value in settings.items() for word in (flag(name), *shown_value(value).split())]
+
+
+WORDS = words_of(TINY)
+# What only `ddst train` needs.
+TRAIN_ONLY = ["sklearn", "matplotlib", "PIL", "tqdm", "safetensors"]
 
 
 def code_of(arguments):
@@ -81,7 +87,13 @@ def test_whole_words_reach_the_run(tmp_path, capsys):
         (["--method", "sdst-rigl", "--density", "1.0"], "--density must be below 1 with --method sdst-rigl"),
         (["--method", "sdst-set", "--grown-second-moment", "score"], "--grown-second-moment score needs gradient"),
         (["--br-eps", "inf"], "--br-eps must be at least 0 and finite, got inf"),
-        (["--lr", "inf"], "--lr must be above 0 and finite, got inf"),
+        (["--lr", "inf"], "--lr must be above 0 and at most 1e20, got inf"),
+        (["--lr", "1e300"], "--lr must be above 0 and at most 1e20, got 1e+300"),
+        (["--fd-samples", "2147483647"], "--fd-samples must be at least 2 and at most 1000000, got 2147483647"),
+        (["--batch", "2147483647"], "--batch, --resolution, --width-g and --width-d do not fit"),
+        (["--resolution", "1073741824"], "images of this --resolution do not fit"),
+        (["--drop-fraction-d", "0.5"], "--drop-fraction-d has no effect with --method ddst-relaxed"),
+        (["--data", "no\nfolder"], "data folder no\\nfolder does not exist"),
         (["--sn-noise", "inf"], "--sn-noise must be from 0 to 1, got inf"),
         (["--seed", "99999999999999999999"], "--seed must be at least 0 and below 2**63, got 99999999999999999999"),
         (["--br-window", "9" * 20], "--br-window must be at least 1 and at most 2147483647"),
@@ -112,8 +124,8 @@ def test_what_only_the_library_refuses_is_one_line_that_names_the_option(tmp_pat
 def test_discriminator_may_start_dense(tmp_path, method):
     """And shrinks where the method steers its density."""
     out = tmp_path / "run"
-    words = ["--method", method, "--density-d", "1.0", "--bounds", "2", "3", "--steps", "6", "--fd-samples", "2"]
-    assert code_of(["train", *WORDS, *words, "--out", out, "--stop-after", "6"]) == 0
+    settings = tiny(method=method, density_d=1.0, bounds=(2.0, 3.0), steps=6, fd_samples=2)
+    assert code_of(["train", *words_of(settings), "--out", out, "--stop-after", "6"]) == 0
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     densities = [e["density_d"] for e in log if "loss_d" in e]
     assert densities[0] == 1
@@ -186,18 +198,67 @@ def test_resume_without_or_with_a_damaged_checkpoint(finished, tmp_path, capsys)
     assert contents(finished) == before
 
 
-def test_resume_whose_log_is_gone_changes_nothing(finished, capsys):
+def test_a_checkpoint_that_does_not_fit_is_one_line_that_names_file_and_part(finished, capsys):
+    """Nothing on the disk changes, the log that would be cut included."""
+    with (finished / "log.jsonl").open("a") as log:
+        log.write("{}\n")
+    path, state = finished / "checkpoint.pt", load_checkpoint(finished / "checkpoint.pt")
+    for change, words in (
+        ({"step": "2"}, "checkpoint.pt does not fit its run: step must be a whole number"),
+        ({"step": 3}, "optimizer_g.0.step must be 3, got entries from 2 to 2"),
+        ({"sampler": [1]}, "checkpoint.pt does not fit its run: sampler must be a dict, got a list"),
+        ({"config": {**state["config"], "steps": 0}}, "checkpoint.pt does not fit any run: config: --steps must be at"),
+        ({"config": 1}, "checkpoint.pt does not fit any run: config: settings must be a dict"),
+        ({"log": {**state["log"], "bytes": 20}}, "log.bytes, 20, is not where the lines of step 2 end"),
+        ({"images": "0"}, "cannot resume: the images of --data digits have changed"),
+        ({"new": 1}, "checkpoint.pt does not fit its run: new is unknown"),
+    ):
+        save_checkpoint(path, {**state, **change})
+        before = contents(finished)
+        capsys.readouterr()
+        assert code_of(["train", "--resume", "--out", finished]) == 2
+        assert_one_line(capsys, words)
+        assert contents(finished) == before
+
+
+def test_resume_whose_log_is_gone_begins_a_new_one_and_says_so(finished, capsys):
     (finished / "log.jsonl").unlink()
-    before = contents(finished)
     capsys.readouterr()
-    assert code_of(["train", "--resume", "--out", finished]) == 2
-    assert_one_line(capsys, "log.jsonl does not belong to its checkpoint")
-    assert contents(finished) == before
+    assert code_of(["train", "--resume", "--out", finished, "--stop-after", 4]) == 0
+    assert "log.jsonl is missing: a new one is begun after step 2" in capsys.readouterr().out
+    entries = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert entries[0]["settings"]["density"] == 0.3
+    assert [e["step"] for e in entries if "loss_d" in e] == [3, 4]
+    assert code_of(["train", "--resume", "--out", finished]) == 0  # With a gap in the log there is a report, too.
+    assert (finished / "report.png").exists()
+
+
+def test_a_damaged_line_of_the_log_is_told_before_training(finished, capsys):
+    log = finished / "log.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"loss_d"', b'"lost_d"', 1))
+    capsys.readouterr()
+    assert code_of(["train", "--resume", "--out", finished]) == 0
+    said = capsys.readouterr().out
+    assert 0 < said.index("log.jsonl: line 2 is damaged, the report leaves it out") < said.index("written:")
+    assert (finished / "report.png").exists()
+
+
+def test_going_on_with_other_versions_is_not_silent(finished, capsys):
+    state = load_checkpoint(finished / "checkpoint.pt")
+    assert state["versions"] == versions()
+    assert json.loads((finished / "log.jsonl").read_text().splitlines()[0])["versions"] == versions()
+    assert {"ddst", "torch", "python", "numpy"} <= versions().keys()
+    save_checkpoint(finished / "checkpoint.pt", {**state, "versions": {**versions(), "torch": "2.9.9"}})
+    capsys.readouterr()
+    assert code_of(["train", "--resume", "--out", finished, "--stop-after", 3]) == 0
+    assert (
+        f"warning: begun with torch 2.9.9, going on with {versions()['torch']}: numbers may" in capsys.readouterr().out
+    )
 
 
 def test_loss_that_is_not_finite_ends_with_code_1(tmp_path, capsys):
     out = tmp_path / "run"
-    assert code_of(["train", *WORDS, "--lr", "1e30", "--out", out]) == 1
+    assert code_of(["train", *WORDS, "--lr", "1e20", "--out", out]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("ddst train: error: loss is not finite at step")
     assert checkpoint_of(out)["step"] == 0  # The last whole state is still there.
@@ -224,7 +285,55 @@ def test_version_and_info(capsys):
     assert code_of(["--version"]) == 0
     assert capsys.readouterr().out.startswith("ddst ")
     assert code_of(["info"]) == 0
-    assert isinstance(json.loads(capsys.readouterr().out), dict)
+    assert json.loads(capsys.readouterr().out)["ddst"] == __version__
+
+
+def test_version_help_and_info_need_torch_only():
+    for argument in ("--version", "--help", "info"):
+        code = (
+            f"import sys; sys.modules.update(dict.fromkeys({TRAIN_ONLY!r})); import run_ddst; sys.exit(run_ddst.main())"
+        )
+        done = subprocess.run([sys.executable, "-P", "-c", code, argument], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert argument == "--help" or __version__ in done.stdout
+
+
+@pytest.mark.parametrize("module", ["torch", "ddst.gan", "PIL", "ddst.train.job"])
+def test_ctrl_c_while_importing_is_one_line(tmp_path, module):
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import run_ddst\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.exit(run_ddst.main())\n"
+    )
+    command = [sys.executable, "-P", "-c", code, "train", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr in ("ddst: interrupted\n", "ddst train: interrupted\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_that_is_closed_or_full_does_not_stop_a_run(tmp_path):
+    words = words_of({**TINY, "steps": 2})
+    code = "import run_ddst, sys; sys.exit(run_ddst.main())"
+    with open("/dev/full", "w") as full:
+        for name, streams in (
+            ("closed", {"preexec_fn": lambda: (os.close(1), os.close(2))}),
+            ("full", {"stdout": full, "stderr": full}),
+            ("ascii", {"capture_output": True, "env": {**os.environ, "PYTHONIOENCODING": "ascii:strict"}}),
+        ):
+            out = tmp_path / f"{name}\n"
+            command = [sys.executable, "-P", "-c", code, "train", *words, "--out", str(out)]
+            done = subprocess.run(command, check=False, **streams)
+            assert done.returncode == 0
+            assert (out / "summary.json").exists()
+            assert len((out / "log.jsonl").read_text().splitlines()) == 3
+    lines = done.stdout.decode().splitlines()
+    assert f"  {str(out)[:-1]}\\n/log.jsonl  every step and decision, one JSON object per line" in lines
+    assert any(line.startswith("Fr\\xe9chet distance") for line in lines)
 
 
 def test_runs_as_a_program(tmp_path):

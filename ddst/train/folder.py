@@ -80,7 +80,7 @@ def settings_begun(out: Path) -> Any:
 def make_folder(out: Path) -> None:
     """Make the folder of a new run; ConfigError if it cannot be made."""
     try:
-        (out / SAMPLES).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be made: {error.strerror or error}") from error
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ddst.train.checkpoint import load_checkpoint
+from ddst.train.config import OPTIONS
 from ddst.train.log import read_log
 
 # The smallest run in which everything happens: 8x8 digits, layers of 2x2 blocks and nine taps, topology updates at 4, 8
@@ -33,6 +34,13 @@ TINY: dict[str, Any] = {
 }
 
 
+def tiny(**settings: Any) -> dict[str, Any]:
+    """`TINY` with these settings, without those that the method does not have."""
+    both = {**TINY, **settings}
+    method = both.get("method", OPTIONS["method"].default)
+    return {k: v for k, v in both.items() if OPTIONS[k].methods is None or method in OPTIONS[k].methods}
+
+
 def log_without_seconds(out: Path) -> list[dict[str, Any]]:
     """The log's entries without the one field that may differ between equal runs."""
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_log(out / "log.jsonl")]
@@ -41,10 +49,8 @@ def log_without_seconds(out: Path) -> list[dict[str, Any]]:
 def checkpoint_of(out: Path) -> dict[str, Any]:
     """The checkpoint without what says where and how long it ran."""
     state = load_checkpoint(out / "checkpoint.pt")
-    for name in ("seconds", "log_bytes"):
+    for name in ("seconds", "log"):
         state.pop(name)
-    for name in ("out", "resume", "stop_after"):
-        state["config"].pop(name)
     return state
 
 

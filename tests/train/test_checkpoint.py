@@ -1,12 +1,13 @@
 """A checkpoint is replaced whole or not at all; damaged, missing and foreign ones are named."""
 
 import os
+import random
+import resource
 
 import pytest
 import torch
 
-from ddst.train.checkpoint import CheckpointError, load_checkpoint, replacing, save_checkpoint, truncate_log
-from ddst.train.log import RunLog, read_log
+from ddst.train.checkpoint import FORMAT, CheckpointError, load_checkpoint, replacing, save_checkpoint
 
 STATE = {"step": 3, "weights": {"a": torch.arange(5.0)}, "names": ["x", None], "bounds": (0.4, 0.5)}
 
@@ -33,8 +34,7 @@ def test_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch, cr
     real_save = torch.save
 
     def half(state, file):
-        real_save(state, file)
-        file.truncate(file.tell() // 2)
+        real_save(state["weights"], file)
         crash()
 
     if crash_in == "write":
@@ -60,18 +60,44 @@ def test_old_file_is_whole_until_the_last_moment(tmp_path):
     assert path.read_bytes() == b"new, half written"
 
 
-def test_missing_damaged_and_foreign_files_are_named(tmp_path):
+def test_missing_and_foreign_files_are_named_in_our_words(tmp_path):
     path = tmp_path / "c.pt"
     with pytest.raises(CheckpointError, match=r"no checkpoint .*c\.pt does not exist"):
         load_checkpoint(path)
+    for write, message in (
+        (lambda: path.write_bytes(b""), "it is empty"),
+        (lambda: torch.save({"step": 3}, path), "it is no file of ddst train, or its end is missing"),
+        (lambda: torch.save(torch.nn.Linear(2, 2), path), "it is no file of ddst train"),
+        (lambda: path.write_bytes(b"PK"), "it is no file of ddst train"),
+        (lambda: save_checkpoint(path, {"format": "1"}), "is no checkpoint of ddst train"),
+        (lambda: save_checkpoint(path, {"format": FORMAT + 1}), f"of format {FORMAT + 1}; this ddst"),
+        (lambda: (path.unlink(), path.mkdir()), "Is a directory"),
+    ):
+        write()
+        with pytest.raises(CheckpointError, match=r"c\.pt") as caught:
+            load_checkpoint(path)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+
+
+def test_no_flipped_bit_and_no_missing_byte_passes(tmp_path):
+    """In headers, between the parts and in the digest too."""
+    path = tmp_path / "c.pt"
     save_checkpoint(path, STATE)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"cannot read checkpoint .*c\.pt") as caught:
-        load_checkpoint(path)
-    assert "\n" not in str(caught.value)
-    torch.save({"step": 3}, path)
-    with pytest.raises(CheckpointError, match="no ddst training checkpoint"):
-        load_checkpoint(path)
+    good = path.read_bytes()
+    torch.load(path, weights_only=True)  # It is a file of torch all the same.
+    rng = random.Random(0)
+    damaged = [good[:n] for n in rng.sample(range(len(good)), 200)] + [good + b"\0", good[1:], good[::-1]]
+    for bit in range(len(good) * 8):
+        if bit // 8 >= len(good) - 80 or rng.random() < 0.1:
+            changed = bytearray(good)
+            changed[bit // 8] ^= 1 << bit % 8
+            damaged.append(bytes(changed))
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"^cannot read checkpoint .*c\.pt: it is"):
+            load_checkpoint(path)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -79,25 +105,29 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "ran"),))
 
-    torch.save({"format": 1, "x": Evil()}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match="cannot read"):
+    save_checkpoint(tmp_path / "c.pt", {"x": Evil()})
+    with pytest.raises(CheckpointError, match="it holds more than tensors and plain values"):
         load_checkpoint(tmp_path / "c.pt")
     assert not (tmp_path / "ran").exists()
 
 
-def test_log_is_strict_json_and_can_be_cut_back(tmp_path):
-    path = tmp_path / "log.jsonl"
-    with RunLog(path) as log:
-        log.write(step=1, loss_d=1.5, nested={"x": [float("inf"), 2.0]})
-        size = log.sync()
-        log.write(step=2, loss_d=float("nan"))
-    assert size < path.stat().st_size
-    assert list(read_log(path))[1] == {"step": 2, "loss_d": None}
-    truncate_log(path, size)
-    with RunLog(path) as log:
-        log.write(step=9)
-    assert list(read_log(path)) == [{"step": 1, "loss_d": 1.5, "nested": {"x": [None, 2.0]}}, {"step": 9}]
-    with pytest.raises(CheckpointError, match="does not belong"):
-        truncate_log(path, 10**6)
-    with pytest.raises(CheckpointError, match="does not belong"):
-        truncate_log(tmp_path / "none", 1)
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    """torch.save turns the error of a write into one about positions in its file."""
+
+    def limited(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, STATE)
+    before = path.read_bytes()
+    unlimited, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 700, len(before) - 1):
+        limited(size)
+        try:
+            with pytest.raises(OSError, match="too large") as caught:
+                save_checkpoint(path, STATE)
+        finally:
+            limited(unlimited)
+        assert caught.value.filename == str(path)
+        assert path.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]

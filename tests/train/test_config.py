@@ -1,9 +1,13 @@
 """Settings: defaults by method and block, ranges, what may differ on resume, and one line for everything wrong."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from ddst.train.config import FREE_ON_RESUME, OPTIONS, check_same_run, resolve
-from ddst.train.options import ConfigError, Option, parse_block, shown_value
+from ddst.train.config import FREE_ON_RESUME, OPTIONS, check_same_run, check_saved, refuse_without_effect, resolve
+from ddst.train.options import ConfigError, Option, flag, parse_block, shown_value
 
 
 def test_defaults_depend_on_method_block_and_preset():
@@ -45,7 +49,19 @@ def test_given_density_is_that_of_the_discriminator_unless_it_has_its_own():
         ({"density_d": 1.5}, "--density-d must be above 0"),
         ({"method": "magic"}, "--method must be one of dense, static, .* got magic"),
         ({"steps": 0}, "--steps must be at least 1 and at most 2147483647, got 0"),
-        ({"lr": float("nan")}, "--lr must be above 0 and finite, got nan"),
+        ({"lr": float("nan")}, "--lr must be above 0 and at most 1e20, got nan"),
+        ({"lr_d": 1e300}, r"--lr-d must be above 0 and at most 1e20, got 1e\+300"),
+        ({"fd_samples": 2**31 - 1}, "--fd-samples must be at least 2 and at most 1000000, got 2147483647"),
+        ({"steps": "3"}, "--steps must be a whole number, got '3'"),
+        ({"steps": True}, "--steps must be a whole number, got True"),
+        ({"steps": None}, "--steps must be a whole number, got None"),
+        ({"density": [0.1]}, r"--density must be a number, got \[0.1\]"),
+        ({"density": 10**400}, "--density must be a number"),
+        ({"betas": 0.5}, "--betas must be 2 numbers, got 0.5"),
+        ({"betas": (0.5, "x")}, "--betas must be 2 numbers"),
+        ({"block": (0, 8)}, r"--block must be two sides from 1 to 64, got \(0, 8\)"),
+        ({"resume": 1}, "--resume must be a bool, got 1"),
+        ({"data": b"folder"}, "--data must be a text, got b'folder'"),
         ({"bounds": (0.6, 0.5)}, "--bounds must be LO not above HI, got 0.6 0.5"),
         ({"betas": (0.0, 1.0)}, "--betas must be two numbers of at least 0 and below 1"),
         ({"resolution": 20}, "--resolution must be 8, 16, .* got 20"),
@@ -68,7 +84,7 @@ def test_bad_block_is_refused(text):
 
 
 def test_resume_takes_the_saved_settings_and_names_the_one_that_differs():
-    saved = resolve({"out": "old", "method": "static", "density": 0.2, "stop_after": 5}).as_dict()
+    saved = resolve({"out": "old", "method": "static", "density": 0.2, "stop_after": 5}).saved()
     merged = check_same_run(saved, {"out": "new", "resume": True, "density": 0.2, "checkpoint_every": 7})
     config = resolve(merged)
     assert (config.method, config.out, config.checkpoint_every, config.stop_after) == ("static", "new", 7, None)
@@ -81,9 +97,18 @@ def test_resume_takes_the_saved_settings_and_names_the_one_that_differs():
 
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n not in FREE_ON_RESUME])
 def test_every_other_setting_is_pinned_on_resume(name):
-    saved = resolve({"out": "x"}).as_dict()
-    with pytest.raises(ConfigError, match="cannot resume"):
-        check_same_run(saved, {name: "something else"})
+    saved, declared = resolve({"out": "x"}).saved(), OPTIONS[name]
+    others = [*(declared.choices or ()), "images", 3, 0.25, (2, 2), (0.25, 0.75), None]
+    for value in others:
+        try:
+            plain = declared.plain(name, value)
+        except ConfigError:
+            continue  # Of another type or range.
+        if plain != saved[name]:
+            with pytest.raises(ConfigError, match="cannot resume"):
+                check_same_run(saved, {name: value})
+            return
+    raise AssertionError("no other value was tried")
 
 
 def test_every_option_says_what_it_means_and_shows_its_default():
@@ -98,3 +123,47 @@ def test_values_are_shown_as_they_are_typed():
     assert shown_value((16, 8)) == "16x8"
     assert shown_value((0.0, 0.9)) == "0.0 0.9"
     assert shown_value(None) == "none"
+
+
+def test_values_become_plain_ones_that_a_checkpoint_can_hold():
+    given = {"out": Path("x"), "steps": np.int64(9), "density": np.float32(0.5), "betas": [0, 0.5], "block": [8, 4]}
+    config = resolve(given)
+    assert (config.out, config.steps, config.density, config.betas, config.block) == ("x", 9, 0.5, (0.0, 0.5), (8, 4))
+    assert [type(v) for v in (config.out, config.steps, config.density, config.betas[0])] == [str, int, float, float]
+
+
+def test_settings_read_back_from_a_file_are_those_that_were_saved():
+    saved = resolve({"out": "x", "method": "ddst-strict", "warmup": 3}).saved()
+    assert check_saved(json.loads(json.dumps(saved))) == saved
+    assert resolve({**saved, "out": "x"}).saved() == saved
+    for damage, message in (
+        ({"steps": "9"}, "--steps must be a whole number"),
+        ({"colour": 1}, "setting 'colour' is none of this ddst"),
+        ({"delta": 7.0}, "--delta must be above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_saved({**saved, **damage})
+    with pytest.raises(ConfigError, match="setting 'seed' is missing"):
+        check_saved({name: value for name, value in saved.items() if name != "seed"})
+    with pytest.raises(ConfigError, match="settings must be a dict, got list"):
+        check_saved([saved])
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        ("dense", "density", 0.1),
+        ("dense", "block", (16, 16)),
+        ("static", "interval_g", 25),
+        ("sdst-set", "delta", 0.05),
+        ("sdst-rigl", "bounds", (0.4, 0.5)),
+        ("ddst-relaxed", "drop_fraction_d", 0.5),
+    ],
+)
+def test_settings_that_a_method_does_not_have_are_refused(method, name, value):
+    """Also where they are the defaults: who gives them believes that they do something."""
+    with pytest.raises(
+        ConfigError, match=rf"^{flag(name)} has no effect with --method {method}, only with .*ddst-strict$"
+    ):
+        refuse_without_effect({"out": "x", "method": method, name: value}, method)
+    refuse_without_effect({"out": "x", "method": "ddst-strict", name: value, "lr": 1e-3}, "ddst-strict")

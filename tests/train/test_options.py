@@ -10,7 +10,7 @@ import torch
 import ddst
 from ddst.data import load_images
 from ddst.train import Trainer, resolve, train
-from ddst.train.config import setting_errors
+from ddst.train.config import fitting, setting_errors
 from ddst.train.options import ConfigError
 from helpers.runs import TINY, log_without_seconds
 
@@ -83,11 +83,19 @@ def test_library_errors_name_the_option():
         (ValueError('scope="x" is\nnothing'), r'^--scope "x" is nothing$'),
         (TypeError("br_window must be an int"), r"^--br-window must be an int$"),
         (ValueError("something else"), r"^something else$"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"), r"do not fit: .*allocate memory$"),
     ):
         with pytest.raises(ConfigError, match=message), setting_errors():
             raise error
-    with pytest.raises(RuntimeError, match="a fault of ours"), setting_errors():
+
+
+def test_memory_that_runs_out_names_the_sizes():
+    for error, message in (
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"), r"^--batch do not fit: .*allocate memory$"),
+        (MemoryError(), r"^--batch do not fit: not enough memory$"),
+    ):
+        with pytest.raises(ConfigError, match=message), fitting("--batch"):
+            raise error
+    with pytest.raises(RuntimeError, match="a fault of ours"), fitting("--batch"):
         raise RuntimeError("a fault of ours")
 
 

@@ -9,7 +9,7 @@ import torch
 from ddst.train import run
 from ddst.train.loop import Trainer
 from ddst.train.options import ConfigError
-from helpers.runs import TINY, checkpoint_of, differences, log_without_seconds
+from helpers.runs import TINY, checkpoint_of, differences, log_without_seconds, tiny
 
 # Bounds that make the controller act at every decision, whatever is measured.
 ALWAYS_GROW, ALWAYS_DROP = (-2e9, -1e9), (1e9, 2e9)
@@ -48,7 +48,7 @@ def _without_report(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_and_resumed_is_the_same_run(tmp_path, case):
     changes, decisions, updates = CASES[case]
-    settings, whole = {**TINY, **changes}, tmp_path / "whole"
+    settings, whole = tiny(**changes), tmp_path / "whole"
     assert run({**settings, "out": str(whole)}) == 0
     log = log_without_seconds(whole)
     assert [e["step"] for e in log if "event" not in e] == list(range(1, 15))

@@ -208,6 +208,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_that_names_file_and_part(fin
         ({"step": 3}, "optimizer_g.0.step must be 3, got entries from 2 to 2"),
         ({"sampler": [1]}, "checkpoint.pt does not fit its run: sampler must be a dict, got a list"),
         ({"config": {**state["config"], "steps": 0}}, "checkpoint.pt does not fit any run: config: --steps must be at"),
+        ({"config": {**state["config"], "density": 0.001}}, "cannot be continued here: config: --density 0.001: "),
         ({"config": 1}, "checkpoint.pt does not fit any run: config: settings must be a dict"),
         ({"log": {**state["log"], "bytes": 20}}, "log.bytes, 20, is not where the lines of step 2 end"),
         ({"images": "0"}, "cannot resume: the images of --data digits have changed"),
@@ -252,7 +253,8 @@ def test_going_on_with_other_versions_is_not_silent(finished, capsys):
     capsys.readouterr()
     assert code_of(["train", "--resume", "--out", finished, "--stop-after", 3]) == 0
     assert (
-        f"warning: begun with torch 2.9.9, going on with {versions()['torch']}: numbers may" in capsys.readouterr().out
+        f"warning: written with torch 2.9.9, going on with {versions()['torch']}: numbers may"
+        in capsys.readouterr().out
     )
 
 

@@ -284,9 +284,9 @@ def fitting(sizes: str) -> Iterator[None]:
 
     Example:
         >>> with fitting("images of this --resolution"):
-        ...     torch.empty(2**60)
+        ...     raise MemoryError("3 TB asked for")
         Traceback (most recent call last):
-        ddst.train.options.ConfigError: images of this --resolution do not fit: ...
+        ddst.train.options.ConfigError: images of this --resolution do not fit: 3 TB asked for
     """
     try:
         yield

@@ -50,15 +50,15 @@ def run(given: Mapping[str, Any]) -> int:
     return _begin(config)
 
 
-def _begin(config: TrainConfig) -> int:
+def _begin(config: TrainConfig, *warnings: str) -> int:
     out = Path(config.out)
     check_folder(out)
     trainer = _trainer(config)
     trainer.try_step()
     make_folder(out)
-    with only_writer(out) as warnings:
+    with only_writer(out) as more:
         check_folder(out)  # Another process may have been faster.
-        return _train(trainer, None, warnings)
+        return _train(trainer, None, [*warnings, *more])
 
 
 def _resume(given: Mapping[str, Any]) -> int:
@@ -71,7 +71,7 @@ def _resume(given: Mapping[str, Any]) -> int:
         except ConfigError:
             message = f"no checkpoint to resume from: {path} does not exist; leave out --resume to begin a run"
             raise CheckpointError(message) from None
-        return _begin(_continued(settings, given))
+        return _begin(_continued(settings, given), f"{path} does not exist: the run begins anew")
     with only_writer(out) as warnings:
         saved = load_checkpoint(path)
         try:
@@ -79,7 +79,11 @@ def _resume(given: Mapping[str, Any]) -> int:
             resolve({**settings, "out": str(out)})
         except ConfigError as error:
             raise CheckpointError(f"checkpoint {path} does not fit any run: config: {error}") from None
-        trainer = _trainer(_continued(settings, given))
+        config = _continued(settings, given)
+        try:
+            trainer = _trainer(config)
+        except ConfigError as error:
+            raise CheckpointError(f"checkpoint {path} cannot be continued here: config: {error}") from None
         trainer.load_state_dict(saved)
         kept = kept_log(out / LOG, saved["log"], trainer.step)
         return _train(trainer, kept, [*warnings, *kept.warnings, *_other_versions(saved["versions"])])
@@ -93,7 +97,7 @@ def _continued(settings: Mapping[str, Any], given: Mapping[str, Any]) -> TrainCo
 
 def _other_versions(before: Mapping[str, str]) -> list[str]:
     changed = [(name, before.get(name), now) for name, now in versions().items() if before.get(name) != now]
-    return [f"begun with {name} {old}, going on with {now}: numbers may differ" for name, old, now in changed]
+    return [f"written with {name} {old}, going on with {now}: numbers may differ" for name, old, now in changed]
 
 
 def _trainer(config: TrainConfig) -> Trainer:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ddst import cli
+from ddst.data import DataError
 from ddst.train import job
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
 from ddst.train.folder import settings_begun
@@ -230,7 +231,7 @@ def refusal(call: Callable[[], Any]) -> tuple[str | None, Any]:
     """What a call says that refuses, or what it returns."""
     try:
         return None, call()
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
         return str(error), None
 
 

@@ -103,3 +103,11 @@ def test_evaluate_refuses_other_shapes():
 
 def test_nearest_resolution_is_by_octaves():
     assert [nearest_resolution(r) for r in (8, 11, 12, 22, 23, 48, 512)] == [8, 8, 16, 16, 32, 32, 32]
+
+
+def test_generated_digits_may_come_in_parts():
+    real = load_images("digits", 8).batch(slice(0, 300))
+    fake = load_images("digits", 8).batch(slice(300, 600))
+    assert evaluate_digits(real, (part for part in fake.split(128))) == evaluate_digits(real, fake)
+    with pytest.raises(ValueError, match="fake must be"):
+        evaluate_digits(real, [fake, fake[..., :4]])

@@ -62,7 +62,7 @@ def test_a_run_in_use_is_neither_resumed_nor_begun(tmp_path):
 
 @pytest.mark.parametrize("again", [TINY, {"resume": True}])
 @pytest.mark.parametrize("died_in", ["save_samples", "checkpoint"])
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch, again, died_in):
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch, capsys, again, died_in):
     """The same command does, and --resume with the settings that were given first."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     settings = {**TINY, "seed": 5}
@@ -79,6 +79,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path, monk
     (out / "samples" / ".step_000000.png.tmp").write_bytes(b"half")
     again = again if "resume" in again else settings
     assert run({**again, "out": str(out), "stop_after": 3}) == 0
+    assert ("the run begins anew" in capsys.readouterr().out) == ("resume" in again)
     assert differences(checkpoint_of(whole), checkpoint_of(out)) == []
     assert log_without_seconds(whole) == log_without_seconds(out)
     assert [p.name for p in (out / "samples").iterdir()] == ["step_000000.png"]

@@ -1,5 +1,6 @@
 """Options of the command line reach the library, and what it refuses comes back as one line that names the option."""
 
+import copy
 import os
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ from ddst.data import load_images
 from ddst.train import Trainer, resolve, train
 from ddst.train.config import fitting, setting_errors
 from ddst.train.options import ConfigError
-from helpers.runs import TINY, log_without_seconds
+from helpers.runs import TINY, differences, log_without_seconds
 
 MAKEFILE = Path(__file__).resolve().parents[2] / "Makefile"
 ALWAYS_GROW = (-2e9, -1e9)
@@ -132,3 +133,21 @@ def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--device cuda: torch sees no CUDA device"):
         Trainer(config, load_images("digits", config.resolution))
     assert not (tmp_path / "run").exists()
+
+
+def test_trying_a_step_leaves_no_trace(tmp_path):
+    trainer = trainer_for(tmp_path)
+    before = copy.deepcopy(trainer.state_dict())
+    trainer.try_step()
+    assert differences(before, trainer.state_dict()) == []
+    parameters = [*trainer.players.generator.parameters(), *trainer.players.discriminator.parameters()]
+    assert all(p.grad is None and p.requires_grad for p in parameters)
+
+
+def test_networks_that_no_machine_like_this_could_hold_are_not_built(tmp_path, monkeypatch):
+    """Building them would end in the operating system's killing the process."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with pytest.raises(
+        ConfigError, match=r"these --width-g, --width-d and --latent do not fit: built dense they need 0\.0 GB"
+    ):
+        trainer_for(tmp_path)

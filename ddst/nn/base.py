@@ -160,7 +160,6 @@ class SparseLayer(PackedStorage):
         Args:
             on_first: called in a backward pass before something is kept while nothing is.
         """
-        self._recorder.take()
         self._recorder.on_first = on_first
         self._recorder.open()
         self._records = True

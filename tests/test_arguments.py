@@ -146,8 +146,8 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     ),
     "SpectralNorm": lambda: (
         sparse_nn.SpectralNorm,
-        {"weight_shape": (16, 16), "block": (8, 8), "n_power_iterations": 1, "eps": 1e-12, "noise": 0.05, "style": "hook",
-         "device": None, "dtype": None},
+        {"weight_shape": (16, 16), "block": (8, 8), "n_power_iterations": 1, "eps": 1e-12, "noise": 0.05,
+         "style": "hook", "device": None, "dtype": None},
     ),
     "sparsify": lambda: (
         ddst.sparsify,

@@ -15,7 +15,8 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from ddst.convert import dense_state_dict, densify, sparsify
 from ddst.nn import SparseConv2d, SparseLayer, SparseLinear, sparse_layers
-from helpers.layers import packed_from, slots_inside, weight_of
+from helpers.dense import inside, pack_blocks
+from helpers.layers import weight_of
 
 STYLES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "none": lambda m: m,
@@ -107,7 +108,7 @@ def test_dense_checkpoint_loads_strictly_and_keeps_active_blocks(style: str) -> 
     suffix = {"none": "weight", "hook": "weight_orig", "parametrization": "parametrizations.weight.original"}[style]
     for name, layer in sparse_layers(sparse).items():
         assert torch.equal(layer.block_mask, masks[name])
-        assert torch.equal(layer.values, packed_from(weights[f"{name}.{suffix}"], layer.slot_blocks, layer.block))
+        assert torch.equal(layer.values, pack_blocks(weights[f"{name}.{suffix}"], layer.slot_blocks, layer.block))
         assert layer.values is kept[f"{name}.values"]
         if layer.spectral_norm is not None:
             # The vectors of the whole weight do not fit what is kept of it: they are settled on that.
@@ -266,7 +267,7 @@ def test_a_parameter_stays_in_its_optimizer_across_a_change_of_the_mask(optimize
     assert layer.values.shape[0] == layer.num_blocks
     assert not torch.equal(before, layer.values)
     # What lies outside the weight stays zero.
-    outside = ~slots_inside(layer.slot_blocks, layer.weight_shape, layer.block)
+    outside = ~inside(layer.slot_blocks, layer.weight_shape, layer.block)
     assert outside.any()
     assert not layer.values.detach()[outside].any()
-    assert torch.equal(packed_from(layer.dense_weight().detach(), layer.slot_blocks, layer.block), layer.values)
+    assert torch.equal(pack_blocks(layer.dense_weight().detach(), layer.slot_blocks, layer.block), layer.values)

@@ -278,7 +278,7 @@ class SparseLayer(PackedStorage):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._recorder = ScoreRecorder()
-        self._slots_seen = self.slot_blocks._version
+        self._place()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
         twin = type(self).__new__(type(self))

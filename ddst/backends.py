@@ -53,7 +53,7 @@ class Problem:
             ValueError: values that are no list of blocks.
         """
         if values.dim() != 3 or 0 in values.shape[1:]:
-            raise ValueError(f"values must have the shape [nnz, b_out, b_in], got {tuple(values.shape)}")
+            raise ValueError(f"values must have the shape [slots, b_out, b_in], got {tuple(values.shape)}")
         block = (values.shape[1], values.shape[2])
         return cls(input.device.type, input.dtype, block, kernel, stride, dilation, linear)
 

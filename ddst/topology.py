@@ -42,6 +42,7 @@ from ._arguments import (
     check_ints,
     check_number,
     check_tensor,
+    check_type,
     check_weight_shape,
 )
 
@@ -151,6 +152,8 @@ def mask_of_slots(slot_blocks: Tensor, shape: Sequence[int]) -> Tensor:
     >>> mask_of_slots(torch.tensor([3, -1, 0], dtype=torch.int32), (2, 2)).tolist()
     [[True, False], [False, True]]
     """
+    shape = _check_shape(shape)
+    check_slots(slot_blocks, math.prod(shape))
     # One place more, for the free slots.
     flat = torch.zeros(math.prod(shape) + 1, dtype=torch.bool, device=slot_blocks.device)
     flat[slot_blocks.long()] = True
@@ -172,8 +175,9 @@ def topology_of_slots(slot_blocks: Tensor, shape: Sequence[int]) -> Tensor:
     >>> topology_of_slots(torch.tensor([3, -1, 0], dtype=torch.int32), (2, 2)).tolist()
     [0, 1, 2, 0, 1, 2, 1, 2, 0, 1, 2, 0, 0, 0, 0, 2, 0, 1, 2, 0, 1]
     """
-    rows, cols = shape[:2]
-    taps = math.prod(shape[2:])
+    rows, cols, *space = _check_shape(shape, 2)
+    taps = math.prod(space)
+    check_slots(slot_blocks)
     if type(slot_blocks) is Tensor and slot_blocks.device.type == "cpu":  # several times faster than by operators
         return torch.from_numpy(_host.topology_of_slots(slot_blocks.numpy(), rows, cols, taps))
     return _topology_by_operators(slot_blocks, rows, cols, taps)
@@ -232,6 +236,32 @@ def check_mask(mask: Tensor, shape: Sequence[int] | None = None, name: str = "bl
         raise ValueError(f"{name} must have the shape [R, C] or [R, C, kH, kW], got {tuple(mask.shape)}")
     if mask.numel() >= 2**31:
         raise ValueError(f"{name} has {mask.numel()} blocks, more than int32 can index: use larger blocks")
+
+
+def check_slots(slot_blocks: Tensor, blocks: int | None = None, name: str = "slot_blocks") -> None:
+    """Raises TypeError or ValueError unless ``slot_blocks`` has a map's dtype and shape.
+
+    Args:
+        blocks: number of blocks that there are; the ranks are compared with it where nothing has to wait for them.
+    """
+    dtype = check_tensor(name, slot_blocks).dtype
+    if dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 tensor, got {dtype}")
+    if slot_blocks.dim() != 1:
+        raise ValueError(f"{name} must have the shape [slots], got {tuple(slot_blocks.shape)}")
+    known = type(slot_blocks) is Tensor and slot_blocks.device.type == "cpu" and not torch.compiler.is_compiling()
+    if blocks is not None and known and slot_blocks.numel():
+        least, most = (int(end) for end in slot_blocks.aminmax())
+        if least < -1 or most >= blocks:
+            raise ValueError(f"{name} must hold ranks of the weight's {blocks} blocks, or -1, got {least} to {most}")
+
+
+def _check_shape(shape: Sequence[int], least: int = 1) -> tuple[int, ...]:
+    """The shape of a block mask, or (``least`` is 1) of one that was flattened."""
+    sizes = tuple(check_type("shape", shape, Sequence, "a tuple of ints"))
+    if not least <= len(sizes) <= 4:
+        raise ValueError(f"shape must be [R, C] or [R, C, kH, kW], got {sizes}")
+    return tuple(check_int("shape", size, 0) for size in sizes)
 
 
 def block_count(density: float, total: int) -> int:
@@ -323,7 +353,10 @@ def pack_slots(weight: Tensor, slot_blocks: Tensor, block: tuple[int, int]) -> T
     >>> pack_slots(torch.eye(2), torch.tensor([3, -1], dtype=torch.int32), (1, 1)).flatten().tolist()
     [1.0, 0.0]
     """
+    check_weight_shape("weight's shape", tuple(check_tensor("weight", weight).shape))
+    block = check_block(block)
     blocks = as_blocks(weight, block).reshape(-1, *block)
+    check_slots(slot_blocks, blocks.shape[0])
     rank = slot_blocks.to(weight.device).long()
     return torch.where((rank >= 0)[:, None, None], blocks[rank.clamp(min=0)], 0)
 
@@ -334,9 +367,15 @@ def unpack_slots(values: Tensor, slot_blocks: Tensor, weight_shape: Sequence[int
     >>> unpack_slots(torch.ones(2, 1, 1), torch.tensor([3, -1], dtype=torch.int32), (2, 2)).tolist()
     [[0.0, 0.0], [0.0, 1.0]]
     """
-    block = (values.shape[1], values.shape[2])
-    shape = mask_shape(weight_shape, block)
+    block = (check_tensor("values", values, 3).shape[1], values.shape[2])
+    weight_shape = check_weight_shape("weight_shape", weight_shape)
+    shape = mask_shape(weight_shape, check_block(block, "block (the last two sizes of values)"))
     total = math.prod(shape)
+    check_slots(slot_blocks, total)
+    if values.shape[:1] != slot_blocks.shape:
+        raise ValueError(
+            f"values must hold one block for each of {slot_blocks.numel()} slots (of slot_blocks, or the active ones of mask), got {values.shape[0]}"
+        )
     rank = slot_blocks.to(values.device).long()
     # One place more, for the free slots.
     blocks = values.new_zeros(total + 1, *block).index_put((torch.where(rank < 0, total, rank),), values)[:-1]
@@ -366,12 +405,7 @@ def unpack(values: Tensor, mask: Tensor, weight_shape: Sequence[int]) -> Tensor:
     check_mask(
         mask, mask_shape(weight_shape, block), f"mask (of a weight_shape {weight_shape}, values in blocks {block})"
     )
-    slot_blocks = row_major_slots(mask)
-    if values.shape[:1] != slot_blocks.shape:
-        raise ValueError(
-            f"values must hold one block for each of the mask's {slot_blocks.numel()}, got {values.shape[0]}"
-        )
-    return unpack_slots(values, slot_blocks, weight_shape)
+    return unpack_slots(values, row_major_slots(mask), weight_shape)
 
 
 def inside_slots(slot_blocks: Tensor, weight_shape: Sequence[int], block: tuple[int, int]) -> Tensor:
@@ -380,7 +414,9 @@ def inside_slots(slot_blocks: Tensor, weight_shape: Sequence[int], block: tuple[
     >>> inside_slots(torch.tensor([1, -1], dtype=torch.int32), (2, 3), (2, 2)).flatten(1).tolist()
     [[True, False, True, False], [False, False, False, False]]
     """
-    _, cols, taps = grid(weight_shape, block)
+    weight_shape, block = check_weight_shape("weight_shape", weight_shape), check_block(block)
+    rows, cols, taps = grid(weight_shape, block)
+    check_slots(slot_blocks, rows * cols * taps)
     rank = slot_blocks.long()
     row = (rank // (cols * taps))[:, None] * block[0] + torch.arange(block[0], device=rank.device)
     col = (rank // taps % cols)[:, None] * block[1] + torch.arange(block[1], device=rank.device)
@@ -389,7 +425,9 @@ def inside_slots(slot_blocks: Tensor, weight_shape: Sequence[int], block: tuple[
 
 def inside(mask: Tensor, weight_shape: Sequence[int], block: tuple[int, int]) -> Tensor:
     """:func:`inside_slots` with the row-major slots of a mask: bool ``[nnz, b_out, b_in]``."""
-    return inside_slots(row_major_slots(mask), weight_shape, block)
+    shape, block = check_weight_shape("weight_shape", weight_shape), check_block(block)
+    check_mask(mask, mask_shape(shape, block), f"mask (of a weight_shape {shape} in blocks {block})")
+    return inside_slots(row_major_slots(mask), shape, block)
 
 
 #: Free slots beyond this share of all are given back, unless they are reserved.
@@ -432,6 +470,9 @@ class SlotChange:
             slot_blocks: int32 ``[slots]``, before the change, on the CPU. mask: bool, the active blocks after it.
             reserve: number of slots that stay, free or not.
         """
+        check_mask(mask, name="mask")
+        check_slots(slot_blocks, mask.numel())
+        check_int("reserve", reserve, 0)
         flat = mask.reshape(-1).cpu()
         old = slot_blocks.long()
         was_active = mask_of_slots(slot_blocks, (flat.numel(),))
@@ -459,6 +500,8 @@ class SlotChange:
     @staticmethod
     def between(before: Tensor, after: Tensor) -> SlotChange:
         """The change from one map of slots to any other, where kept blocks may lie in other slots."""
+        check_slots(before, name="before")
+        check_slots(after, name="after")
         old, new = before.long(), after.long()
         blocks = max((int(part.max()) + 1 for part in (old, new) if part.numel()), default=0)
         slot_of = old.new_full((blocks + 1,), -1)
@@ -493,7 +536,7 @@ class SlotChange:
         Raises:
             ValueError: ``stored`` has not one entry for each of the slots before the change.
         """
-        if stored.shape[:1] != self.before.shape:
+        if check_tensor("stored", stored).shape[:1] != self.before.shape:
             raise ValueError(f"stored must have {self.before.numel()} slots first, got the shape {tuple(stored.shape)}")
         if stored.is_meta:
             return stored.new_empty(self.slot_blocks.numel(), *stored.shape[1:])

@@ -6,6 +6,7 @@ takes long.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -76,6 +77,11 @@ def networks() -> dict[str, Any]:
     }
 
 
+def average_and_model() -> dict[str, Any]:
+    model = sparse_model()
+    return {"average": copy.deepcopy(model), "model": model}
+
+
 def packed(*spatial: int) -> dict[str, Any]:
     mask = torch.ones(2, 2, *spatial, dtype=torch.bool)
     weight_shape = (16, 16, *spatial)
@@ -112,6 +118,7 @@ def with_model(function: Callable[..., Any], **options: Any) -> Callable[[], tup
 LAYER = {"bias": True, "device": None, "dtype": None, "density": 0.5, "block": 8}
 SUMMARY = gan.WindowSummary(4, 4, 0.3, 0.5, 0.6)
 MASK = torch.ones(2, 2, dtype=torch.bool)
+SLOTS = torch.tensor([3, -1, 0], dtype=torch.int32)
 
 #: Name -> what makes the function and its right arguments anew for each call.
 CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
@@ -139,7 +146,8 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     ),
     "SpectralNorm": lambda: (
         sparse_nn.SpectralNorm,
-        {"weight_shape": (16, 16), "block": (8, 8), "block_mask": MASK, "device": None, "dtype": None},
+        {"weight_shape": (16, 16), "block": (8, 8), "n_power_iterations": 1, "eps": 1e-12, "noise": 0.05,
+         "style": "hook", "device": None, "dtype": None},
     ),
     "sparsify": lambda: (
         ddst.sparsify,
@@ -234,6 +242,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         {"grad_output": torch.ones(1, 16), "input": torch.ones(1, 16), "weight_shape": (16, 16), "block": 8,
          "backend": "auto"},
     ),
+    "follow": lambda: (ddst.follow, average_and_model()),
     "check_block": lambda: (tp.check_block, {"block": 8}),
     "block_count": lambda: (tp.block_count, {"density": 0.5, "total": 9}),
     "random_mask": lambda: (
@@ -241,6 +250,26 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     ),
     "build_topology": lambda: (tp.build_topology, {"mask": MASK}),
     "pack": lambda: (tp.pack, {"weight": torch.ones(16, 16), "mask": MASK, "block": (8, 8)}),
+    "row_major_slots": lambda: (tp.row_major_slots, {"mask": MASK}),
+    "mask_of_slots": lambda: (tp.mask_of_slots, {"slot_blocks": SLOTS, "shape": (2, 2)}),
+    "topology_of_slots": lambda: (tp.topology_of_slots, {"slot_blocks": SLOTS, "shape": (2, 2)}),
+    "pack_slots": lambda: (
+        tp.pack_slots, {"weight": torch.ones(16, 16), "slot_blocks": SLOTS, "block": (8, 8)},
+    ),
+    "unpack_slots": lambda: (
+        tp.unpack_slots, {"values": torch.ones(3, 8, 8), "slot_blocks": SLOTS, "weight_shape": (16, 16)},
+    ),
+    "inside_slots": lambda: (
+        tp.inside_slots, {"slot_blocks": SLOTS, "weight_shape": (16, 16), "block": (8, 8)},
+    ),
+    "inside": lambda: (tp.inside, {"mask": MASK, "weight_shape": (16, 16), "block": (8, 8)}),
+    "SlotChange.to_mask": lambda: (
+        tp.SlotChange.to_mask, {"slot_blocks": SLOTS, "mask": MASK, "reserve": 0},
+    ),
+    "SlotChange.between": lambda: (tp.SlotChange.between, {"before": SLOTS, "after": SLOTS.flip(0)}),
+    "SlotChange.apply": lambda: (
+        tp.SlotChange.to_mask(SLOTS, MASK).apply, {"stored": torch.ones(3, 8, 8)},
+    ),
     "unpack": lambda: (tp.unpack, {"values": torch.ones(4, 8, 8), "mask": MASK, "weight_shape": (16, 16)}),
 }  # fmt: skip
 

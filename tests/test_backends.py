@@ -69,7 +69,7 @@ def test_problem_is_read_off_the_tensors() -> None:
     found = Problem.of(torch.zeros(1, 8, 4, 4), torch.zeros(2, 4, 8), (3, 3), (2, 1), (1, 1))
     assert found == Problem("cpu", torch.float32, (4, 8), (3, 3), (2, 1))
     for values in (torch.zeros(4, 8), torch.zeros(2, 0, 8)):
-        with pytest.raises(ValueError, match=r"values.*\[nnz, b_out, b_in\]"):
+        with pytest.raises(ValueError, match=r"values.*\[slots, b_out, b_in\]"):
             Problem.of(torch.zeros(1), values)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import random
 
 import pytest
 import torch
@@ -14,11 +13,21 @@ from torch import Tensor
 
 from ddst import _host, topology
 from ddst.ops.reference import dense_weight
-from helpers.dense import active_entries, blocks_of, mask_dims, pack_blocks, row_major, topology_of, unpack_blocks
-from helpers.layers import dense_of, mask_from, packed_from, slots_inside, topology_from
+from helpers.dense import (
+    active_entries,
+    blocks_of,
+    inside,
+    mask_dims,
+    mask_of,
+    pack_blocks,
+    row_major,
+    topology_of,
+    unpack_blocks,
+)
 
 modest = settings(max_examples=60, deadline=None)
 pairs = st.tuples(st.integers(1, 9), st.integers(1, 9))
+Slotted = tuple[tuple[int, ...], tuple[int, int], Tensor]  # with masks, or with slot_blocks
 
 
 @st.composite
@@ -30,7 +39,7 @@ def weights(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, int]]:
 
 
 @st.composite
-def masked(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, int], Tensor]:
+def masked(draw: st.DrawFn) -> Slotted:
     """(weight shape, block, mask), the mask anything from empty to full."""
     shape, block = draw(weights())
     share = draw(st.sampled_from([0.0, 0.05, 0.3, 0.8, 1.0]))
@@ -44,17 +53,17 @@ def numbered(shape: tuple[int, ...]) -> Tensor:
 
 
 @st.composite
-def slotted(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """(mask, slot_blocks): the mask's blocks in any order, free slots anywhere among them, or none."""
-    _, _, mask = draw(masked())
-    ranks = row_major(mask).tolist() + [-1] * draw(st.sampled_from([0, 1, 7]))
-    random.Random(draw(st.integers(0, 10**6))).shuffle(ranks)
-    return mask, torch.tensor(ranks, dtype=torch.int32)
+def slotted(draw: st.DrawFn) -> Slotted:
+    """(weight shape, block, slot_blocks): the blocks of a random mask in random slots, some free."""
+    shape, block, mask = draw(masked())
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    ranks = torch.cat([mask.flatten().nonzero()[:, 0], torch.full((draw(st.integers(0, 5)),), -1)])
+    return shape, block, ranks[torch.randperm(ranks.numel(), generator=g)].to(torch.int32)
 
 
 @modest
 @given(masked())
-def test_topology_of_a_mask_has_row_major_slots(problem: tuple[tuple[int, ...], tuple[int, int], Tensor]) -> None:
+def test_topology_of_a_mask_has_row_major_slots(problem: Slotted) -> None:
     _, _, mask = problem
     vector = topology.build_topology(mask)
     assert vector.dtype == torch.int32
@@ -67,8 +76,9 @@ def test_topology_of_a_mask_has_row_major_slots(problem: tuple[tuple[int, ...], 
 
 @modest
 @given(slotted())
-def test_topology_of_slots_is_the_documented_vector(problem: tuple[Tensor, Tensor]) -> None:
-    mask, slots = problem
+def test_topology_of_slots_is_the_documented_vector(problem: Slotted) -> None:
+    shape, block, slots = problem
+    mask = mask_of(slots, mask_dims(shape, block))
     rows, cols, taps = mask.shape[0], mask.shape[1], math.prod(mask.shape[2:])
     vector = topology.topology_of_slots(slots, mask.shape)
     assert vector.dtype == torch.int32 and vector.is_contiguous()
@@ -95,8 +105,9 @@ def test_topology_of_slots_is_the_documented_vector(problem: tuple[Tensor, Tenso
 
 @modest
 @given(slotted())
-def test_slots_and_masks_are_made_of_each_other(problem: tuple[Tensor, Tensor]) -> None:
-    mask, slots = problem
+def test_slots_and_masks_are_made_of_each_other(problem: Slotted) -> None:
+    shape, block, slots = problem
+    mask = mask_of(slots, mask_dims(shape, block))
     assert torch.equal(topology.mask_of_slots(slots, mask.shape), mask)
     ranks = topology.row_major_slots(mask)
     assert ranks.dtype == torch.int32
@@ -109,8 +120,9 @@ def test_slots_and_masks_are_made_of_each_other(problem: tuple[Tensor, Tensor]) 
 
 @modest
 @given(slotted(), st.integers(0, 10**6))
-def test_permuting_slots_renames_them_in_both_orders(problem: tuple[Tensor, Tensor], seed: int) -> None:
-    mask, slots = problem
+def test_permuting_slots_renames_them_in_both_orders(problem: Slotted, seed: int) -> None:
+    shape, block, slots = problem
+    mask = mask_of(slots, mask_dims(shape, block))
     moved = torch.randperm(slots.numel(), generator=torch.Generator().manual_seed(seed))  # new slot -> old
     rows, cols = mask.shape[:2]
     old = topology.split_topology(topology.topology_of_slots(slots, mask.shape), rows, cols)
@@ -125,9 +137,7 @@ def test_permuting_slots_renames_them_in_both_orders(problem: tuple[Tensor, Tens
 
 @modest
 @given(masked(), st.integers(0, 10**6))
-def test_permuting_slots_permutes_values_and_leaves_the_weight(
-    problem: tuple[tuple[int, ...], tuple[int, int], Tensor], seed: int
-) -> None:
+def test_permuting_slots_permutes_values_and_leaves_the_weight(problem: Slotted, seed: int) -> None:
     shape, block, mask = problem
     values = topology.pack(numbered(shape), mask, block)
     moved = torch.randperm(values.shape[0], generator=torch.Generator().manual_seed(seed))
@@ -158,7 +168,7 @@ def test_the_compiled_host_module_is_the_one_used_where_it_was_built() -> None:
 @modest
 @given(masked())
 def test_pack_and_unpack_are_the_definition_and_invert_each_other(
-    problem: tuple[tuple[int, ...], tuple[int, int], Tensor],
+    problem: Slotted,
 ) -> None:
     shape, block, mask = problem
     weight = numbered(shape)
@@ -173,7 +183,7 @@ def test_pack_and_unpack_are_the_definition_and_invert_each_other(
 @modest
 @given(masked())
 def test_gradient_of_pack_is_unpack_and_the_other_way_round(
-    problem: tuple[tuple[int, ...], tuple[int, int], Tensor],
+    problem: Slotted,
 ) -> None:
     shape, block, mask = problem
     weight = numbered(shape).requires_grad_()
@@ -234,32 +244,17 @@ def test_random_mask_uses_every_block_and_the_global_generator() -> None:
     assert torch.equal(first, topology.random_mask(shape, block, 8))
 
 
-@st.composite
-def slotted(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, int], Tensor]:
-    """(weight shape, block, slot_blocks): the blocks of a random mask in random slots, some free."""
-    shape, block, mask = draw(masked())
-    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    ranks = torch.cat([mask.flatten().nonzero()[:, 0], torch.full((draw(st.integers(0, 5)),), -1)])
-    return shape, block, ranks[torch.randperm(ranks.numel(), generator=g)].to(torch.int32)
-
-
 @modest
 @given(slotted())
-def test_slots_are_the_definition(problem: tuple[tuple[int, ...], tuple[int, int], Tensor]) -> None:
+def test_packing_by_slots_is_the_definition(problem: Slotted) -> None:
     shape, block, slots = problem
-    dims = mask_dims(shape, block)
-    vector = topology.topology_of_slots(slots, dims)
-    assert vector.dtype == torch.int32
-    assert torch.equal(vector, topology_from(slots, dims))
-    assert topology.slot_count(vector, dims[0], dims[1]) == slots.numel()
-    assert torch.equal(topology.mask_of_slots(slots, dims), mask_from(slots, dims))
-    assert torch.equal(topology.inside_slots(slots, shape, block), slots_inside(slots, shape, block))
+    assert torch.equal(topology.inside_slots(slots, shape, block), inside(slots, shape, block))
     weight = numbered(shape).requires_grad_()
     values = topology.pack_slots(weight, slots, block)
-    assert torch.equal(values, packed_from(weight.detach(), slots, block))
+    assert torch.equal(values, pack_blocks(weight.detach(), slots, block))
     poisoned = torch.where((slots < 0)[:, None, None], math.nan, values.detach()).requires_grad_()
     dense = topology.unpack_slots(poisoned, slots, shape)
-    assert torch.equal(dense, dense_of(values.detach(), slots, shape))
+    assert torch.equal(dense, unpack_blocks(values.detach(), slots, shape))
     (of_values,) = torch.autograd.grad(dense, poisoned, weight.detach())
     assert torch.equal(of_values, values)
     (of_weight,) = torch.autograd.grad(values, weight, values.detach())
@@ -268,8 +263,8 @@ def test_slots_are_the_definition(problem: tuple[tuple[int, ...], tuple[int, int
 
 def check_change(change: topology.SlotChange, slots: Tensor, new: Tensor, dims: tuple[int, ...]) -> None:
     """Everything that a change says of itself, against the two masks."""
-    old = mask_from(slots, dims)
-    assert torch.equal(mask_from(change.slot_blocks, dims), new)
+    old = mask_of(slots, dims)
+    assert torch.equal(mask_of(change.slot_blocks, dims), new)
     assert torch.equal(change.before, slots)
     assert change.grown == int((new & ~old).sum())
     assert change.dropped == int((old & ~new).sum())
@@ -288,7 +283,7 @@ def check_change(change: topology.SlotChange, slots: Tensor, new: Tensor, dims: 
 @modest
 @given(slotted(), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 1000), st.integers(0, 40))
 def test_a_change_to_a_mask_keeps_blocks_in_their_slots(
-    problem: tuple[tuple[int, ...], tuple[int, int], Tensor], share: float, seed: int, reserve: int
+    problem: Slotted, share: float, seed: int, reserve: int
 ) -> None:
     shape, block, slots = problem
     dims = mask_dims(shape, block)
@@ -318,9 +313,7 @@ def test_a_change_to_a_mask_keeps_blocks_in_their_slots(
 
 @modest
 @given(slotted(), st.integers(0, 1000), st.integers(-3, 3))
-def test_a_change_between_any_two_maps(
-    problem: tuple[tuple[int, ...], tuple[int, int], Tensor], seed: int, more: int
-) -> None:
+def test_a_change_between_any_two_maps(problem: Slotted, seed: int, more: int) -> None:
     shape, block, slots = problem
     dims = mask_dims(shape, block)
     g = torch.Generator().manual_seed(seed)

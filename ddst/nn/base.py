@@ -160,7 +160,6 @@ class SparseLayer(PackedStorage):
         Args:
             on_first: called in a backward pass before something is kept while nothing is.
         """
-        self._recorder.take()
         self._recorder.on_first = on_first
         self._recorder.open()
         self._records = True
@@ -279,7 +278,7 @@ class SparseLayer(PackedStorage):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._recorder = ScoreRecorder()
-        self._slots_seen = self.slot_blocks._version
+        self._place()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
         twin = type(self).__new__(type(self))

@@ -188,6 +188,9 @@ class PackedStorage(nn.Module):
 
     def _place(self) -> None:
         """Derives the topology, on the device of the values: in place where one of this length lies there."""
+        if self.slot_blocks.is_inference():  # made or copied in inference mode: blocks may move outside of it
+            with torch.inference_mode(False):
+                self.slot_blocks = self.slot_blocks.clone()
         self.topology = placed_topology(
             self.slot_blocks, self.mask_shape, self.values.data, self.__dict__.get("topology")
         )
@@ -255,7 +258,7 @@ def placed_topology(slot_blocks: Tensor, shape: Sequence[int], values: Tensor, h
         return values.new_empty(shape[0] + shape[1] + 2 + 5 * slot_blocks.numel(), dtype=torch.int32)
     with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
         vector = tp.topology_of_slots(slot_blocks, shape)
-        if held is None or held.device != values.device or held.shape != vector.shape:
+        if held is None or held.is_inference() or held.device != values.device or held.shape != vector.shape:
             return vector.to(values.device)
         held.copy_(vector)
         index_cache.refresh(held)

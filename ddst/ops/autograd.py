@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("ddst", "IMPL")
 
@@ -89,6 +90,7 @@ def register_autograd(
 
 def _any_tangent(args: Sequence[Any]) -> bool:
     """Whether an argument is a dual tensor, of ``torch.autograd.forward_ad`` or ``torch.func.jvp``."""
-    if not torch._C._is_fwd_grad_enabled():
+    # Not by torch._C._is_fwd_grad_enabled, which says yes outside of any level, where inference tensors cannot be asked.
+    if forward_ad._current_level < 0:
         return False
     return any(isinstance(a, Tensor) and torch._unpack_dual(a, level=0)[1] is not None for a in args)

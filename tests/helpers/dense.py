@@ -47,6 +47,16 @@ def placed_blocks(blocks: Tensor, dims: Sequence[int]) -> list[tuple[int, int, i
     return [None if rank < 0 else (rank // taps // cols, rank // taps % cols, rank % taps) for rank in blocks.tolist()]
 
 
+def mask_of(blocks: Tensor, dims: Sequence[int]) -> Tensor:
+    """The block mask of the shape `dims` of what lies in slots; no block lies in two."""
+    mask = torch.zeros(*dims[:2], torch.Size(dims[2:]).numel(), dtype=torch.bool)
+    for block in placed_blocks(blocks, dims):
+        if block is not None:
+            assert not mask[block], f"block {block} lies in two slots"
+            mask[block] = True
+    return mask.view(*dims)
+
+
 def _indices(placed: list[tuple[int, int, int] | None]) -> tuple[Tensor, Tensor]:
     """The slots [n] that hold a block, and (row, column, tap) [n, 3] of these."""
     slots = [slot for slot, block in enumerate(placed) if block is not None]

@@ -41,8 +41,12 @@ class Error:
         return self.rms <= tolerance.rms and self.max <= tolerance.max
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> Error:
-    """Errors of `actual` relative to the float64 reference `expected` of the same shape (infinite for a NaN)."""
+def relative_error(actual: Tensor, expected: Tensor, terms: Tensor | None = None) -> Error:
+    """Errors of `actual` relative to the float64 reference `expected` of the same shape (infinite for a NaN).
+
+    `terms`, root sums of squares of what each entry is a sum of, are what it is relative to where they are larger: a
+    result of few entries may happen to be small, as a difference of sums that are not.
+    """
     if expected.numel() == 0:
         return Error(0.0, 0.0)
     reference = expected.detach().to(torch.float64)
@@ -53,6 +57,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> Error:
         return Error(float("inf"), float("inf"))
     if scale_max == 0.0:
         return Error(0.0, 0.0) if largest == 0.0 else Error(float("inf"), float("inf"))
+    if terms is not None:
+        scale_rms = max(scale_rms, terms.square().mean().sqrt().item())
+        scale_max = max(scale_max, terms.abs().max().item())
     return Error(rms / scale_rms, largest / scale_max)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import ddst
 from ddst.nn import SparseLayer, sparse_layers
 from ddst.topology import SlotChange
-from helpers.dense import active_entries, block_norms
-from helpers.layers import block_map, dense_of, mask_from, packed_from, slots_inside, topology_from, weight_of
+from helpers.dense import active_entries, block_norms, inside, mask_of, pack_blocks, topology_of, unpack_blocks
+from helpers.layers import block_map, weight_of
 from helpers.tolerances import assert_close
 
 Make = Callable[[], tuple[SparseLayer, Tensor]]
@@ -36,7 +36,7 @@ both = pytest.mark.parametrize("make", [make_conv, make_linear])
 
 def expected_output(layer: SparseLayer, x: Tensor) -> Tensor:
     """The dense layer of the same weight in float64."""
-    weight = dense_of(layer.values.double(), layer.slot_blocks, layer.weight_shape)
+    weight = unpack_blocks(layer.values.double(), layer.slot_blocks, layer.weight_shape)
     bias = None if layer.bias is None else layer.bias.double()
     if isinstance(layer, ddst.SparseConv2d):
         return nn.functional.conv2d(x.double(), weight, bias, layer.stride, layer.padding, layer.dilation)
@@ -66,8 +66,8 @@ def test_set_block_mask_keeps_kept_values_and_zeroes_new_ones(make: Make) -> Non
     assert layer.values is parameter
     assert dict(layer.named_parameters())["values"] is parameter
     assert torch.equal(layer.block_mask, new)
-    assert torch.equal(mask_from(layer.slot_blocks, layer.mask_shape), new)
-    assert torch.equal(layer.topology, topology_from(layer.slot_blocks, layer.mask_shape))
+    assert torch.equal(mask_of(layer.slot_blocks, layer.mask_shape), new)
+    assert torch.equal(layer.topology, topology_of(layer.slot_blocks, layer.mask_shape))
     assert layer.values.shape == (layer.slots, *layer.block)
     assert layer.values.requires_grad
     assert layer.values.is_leaf
@@ -79,8 +79,8 @@ def test_set_block_mask_keeps_kept_values_and_zeroes_new_ones(make: Make) -> Non
     kept = old_weight * active_entries(new, layer.weight_shape, layer.block)
     assert torch.equal(layer.dense_weight(), kept)
     assert torch.equal(weight_of(layer), kept)
-    assert torch.equal(layer.values, packed_from(kept, layer.slot_blocks, layer.block))
-    assert torch.equal(layer.values, change.apply(packed_from(old_weight, old_slots, layer.block)))
+    assert torch.equal(layer.values, pack_blocks(kept, layer.slot_blocks, layer.block))
+    assert torch.equal(layer.values, change.apply(pack_blocks(old_weight, old_slots, layer.block)))
     grown = {int(rank) for rank in (new & ~old_mask).flatten().nonzero()}
     assert {layer.slot_blocks[slot].item() for slot in change.entered} == grown
     assert not layer.values[change.entered].any()
@@ -172,7 +172,7 @@ def test_outside_entries_stay_zero_through_training_and_growth(make: Make) -> No
         torch.optim.Adam(layer.parameters(), 0.01, eps=1e-12, amsgrad=True),
     ]
     for round_ in range(2):
-        outside = ~slots_inside(layer.slot_blocks, layer.weight_shape, layer.block)
+        outside = ~inside(layer.slot_blocks, layer.weight_shape, layer.block)
         assert outside.any()
         for optimizer in optimizers:
             start = layer.values.detach().clone()
@@ -191,7 +191,7 @@ def test_outside_entries_stay_zero_through_training_and_growth(make: Make) -> No
 @both
 def test_new_layer_is_zero_outside_and_reset_keeps_it_so(make: Make) -> None:
     layer, _ = make()
-    outside = ~slots_inside(layer.slot_blocks, layer.weight_shape, layer.block)
+    outside = ~inside(layer.slot_blocks, layer.weight_shape, layer.block)
     first = layer.values.detach().clone()
     assert not first[outside].any()
     layer.reset_parameters()
@@ -207,7 +207,7 @@ def test_dense_weight_is_differentiable_and_block_norms_are_not(make: Make) -> N
     assert torch.equal(weight, weight_of(layer))
     upstream = torch.randn_like(weight)
     (grad,) = torch.autograd.grad(weight, layer.values, upstream)
-    assert torch.equal(grad, packed_from(upstream, layer.slot_blocks, layer.block))
+    assert torch.equal(grad, pack_blocks(upstream, layer.slot_blocks, layer.block))
     norms = layer.block_norms()
     assert not norms.requires_grad
     assert norms.shape == layer.mask_shape == tuple(layer.block_mask.shape)
@@ -317,7 +317,7 @@ def test_dense_state_dict_loads_at_the_active_blocks(make: Make) -> None:
     layer.load_state_dict(state, strict=True)
     assert set(state) == {"weight", "bias"}  # the caller's dict is not changed
     assert torch.equal(layer.block_mask, mask)
-    assert torch.equal(layer.values, packed_from(dense.weight, layer.slot_blocks, layer.block))
+    assert torch.equal(layer.values, pack_blocks(dense.weight, layer.slot_blocks, layer.block))
     assert torch.equal(layer.bias, dense.bias)
     assert_close(layer(x), expected_output(layer, x), "after loading")
 

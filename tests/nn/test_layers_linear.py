@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import ddst
-from helpers.dense import active_entries, block_norms
-from helpers.layers import dense_of, weight_of
+from helpers.dense import active_entries, block_norms, unpack_blocks
+from helpers.layers import weight_of
 from helpers.tolerances import assert_close
 
 
@@ -68,7 +68,7 @@ def test_forward_and_gradients_equal_the_dense_layer(lead: tuple[int, ...], bias
     want = torch.autograd.grad(expected, [x, *dense.parameters()], upstream)
     assert_close(got[0], want[0], "gradient of input")
     masked = want[1] * active_entries(layer.block_mask, layer.weight_shape, layer.block)
-    assert_close(dense_of(got[1], layer.slot_blocks, layer.weight_shape), masked, "gradient of values")
+    assert_close(unpack_blocks(got[1], layer.slot_blocks, layer.weight_shape), masked, "gradient of values")
     if bias:
         assert_close(got[2], want[2], "gradient of bias")
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ddst
 from ddst.nn import SparseLayer
-from helpers.dense import block_norms
-from helpers.layers import dense_of, packed_from, weight_of
+from helpers.dense import block_norms, pack_blocks, unpack_blocks
+from helpers.layers import weight_of
 from helpers.tolerances import assert_close
 
 BACKENDS = ["cpu", "reference"]
@@ -160,7 +160,7 @@ def test_scores_are_the_norms_of_the_dense_gradient(way: Way, kind: int | str, b
     want = norms(twin, layer)
     assert (scores - want).norm() <= 1e-13 * want.norm()
     # The packed gradient itself is what it was without a request.
-    got = block_norms(dense_of(layer.values.grad, layer.slot_blocks, layer.weight_shape), layer.block)
+    got = block_norms(unpack_blocks(layer.values.grad, layer.slot_blocks, layer.weight_shape), layer.block)
     assert (got - want * layer.block_mask).norm() <= 1e-13 * want.norm()
     assert layer.scores_requested
 
@@ -239,7 +239,7 @@ def test_change_of_mask_drops_the_record_and_keeps_the_request(backend: str) -> 
         layer.take_scores()
     with torch.no_grad():
         weight = torch.randn(layer.weight_shape, dtype=torch.float64)
-        layer.values.copy_(packed_from(weight, layer.slot_blocks, layer.block))
+        layer.values.copy_(pack_blocks(weight, layer.slot_blocks, layer.block))
         twin.weight.copy_(weight_of(layer))
     one_backward(layer, x)
     one_backward(twin, x)

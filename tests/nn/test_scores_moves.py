@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 
 import ddst
 from ddst.nn import SparseLayer
-from ddst.ops import scores
 from ddst.ops.gradient_record import ScoreRecorder, recorder_of
 from helpers.dense import block_norms
 
@@ -42,9 +43,9 @@ def test_a_request_survives_a_move(move: Any, backend: str) -> None:
     layer, _, x = make(backend)
     layer.request_scores()
     layer(x).pow(3).sum().backward()
-    before = layer.topology.data_ptr()
+    before = layer.values.data_ptr()
     move(layer)
-    assert layer.topology.data_ptr() != before or move is MOVES[1]
+    assert layer.values.data_ptr() != before or move is MOVES[1]
     twin: Any = layer.to_dense()
     layer(2 * x).pow(3).sum().backward()
     twin(x).pow(3).sum().backward()  # what came before the move counts, too
@@ -52,36 +53,26 @@ def test_a_request_survives_a_move(move: Any, backend: str) -> None:
     torch.testing.assert_close(layer.take_scores(), want(twin, layer), rtol=1e-5, atol=1e-8)
 
 
-def test_memory_that_moves_behind_the_layers_back_is_not_mistaken_for_another_layers() -> None:
-    (layer, _, x), (other, _, _) = make(), make()
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_every_layer_and_every_copy_records_for_itself(device: str) -> None:
+    layer, other = (ddst.SparseLinear(32, 32, device=device) for _ in range(2))
+    layers = [layer, other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(other)]
+    recorders = [each._recorder for each in layers]
+    assert len({recorder.key for recorder in recorders}) == len(layers)
     layer.request_scores()
-    layer.topology.share_memory_()  # which frees the former memory
-    scores._open[other.topology.data_ptr()] = layer._recorder  # as if that were where it was
-    other(x).sum().backward()
-    assert not layer.scores_recorded
-    layer.request_scores()
-    layer(x).sum().backward()
-    assert layer.scores_recorded
+    assert [recorder_of(recorder.key) is recorder for recorder in recorders] == [True] + [False] * 4
+    layer.cancel_scores()
+    assert recorder_of(layer._recorder.key) is None
 
 
-def test_a_recorder_keeps_its_topology_and_with_it_the_address() -> None:
-    recorder = ScoreRecorder()
-    recorder.open(torch.arange(64, dtype=torch.int32))
+def test_a_layer_that_is_gone_leaves_no_recorder() -> None:
+    layer = ddst.SparseLinear(32, 32)
+    layer.request_scores()
+    key = layer._recorder.key
+    del layer
     gc.collect()
-    assert recorder.topology is not None
-    assert recorder_of(recorder.topology) is recorder
-    taken = recorder.topology.data_ptr()
-    assert all(torch.arange(64, dtype=torch.int32).data_ptr() != taken for _ in range(20))
-    held = recorder.topology
-    recorder.close()
-    assert recorder_of(held) is None
-    assert recorder.topology is None
-
-
-def test_layers_without_memory_share_no_record() -> None:
-    layer, other = (ddst.SparseLinear(32, 32, device="meta") for _ in range(2))
-    layer.request_scores()
-    assert recorder_of(other.topology) is None
+    assert recorder_of(key) is None
+    assert ScoreRecorder().key > key  # keys are not given out again
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import ddst
 from ddst.nn import SparseLayer
 from ddst.nn.spectral_norm import spectral_norm
-from helpers.layers import block_map, mask_from, packed_from, slots_inside, topology_from, weight_of
+from helpers.dense import inside, mask_of, pack_blocks, topology_of
+from helpers.layers import block_map, weight_of
 
 Make = Callable[..., SparseLayer]
 
@@ -50,10 +51,10 @@ def exchanged(layer: SparseLayer, share: float = 0.3, grow: int = 0) -> Tensor:
 
 def check(layer: SparseLayer) -> None:
     """Every invariant of the format."""
-    assert torch.equal(layer.topology, topology_from(layer.slot_blocks, layer.mask_shape))
-    assert torch.equal(layer.block_mask, mask_from(layer.slot_blocks, layer.mask_shape))
+    assert torch.equal(layer.topology, topology_of(layer.slot_blocks, layer.mask_shape))
+    assert torch.equal(layer.block_mask, mask_of(layer.slot_blocks, layer.mask_shape))
     assert layer.values.shape == (layer.slots, *layer.block)
-    outside = ~slots_inside(layer.slot_blocks, layer.weight_shape, layer.block)
+    outside = ~inside(layer.slot_blocks, layer.weight_shape, layer.block)
     assert not layer.values.detach()[outside].any()
 
 
@@ -119,7 +120,7 @@ def test_kept_blocks_keep_their_slots_over_200_exchanges(make: Make) -> None:
     layer = make()
     layer.requires_grad_(False)
     stays = block_map(layer)
-    layer.values.copy_(packed_from(weight_of(layer), layer.slot_blocks, layer.block))
+    layer.values.copy_(pack_blocks(weight_of(layer), layer.slot_blocks, layer.block))
     weight = weight_of(layer)
     slots, moved = layer.slots, 0
     for _ in range(200):
@@ -138,7 +139,7 @@ def test_kept_blocks_keep_their_slots_over_200_exchanges(make: Make) -> None:
     kept = torch.full_like(layer.slot_blocks, -1)
     for block, slot in stays.items():
         kept[slot] = block
-    assert torch.equal(layer.values, packed_from(weight, kept, layer.block))
+    assert torch.equal(layer.values, pack_blocks(weight, kept, layer.block))
 
 
 def one_row(active: int, reserve: float | None = None) -> SparseLayer:
@@ -251,7 +252,7 @@ def test_computes_what_the_dense_layer_does_after_many_changes(
         layer.set_block_mask(exchanged(layer, grow=[0, 1, -2, 3, 0, -3][change % 6]))
         with torch.no_grad():
             fresh = torch.randn(layer.weight_shape, dtype=dtype)
-            layer.values.add_(packed_from(fresh, layer.slot_blocks, layer.block))
+            layer.values.add_(pack_blocks(fresh, layer.slot_blocks, layer.block))
     check(layer)
     dense, x = twin_of(layer), images(layer)
     if norm is not None:
@@ -268,7 +269,7 @@ def test_computes_what_the_dense_layer_does_after_many_changes(
         "hook": lambda: dense.weight_orig,
         "parametrization": lambda: dense.parametrizations.weight.original,
     }[norm]()
-    of_values = packed_from(raw.grad, layer.slot_blocks, layer.block)
+    of_values = pack_blocks(raw.grad, layer.slot_blocks, layer.block)
     near(layer.values.grad, of_values)
     assert not layer.values.grad[layer.slot_blocks < 0].any()
 
@@ -399,7 +400,7 @@ def test_a_map_written_over_in_place_is_followed_or_refused(make: Make) -> None:
     swapped = layer.slot_blocks.flip(0)
     layer.slot_blocks.copy_(swapped)
     with torch.no_grad():
-        layer.values.copy_(packed_from(torch.randn(layer.weight_shape), swapped, layer.block))
+        layer.values.copy_(pack_blocks(torch.randn(layer.weight_shape), swapped, layer.block))
     expected = twin_of(layer)(x)
     near(layer(x), expected)
     check(layer)
@@ -425,7 +426,7 @@ def test_a_dense_checkpoint_loads_into_scattered_slots(make: Make, meta: bool) -
         layer.to("meta")
     layer.load_state_dict(dense.state_dict(), assign=meta)
     assert torch.equal(layer.slot_blocks, slots)
-    assert torch.equal(layer.values, packed_from(dense.weight.detach(), slots, layer.block))
+    assert torch.equal(layer.values, pack_blocks(dense.weight.detach(), slots, layer.block))
     state = ddst.dense_state_dict(layer)
     assert list(state) == ["weight", "bias"]
     assert torch.equal(state["weight"], weight_of(layer))

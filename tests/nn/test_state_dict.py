@@ -15,7 +15,8 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from ddst.convert import dense_state_dict, densify, sparsify
 from ddst.nn import SparseConv2d, SparseLayer, SparseLinear, sparse_layers
-from helpers.layers import packed_from, slots_inside, weight_of
+from helpers.dense import inside, pack_blocks
+from helpers.layers import weight_of
 
 STYLES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "none": lambda m: m,
@@ -51,23 +52,23 @@ def images() -> Tensor:
     return torch.randn(2, 3, 6, 6)
 
 
-@pytest.mark.parametrize("change", ["mask of more blocks", "other mask alone", "mask of another dtype", "fewer values"])
+@pytest.mark.parametrize("change", ["slots of another layer", "slots alone", "slots of another dtype", "fewer values"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_mask_that_does_not_fit_its_values_is_refused_and_the_layer_stays(change: str, strict: bool) -> None:
+def test_slots_that_do_not_fit_their_values_are_refused_and_the_layer_stays(change: str, strict: bool) -> None:
     layer = SparseConv2d(32, 32, 3, density=0.25)
     x = torch.randn(1, 32, 6, 6)
     before, state = layer(x), layer.state_dict()
     state = {"0." + name: value.clone() for name, value in state.items()}
-    if change == "mask of more blocks":
-        state["0.block_mask"] = SparseConv2d(32, 32, 3, density=0.5).block_mask
-    elif change == "other mask alone":
-        state["0.block_mask"] = state["0.block_mask"].flip(0, 1, 2, 3)
+    if change == "slots of another layer":
+        state["0.slot_blocks"] = SparseConv2d(32, 32, 3, density=0.5).slot_blocks
+    elif change == "slots alone":
+        state["0.slot_blocks"] = state["0.slot_blocks"].flip(0)
         del state["0.values"]
-    elif change == "mask of another dtype":  # an average of buffers
-        state["0.block_mask"] = state["0.block_mask"].float()
+    elif change == "slots of another dtype":  # an average of everything in a state dict
+        state["0.slot_blocks"] = state["0.slot_blocks"].float()
     else:
         state["0.values"] = state["0.values"][1:]
-    with pytest.raises(RuntimeError, match=r"0\.block_mask .*0\.values"):
+    with pytest.raises(RuntimeError, match=r"0\.slot_blocks.*0\.values|0\.values.*0\.slot_blocks"):
         nn.Sequential(layer).load_state_dict(state, strict=strict)
     assert torch.equal(layer(x), before)
     assert layer.dense_weight().isfinite().all()
@@ -107,7 +108,7 @@ def test_dense_checkpoint_loads_strictly_and_keeps_active_blocks(style: str) -> 
     suffix = {"none": "weight", "hook": "weight_orig", "parametrization": "parametrizations.weight.original"}[style]
     for name, layer in sparse_layers(sparse).items():
         assert torch.equal(layer.block_mask, masks[name])
-        assert torch.equal(layer.values, packed_from(weights[f"{name}.{suffix}"], layer.slot_blocks, layer.block))
+        assert torch.equal(layer.values, pack_blocks(weights[f"{name}.{suffix}"], layer.slot_blocks, layer.block))
         assert layer.values is kept[f"{name}.values"]
         if layer.spectral_norm is not None:
             # The vectors of the whole weight do not fit what is kept of it: they are settled on that.
@@ -130,7 +131,7 @@ def test_round_trip_through_the_dense_form_is_exact(style: str) -> None:
         assert torch.equal(layer.block_mask, sparse_layers(sparse)[name].block_mask)
     torch.testing.assert_close(dense_state_dict(other), dense_state_dict(sparse), rtol=0, atol=0)
     # The slots differ, as another history leaves them; everything else in the state is equal as it stands.
-    packed = tuple(f"{name}.{key}" for name in sparse_layers(other) for key in ("values", "slot_blocks"))
+    packed = ("values", "slot_blocks")
     rest = [{k: v for k, v in net.state_dict().items() if not k.endswith(packed)} for net in (other, sparse)]
     torch.testing.assert_close(*rest, rtol=0, atol=0)
 
@@ -266,7 +267,7 @@ def test_a_parameter_stays_in_its_optimizer_across_a_change_of_the_mask(optimize
     assert layer.values.shape[0] == layer.num_blocks
     assert not torch.equal(before, layer.values)
     # What lies outside the weight stays zero.
-    outside = ~slots_inside(layer.slot_blocks, layer.weight_shape, layer.block)
+    outside = ~inside(layer.slot_blocks, layer.weight_shape, layer.block)
     assert outside.any()
     assert not layer.values.detach()[outside].any()
-    assert torch.equal(packed_from(layer.dense_weight().detach(), layer.slot_blocks, layer.block), layer.values)
+    assert torch.equal(pack_blocks(layer.dense_weight().detach(), layer.slot_blocks, layer.block), layer.values)

@@ -32,7 +32,7 @@ class ProcessError(OneLineError, RuntimeError):
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Joins the processes that torchrun started, if it did, until the end of the block; each takes the device of its local rank."""
+    """Joins the processes that torchrun started, if it did, until the end of the block; each takes a device."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or ranks() > 1:
         yield
         return

@@ -10,8 +10,10 @@ from . import _extension
 
 _extension.load()  # before anything that registers derivatives of the compiled operators
 
+from . import distributed  # noqa: E402
 from ._extension import build_info  # noqa: E402
 from .convert import advise, dense_state_dict, densify, sparsify  # noqa: E402
+from .distributed import synchronize, watch  # noqa: E402
 from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
 from .nn import SparseConv2d, SparseLinear, explain, follow  # noqa: E402
 from .sparsity import SparseTraining, carry_state  # noqa: E402
@@ -35,7 +37,10 @@ __all__ = [
     "carry_state",
     "dense_state_dict",
     "densify",
+    "distributed",
     "explain",
     "follow",
     "sparsify",
+    "synchronize",
+    "watch",
 ]

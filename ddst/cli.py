@@ -90,12 +90,13 @@ def _train(given: dict[str, Any]) -> int:
         from ddst.train.job import run
         from ddst.train.loop import TrainingError
         from ddst.train.options import ConfigError
+        from ddst.train.processes import ProcessError
 
         try:
             return run(given)
         except (ConfigError, DataError, CheckpointError) as error:
             return _ended(2, f"error: {error}")
-        except TrainingError as error:
+        except (TrainingError, ProcessError) as error:
             return _ended(1, f"error: {error}")
         except OSError as error:  # A full disk, a folder that is gone: the last whole checkpoint stays.
             return _ended(1, f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")

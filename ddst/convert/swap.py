@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from .. import topology as tp
 from .._arguments import check_bool, check_generator, check_module, check_number, check_one_of
 from ..backends import check_backend
-from ..nn import SparseConv2d, SparseLayer, SparseLinear
+from ..distributed import same_masks
+from ..nn import SparseConv2d, SparseLayer, SparseLinear, sparse_layers
+from ..nn.data_parallel import is_sharded, let_go, whole
 from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
 from .advice_report import Advice
 from .advise import advise
@@ -22,6 +24,9 @@ from .distribution import block_counts, check_density
 from .initial_masks import KINDS, initial_masks
 from .report import LayerReport, SparsifyReport
 from .shares import share_out, why_dense
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Of spectral norms on blocks larger than single weights.
 NOISE = 0.05
@@ -52,6 +57,7 @@ def sparsify(
     reserve: float | None = None,
     only_if_faster: bool | Advice = False,
     sample: Tensor | Sequence[Any] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> SparsifyReport:
     """``Σ active / Σ weights = density``: swaps ``nn.Conv2d`` and ``nn.Linear`` for block-sparse layers in place.
 
@@ -88,6 +94,9 @@ def sparsify(
             used instead of measuring. The other layers keep the density they would have had, so with "erk" the density
             over all layers comes out higher than asked for.
         sample: what a training step calls the model with, a tensor or a sequence of arguments.
+        process_group: of torch.distributed: where there are several ranks, each must call this, and all get the masks
+            of rank 0 of this group (None: the default group). Values stay each rank's own: DistributedDataParallel or
+            :func:`ddst.synchronize` makes them equal.
 
     Returns:
         A report that prints as a table.
@@ -118,6 +127,7 @@ def sparsify(
     check_generator("generator", generator)
     if not isinstance(only_if_faster, Advice):
         check_bool("only_if_faster", only_if_faster)
+    _check_whole(model, "ddst.sparsify")
     candidates = find_candidates(model, exclude)
     densities = share_out(candidates, density, block, distribution)
     slower: dict[str, str] = {}
@@ -138,7 +148,7 @@ def sparsify(
     chosen = {c.name: c for c in candidates if c.name in densities}
     counts = block_counts({name: c.shape for name, c in chosen.items()}, densities, block)
     weights = {name: c.weight for name, c in chosen.items() if c.weight is not None}
-    masks = initial_masks(weights, counts, densities, block, mask, generator)
+    masks = same_masks(initial_masks(weights, counts, densities, block, mask, generator), process_group)
     noise = spectral_norm_noise
     if noise is None:
         noise = 0.0 if block == (1, 1) else NOISE
@@ -153,11 +163,20 @@ def sparsify(
         wanted = density * sum(c.size for c in candidates if c.counted)
     _check_met(report, wanted, block, why_dense(candidates))
 
+    let_go([c.module for c in chosen.values()], "layers are swapped for sparse ones")
     for name, candidate in chosen.items():
         for parent, attribute in candidate.slots:
             parent._modules[attribute] = layers[name]
         _carry_hooks(candidate.module, layers[name])
     return report
+
+
+def _check_whole(model: nn.Module, call: str) -> None:
+    if is_sharded(*model.parameters()):
+        raise ValueError(
+            f"model has parameters that are DTensors, of which each rank holds a part (fully_shard): call {call} "
+            "first, then fully_shard"
+        )
 
 
 def _check_met(report: SparsifyReport, wanted: float, block: tuple[int, int], dense: str) -> None:
@@ -278,6 +297,8 @@ def densify(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"model is itself a {type(model).__name__}, which cannot be swapped in place: use its to_dense()"
         )
+    _check_whole(model, "ddst.densify")
+    let_go(sparse_layers(model).values(), "layers are swapped for dense ones")
     twins: dict[int, nn.Module] = {}
     for _, parent, attribute, module in list(places(model)):
         if isinstance(module, SparseLayer):
@@ -323,7 +344,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
         if not isinstance(layer, SparseLayer):
             continue
         prefix = f"{name}." if name else ""
-        values, slot_blocks = state[prefix + "values"], state[prefix + "slot_blocks"]
+        values, slot_blocks = whole(state[prefix + "values"]), state[prefix + "slot_blocks"]
         weight = tp.unpack_slots(values, slot_blocks, layer.weight_shape).contiguous()
         if layer.spectral_norm is None:
             renamed |= {prefix + "values": prefix + "weight", prefix + "slot_blocks": None}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ddst._arguments import (
@@ -20,6 +21,7 @@ from ddst._arguments import (
     check_tensor,
     check_type,
 )
+from ddst.distributed import average_numbers, check_movable
 from ddst.gan.balance import AVERAGES, BalanceRatio, BalanceSample
 from ddst.gan.controller import DROP, EXCHANGE, GROW, Decision, DensityController
 from ddst.gan.ema import EMA
@@ -99,9 +101,14 @@ class DDST:
         seed: of SET's random growth.
         generate, score: ``noise → images`` and ``images → scores`` for the measurement, where that is more than
             ``generator(noise)`` and ``discriminator(images)`` (labels, several outputs).
+        process_group: of torch.distributed, None for the default group: where there are several ranks, all must call
+            :meth:`step` alike, each with an equal share of the batch: α and β are averaged before their ratio is
+            taken, so that all decide alike, and updates are those of :class:`ddst.SparseTraining`.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; no sparse layers where the method would move them.
+        TypeError, ValueError: an argument is not as described; no sparse layers where the method would move them; a D
+            in a DistributedDataParallel that :func:`ddst.watch` was not told of, unless ``mode="sdst"`` (or in every
+            layer ``reserve=`` set slots aside for the density's upper end).
 
     Warns:
         UserWarning: an interval or the window leaves no update in ``total_steps``.
@@ -169,6 +176,7 @@ class DDST:
         seed: int = 0,
         generate: Callable[[Any], Tensor] | None = None,
         score: Callable[[Tensor], Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check_one_of("mode", mode, MODES)
         check_module("generator", generator)
@@ -204,7 +212,9 @@ class DDST:
             "ranking": ranking,
             "max_norm_share": max_norm_share,
             "grown_second_moment": grown_second_moment,
+            "process_group": process_group,
         }
+        self._process_group = process_group
         self.updater_d: TopologyUpdater | None = None
         self.controller: DensityController | None = None
         if mode != "sdst":
@@ -217,6 +227,7 @@ class DDST:
             self._fraction_d = make_schedule(schedule, initial, total_steps, "drop_fraction_d", drop_fraction_end)
             exempt = (() if single else "ends") if exempt_d is None else exempt_d
             self.updater_d = TopologyUpdater(discriminator, opt_d, exempt=exempt, **shared)
+            self._check_growth(self.updater_d, self.controller)
         self.training_g = SparseTraining(
             generator,
             opt_g,
@@ -302,8 +313,18 @@ class DDST:
             data = self._scores_of(real)
             if not data.numel():
                 raise ValueError("real must hold data, got none")
-        after, before, rated = (scores.to(torch.float64).mean().item() for scores in (fake, fake_scores, data))
+        means = [scores.to(torch.float64).mean().item() for scores in (fake, fake_scores, data)]
+        after, before, rated = average_numbers(means, self._process_group)
         return self.balance.add(after - before, rated - before)
+
+    @staticmethod
+    def _check_growth(updater: TopologyUpdater, controller: DensityController) -> None:
+        assert controller.density_range is not None
+        highest = controller.density_range[1]
+        reserved = all(layer.reserve == layer.num_blocks for layer in updater.layers.values())
+        check_movable(
+            updater.layers, "" if reserved else f"D's density may rise to {highest:g} beyond what reserve= set aside"
+        )
 
     def _scores_of(self, images: Any) -> Tensor:
         scores = self._score(images)

@@ -205,22 +205,31 @@ class SparseLayer(PackedStorage):
     @torch.no_grad()
     def scores_of(self, record: GradientRecord) -> Tensor:
         """The scores of what :meth:`take_record` returned; the same whatever became of the layer since."""
-        if not record.intact:
-            raise RuntimeError("an input of this layer was changed in place after the backward pass that scores it")
+        self._check_intact(record)
         if record.dense is not None or len({(g.shape[1:], x.shape[1:]) for g, x in record.factors}) > 1:
-            return self._scores_by_dense_gradient(record)
+            return block_norms_of(self.dense_gradient_of(record), self.block)
         grads, inputs = zip(*record.factors, strict=True)
         one = len(grads) == 1
         return self._block_scores(grads[0] if one else torch.cat(grads), inputs[0] if one else torch.cat(inputs))
 
-    def _scores_by_dense_gradient(self, record: GradientRecord) -> Tensor:
-        """For the reference backend, and for calls on inputs of different sizes: one dense gradient of this layer."""
+    @torch.no_grad()
+    def dense_gradient_of(self, record: GradientRecord) -> Tensor:
+        """The dense gradient itself, of the weight's shape; for the reference backend, calls on inputs of different
+        sizes, and what is averaged over ranks. Zero where nothing was recorded.
+
+        Raises:
+            RuntimeError: an input of a backward pass has been changed in place since.
+        """
+        self._check_intact(record)
         total = record.dense
         for grad_output, input in record.factors:
             part = self._dense_gradient(grad_output, input)
             total = part if total is None else total.add_(part)
-        assert total is not None
-        return block_norms_of(total, self.block)
+        return self.values.new_zeros(self.weight_shape) if total is None else total
+
+    def _check_intact(self, record: GradientRecord) -> None:
+        if not record.intact:
+            raise RuntimeError("an input of this layer was changed in place after the backward pass that scores it")
 
     def _block_scores(self, grad_output: Tensor, input: Tensor) -> Tensor:
         raise NotImplementedError

@@ -19,8 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .. import index_cache
 from .. import topology as tp
+from .data_parallel import is_sharded, let_go, resize_fault, whole
 
 _log = logging.getLogger("ddst")
+
+RESIZED = "packed values change their size"
 
 
 class PackedStorage(nn.Module):
@@ -102,7 +105,7 @@ class PackedStorage(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """``W`` with zeros at inactive blocks, differentiable; the raw weight, before any spectral norm."""
-        return tp.unpack_slots(self.values, self.slot_blocks, self.weight_shape)
+        return tp.unpack_slots(whole(self.values), self.slot_blocks, self.weight_shape)
 
     @torch.no_grad()
     def block_norms(self) -> Tensor:
@@ -152,9 +155,15 @@ class PackedStorage(nn.Module):
         self._apply_change(change)
         return change
 
+    def would_resize(self, mask: Tensor) -> bool:
+        """Whether :meth:`set_block_mask` with this mask (any shape, row-major) would change the number of slots."""
+        return tp.SlotChange.to_mask(self.slot_blocks, mask, self.reserve).source is not None
+
     def _apply_change(self, change: tp.SlotChange) -> None:
+        self._check_whole()
         grad = self.values.grad
         if change.slot_blocks.shape != change.before.shape:
+            let_go([self], RESIZED)
             with torch.inference_mode(False):  # a normal tensor, whatever mode the caller is in
                 self._replace_values(change.apply(self.values.detach().clone()))
                 self.values.grad = None if grad is None else change.apply(grad.detach())
@@ -163,6 +172,19 @@ class PackedStorage(nn.Module):
             if grad is not None:
                 change.apply(grad)
         self._set_slots(change.slot_blocks)
+
+    def _check_whole(self) -> None:
+        if is_sharded(self.values):
+            raise RuntimeError(
+                "values are a DTensor, of which each rank holds a part (fully_shard): their blocks cannot move. Change "
+                "the mask before fully_shard, or train moving masks with DistributedDataParallel"
+            )
+
+    def _adopt_slots(self, slot_blocks: Tensor) -> None:
+        """Takes another map of slots, with values where a block is kept."""
+        if not torch.equal(slot_blocks, self.slot_blocks):
+            with torch.no_grad():
+                self._apply_change(tp.SlotChange.between(self.slot_blocks, slot_blocks))
 
     def _replace_values(self, values: Tensor) -> None:
         # Autograd remembers the shape of a leaf for as long as a graph that uses it lives (a kept loss, say), and would
@@ -241,9 +263,11 @@ class PackedStorage(nn.Module):
         slot_blocks = slot_blocks.detach().to("cpu", torch.int32)
         if tuple(values.shape) != (slot_blocks.numel(), *self.block):
             return True  # torch's own error of the shapes
-        if not torch.equal(slot_blocks, self.slot_blocks):
-            with torch.no_grad():
-                self._apply_change(tp.SlotChange.between(self.slot_blocks, slot_blocks))
+        fault = resize_fault([self], RESIZED) if slot_blocks.shape != self.slot_blocks.shape else ""
+        if fault:
+            error_msgs.append(f"{prefix}values: {fault}")
+            return False
+        self._adopt_slots(slot_blocks)
         return True
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ddst._arguments import check_generator, check_int, check_one_of, check_state_keys
+from ddst.distributed import check_movable
+from ddst.nn.storage import RESIZED
 from ddst.sparsity.schedule import FINAL_FRACTION, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport
 
@@ -47,9 +50,13 @@ class SparseTraining:
         scope, ranking, max_norm_share, exempt, grown_second_moment: see
             :class:`~ddst.sparsity.updater.TopologyUpdater`. ``exempt=None``: none, except with ``scope="global"`` and
             blocks larger than 1×1: "ends", the first and the last weight layer.
+        process_group: of torch.distributed, None for the default group: where there are several ranks, all must call
+            :meth:`step` alike, and train the same masks (see :class:`~ddst.sparsity.updater.TopologyUpdater`).
 
     Raises:
-        TypeError, ValueError: an argument is not as described; a model without sparse layers (unless "static").
+        TypeError, ValueError: an argument is not as described; a model without sparse layers (unless "static"); a
+            model sharded by fully_shard (unless "static"); ``scope="global"``, which changes the number of slots, in a
+            DistributedDataParallel that :func:`ddst.watch` was not told of.
 
     Numerics: deterministic. Resumed from :meth:`state_dict` (with the model's and the optimizer's) at any step, the
         run is the same bit for bit.
@@ -91,6 +98,7 @@ class SparseTraining:
         end: int | None = None,
         seed: int = 0,
         generator: torch.Generator | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.method = check_one_of("method", method, METHODS)
         self.total_steps = check_int("total_steps", total_steps, 1)
@@ -109,9 +117,12 @@ class SparseTraining:
             exempt=exempt,
             grown_second_moment=grown_second_moment,
             generator=generator or torch.Generator().manual_seed(seed),
+            process_group=process_group,
         )
         if method != "static" and not self.updater.all_layers:
             raise ValueError("model has no sparse layers: call ddst.sparsify(model, density) first")
+        if method != "static":
+            check_movable(self.updater.layers, RESIZED if self.updater.scope == "global" else "")
         if drop_fraction is None:
             drop_fraction = 0.5 if self.updater.single_weights else 0.3
         self._fraction = make_schedule(schedule, drop_fraction, self.total_steps, final=drop_fraction_end)

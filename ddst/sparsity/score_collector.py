@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ddst._arguments import check_state_keys
+from ddst.distributed import average, ranks, sums
 from ddst.nn import SparseLayer
 from ddst.ops.gradient_record import GradientRecord, backward_reaches
+from ddst.ops.reference import block_norms_of
 
 #: The collector whose request a layer serves: a layer records for one.
 _owners: weakref.WeakKeyDictionary[SparseLayer, ScoreCollector] = weakref.WeakKeyDictionary()
@@ -21,8 +24,15 @@ _owners: weakref.WeakKeyDictionary[SparseLayer, ScoreCollector] = weakref.WeakKe
 class _Pending:
     """One layer's scores of one step: what they are computed from, or the scores."""
 
-    def __init__(self, layer: SparseLayer, record: GradientRecord | None, scores: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        layer: SparseLayer,
+        record: GradientRecord | None,
+        scores: Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         self._layer, self._record, self._scores = layer, record, scores
+        self._process_group = process_group
         # The layer scores the weight it computes with, W / σ; the optimizer steps W. σ is that of the step.
         norm = layer.spectral_norm
         self._sigma = None if norm is None or record is None else norm.sigma(layer)
@@ -32,11 +42,18 @@ class _Pending:
         """Computed when first asked for; what they are computed from is freed then."""
         if self._scores is None:
             assert self._record is not None
-            scores = self._layer.scores_of(self._record)
+            scores = _averaged_scores(self._layer, self._record, self._process_group)
             if self._sigma is not None:
                 scores = scores / torch.where(self._sigma > 0, self._sigma, 1)
             self._scores, self._record = scores, None
         return self._scores
+
+
+def _averaged_scores(layer: SparseLayer, record: GradientRecord, process_group: ProcessGroup | None) -> Tensor:
+    """``‖mean over ranks of ∂L/∂W[block]‖₂``: the dense gradient of one layer is formed for it, and let go."""
+    if ranks(process_group) == 1:
+        return layer.scores_of(record)
+    return block_norms_of(average(layer.dense_gradient_of(record), process_group), layer.block)
 
 
 class ScoreCollector:
@@ -58,6 +75,8 @@ class ScoreCollector:
     Args:
         layers: by name; empty for methods that need no gradient.
         optimizer: the optimizer that steps these layers.
+        process_group: of torch.distributed: with several ranks the scores are norms of the gradient averaged over
+            them, a layer at a time, and every rank must ask for them.
 
     Attributes:
         latest: per layer ``[R, C, kH, kW]`` (linear ``[R, C]``), the L2 norm of each block of the dense gradient with
@@ -76,8 +95,14 @@ class ScoreCollector:
     torch.Size([2, 2])
     """
 
-    def __init__(self, layers: Mapping[str, SparseLayer], optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, SparseLayer],
+        optimizer: Optimizer,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         self.layers = dict(layers)
+        self.process_group = process_group
         self._taken: dict[str, _Pending] = {}
         self._aside: dict[str, _Pending] = {}
         self._others: list[Optimizer] = []
@@ -137,12 +162,27 @@ class ScoreCollector:
         if self.requested and not self._taken:
             # An optimizer that runs a closure computes the gradient after its pre-hook.
             self._collect()
+        if self.requested:
+            self._taken = self._of_all_ranks(self._taken)
         return bool(self._taken)
 
     @property
     def latest(self) -> dict[str, Tensor]:
         """The scores by layer, computed when first asked for."""
+        if self._taken:
+            self._taken = self._of_all_ranks(self._taken)
         return {name: pending.scores for name, pending in self._taken.items()}
+
+    def _of_all_ranks(self, pending: dict[str, _Pending]) -> dict[str, _Pending]:
+        """The same layers on every rank: those that a gradient reached on one of them."""
+        if ranks(self.process_group) == 1:
+            return pending
+        reached = sums([int(name in pending) for name in self.layers], self.process_group)
+        return {
+            name: pending.get(name) or _Pending(layer, GradientRecord(), process_group=self.process_group)
+            for (name, layer), count in zip(self.layers.items(), reached, strict=True)
+            if count
+        }
 
     def _begin(self) -> None:
         """A backward pass is about to record something: if it is one of this network's loss, former records go."""
@@ -166,10 +206,18 @@ class ScoreCollector:
 
     def _take(self) -> dict[str, _Pending]:
         layers = {name: layer for name, layer in self.layers.items() if layer.scores_recorded}
-        return {name: _Pending(layer, layer.take_record()) for name, layer in layers.items()}
+        return {
+            name: _Pending(layer, layer.take_record(), process_group=self.process_group)
+            for name, layer in layers.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether a request is open, and scores taken and not yet used, which are computed for it."""
+        """Whether a request is open, and scores taken and not yet used, which are computed for it.
+
+        With several ranks each must call it (and one write), as such scores are averaged.
+        """
+        if self._aside:
+            self._aside = self._of_all_ranks(self._aside)
         return {
             "requested": self.requested,
             "latest": {name: score.clone() for name, score in self.latest.items()},

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ddst._arguments import (
@@ -24,7 +25,9 @@ from ddst._arguments import (
     check_state_keys,
 )
 from ddst.convert import find_candidates
+from ddst.distributed import check_movable, check_same_slots, follow_first_rank
 from ddst.nn import SparseLayer
+from ddst.nn.storage import RESIZED
 from ddst.sparsity.criterion import check_share, choose_drop, choose_grow, exchange_count, random_scores, relative_keys
 from ddst.sparsity.density import NetworkDensity, flat_mask
 from ddst.sparsity.optimizer import carry_state, check_state
@@ -83,6 +86,10 @@ class TopologyUpdater:
             squared score per weight), "mean" (the layer's mean over kept blocks) or "zero" (the paper's). None:
             "zero" for 1×1 blocks, else "score" where there are scores and "mean" where there are none.
         generator: source of random growth, on the CPU; a new one with seed 0 when None.
+        process_group: of torch.distributed. With several ranks every one of them must make the same updates: scores
+            are those of the gradient averaged over ranks, random growth is that of rank 0's generator, and ranks
+            that hold other blocks or decide otherwise stop with an error before anything is changed. None: the default
+            group.
 
     Raises:
         TypeError, ValueError: an argument is not as described; a layer's values are not in the optimizer; the
@@ -108,6 +115,7 @@ class TopologyUpdater:
         exempt: Sequence[str] | str | None = None,
         grown_second_moment: str | None = None,
         generator: torch.Generator | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check_module("model", model)
         check_optimizer("optimizer", optimizer)
@@ -132,7 +140,7 @@ class TopologyUpdater:
             raise ValueError('grown_second_moment="score" needs growth="gradient": random growth has no scores')
         self.max_norm_share = max_norm_share
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.optimizer = optimizer
+        self.optimizer, self.process_group = optimizer, process_group
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
             if id(layer.values) not in held:
@@ -142,7 +150,7 @@ class TopologyUpdater:
                 )
             check_state(optimizer, layer.values)
         self._sizes = self.network.sizes
-        self.scores = ScoreCollector(self.layers if growth == "gradient" else {}, optimizer)
+        self.scores = ScoreCollector(self.layers if growth == "gradient" else {}, optimizer, process_group)
 
     # -- density -------------------------------------------------------------------------------------------------
 
@@ -236,6 +244,7 @@ class TopologyUpdater:
     ) -> dict[str, Tensor]:
         free = {name: ~mask for name, mask in kept.items()}
         if self.growth == "random":
+            follow_first_rank(self.generator, self.process_group)
             scores = random_scores([int(f.sum()) for f in free.values()], self.generator)
         else:
             scores = []
@@ -250,6 +259,7 @@ class TopologyUpdater:
 
     def _apply(self, masks: Mapping[str, Tensor], kind: str, fraction: float, step: int) -> UpdateReport:
         before = self.density
+        self._check_ranks(masks)
         for layer in self.layers.values():
             check_state(self.optimizer, layer.values)
         dropped, grown = {}, {}
@@ -266,6 +276,14 @@ class TopologyUpdater:
             if change.grown:
                 grown[name] = change.grown
         return UpdateReport(step, kind, fraction, dropped, grown, before, self.density)
+
+    def _check_ranks(self, masks: Mapping[str, Tensor]) -> None:
+        """Raises on every rank unless all are about to do the same, and may."""
+        check_same_slots(self.all_layers, masks, self.process_group)
+        resized = {n: layer for n, layer in self.layers.items() if n in masks and layer.would_resize(masks[n])}
+        check_movable(self.layers)
+        if resized:
+            check_movable(resized, RESIZED)
 
     def _second_moment(self, name: str, change: SlotChange) -> Tensor | str | None:
         if self.grown_second_moment != "score":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ddst.data import load_images
+from ddst.distributed import sums
 from ddst.sparsity.density import NetworkDensity
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
 from ddst.train.config import TrainConfig, check_same_run, check_saved, fitting, refuse_without_effect, resolve
@@ -24,6 +26,7 @@ from ddst.train.folder import (
 from ddst.train.log import Kept, kept_log
 from ddst.train.loop import Trainer, enough_memory, train
 from ddst.train.options import ConfigError, shown_value
+from ddst.train.processes import by_first, first, joined, parted, together
 from ddst.train.report import plot_report, summarize, table, write_summary
 from ddst.train.terminal import one_line
 
@@ -31,7 +34,8 @@ from ddst.train.terminal import one_line
 def run(given: Mapping[str, Any]) -> int:
     """Train as the given settings say, and print the table and the paths at the end.
 
-    Only one process writes to the folder: the lock on it is held from before anything is read there to the end.
+    Only one process writes to the folder: the lock on it is held from before anything is read there to the end. Of
+    those that torchrun started it is the first one; all read the images, and a checkpoint that is resumed from.
 
     Args:
         given: settings by name as in `TrainConfig`; the others have their defaults or, with `resume`, the saved run's.
@@ -41,30 +45,39 @@ def run(given: Mapping[str, Any]) -> int:
 
     Raises:
         ConfigError, DataError, CheckpointError: nothing has been written then.
+        ProcessError: another process of the run is gone, or ended with an error.
         TrainingError, OSError: training or the report broke off; the last checkpoint stays.
     """
-    if given.get("resume"):
-        return _resume(given)
-    config = resolve(given)
-    refuse_without_effect(given, config.method)
-    return _begin(config)
+    with joined(), together(lambda: "before training"):
+        if given.get("resume"):
+            return _resume(given)
+        config = resolve(given)
+        refuse_without_effect(given, config.method)
+        return _begin(config)
 
 
 def _begin(config: TrainConfig, *warnings: str) -> int:
     out = Path(config.out)
-    check_folder(out)
+    by_first(lambda: check_folder(out))
     trainer = _trainer(config)
     trainer.try_step()
-    make_folder(out)
-    with only_writer(out) as more:
-        check_folder(out)  # Another process may have been faster.
+    by_first(lambda: make_folder(out))
+    with _writer(out) as more:
+        by_first(lambda: check_folder(out))  # Another process may have been faster.
         return _train(trainer, None, [*warnings, *more])
+
+
+@contextmanager
+def _writer(out: Path) -> Iterator[list[str]]:
+    """The lock of the folder, held by the first process for all."""
+    with ExitStack() as held:
+        yield by_first(lambda: held.enter_context(only_writer(out))) or []
 
 
 def _resume(given: Mapping[str, Any]) -> int:
     out = Path(resolve({"out": given.get("out")}).out)
     path = out / CHECKPOINT
-    if not path.exists():
+    if not sums([int(first() and path.exists())])[0]:
         # It may have ended before its first checkpoint: then it begins anew, with the settings it was given.
         try:
             settings = check_saved(settings_begun(out))
@@ -72,7 +85,7 @@ def _resume(given: Mapping[str, Any]) -> int:
             message = f"no checkpoint to resume from: {path} does not exist; leave out --resume to begin a run"
             raise CheckpointError(message) from None
         return _begin(_continued(settings, given), f"{path} does not exist: the run begins anew")
-    with only_writer(out) as warnings:
+    with _writer(out) as warnings:
         saved = load_checkpoint(path)
         try:
             settings = check_saved(saved.get("config"))
@@ -85,7 +98,7 @@ def _resume(given: Mapping[str, Any]) -> int:
         except ConfigError as error:
             raise CheckpointError(f"checkpoint {path} cannot be continued here: config: {error}") from None
         trainer.load_state_dict(saved)
-        kept = kept_log(out / LOG, saved["log"], trainer.step)
+        kept = by_first(lambda: kept_log(out / LOG, saved["log"], trainer.step)) or Kept(0, ())
         return _train(trainer, kept, [*warnings, *kept.warnings, *_other_versions(saved["versions"])])
 
 
@@ -108,12 +121,17 @@ def _trainer(config: TrainConfig) -> Trainer:
 
 def _train(trainer: Trainer, kept: Kept | None, warnings: Sequence[str]) -> int:
     config = trainer.config
-    print(_heading(config, trainer, kept is not None))
-    if trainer.images.note:
-        print(one_line(trainer.images.note))
-    for warning in [*warnings, *trainer.warnings]:
-        print(f"warning: {one_line(warning)}")
+    if first():
+        print(_heading(config, trainer, kept is not None))
+        if trainer.images.note:
+            print(one_line(trainer.images.note))
+        for warning in [*warnings, *trainer.warnings]:
+            print(f"warning: {one_line(warning)}")
+    writes = first()
     ended_by = train(trainer, kept)
+    parted()
+    if not writes:
+        return 0 if ended_by is None else 128 + ended_by
     if trainer.step < config.steps:
         again = f"ddst train --resume --out {shlex.quote(config.out)}"
         print(f"stopped after step {trainer.step} of {config.steps}; go on with: {one_line(again)}")

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddst.data import ImageSet, Sampler
+from ddst.distributed import average_numbers
 from ddst.gan import DDST, EMA, StepReport
 from ddst.gan.unperturbed import unperturbed
 from ddst.sparsity.stats import FlopCounter, TrainingFlops
@@ -35,6 +36,7 @@ from ddst.train.players import (
     make_sparse,
     with_optimizers,
 )
+from ddst.train.processes import agreed, first, share, together
 from ddst.train.rules import Misfit
 from ddst.train.samples import generate, save_grid
 from ddst.train.state_schema import check_state
@@ -107,6 +109,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.device = torch.device(config.device)
         self.config, self.images = config, images
+        self._share = share(config.batch)
         self.out = Path(config.out)
         self.warnings: list[str] = []
         with setting_errors(), fitting("networks of these --width-g, --width-d and --latent"):
@@ -167,7 +170,11 @@ class Trainer:
 
     def _draw_noise(self) -> Tensor:
         # Drawn on the CPU, so that a run meets the same noise on every device.
-        return torch.randn(self.config.batch, self.config.latent, generator=self._noise).to(self.device)
+        noise = torch.randn(self.config.batch, self.config.latent, generator=self._noise)
+        return noise[self._share].to(self.device)
+
+    def _draw_images(self) -> Tensor:
+        return self.images.batch(self.sampler.next()[self._share]).to(self.device)
 
     def train_step(self) -> tuple[float, float, StepReport]:
         """One GAN iteration and what the scheduler does after it: loss of D, loss of G, report.
@@ -179,9 +186,9 @@ class Trainer:
         self.flops.update()
         g, d = self.forward_flops
         self.forward_flops = g + self.flops.generator.forward, d + self.flops.discriminator.forward
-        reals = [self.images.batch(self.sampler.next()).to(self.device) for _ in range(self.config.d_steps)]
+        reals = [self._draw_images() for _ in range(self.config.d_steps)]
         mean_d, mean_g, noise, scores = gan_iteration(self.players, reals, self._draw_noise)
-        loss_d, loss_g = mean_d.item(), mean_g.item()
+        loss_d, loss_g = average_numbers([mean_d.item(), mean_g.item()])
         if not (math.isfinite(loss_d) and math.isfinite(loss_g)):
             raise TrainingError(f"loss is not finite at step {self.step + 1} (D {loss_d}, G {loss_g})")
         report = self.scheduler.step(real=reals[-1], noise=noise, fake_scores=scores)
@@ -200,8 +207,9 @@ class Trainer:
             fitting("iterations of these --batch, --resolution, --width-g and --width-d"),
             unperturbed(players.generator, players.discriminator),
         ):
-            noise = torch.zeros(c.batch, c.latent, device=self.device)
-            real = self.images.batch(torch.zeros(c.batch, dtype=torch.int64)).to(self.device)
+            batch = self._share.stop - self._share.start
+            noise = torch.zeros(batch, c.latent, device=self.device)
+            real = self.images.batch(torch.zeros(batch, dtype=torch.int64)).to(self.device)
             discriminator_backward(players, real, noise)
             generator_backward(players, noise)
             for optimizer in (players.optimizer_g, players.optimizer_d):
@@ -265,9 +273,14 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
 
-    def checkpoint(self, log: RunLog) -> None:
-        """Write the checkpoint, whole or not at all, together with the length of the log it belongs to."""
-        save_checkpoint(self.out / CHECKPOINT, {**self.state_dict(), "log": log.sync()})
+    def checkpoint(self, log: RunLog | None) -> None:
+        """Write the checkpoint, whole or not at all, together with the length of the log it belongs to.
+
+        With several processes all call it, and the one with a log writes.
+        """
+        state = self.state_dict()
+        if log is not None:
+            save_checkpoint(self.out / CHECKPOINT, {**state, "log": log.sync()})
 
 
 def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
@@ -275,7 +288,8 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
 
     Args:
         trainer: a new one, or one whose state has been loaded.
-        kept: what it keeps of its log; None begins a new run in the trainer's folder.
+        kept: what it keeps of its log; None begins a new run in the trainer's folder. Of several processes the first
+            one's counts.
 
     Returns:
         The signal that ended it before its last step, or None.
@@ -283,17 +297,15 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
     Raises:
         TrainingError: a loss is not finite, or memory ran out; the last checkpoint stays.
         OSError: a file cannot be written; likewise.
+        ProcessError: another process of the run is gone; likewise.
     """
     config, stop = trainer.config, StopFlag()
-    log_path = trainer.out / LOG
-    if kept is None:
-        clear_folder(trainer.out)
-    else:
-        cut_log(log_path, kept)
-    (trainer.out / SAMPLES).mkdir(parents=True, exist_ok=True)
+    if first():
+        _clear(trainer.out, kept)
     last = config.steps if config.stop_after is None else min(config.steps, config.stop_after)
-    with RunLog(log_path) as log, stop.listening():
-        if kept is None or kept.bytes == 0:
+    ended_by = None
+    with RunLog(trainer.out / LOG) if first() else nullcontext() as log, stop.listening(), _others_alive(trainer):
+        if log is not None and (kept is None or kept.bytes == 0):
             log.write(
                 event="start",
                 settings=config.saved(),
@@ -303,23 +315,39 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
                 versions=versions(),
             )
         if kept is None:
-            log.sync()
-            trainer.save_samples()
+            if log is not None:
+                log.sync()
+                trainer.save_samples()
             trainer.checkpoint(log)  # So that even a run killed in its first steps can be continued.
         with _progress(config.steps, trainer.step) as bar, enough_memory(trainer):
             try:
-                while trainer.step < last and stop.signal is None:
+                while trainer.step < last and (ended_by := agreed(stop.signal)) is None:
                     loss_d, loss_g, report = trainer.train_step()
-                    _log_step(log, trainer, loss_d, loss_g, report)
-                    _show(bar, trainer, loss_d, loss_g, report)
-                    if trainer.step % config.sample_every == 0 or trainer.step == config.steps:
-                        trainer.save_samples()
+                    if log is not None:
+                        _log_step(log, trainer, loss_d, loss_g, report)
+                        _show(bar, trainer, loss_d, loss_g, report)
+                        if trainer.step % config.sample_every == 0 or trainer.step == config.steps:
+                            trainer.save_samples()
                     if trainer.step % config.checkpoint_every == 0 and trainer.step < last:
                         trainer.checkpoint(log)
             except KeyboardInterrupt:
                 raise TrainingError(f"ended at once, without a checkpoint of step {trainer.step}") from None
         trainer.checkpoint(log)
-    return stop.signal if trainer.step < config.steps else None
+    return (ended_by or stop.signal) if trainer.step < config.steps else None
+
+
+def _clear(out: Path, kept: Kept | None) -> None:
+    if kept is None:
+        clear_folder(out)
+    else:
+        cut_log(out / LOG, kept)
+    (out / SAMPLES).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _others_alive(trainer: Trainer) -> Iterator[None]:
+    with together(lambda: f"after step {trainer.step}; the last checkpoint stays"):
+        yield
 
 
 @contextmanager
@@ -343,7 +371,7 @@ def _progress(steps: int, done: int) -> Any:
         file=sys.stderr,
         dynamic_ncols=True,
         mininterval=every,
-        disable=sys.stderr is None,
+        disable=sys.stderr is None or not first(),
     )
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Adam
 
 from ddst.convert import sparsify
+from ddst.distributed import average_gradients
 from ddst.models import Discriminator, Generator
 from ddst.train.config import TrainConfig
 from ddst.train.options import ConfigError, flag
@@ -89,7 +90,8 @@ def with_optimizers(config: TrainConfig, generator: Generator, discriminator: Di
 def discriminator_backward(players: Players, real: Tensor, noise: Tensor) -> Tensor:
     """loss_D = E[max(0, 1 − D(x))] + E[max(0, 1 + D(G(z)))], its gradient in D's parameters; returns the loss.
 
-    Real and generated images pass D as one batch (it has no batch norm, so the scores are the same).
+    Real and generated images pass D as one batch (it has no batch norm, so the scores are the same). With several
+    processes the gradient is the mean over them, the loss that of this one's share of the batch.
     """
     with torch.no_grad():
         fake = players.generator(noise)
@@ -97,6 +99,7 @@ def discriminator_backward(players: Players, real: Tensor, noise: Tensor) -> Ten
     loss = F.relu(1.0 - scores[: len(real)]).mean() + F.relu(1.0 + scores[len(real) :]).mean()
     players.optimizer_d.zero_grad(set_to_none=True)
     loss.backward()
+    average_gradients(players.discriminator.parameters())
     return loss.detach()
 
 
@@ -109,6 +112,7 @@ def generator_backward(players: Players, noise: Tensor) -> tuple[Tensor, Tensor]
         loss = -scores.mean()
         players.optimizer_g.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(players.generator.parameters())
     finally:
         players.discriminator.requires_grad_(True)
     return loss.detach(), scores.detach()

@@ -336,11 +336,12 @@ class DDST:
         if self.updater_d is None or self.controller is None:
             return None, None
         updater, decision, update = self.updater_d, None, None
+        updater.check_first_state()
         if self.is_decision_step(step):
             if self._waiting is not None:
                 raise RuntimeError(
-                    f"no gradient reached a sparse layer of discriminator from step {self._waiting.step} to {step}: "
-                    "call step() after opt_d.step(), once per generator iteration"
+                    f"no gradient reached a sparse layer of discriminator from step {self._waiting.step} to {step}, or "
+                    "none that is finite: call step() after opt_d.step(), once per generator iteration"
                 )
             low, high = updater.attainable_density
             decision = self.controller.decide(
@@ -351,21 +352,25 @@ class DDST:
                 highest=high,
                 resolution=updater.resolution,
             )
-            if decision.action == DROP:
-                update = updater.change_density(decision.new_density, step)
-            elif decision.action in (GROW, EXCHANGE):
+            if decision.action in (DROP, GROW, EXCHANGE):
                 self._waiting = decision
-        if self._waiting is not None and step < self.total_steps and updater.scores.arrived:
-            if self._waiting.action == GROW:
+        if self._waiting is not None and step < self.total_steps and self._may_change(self._waiting.action):
+            if self._waiting.action in (DROP, GROW):
                 update = updater.change_density(self._waiting.new_density, step)
             else:
                 update = updater.exchange(min(max(float(self._fraction_d(step)), 0.0), 1.0), step)
             self._waiting = None
+        updater.scores.steps.forget()
         if self._waiting is None:
             updater.scores.cancel()
         if self.is_decision_step(step + 1) and step + 1 > self.controller.warmup and not updater.scores.requested:
             updater.scores.request()
         return decision, update
+
+    def _may_change(self, action: str) -> bool:
+        """Whether D has made a step since the last iteration, with scores where blocks are to grow."""
+        assert self.updater_d is not None
+        return self.updater_d.scores.steps.any and (action == DROP or self.updater_d.scores.arrived)
 
     def _warn_if_idle(self) -> None:
         if self.training_g.method != "static" and self.interval_g >= self.total_steps:

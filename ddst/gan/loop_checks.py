@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddst._arguments import check_optimizer
+from ddst.sparsity.wrapped import optimizers_of
 
 
 class StepOrder:
@@ -20,7 +21,7 @@ class StepOrder:
         self._stepped = False
         self._last = -1
         self._late = 0
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._note())
+        self._hook = optimizers_of(optimizer)[-1].register_step_post_hook(lambda *_: self._note())
 
     def _note(self) -> None:
         self._stepped, self._last = True, torch._C._autograd._get_sequence_nr()

@@ -160,8 +160,9 @@ class SparseLayer(PackedStorage):
         Args:
             on_first: called in a backward pass before something is kept while nothing is.
         """
+        self._recorder.close()
+        self._recorder.open(self.values)
         self._recorder.on_first = on_first
-        self._recorder.open()
         self._records = True
 
     def cancel_scores(self) -> None:
@@ -173,8 +174,9 @@ class SparseLayer(PackedStorage):
         """``scores[block] = ‖∂L/∂W[block]‖₂`` of the dense gradient since the request or the last take.
 
         All backward passes since then are summed before the norm is taken, exactly as ``.grad`` sums them: several
-        forward calls, gradient accumulation and gradient penalties included. ``W`` is the weight the layer computes
-        with, so with spectral norm the normalised one. The record is dropped; the request stays open.
+        forward calls, gradient accumulation, gradient penalties and a ``zero_grad()`` in between included. ``W`` is the
+        weight the layer computes with, so with spectral norm the normalised one. The record is dropped; the request
+        stays open.
 
         Returns:
             Shape of ``block_mask``, dtype of the computation. Blocks that got no gradient score zero.

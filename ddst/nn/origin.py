@@ -88,6 +88,15 @@ class Origin:
             )
 
 
+def followers_of(layer: SparseLayer) -> list[SparseLayer]:
+    """The averages whose slots change hands with the layer's (:func:`follow`), and those that follow them."""
+    found: list[SparseLayer] = []
+    for copy in list(_copies.get(layer, ())):
+        if copy._origin is not None and copy._origin.follows and copy._origin.of() is layer:
+            found += [copy, *followers_of(copy)]
+    return found
+
+
 def bring(copy: SparseLayer, layer: SparseLayer, change: SlotChange | None = None) -> None:
     """Gives a copy the slots of a layer: of blocks that it does not have its values are let go, new ones are zero.
 

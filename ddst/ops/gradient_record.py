@@ -23,11 +23,17 @@ class GradientRecord:
     """The factors of one layer's dense weight gradient; on the reference backend, that gradient itself.
 
     Nothing is copied: the factors are the activations of the backward pass, kept alive.
+
+    Attributes:
+        accumulated: whether a backward pass has added what is recorded to ``values.grad``.
+        norm: L2 norm of ``values.grad`` at the end of that backward pass, float64; None where it has not ended.
     """
 
     def __init__(self) -> None:
         self.factors: list[tuple[Tensor, Tensor]] = []
         self.dense: Tensor | None = None
+        self.accumulated = False
+        self.norm: Tensor | None = None
         self._versions: list[tuple[int, int]] = []
         self._spoilt = False
 
@@ -64,6 +70,9 @@ def _version(tensor: Tensor) -> int:
 class ScoreRecorder:
     """Where the formulas put what they compute for one layer while it is open.
 
+    A record goes with ``values.grad``: where that is gone at the next backward pass (``zero_grad()`` after a step that
+    a gradient scaler skipped, or between the two passes of SAM), what was recorded of it goes, too.
+
     Attributes:
         key: what the operators are called with so that their formulas find it; never 0, never used twice.
         record: what has come since the last :meth:`take`.
@@ -74,6 +83,8 @@ class ScoreRecorder:
         self.key = next(_keys)
         self.record = GradientRecord()
         self.on_first: Callable[[], None] | None = None
+        self._values: Tensor | None = None
+        self._hook: Any = None
 
     def add_factors(self, grad_output: Tensor, input: Tensor) -> None:
         self._announce()
@@ -84,8 +95,28 @@ class ScoreRecorder:
         self.record.add_dense(gradient)
 
     def _announce(self) -> None:
+        values = self._values
+        if values is not None:
+            if self.record.accumulated and (values.grad is None or not bool(values.grad.any())):
+                self.record = GradientRecord()
+            if self._hook is None and values.requires_grad:
+                self._hook = values.register_post_accumulate_grad_hook(self._note_accumulated)
         if self.on_first is not None and self.record.empty:
             self.on_first()
+
+    def _note_accumulated(self, values: Tensor) -> None:
+        if self.record.empty:
+            return
+        record = self.record
+        record.accumulated, record.norm = True, None
+        engine: Any = torch.autograd.Variable._execution_engine
+
+        def measure() -> None:
+            if values.grad is not None:
+                record.norm = gradient_norm(values.grad)
+
+        # The callback of a callback runs after all that were there before: DistributedDataParallel's averaging too.
+        engine.queue_callback(lambda: engine.queue_callback(measure))
 
     def take(self) -> GradientRecord:
         """The record, which begins anew."""
@@ -97,15 +128,25 @@ class ScoreRecorder:
         """Whether formulas record here."""
         return _open.get(self.key) is self
 
-    def open(self) -> None:
-        """From now on formulas record here."""
+    def open(self, values: Tensor) -> None:
+        """From now on formulas record here. ``values``: the parameter whose gradient it is."""
         _open[self.key] = self
+        self._values = values
 
     def close(self) -> None:
         """Ends what :meth:`open` began, and drops what was recorded."""
         _open.pop(self.key, None)
         self.take()
-        self.on_first = None
+        self.on_first = self._values = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """L2 norm, float64 where the device has it: squares of a scaled gradient may leave float32's range."""
+    wide = torch.float32 if gradient.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(gradient.detach(), dtype=wide)
 
 
 _keys = itertools.count(1)

@@ -33,11 +33,13 @@ class SparseTraining:
     | drop_fraction | 0.5 | 0.3 | the smaller half of 16×16 blocks holds half of a layer's squared norm |
     | scope | "global" | "layer" | norms of large blocks differ by layer much more than within one |
     | ranking | "raw" | "relative" | the same, and edge blocks have fewer weights |
-    | grown_second_moment | "zero" | "score", SET "mean" | see :func:`~ddst.sparsity.carry_state` |
+    | grown_second_moment | "mean" | "score", SET "mean" | see :func:`~ddst.sparsity.carry_state` |
 
     Args:
         model: has been through :func:`ddst.sparsify`, or is built of sparse layers.
-        optimizer: holds the model's parameters. Any torch optimizer whose state has the parameter's shape.
+        optimizer: holds the model's parameters. Any torch optimizer whose state has the parameter's shape, or one that
+            holds such a one and its state (SAM, Lookahead, ``ZeroRedundancyOptimizer``, accelerate's); see
+            ``docs/optimizers.md``.
         method: "rigl", "set" or "static".
         total_steps: ``T``, the number of calls of :meth:`step` of the whole run.
         interval: ``ΔT``, steps between updates: updates are made at multiples of it.
@@ -54,7 +56,8 @@ class SparseTraining:
             :meth:`step` alike, and train the same masks (see :class:`~ddst.sparsity.updater.TopologyUpdater`).
 
     Raises:
-        TypeError, ValueError: an argument is not as described; a model without sparse layers (unless "static"); a
+        TypeError, ValueError: an argument is not as described; a model without sparse layers (unless "static"); an
+            optimizer whose state cannot follow (where it has none yet, :meth:`step` raises after its first step); a
             model sharded by fully_shard (unless "static"); ``scope="global"``, which changes the number of slots, in a
             DistributedDataParallel that :func:`ddst.watch` was not told of.
 
@@ -150,28 +153,35 @@ class SparseTraining:
             What the update did, or None when there was none.
 
         Raises:
-            RuntimeError: closed; or RigL got no gradient in a whole interval. (An update whose step brought none,
-                because a gradient scaler skipped it for instance, is made up for at the next step that does.)
+            RuntimeError: closed; or the optimizer made no step, or RigL got no gradient, in a whole interval. (An
+                update whose step brought none, because a gradient scaler skipped it for instance, is made up for at the
+                next step that does.)
+            ValueError: after the optimizer's first step: its state cannot follow a change of topology.
         """
-        self.updater.scores.check_open()
+        scores = self.updater.scores
+        scores.check_open()
+        if self.method != "static":
+            self.updater.check_first_state()
         self.steps += 1
         step, report = self.steps, None
         if self.is_update_step(step) and self._due is None:
             self._due = step
         if self._due is not None and step < min(self.end, self.total_steps):
-            if self.method == "set" or self.updater.scores.arrived:
+            if scores.steps.any and (self.method == "set" or scores.arrived):
                 report = self.updater.exchange(self.drop_fraction(step), step)
                 self._due = None
             elif step - self._due >= self.interval:
                 raise RuntimeError(
-                    f"no gradient reached a sparse layer from step {self._due} to {step}. Call step() after "
-                    "optimizer.step() of the optimizer that was given, once per step, with the model in training"
+                    f"no gradient reached a sparse layer from step {self._due} to {step}, or none that is finite, or "
+                    "the optimizer made no step. Call step() after optimizer.step() of the optimizer that was given, "
+                    "once per step, with the model in training"
                 )
+        scores.steps.forget()
         if self.is_update_step(step + 1) or (self._due is not None and step + 1 < self.end):
-            if report is not None or not self.updater.scores.requested:
-                self.updater.scores.request()
+            if report is not None or not scores.requested:
+                scores.request()
         else:
-            self.updater.scores.cancel()
+            scores.cancel()
         return report
 
     def state_dict(self) -> dict[str, Any]:

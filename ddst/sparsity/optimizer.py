@@ -1,39 +1,54 @@
-"""Optimizer state across a change of the block mask: at slots that changed hands it begins anew."""
+"""Optimizer state across a change of the block mask: at slots that changed hands it begins anew.
+
+Everything is looked into, and what is to be written is made, before anything is written: :class:`StateChange` cannot
+fail half way for a reason that could have been known, and can be taken back.
+"""
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddst._arguments import check_number, check_optimizer, check_tensor, check_type
+from ddst.sparsity.second_moment import is_second_moment, is_sum, reached_share, start_of
+from ddst.sparsity.wrapped import check_nothing_hidden, optimizers_of
 from ddst.topology import SlotChange
 
-# Running means of squared gradients: the ones for which a start at zero makes a grown block's first step too long.
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_SIMPLE = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type(None))
+_OTHERS = "Use one whose state has the parameter's shape, such as Adam, RMSprop or SGD (docs/optimizers.md lists more)"
 
 
 def check_state(optimizer: Optimizer, param: Tensor) -> None:
-    """Raises unless every state tensor of ``param`` has its shape or is a scalar.
+    """Raises unless every state that the optimizer, or one inside it, keeps for ``param`` can follow a change.
+
+    Tensors of the parameter's shape and of one element, numbers and strings can, also in dicts and lists in the state.
 
     Args:
         optimizer: any torch optimizer.
         param: ``[slots, b_out, b_in]``, a layer's ``values``.
 
     Raises:
-        ValueError: the state is factored (Adafactor), flat over all parameters (LBFGS) or of another shape.
+        ValueError: the state is factored (Adafactor), flat over all parameters (LBFGS) or of another shape; lies in an
+            object, a tensor subclass or outside of ``optimizer.state``; an optimizer inside cannot be followed.
 
     >>> param = torch.nn.Parameter(torch.zeros(3, 2, 2))
     >>> check_state(torch.optim.Adam([param]), param)
     """
-    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.Adafactor):
-        raise ValueError(
-            f"optimizer is {type(optimizer).__name__}, whose state is not one number per weight: it cannot follow a "
-            "change of topology. Use one whose state has the parameter's shape, such as Adam, RMSprop or SGD"
-        )
-    _check_shapes(optimizer, optimizer.state.get(param, {}), param.shape)
+    for one in optimizers_of(optimizer, [param]):
+        if isinstance(one, torch.optim.LBFGS | torch.optim.Adafactor):
+            raise ValueError(
+                f"optimizer is {type(one).__name__}, whose state is not one number per weight: it cannot follow a "
+                f"change of topology. {_OTHERS}"
+            )
+        list(_entries(one, one.state.get(param, {}), param, param.shape))
+        check_nothing_hidden(one, param)
 
 
 def carry_state(
@@ -44,24 +59,28 @@ def carry_state(
     A new weight's state is zero, except where the optimizer itself begins otherwise: Rprop's ``step_size`` at the
     learning rate, Adagrad's ``sum`` at ``initial_accumulator_value``. Written in place while the number of slots stays.
 
-    Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, ASGD, Rprop and SGD with momentum keep such states.
-    Scalars (step counters) are left alone. ``param`` itself and its gradient are the layer's
+    Followed is every state of the parameter's shape, whatever the optimizer, also in dicts and lists, and in the
+    optimizers that ``optimizer`` holds (see :func:`~ddst.sparsity.wrapped.optimizers_of`). Scalars (step counters) are
+    left alone. ``param`` itself and its gradient are the layer's
     (:meth:`ddst.nn.storage.PackedStorage.set_block_mask`); this function may be called before or after it.
 
     Args:
         optimizer: the optimizer that holds ``param``; without a state for it nothing happens.
         param: a layer's ``values``, ``[slots, b_out, b_in]`` before or after the change.
         change: what :meth:`~ddst.nn.storage.PackedStorage.set_block_mask` returned.
-        second_moment: what the running mean of squared gradients (``exp_avg_sq``, ``max_exp_avg_sq``, ``square_avg``)
-            of a grown block starts from. None: zero. A tensor with an entry for each of ``change.entered``, or a
-            number: that value at each of the block's weights; negative or not finite counts as zero. ``"mean"``: the
-            mean of the state over the blocks that stay.
+        second_moment: what the running mean of squared gradients (``exp_avg_sq``, ``max_exp_avg_sq``, ``square_avg``,
+            ``exp_avg_var``, ``variance_ma``) of a grown block starts from. None: zero. A tensor with an entry for each
+            of ``change.entered``, or a number: that squared gradient per weight, times ``1 − β2^t``, what the running
+            mean has reached of a steady one after t steps; negative or not finite counts as zero. ``"mean"``: the mean
+            of the state over the blocks that stay, which a sum of squares (MADGRAD's ``grad_sum_sq``) starts from in
+            either case.
 
     Raises:
-        ValueError: the state is factored or flat (before anything is changed), or ``second_moment`` has a wrong shape.
+        ValueError: the state cannot follow (before anything is changed), or ``second_moment`` has a wrong shape.
 
-    Numerics: copies, exact. Started at zero, the first step of a grown block under Adam is ``lr / √(1 − β2)``: 3.2
-        times ``lr`` at β2 = 0.9, 32 times at 0.999. Its squared gradient per weight is the natural start.
+    Numerics: copies, exact. Started at zero, the first step of a grown block under Adam is, late in training,
+        ``lr / √(1 − β2)``: 3.2 times ``lr`` at β2 = 0.9, 32 times at 0.999. Its squared gradient per weight is the
+        natural start.
 
     >>> param = torch.nn.Parameter(torch.ones(2, 1, 1))
     >>> adam = torch.optim.Adam([param])
@@ -79,42 +98,152 @@ def carry_state(
         raise ValueError(f'second_moment must be a tensor, a number, "mean" or None, got {second_moment!r}')
     if not (second_moment is None or isinstance(second_moment, Tensor | str)):
         check_number("second_moment", second_moment, finite=False)
-    state = optimizer.state.get(param)
-    if not state:
-        return
-    shape = torch.Size([change.before.numel(), *param.shape[1:]])
-    _check_shapes(optimizer, state, shape)
     if isinstance(second_moment, Tensor) and second_moment.shape != change.entered.shape:
         raise ValueError(f"second_moment must have the shape ({change.grown},), got {tuple(second_moment.shape)}")
-    starts = _own_starts(optimizer, param)
-    for key, held in state.items():
-        if not isinstance(held, Tensor) or held.shape != shape:
-            continue
-        new = change.apply(held)
-        if key in SECOND_MOMENTS and second_moment is not None and change.grown:
-            _start(new, change, second_moment)
-        elif key in starts:
-            new[change.fresh.to(new.device)] = starts[key]
-        state[key] = new
+    StateChange(optimizer, param, change, second_moment).commit()
 
 
-def _check_shapes(optimizer: Optimizer, state: dict[str, Any], shape: torch.Size) -> None:
-    """Raises unless every tensor of a parameter's state has this shape or is a scalar."""
+class StateChange:
+    """What :func:`carry_state` is about to write, made but not written.
+
+    Raises:
+        ValueError: the state cannot follow.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, optimizer: Optimizer, param: Tensor, change: SlotChange, second_moment: Tensor | float | str | None
+    ) -> None:
+        shape = torch.Size([change.before.numel(), *param.shape[1:]])
+        self._writes: list[_Write] = []
+        seen: set[int] = set()
+        for one in optimizers_of(optimizer, [param]):
+            state = one.state.get(param)
+            if not state or id(state) in seen:  # an outer optimizer may show the inner one's
+                continue
+            seen.add(id(state))
+            group: dict[str, Any] = next((g for g in one.param_groups if any(p is param for p in g["params"])), {})
+            own = _own_starts(group)
+            for entry in _entries(one, state, param, shape):
+                write = _Write.of(entry, change)
+                if is_second_moment(entry.name) and second_moment is not None and change.grown:
+                    near = entry.container if isinstance(entry.container, dict) else {}
+                    share = reached_share({**state, **near}, group)
+                    if isinstance(second_moment, str) or is_sum(entry.name):
+                        write.start(_mean_of_kept(entry.held, change))
+                    else:
+                        write.start(start_of(second_moment, share, entry.held))
+                elif entry.name in own:
+                    write.restart(own[entry.name])
+                self._writes.append(write)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Writes it."""
+        for write in self._writes:
+            write.commit()
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Takes :meth:`commit` back, or as much of it as was done."""
+        for write in self._writes:
+            write.undo()
+
+
+@dataclass
+class _Entry:
+    """One state tensor of the parameter's shape and where it lies."""
+
+    container: Any
+    key: Any
+    held: Tensor
+    name: str
+
+
+class _Write:
+    """One state tensor's new entries: rows to write in place, or a new tensor where the number of slots changes."""
+
+    def __init__(self, entry: _Entry, change: SlotChange, new: Tensor | None) -> None:
+        self.entry, self.change, self.new = entry, change, new
+        held = entry.held
+        if new is None:
+            self.rows = change.changed.to(held.device)
+            self.saved = held[self.rows]
+            self.fill = torch.zeros_like(self.saved)
+        elif new.shape == held.shape:  # blocks move among the same slots
+            self.saved = held.clone()
+
+    @staticmethod
+    def of(entry: _Entry, change: SlotChange) -> _Write:
+        return _Write(entry, change, None if change.source is None else change.apply(entry.held.clone()))
+
+    def start(self, values: Tensor) -> None:
+        """Fills what entered."""
+        if self.new is None:
+            self.fill[: self.change.grown] = values  # rows that entered come first
+        else:
+            entered = self.change.entered.to(self.new.device)
+            self.new[entered] = values.to(self.new.dtype).expand_as(self.new[entered])
+
+    def restart(self, value: Any) -> None:
+        """Fills every slot that begins anew."""
+        if self.new is None:
+            self.fill[:] = value
+        else:
+            self.new[self.change.fresh.to(self.new.device)] = value
+
+    def commit(self) -> None:
+        if self.new is None:
+            self.entry.held.index_copy_(0, self.rows, self.fill)
+        elif self.new.shape == self.entry.held.shape:
+            self.entry.held.copy_(self.new)
+        else:
+            self.entry.container[self.entry.key] = self.new
+
+    def undo(self) -> None:
+        if self.new is None:
+            self.entry.held.index_copy_(0, self.rows, self.saved)
+        elif self.new.shape == self.entry.held.shape:
+            self.entry.held.copy_(self.saved)
+        else:
+            self.entry.container[self.entry.key] = self.entry.held
+
+
+def _entries(
+    optimizer: Optimizer, container: Any, param: Tensor, shape: torch.Size, path: str = ""
+) -> Iterator[_Entry]:
+    """The tensors of the parameter's shape in its state; raises where something in it cannot follow."""
     kind = type(optimizer).__name__
-    for key, entry in state.items():
-        tensors = [s for s in entry if isinstance(s, Tensor)] if isinstance(entry, list | tuple) else []
-        if isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape != shape:
-            tensors = [entry]
-        if tensors:
+    for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+        place = f"{path}[{key!r}]" if path else repr(key)
+        refusal = f"optimizer {kind} keeps a state {place} of"
+        if isinstance(value, Tensor):
+            if value is param or (value.dim() <= 1 and value.numel() <= 1 and type(value) in _PLAIN):
+                continue
+            if value.shape != shape:
+                raise ValueError(
+                    f"{refusal} shape {tuple(value.shape)} for a parameter of shape {tuple(shape)}: a factored or flat "
+                    f"state cannot follow a change of topology. {_OTHERS}"
+                )
+            if type(value) not in _PLAIN or value.layout != torch.strided or value.is_quantized:
+                raise ValueError(
+                    f"{refusal} type {type(value).__name__}, which is no plain tensor: it cannot follow a change of "
+                    f"topology. {_OTHERS}"
+                )
+            if isinstance(container, tuple):
+                raise ValueError(f"{refusal} the parameter's shape in a tuple, which cannot be written to. {_OTHERS}")
+            yield _Entry(container, key, value, str(key))
+        elif isinstance(value, dict | list | tuple):
+            yield from _entries(optimizer, value, param, shape, place)
+        elif not isinstance(value, _SIMPLE):
             raise ValueError(
-                f"optimizer {kind} keeps a state {key!r} of shape {tuple(tensors[0].shape)} for a parameter of shape "
-                f"{tuple(shape)}: a factored or flat state cannot follow a change of topology"
+                f"{refusal} type {type(value).__name__}: what lies in an object cannot follow a change of topology. "
+                f"{_OTHERS}"
             )
 
 
-def _own_starts(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
+def _own_starts(group: dict[str, Any]) -> dict[str, Any]:
     """The states of a new weight that are not zero, by the settings of the parameter's group."""
-    group: dict[str, Any] = next((g for g in optimizer.param_groups if any(p is param for p in g["params"])), {})
     starts = {}
     if "step_sizes" in group:  # Rprop
         starts["step_size"] = group["lr"]
@@ -123,17 +252,13 @@ def _own_starts(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
     return starts
 
 
-def _start(state: Tensor, change: SlotChange, second_moment: Tensor | float | str) -> None:
-    """Fills the grown blocks of a carried second moment, in place."""
-    entered = change.entered.to(state.device)
-    if isinstance(second_moment, str):
+def _mean_of_kept(held: Tensor, change: SlotChange) -> Tensor:
+    """The mean over slots whose block stays, in the order of before; zero where none does."""
+    if change.source is None:
         kept = change.slot_blocks >= 0
         kept[change.entered] = False
-        blocks = state[kept.to(state.device)]
-        start = blocks.mean() if blocks.numel() else state.new_zeros(())
+        slots = kept.nonzero()[:, 0]
     else:
-        start = torch.as_tensor(second_moment, dtype=state.dtype, device=state.device)
-        start = torch.where(start.isfinite() & (start > 0), start, 0)
-        if start.dim():
-            start = start.view(-1, *[1] * (state.dim() - 1))
-    state[entered] = start.expand_as(state[entered])
+        slots = change.source[change.source >= 0]
+    blocks = held[slots.to(held.device)]
+    return blocks.mean() if blocks.numel() else held.new_zeros(())

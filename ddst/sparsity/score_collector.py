@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from ddst._arguments import check_state_keys
 from ddst.distributed import average, ranks, sums
 from ddst.nn import SparseLayer
-from ddst.ops.gradient_record import GradientRecord, backward_reaches
+from ddst.ops.gradient_record import GradientRecord, backward_reaches, gradient_norm
 from ddst.ops.reference import block_norms_of
+from ddst.sparsity.step_watch import StepWatch, found_inf, unscaled_by
+from ddst.sparsity.wrapped import optimizers_of
 
 #: The collector whose request a layer serves: a layer records for one.
 _owners: weakref.WeakKeyDictionary[SparseLayer, ScoreCollector] = weakref.WeakKeyDictionary()
@@ -33,9 +35,18 @@ class _Pending:
     ) -> None:
         self._layer, self._record, self._scores = layer, record, scores
         self._process_group = process_group
+        # What the step saw is averaged over ranks, what was recorded is this rank's: then the averaged scores tell.
+        self._recorded = None if record is None or ranks(process_group) > 1 else record.norm
+        self._stepped: Tensor | None = None
         # The layer scores the weight it computes with, W / σ; the optimizer steps W. σ is that of the step.
         norm = layer.spectral_norm
         self._sigma = None if norm is None or record is None else norm.sigma(layer)
+        # Which blocks the gradient has entries for.
+        self._slots = layer.slot_blocks.clone()
+
+    def stepped_with(self, norm: Tensor) -> None:
+        """L2 norm of ``values.grad`` as the optimizer's step sees it."""
+        self._stepped = norm
 
     @property
     def scores(self) -> Tensor:
@@ -45,8 +56,24 @@ class _Pending:
             scores = _averaged_scores(self._layer, self._record, self._process_group)
             if self._sigma is not None:
                 scores = scores / torch.where(self._sigma > 0, self._sigma, 1)
-            self._scores, self._record = scores, None
+            self._scores, self._record = scores * self._factor(scores).to(scores), None
         return self._scores
+
+    def _factor(self, scores: Tensor) -> Tensor:
+        """What unscaling and clipping have made of the recorded gradient by the time of the step.
+
+        By the norms of ``values.grad`` then and at the end of the backward pass. A gradient that no backward pass put
+        there (``autograd.grad``), or one whose step was made inside of it, is compared with its blocks' scores.
+        """
+        one = scores.new_ones((), dtype=torch.float64)
+        if self._stepped is None:
+            return one
+        recorded = self._recorded
+        if recorded is None:
+            active = self._slots[self._slots >= 0].long().to(scores.device)
+            recorded = gradient_norm(scores.reshape(-1)[active])
+        # Where the active blocks got no gradient at all there is nothing to compare.
+        return torch.where((recorded > 0) & (self._stepped > 0), self._stepped / recorded, one)
 
 
 def _averaged_scores(layer: SparseLayer, record: GradientRecord, process_group: ProcessGroup | None) -> Tensor:
@@ -63,8 +90,12 @@ class ScoreCollector:
     inputs and output gradients of that step), in place of the former step's: with several steps between two topology
     updates (the discriminator's), the last one counts. The scores are computed when :attr:`latest` is asked for, one
     layer at a time, so a decision that needs none costs none. Without a request nothing is recorded and the hook does
-    nothing. Every backward pass into a layer's values since the former step counts, as it does in ``.grad``;
-    ``zero_grad()`` in between is not seen.
+    nothing. Every backward pass into a layer's values since the former step counts, as it does in ``.grad``, unless
+    ``zero_grad()`` came after it.
+
+    Scores are those of the gradient that the step saw: unscaled (:class:`torch.amp.GradScaler`), clipped, averaged. The
+    recorded ones are multiplied by what became of the layer's ``values.grad`` between the end of the backward pass and
+    the step. A step that a scaler skipped, or whose gradient is not finite, gives none.
 
     Memory: while a request is open, the layers' inputs and output gradients of one step, which are let go when the
     backward pass of the next one begins to record. A backward pass that also reaches the parameters of another
@@ -101,6 +132,7 @@ class ScoreCollector:
         optimizer: Optimizer,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        optimizer = optimizers_of(optimizer)[-1]
         self.layers = dict(layers)
         self.process_group = process_group
         self._taken: dict[str, _Pending] = {}
@@ -108,7 +140,12 @@ class ScoreCollector:
         self._others: list[Optimizer] = []
         self.requested = False
         self.closed = False
-        self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._collect())]
+        self.steps = StepWatch(optimizer)
+        self._hooks: list[Any] = [
+            optimizer.register_step_pre_hook(lambda stepping, *_: self._collect(stepping)),
+            # An optimizer that runs a closure computes the gradient after its pre-hook.
+            optimizer.register_step_post_hook(lambda stepping, *_: self._collect(stepping)),
+        ]
 
     def set_aside_at(self, other: Optimizer) -> None:
         """Keeps apart what is recorded before a step of *another* network's optimizer.
@@ -118,6 +155,7 @@ class ScoreCollector:
         next step finds nothing newer (a loop that runs both backward passes before both optimizer steps), and never
         replaces scores taken at this optimizer's own step.
         """
+        other = optimizers_of(other)[-1]
         self._others.append(other)
         self._hooks.append(other.register_step_pre_hook(lambda *_: self._set_aside()))
 
@@ -159,9 +197,6 @@ class ScoreCollector:
     @property
     def arrived(self) -> bool:
         """Whether the gradient asked for has come."""
-        if self.requested and not self._taken:
-            # An optimizer that runs a closure computes the gradient after its pre-hook.
-            self._collect()
         if self.requested:
             self._taken = self._of_all_ranks(self._taken)
         return bool(self._taken)
@@ -192,11 +227,23 @@ class ScoreCollector:
         if not any(p.requires_grad and backward_reaches(p) for p in parameters):
             self._taken, self._aside = {}, {}
 
-    def _collect(self) -> None:
-        if self.requested:
-            taken = self._take()
-            if taken or self._aside:
-                self._taken, self._aside = taken or self._aside, {}
+    def _collect(self, optimizer: Optimizer) -> None:
+        if not self.requested:
+            return
+        found, scale = found_inf(optimizer), unscaled_by(optimizer)
+        taken = self._take() or self._aside
+        self._aside = {}
+        if not taken or (found is not None and bool(found > 0)):
+            return
+        norms = {}
+        for name in taken:
+            gradient = self.layers[name].values.grad
+            if gradient is not None:  # else the step leaves the layer alone
+                norms[name] = gradient_norm(gradient)
+        if all(bool(norm.isfinite()) for norm in norms.values()):
+            for name, norm in norms.items():
+                taken[name].stepped_with(norm / scale)
+            self._taken = {name: taken[name] for name in norms} or self._taken
 
     def _set_aside(self) -> None:
         if self.requested:
@@ -212,13 +259,14 @@ class ScoreCollector:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether a request is open, and scores taken and not yet used, which are computed for it.
+        """Whether a request is open, a step was made, and scores taken and not yet used, which are computed for it.
 
         With several ranks each must call it (and one write), as such scores are averaged.
         """
         if self._aside:
             self._aside = self._of_all_ranks(self._aside)
         return {
+            "stepped": self.steps.any,
             "requested": self.requested,
             "latest": {name: score.clone() for name, score in self.latest.items()},
             "aside": {name: pending.scores.clone() for name, pending in self._aside.items()},
@@ -226,13 +274,14 @@ class ScoreCollector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`: reopens a request that was open. Load the model first."""
-        check_state_keys(state, ("requested", "latest", "aside"))
+        check_state_keys(state, ("stepped", "requested", "latest", "aside"))
         for name, score in [*state["latest"].items(), *state["aside"].items()]:
             if name not in self.layers or score.shape != self.layers[name].mask_shape:
                 raise ValueError(f"state holds scores of a layer {name!r} of shape {tuple(score.shape)}, unknown here")
         self.cancel()
         if state["requested"]:
             self.request()
+        self.steps.forget(state["stepped"])
         self._taken, self._aside = (
             {name: _Pending(self.layers[name], None, score.clone()) for name, score in state[key].items()}
             for key in ("latest", "aside")
@@ -242,5 +291,6 @@ class ScoreCollector:
         """Ends the request and removes the hooks from the optimizers, for good."""
         self.cancel()
         self.closed = True
+        self.steps.close()
         for hook in self._hooks:
             hook.remove()

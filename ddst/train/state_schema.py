@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddst import topology
 from ddst.gan import DDST
-from ddst.gan.controller import EXCHANGE, GROW
+from ddst.gan.controller import DROP, EXCHANGE, GROW
 from ddst.nn import SparseLayer, sparse_layers
 from ddst.nn.storage import slots_fault
 from ddst.sparsity.updater import TopologyUpdater
@@ -180,7 +180,15 @@ def requests(updater: TopologyUpdater, wanted: bool) -> Rule:
     """A `TopologyUpdater`: whether scores are asked for, scores that came and were not used, its random numbers."""
     masks = {name: layer.mask_shape for name, layer in updater.scores.layers.items()}
     one = {name: tensor(None, shape, low=0) for name, shape in masks.items()}
-    scores = record({"requested": one_of(wanted and bool(masks)), "latest": some_of(one), "aside": some_of(one)})
+    scores = record(
+        {
+            "stepped": one_of(False),  # an iteration's end forgets it
+            "stepped": one_of(True, False),
+            "requested": one_of(wanted and bool(masks)),
+            "latest": some_of(one),
+            "aside": some_of(one),
+        }
+    )
     return record({"scores": scores, "generator": random_state})
 
 
@@ -197,7 +205,7 @@ def balance(window: int, measured: int) -> Rule:
 
 
 def decision(oldest: int, step: int) -> Rule:
-    """A decision on D's density that waits for its gradient."""
+    """A decision on D's density that waits for a step of D or its gradient."""
     density = number(0, 1)
     window = {
         "samples": whole(0),
@@ -210,7 +218,7 @@ def decision(oldest: int, step: int) -> Rule:
     return record(
         {
             "step": whole(oldest, step),
-            "action": one_of(GROW, EXCHANGE),
+            "action": one_of(GROW, DROP, EXCHANGE),
             "density": density,
             "new_density": density,
             "reason": text,

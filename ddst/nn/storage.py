@@ -155,10 +155,6 @@ class PackedStorage(nn.Module):
         self._apply_change(change)
         return change
 
-    def would_resize(self, mask: Tensor) -> bool:
-        """Whether :meth:`set_block_mask` with this mask (any shape, row-major) would change the number of slots."""
-        return tp.SlotChange.to_mask(self.slot_blocks, mask, self.reserve).source is not None
-
     def _apply_change(self, change: tp.SlotChange) -> None:
         self._check_whole()
         grad = self.values.grad

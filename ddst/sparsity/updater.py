@@ -279,12 +279,12 @@ class TopologyUpdater:
 
     def _apply(self, masks: Mapping[str, Tensor], kind: str, fraction: float, step: int) -> UpdateReport:
         before = self.density
-        self._check_ranks(masks)
         changes = {
             name: LayerChange(self.layers[name], flat.view(self.layers[name].mask_shape))
             for name, flat in masks.items()
             if not torch.equal(flat, flat_mask(self.layers[name]))
         }
+        self._check_ranks(masks, changes)
         for name, layer_change in changes.items():
             start = self._second_moment(name, layer_change.change) if layer_change.change.grown else None
             layer_change.prepare_state(self.optimizer, start)
@@ -293,10 +293,10 @@ class TopologyUpdater:
         grown = {name: c.change.grown for name, c in changes.items() if c.change.grown}
         return UpdateReport(step, kind, fraction, dropped, grown, before, self.density)
 
-    def _check_ranks(self, masks: Mapping[str, Tensor]) -> None:
+    def _check_ranks(self, masks: Mapping[str, Tensor], changes: Mapping[str, LayerChange]) -> None:
         """Raises on every rank unless all are about to do the same, and may."""
         check_same_slots(self.all_layers, masks, self.process_group)
-        resized = {n: layer for n, layer in self.layers.items() if n in masks and layer.would_resize(masks[n])}
+        resized = {name: self.layers[name] for name, c in changes.items() if c.change.source is not None}
         check_movable(self.layers)
         if resized:
             check_movable(resized, RESIZED)

@@ -69,8 +69,8 @@ def main() -> None:
     digits = torch.utils.data.TensorDataset(torch.tensor(load_digits().data, dtype=torch.float32) / 8 - 1)
     loader = torch.utils.data.DataLoader(digits, batch_size=32, shuffle=True, drop_last=True)
     trainer = lightning.Trainer(
-        max_steps=2 * args.steps, max_epochs=-1, accelerator="auto", devices=1, logger=False,  # two optimizer steps each
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_steps=2 * args.steps, max_epochs=-1,  # of both optimizers
+        accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(SparseGAN(args.steps, args.density), loader)
 

@@ -13,6 +13,8 @@ class LayerReport:
         name: first dotted name. kind: class. shape: of the dense weight.
         active: active weights. size: all weights.
         blocks, num_blocks: active and all blocks, 0 where the layer was left as it is.
+        slots: places that ``values`` has for blocks; those beyond ``blocks`` are idle, but take memory and travel with a
+            reduction of gradients.
         reason: why it was left as it is, or None.
         counted: whether :attr:`SparsifyReport.density` counts it.
     """
@@ -24,6 +26,7 @@ class LayerReport:
     size: int
     blocks: int
     num_blocks: int
+    slots: int
     reason: str | None
     counted: bool
 
@@ -60,7 +63,8 @@ class SparsifyReport:
         rows = [("layer", "kind", "weight", "density", "blocks", "")]
         for layer in self.layers:
             blocks = f"{layer.blocks}/{layer.num_blocks}" if layer.num_blocks else "-"
-            note = f"left as it is: {layer.reason}" if layer.reason else ""
+            idle = f"{layer.slots - layer.blocks} slots in reserve" if layer.slots > layer.blocks else ""
+            note = f"left as it is: {layer.reason}" if layer.reason else idle
             shape = "x".join(map(str, layer.shape))
             rows.append((layer.name, layer.kind, shape, f"{layer.density:.4f}", blocks, note))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -88,7 +88,8 @@ def sparsify(
             1×1 blocks (torch's spectral norm of the masked weight, as in the paper), else 0.05.
         reserve: a density to come, for which slots are set aside in every layer as the distribution shares it out, so
             that no change of the masks up to there makes new tensors; they are part of ``values`` from the start (zero,
-            as their gradients and optimizer state). None: none. A layer that is grown beyond its share still enlarges.
+            as their gradients and optimizer state). Layers with room are grown first; where none has any, one is
+            enlarged. None: none are set aside.
         only_if_faster: True measures every layer here (:func:`ddst.advise`, which needs ``sample``) and leaves those
             dense that were not found to be faster sparse; an :class:`~ddst.Advice` that holds this block is
             used instead of measuring. The other layers keep the density they would have had, so with "erk" the density
@@ -196,9 +197,18 @@ def _report(candidate: Candidate, layer: SparseLayer | None) -> LayerReport:
     c = candidate
     sparse = c.module if isinstance(c.module, SparseLayer) else layer
     if sparse is None:
-        return LayerReport(c.name, c.kind, c.shape, c.size, c.size, 0, 0, c.reason, c.counted)
+        return LayerReport(c.name, c.kind, c.shape, c.size, c.size, 0, 0, 0, c.reason, c.counted)
     return LayerReport(
-        c.name, c.kind, c.shape, sparse.active_weights, c.size, sparse.nnz, sparse.num_blocks, c.reason, c.counted
+        c.name,
+        c.kind,
+        c.shape,
+        sparse.active_weights,
+        c.size,
+        sparse.nnz,
+        sparse.num_blocks,
+        sparse.slots,
+        c.reason,
+        c.counted,
     )
 
 

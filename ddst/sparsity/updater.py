@@ -273,6 +273,10 @@ class TopologyUpdater:
                 if self.ranking == "relative":
                     score = relative_keys(score, self._sizes[name], old[name])
                 scores.append(score[where])
+        scores = [
+            _within(score, self.layers[name].slots - int(kept[name].sum())) if self.layers[name].reserve else score
+            for name, score in zip(free, scores, strict=True)
+        ]
         sizes = None if by_block else [self._sizes[n][f] for n, f in free.items()]
         grown = choose_grow(scores, amount, sizes=sizes)
         return {n: ~_without(f, new) for (n, f), new in zip(free.items(), grown, strict=True)}
@@ -341,6 +345,12 @@ def resolve_exempt(model: nn.Module, layers: Mapping[str, SparseLayer], exempt: 
     if unknown:
         raise ValueError(f"exempt names no sparse layer of the model: {unknown[0]!r}; there are {', '.join(layers)}")
     return tuple(name for name in layers if name in set(exempt))
+
+
+def _within(scores: Tensor, room: int) -> Tensor:
+    """Scores of a layer's candidates, of which all beyond the ``room`` best rank last, as they have no slot yet."""
+    beyond = scores.argsort(descending=True, stable=True)[room:]
+    return scores.index_fill(0, beyond, -float("inf"))
 
 
 def _without(mask: Tensor, gone: Tensor) -> Tensor:

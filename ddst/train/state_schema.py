@@ -183,7 +183,6 @@ def requests(updater: TopologyUpdater, wanted: bool) -> Rule:
     scores = record(
         {
             "stepped": one_of(False),  # an iteration's end forgets it
-            "stepped": one_of(True, False),
             "requested": one_of(wanted and bool(masks)),
             "latest": some_of(one),
             "aside": some_of(one),

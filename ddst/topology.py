@@ -374,7 +374,8 @@ def unpack_slots(values: Tensor, slot_blocks: Tensor, weight_shape: Sequence[int
     check_slots(slot_blocks, total)
     if values.shape[:1] != slot_blocks.shape:
         raise ValueError(
-            f"values must hold one block for each of {slot_blocks.numel()} slots (of slot_blocks, or the active ones of mask), got {values.shape[0]}"
+            f"values must hold one block for each of {slot_blocks.numel()} slots (of slot_blocks, or of the mask's "
+            f"active blocks), got {values.shape[0]}"
         )
     rank = slot_blocks.to(values.device).long()
     # One place more, for the free slots.

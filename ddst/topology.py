@@ -42,7 +42,6 @@ from ._arguments import (
     check_ints,
     check_number,
     check_tensor,
-    check_type,
     check_weight_shape,
 )
 
@@ -258,7 +257,9 @@ def check_slots(slot_blocks: Tensor, blocks: int | None = None, name: str = "slo
 
 def _check_shape(shape: Sequence[int], least: int = 1) -> tuple[int, ...]:
     """The shape of a block mask, or (``least`` is 1) of one that was flattened."""
-    sizes = tuple(check_type("shape", shape, Sequence, "a tuple of ints"))
+    if not isinstance(shape, tuple | list):
+        raise TypeError(f"shape must be a tuple of ints, got {type(shape).__name__}")
+    sizes = tuple(shape)
     if not least <= len(sizes) <= 4:
         raise ValueError(f"shape must be [R, C] or [R, C, kH, kW], got {sizes}")
     return tuple(check_int("shape", size, 0) for size in sizes)
@@ -374,8 +375,8 @@ def unpack_slots(values: Tensor, slot_blocks: Tensor, weight_shape: Sequence[int
     check_slots(slot_blocks, total)
     if values.shape[:1] != slot_blocks.shape:
         raise ValueError(
-            f"values must hold one block for each of {slot_blocks.numel()} slots (of slot_blocks, or the active ones of "
-            f"mask), got {values.shape[0]}"
+            f"values must hold one block for each of {slot_blocks.numel()} slots (of slot_blocks, or of the mask's "
+            f"active blocks), got {values.shape[0]}"
         )
     rank = slot_blocks.to(values.device).long()
     # One place more, for the free slots.

@@ -340,9 +340,7 @@ weight_grad_reduce(const WeightGradParams<T> p) {
   const int unit = dev::load(p.units + (place * U::kCount + quad / (U::kM * U::kN)));
   if (unit < 0) return;
   const int parts_across = s.block_in / U::kCols, parts = s.block_out / U::kRows * parts_across;
-  const int slot = unit / parts, part = unit % parts, m = quad / U::kN % U::kM, n = quad % U::kN;
-  const int out_channel = dev::load(p.block_row + slot) * s.block_out,
-            in_channel = dev::load(p.block_col + slot) * s.block_in;
+  const int slot = unit / parts, out_channel = dev::load(p.block_row + slot) * s.block_out;
   const int shares = out_channel < s.out_channels ? s.shares : 0;  // nobody summed for a free slot
   float sum[4] = {};
   for (int share = 0; share < shares; ++share) {
@@ -351,6 +349,9 @@ weight_grad_reduce(const WeightGradParams<T> p) {
     for (int i = 0; i < 4; ++i)
       sum[i] += dev::load(dev::global_ptr<const float>(p.partials) + ((first + i) * 32 + lane));
   }
+  // Only now: fewer registers in the loop.
+  const int part = unit - slot * parts, m = quad / U::kN % U::kM, n = quad % U::kN;
+  const int in_channel = dev::load(p.block_col + slot) * s.block_in;
   const int row0 = part / parts_across * U::kRows + m * 16 + lane / 4;
   const int col0 = part % parts_across * U::kCols + n * 8 + lane % 4 * 2;
   DDST_UNROLL

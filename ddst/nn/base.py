@@ -110,7 +110,8 @@ class SparseLayer(PackedStorage):
         if self.spectral_norm is not None:
             sigma = self.spectral_norm.sigma(self)
             values = values / (sigma + (sigma == 0))
-        return DenseView.of(tp.unpack_slots(values, self.slot_blocks, self.weight_shape), self)
+        # Contiguous, so that an initialiser draws what it draws for a dense layer.
+        return DenseView.of(tp.unpack_slots(values, self.slot_blocks, self.weight_shape).contiguous(), self)
 
     # --- the mask ---------------------------------------------------------------------------------------------------
 

@@ -43,20 +43,26 @@ class DenseView(Tensor):
         # torch.nn.init hands over its own functions, with everything by name, and writes under no_grad.
         initialises = getattr(func, "__module__", "") == "torch.nn.init"
         first = named.get("tensor") if initialises else args[0] if args else None
-        view = first if isinstance(first, DenseView) else None
+        target = named.get("out", first)
+        view = target if isinstance(target, DenseView) else None
         name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
             if view is None:
                 return func(*args, **named)
             if func in (Tensor.detach, Tensor.data.__get__):  # type: ignore[attr-defined]
                 return DenseView.of(func(*args, **named), view._layer)
-            writes = name == "__setitem__" or (
-                name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
+            writes = (
+                name == "__setitem__"
+                or "out" in named
+                or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES)
             )
-            if not writes and func is not Tensor.data.__set__:  # type: ignore[attr-defined]
+            replaces = func == Tensor.data.__set__  # type: ignore[attr-defined]
+            if func is Tensor.__deepcopy__:  # a plain tensor
+                return func(view.as_subclass(Tensor), *args[1:], **named)
+            if not writes and not replaces:
                 return func(*args, **named)
             layer = view._layer
-            if torch.is_grad_enabled() and view.requires_grad and not initialises:
+            if torch.is_grad_enabled() and view.requires_grad and not initialises and not replaces:
                 raise RuntimeError(
                     f"weight.{name} writes into the dense weight of a sparse layer, which needs torch.no_grad(), as "
                     "writing into any parameter does"

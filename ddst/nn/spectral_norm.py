@@ -1,10 +1,10 @@
 """Spectral norm on packed values: power iteration whose cost falls with density, and which cannot get stuck.
 
 A weight ``[C_out, C_in, kH, kW]`` is the matrix ``[C_out, C_in · kH · kW]`` of torch's spectral norm. Its columns put
-in the order (input block, tap, channel within the block) make every stored block a block of that matrix, with its
-rank of :mod:`ddst.topology` unchanged: the block mask ``[R, C, kH, kW]`` is read as ``[R, C · kH · kW]``. So the
-layer's values and a second index vector are the matrix, and the operators of a linear layer multiply by it; no dense
-weight is formed.
+in the order (input block, tap, channel within the block) make every stored block a block of that matrix, of the
+same rank (:mod:`ddst.topology`): the block mask ``[R, C, kH, kW]`` is read as ``[R, C · kH · kW]``. So the layer's
+values and a second index vector are the matrix, and the operators of a linear layer multiply by it; no dense weight is
+formed.
 """
 
 from __future__ import annotations

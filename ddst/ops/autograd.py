@@ -90,7 +90,7 @@ def register_autograd(
 
 def _any_tangent(args: Sequence[Any]) -> bool:
     """Whether an argument is a dual tensor, of ``torch.autograd.forward_ad`` or ``torch.func.jvp``."""
-    # Not by torch._C._is_fwd_grad_enabled, which says yes outside of any level, too: inference tensors then raise.
+    # torch._C._is_fwd_grad_enabled says yes outside of any level, too, where inference tensors cannot be asked.
     if forward_ad._current_level < 0:
         return False
     return any(isinstance(a, Tensor) and torch._unpack_dual(a, level=0)[1] is not None for a in args)

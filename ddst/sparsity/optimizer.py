@@ -235,7 +235,9 @@ def _entries(
             yield _Entry(container, key, value, str(key))
         elif isinstance(value, dict | list | tuple):
             yield from _entries(optimizer, value, param, shape, place)
-        elif not isinstance(value, _SIMPLE):
+        elif not isinstance(value, _SIMPLE) and not (
+            isinstance(value, set | frozenset) and all(isinstance(one, _SIMPLE) for one in value)
+        ):
             raise ValueError(
                 f"{refusal} type {type(value).__name__}: what lies in an object cannot follow a change of topology. "
                 f"{_OTHERS}"

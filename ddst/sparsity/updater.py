@@ -203,7 +203,7 @@ class TopologyUpdater:
 
         By layer: ``⌊ζ · nnz⌋`` blocks each, at most ``nnz − 1``. Globally: blocks that hold the share ``ζ`` of the
         active weights, and growth of as many weights anywhere, no layer losing its last block.
-        Layers that recorded no gradient are left alone.
+        Layers that recorded no gradient, or one that is not finite, are left alone.
         """
         fraction = check_number("fraction", fraction, 0, 1, note="(a share of the active blocks)")
         check_int("step", step)
@@ -241,12 +241,12 @@ class TopologyUpdater:
         return self._apply(self._drop(old, -amount, by_block=False), "drop", change, step)
 
     def _ready(self) -> list[str]:
-        """Layers that may grow now: all for random growth, else those with scores."""
+        """Layers that may grow now: all for random growth, else those whose scores are there and finite."""
         if self.growth == "random":
             return list(self.layers)
         if not self.scores.arrived and self.layers:
             raise RuntimeError("no gradient scores: call scores.request() before the backward pass of the update")
-        return list(self.scores.latest)
+        return [name for name, score in self.scores.latest.items() if bool(score.isfinite().all())]
 
     def _drop(self, masks: Mapping[str, Tensor], amount: float, by_block: bool) -> dict[str, Tensor]:
         norms, keys, sizes = [], [], []

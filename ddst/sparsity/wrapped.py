@@ -64,11 +64,13 @@ def optimizers_of(optimizer: Optimizer, params: Iterable[Tensor] | None = None) 
 def check_nothing_hidden(optimizer: Optimizer, param: Tensor) -> None:
     """Raises ValueError where an optimizer keeps something of ``param`` outside its ``state``.
 
-    Looked into are its attributes and its groups' entries, with the lists and dicts in them: a tensor of the shape of
-    ``param``, a dict with ``param`` as a key, an object that has such a ``state``.
+    Looked into are its attributes, its groups' entries and what ``state`` holds under other keys than parameters, with
+    the lists and dicts in them: a tensor of the shape of ``param``, a dict with ``param`` as a key, an object that has
+    such a ``state``.
     """
     kind = _name(optimizer)
     places = [("." + name, value) for name, value in vars(optimizer).items() if name not in _OWN]
+    places += [(f".state[{key!r}]", value) for key, value in optimizer.state.items() if not isinstance(key, Tensor)]
     for group in optimizer.param_groups:
         if any(p is param for p in group["params"]):
             places += [(f"param_groups[…][{name!r}]", value) for name, value in group.items() if name != "params"]

@@ -122,7 +122,7 @@ class TrainConfig:
                                           "layer or, with --scope global and changes of D's density, of the network",
                                           shown="no limit", range=SHARE, metavar="SHARE", methods=MOVING)
     grown_second_moment: str | None = option(None, str, "where Adam's second moment of a grown block starts",
-                                             shown="1x1 blocks zero, larger score, with random growth mean",
+                                             shown="1x1 blocks mean, larger score, with random growth mean",
                                              choices=("zero", "mean", "score"), methods=MOVING)
 
     exempt_g: str | None = option(None, str, "layers of G that never change: none, or its first and last",

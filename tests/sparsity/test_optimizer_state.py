@@ -144,8 +144,9 @@ def test_scores_start_the_second_moments_of_grown_blocks_and_nothing_else():
     state = adam.state[param]
     for key in ("exp_avg_sq", "max_exp_avg_sq"):
         assert torch.equal(state[key][1], before[key][1])
-        assert (state[key][0] == 0.25).all()
-        assert (state[key][2] == 4.0).all()
+        reached = 1 - 0.9**2  # of a steady squared gradient, after two steps
+        torch.testing.assert_close(state[key][0], torch.full(BLOCK, 0.25 * reached))
+        torch.testing.assert_close(state[key][2], torch.full(BLOCK, 4.0 * reached))
     assert not state["exp_avg"][[0, 2]].any()
     assert torch.equal(state["exp_avg"][1], before["exp_avg"][1])
     assert torch.equal(state["step"], before["step"])

@@ -174,31 +174,26 @@ class SparseLayer(PackedStorage):
     def take_scores(self) -> Tensor:
         """``scores[block] = ‖∂L/∂W[block]‖₂`` of the dense gradient since the request or the last take.
 
-                All backward passes since then are summed before the norm is taken, exactly as ``.grad`` sums them: several
-                forward calls, gradient accumulation, gradient penalties and a ``zero_grad()`` in between included. ``W`` is the
-        <<<<<<< ours
-                weight the layer computes with, so with spectral norm the normalised one. The record is dropped; the request
-                stays open.
-        =======
-                weight the layer computes with, so with spectral norm the normalised one. The record is dropped; the request stays
-                open.
-        >>>>>>> theirs
+        All backward passes since then are summed before the norm is taken, exactly as ``.grad`` sums them: several
+        forward calls, gradient accumulation, gradient penalties and a ``zero_grad()`` in between included. ``W`` is the
+        weight the layer computes with, so with spectral norm the normalised one. The record is dropped; the request
+        stays open.
 
-                Returns:
-                    Shape of ``block_mask``, dtype of the computation. Blocks that got no gradient score zero.
+        Returns:
+            Shape of ``block_mask``, dtype of the computation. Blocks that got no gradient score zero.
 
-                Raises:
-                    RuntimeError: no request is open, no backward pass has reached the layer since, or an input of one has been
-                        changed in place since.
+        Raises:
+            RuntimeError: no request is open, no backward pass has reached the layer since, or an input of one has been
+                changed in place since.
 
-                Cost: the operations of one dense weight gradient of this layer.
+        Cost: the operations of one dense weight gradient of this layer.
 
-                >>> from ddst.nn import SparseLinear
-                >>> layer = SparseLinear(32, 32, density=0.5)
-                >>> layer.request_scores()
-                >>> layer(torch.randn(4, 32)).sum().backward()
-                >>> layer.take_scores().shape
-                torch.Size([2, 2])
+        >>> from ddst.nn import SparseLinear
+        >>> layer = SparseLinear(32, 32, density=0.5)
+        >>> layer.request_scores()
+        >>> layer(torch.randn(4, 32)).sum().backward()
+        >>> layer.take_scores().shape
+        torch.Size([2, 2])
         """
         return self.scores_of(self.take_record())
 

@@ -265,7 +265,7 @@ def check_gan(wrap: Callable[[nn.Module], nn.Module], reserve: float | None) -> 
 def ddst_whose_density_rises() -> None:
     seen = []
 
-    def counting(state: Any, bucket: dist.GradBucket) -> Any:
+    def counting(state, bucket):  # torch reads annotations of hooks, not strings
         seen.append(bucket.buffer().numel())
         return default_hooks.allreduce_hook(state, bucket)
 
@@ -291,7 +291,6 @@ def seeds_per_rank() -> None:
     torch.manual_seed(dist.get_rank())
     drawn = nn.Sequential(nn.Linear(100, 64), nn.ReLU(), nn.Linear(64, 40))
     ddst.sparsify(drawn, 0.5)
-    assert_ranks_equal(nn.ModuleList([nn.Module()]))  # nothing to compare
     slots = [layer.slot_blocks for layer in sparse_layers(drawn).values()]
     assert ddst.distributed.average(torch.cat(slots).double()).equal(torch.cat(slots).double())
     DistributedDataParallel(drawn)
@@ -304,9 +303,9 @@ def synchronize_what_was_drawn_alone() -> None:
     torch.manual_seed(dist.get_rank())
     model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(100, 64)), nn.BatchNorm1d(64), nn.Linear(64, 40))
     ddst.sparsify(model, 0.3 + 0.1 * dist.get_rank(), process_group=group)
+    assert ddst.distributed.average(torch.tensor(float(model[0].slots))) != model[0].slots
     ddst.synchronize(model)
     assert_ranks_equal(model)
-    assert len({layer.slots for layer in sparse_layers(model).values()} - {0}) > 0
     other = nn.Sequential(nn.Linear(32 + 32 * dist.get_rank(), 32))
     ddst.sparsify(other, 0.5, process_group=group)
     before = other[0].dense_weight()
@@ -392,7 +391,7 @@ def bytes_follow_density() -> None:
     def bytes_of(net: nn.Module) -> int:
         total = 0
 
-        def counting(state: Any, bucket: dist.GradBucket) -> Any:
+        def counting(state, bucket):  # torch reads annotations of hooks, not strings
             nonlocal total
             total += bucket.buffer().nbytes
             return default_hooks.allreduce_hook(state, bucket)

@@ -20,7 +20,8 @@ class SparseGAN(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.G = nn.Sequential(
-            nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64), nn.Tanh()
+            *(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()),
+            *(nn.Linear(256, 64), nn.Tanh()),
         )
         self.D = nn.Sequential(
             *(spectral_norm(nn.Linear(64, 256)), nn.LeakyReLU(0.1)),
@@ -68,10 +69,8 @@ def main() -> None:
     lightning.seed_everything(0, verbose=False)
     digits = torch.utils.data.TensorDataset(torch.tensor(load_digits().data, dtype=torch.float32) / 8 - 1)
     loader = torch.utils.data.DataLoader(digits, batch_size=32, shuffle=True, drop_last=True)
-    trainer = lightning.Trainer(
-        max_steps=2 * args.steps, max_epochs=-1,  # of both optimizers
-        accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(max_steps=2 * args.steps, max_epochs=-1, devices=1, **quiet)  # steps of both optimizers
     trainer.fit(SparseGAN(args.steps, args.density), loader)
 
 

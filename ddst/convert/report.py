@@ -13,8 +13,8 @@ class LayerReport:
         name: first dotted name. kind: class. shape: of the dense weight.
         active: active weights. size: all weights.
         blocks, num_blocks: active and all blocks, 0 where the layer was left as it is.
-        slots: places that ``values`` has for blocks; those beyond ``blocks`` are idle, but take memory and travel with a
-            reduction of gradients.
+        slots: places that ``values`` has for blocks; those beyond ``blocks`` are idle, but take memory and travel with
+            a reduction of gradients.
         reason: why it was left as it is, or None.
         counted: whether :attr:`SparsifyReport.density` counts it.
     """

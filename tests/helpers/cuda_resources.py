@@ -24,7 +24,7 @@ RECORD = Path(__file__).parents[1] / "cuda" / "resources.json"
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 ARCHITECTURES = ("sm_100", "sm_80", "sm_90")
 #: What decides about registers in CMakeLists.txt's command.
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo")
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 
 
 def tool() -> str | None:

@@ -175,8 +175,8 @@ class SparseLayer(PackedStorage):
 
         All backward passes since then are summed before the norm is taken, exactly as ``.grad`` sums them: several
         forward calls, gradient accumulation, gradient penalties and a ``zero_grad()`` in between included. ``W`` is the
-        weight the layer computes with, so with spectral norm the normalised one. The record is dropped; the request stays
-        open.
+        weight the layer computes with, so with spectral norm the normalised one. The record is dropped; the request
+        stays open.
 
         Returns:
             Shape of ``block_mask``, dtype of the computation. Blocks that got no gradient score zero.

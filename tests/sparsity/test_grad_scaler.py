@@ -233,13 +233,13 @@ def test_second_moments_are_known_by_their_names():
 
 def test_first_steps_of_grown_blocks_are_as_long_as_others_from_the_first_update_on():
     torch.manual_seed(0)
-    model = nn.Sequential(ddst.SparseLinear(64, 64, density=0.3))
+    model = nn.Sequential(ddst.SparseLinear(128, 128, density=0.3))
     adam = torch.optim.Adam(model.parameters(), 1e-3, betas=(0.0, 0.999))
     training, grown = ddst.SparseTraining(model, adam, total_steps=100, interval=4), None
     for step in range(1, 6):
         before, slots = model[0].values.detach().clone(), model[0].slot_blocks.clone()
         adam.zero_grad()
-        (model(torch.randn(32, 64)) - 1).square().mean().backward()
+        (model(torch.randn(32, 128)) - 1).square().mean().backward()
         adam.step()
         if grown is not None:
             assert step == 5 and grown.any()

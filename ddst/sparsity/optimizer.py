@@ -244,14 +244,28 @@ def _entries(
             )
 
 
+# States that do not begin at zero: their name, the value or the setting of the group that they begin at, and the
+# setting that tells whose they are. At zero some of these optimizers would divide by it.
+_OWN_STARTS: tuple[tuple[str, float | str, str], ...] = (
+    ("step_size", "lr", "step_sizes"),  # Rprop
+    ("sum", "initial_accumulator_value", "initial_accumulator_value"),  # Adagrad
+    ("exp_avg", "initial_accumulator", "initial_accumulator"),  # Yogi
+    ("exp_avg_sq", "initial_accumulator", "initial_accumulator"),
+    ("alphak", 1e-6, "d"),  # DAdaptAdaGrad
+    ("alpha_k", 1e-6, "d"),
+    ("beta1_prod", 1.0, "betas"),  # Adai
+    ("bg", "pbg2", "pbg2"),  # VSGD
+    ("bhg", "pbhg2", "pbhg2"),
+)
+
+
 def _own_starts(group: dict[str, Any]) -> dict[str, Any]:
     """The states of a new weight that are not zero, by the settings of the parameter's group."""
-    starts = {}
-    if "step_sizes" in group:  # Rprop
-        starts["step_size"] = group["lr"]
-    if "initial_accumulator_value" in group:  # Adagrad
-        starts["sum"] = group["initial_accumulator_value"]
-    return starts
+    return {
+        name: group[start] if isinstance(start, str) else start
+        for name, start, setting in _OWN_STARTS
+        if setting in group
+    }
 
 
 def _mean_of_kept(held: Tensor, change: SlotChange) -> Tensor:

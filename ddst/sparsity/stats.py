@@ -15,6 +15,7 @@ from ddst._arguments import check_int, check_module, check_optimizer, check_stat
 from ddst.nn import SparseLayer
 from ddst.nn.spectral_norm import SpectralNorm
 from ddst.sparsity.density import NetworkDensity
+from ddst.sparsity.wrapped import optimizers_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def network_stats(
 
     Args:
         model: the network.
-        optimizer: of its parameters; its state counts.
+        optimizer: of its parameters; its state counts, and that of one that it holds.
         average: an averaged copy (:attr:`ddst.EMA.module`); its parameters and indices count.
 
     Numerics: bytes are those of the allocated storages, so a small view of a large tensor counts with the large one.
@@ -90,6 +91,7 @@ def network_stats(
         check_optimizer("optimizer", optimizer)
     if average is not None:
         check_module("average", average)
+    optimizers = [] if optimizer is None else optimizers_of(optimizer)
     network = NetworkDensity(model)
     grow = {id(layer.values): math.prod(layer.weight_shape) for layer in network.layers.values()}
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -99,8 +101,9 @@ def network_stats(
     for parameter in parameters:
         # Weights of the dense twin for each number this tensor holds one of.
         size = grow.get(id(parameter), parameter.numel()) * parameter.element_size()
-        own = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        mine = [s for s in own.values() if isinstance(s, Tensor) and s.shape == parameter.shape and s.dim()]
+        # By identity: an optimizer may show the state of one that it holds.
+        own = {id(s): s for one in optimizers for s in one.state.get(parameter, {}).values() if isinstance(s, Tensor)}
+        mine = [s for s in own.values() if s.shape == parameter.shape and s.dim()]
         states += mine
         copies = 1 + (parameter.grad is not None) + len(mine) + (average is not None)
         dense += copies * size

@@ -75,8 +75,6 @@ def check_nothing_hidden(optimizer: Optimizer, param: Tensor) -> None:
         if any(p is param for p in group["params"]):
             places += [(f"param_groups[…][{name!r}]", value) for name, value in group.items() if name != "params"]
     for place, value in places:
-        if isinstance(value, Optimizer):
-            continue
         if _keeps(value, param, 3):
             raise ValueError(
                 f"optimizer {kind} keeps something of a parameter of shape {tuple(param.shape)} in {place}, outside of "
@@ -86,6 +84,8 @@ def check_nothing_hidden(optimizer: Optimizer, param: Tensor) -> None:
 
 
 def _keeps(value: Any, param: Tensor, depth: int) -> bool:
+    if isinstance(value, Optimizer):
+        return False
     if isinstance(value, Tensor):
         return value.shape == param.shape and not value.requires_grad and value is not param.grad
     if isinstance(value, Mapping):

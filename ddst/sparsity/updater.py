@@ -150,6 +150,7 @@ class TopologyUpdater:
                 )
             check_state(optimizer, layer.values)
         self._sizes = self.network.sizes
+        check_same_slots(self.all_layers, {}, process_group)
         self.scores = ScoreCollector(self.layers if growth == "gradient" else {}, optimizer, process_group)
 
     # -- density -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from . import _extension
 
 _extension.load()  # before anything that registers derivatives of the compiled operators
 
-from . import distributed  # noqa: E402
+from . import distributed as distributed  # noqa: E402
 from ._extension import build_info  # noqa: E402
 from .convert import advise, dense_state_dict, densify, sparsify  # noqa: E402
 from .distributed import synchronize, watch  # noqa: E402
@@ -37,7 +37,6 @@ __all__ = [
     "carry_state",
     "dense_state_dict",
     "densify",
-    "distributed",
     "explain",
     "follow",
     "sparsify",

@@ -156,6 +156,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
          "only_if_faster": False},
     ),
     "densify": with_model(ddst.densify),
+    "synchronize": with_model(ddst.synchronize),
     "dense_state_dict": with_model(ddst.dense_state_dict),
     "advise": lambda: (
         ddst.advise,
@@ -310,6 +311,7 @@ def test_every_public_function_is_among_the_cases() -> None:
     results = {
         "Explanation", "SparseLayer", "Advice", "NetworkStats", "UpdateReport", "BalanceSample", "Decision",
         "StepReport", "WindowSummary", "__version__", "build_info",
+        "watch",  # of a DistributedDataParallel, which needs processes: tests/distributed
     }  # fmt: skip
     public = {name for module in (ddst, sparse_nn, sparsity, gan, ops) for name in module.__all__}
     assert public - results <= set(CASES)

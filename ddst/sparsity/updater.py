@@ -158,6 +158,7 @@ class TopologyUpdater:
         self.check_state()
         self._state_checked = False
         self._sizes = self.network.sizes
+        check_same_slots(self.all_layers, {}, process_group)
         stepping = optimizers_of(optimizer, [layer.values for layer in self.layers.values()])[-1]
         self.scores = ScoreCollector(self.layers if growth == "gradient" else {}, stepping, process_group)
 

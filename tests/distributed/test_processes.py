@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+import ddst
 from ddst.train import run
 from ddst.train.checkpoint import load_checkpoint
 from ddst.train.log import read_log
@@ -111,3 +112,8 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
 def test_python_m_ddst():
     done = subprocess.run([sys.executable, "-m", "ddst", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("ddst ")
+
+
+def test_what_is_no_wrapper_cannot_be_watched():
+    with pytest.raises(TypeError, match=r"ddp must be a torch\.nn\.parallel\.DistributedDataParallel, got Linear"):
+        ddst.watch(torch.nn.Linear(2, 2))

@@ -364,6 +364,8 @@ def ranks_that_hold_other_blocks_stop() -> None:
     with pytest.raises(RuntimeError, match=r"blocks of sparse layers on rank 1 .*\(in 2\).*ddst\.synchronize\(model\)"):
         training.step()
     assert all(torch.equal(m, s.block_mask) for m, s in zip(masks, sparse_layers(model).values(), strict=True))
+    with pytest.raises(RuntimeError, match=r"blocks of sparse layers on rank 1 .*ddst\.synchronize\(model\)"):
+        ddst.SparseTraining(model, optimizer, total_steps=9)
 
 
 @check

@@ -257,3 +257,34 @@ def test_learning_rate_schedulers_and_saved_states_go_on():
     step(other, twin, grad)
     assert torch.equal(param, twin)
     assert adam.param_groups[0]["lr"] == 0.05
+
+
+OWN_STARTS = {
+    "Yogi": ({"initial_accumulator": 1e-6}, {"exp_avg": 1e-6, "exp_avg_sq": 1e-6}),
+    "VSGD": ({"pbg2": 0.5, "pbhg2": 0.25}, {"bg": 0.5, "bhg": 0.25, "mug": 0.0}),
+    "DAdaptAdaGrad": ({"d": 1e-6}, {"alphak": 1e-6, "sk": 0.0}),
+    "Adai": ({"betas": (0.1, 0.99)}, {"beta1_prod": 1.0, "exp_avg": 0.0}),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_STARTS)
+@pytest.mark.parametrize("new", [mask_of(0, 5), mask_of(0, 1, 5)])
+def test_states_that_do_not_begin_at_zero_begin_where_their_optimizer_does(kind, new):
+    settings, starts = OWN_STARTS[kind]
+    param = nn.Parameter(torch.ones(2, *BLOCK))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    optimizer.param_groups[0].update(settings)
+    optimizer.state[param] = {name: torch.full_like(param, 7.0) for name in starts}
+    change = set_mask(param, optimizer, slots_of(0, 1), new)
+    for name, start in starts.items():
+        state = optimizer.state[param][name]
+        assert (state[change.entered] == torch.tensor(start)).all()
+        assert (state[0] == 7).all()
+
+
+def test_a_sum_of_squares_starts_from_those_that_stay():
+    param = nn.Parameter(torch.ones(2, *BLOCK))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    optimizer.state[param] = {"grad_sum_sq": torch.full_like(param, 7.0)}
+    change = set_mask(param, optimizer, slots_of(0, 1), mask_of(0, 5), second_moment=torch.tensor([0.5]))
+    assert (optimizer.state[param]["grad_sum_sq"][change.entered] == 7).all()

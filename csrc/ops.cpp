@@ -1,8 +1,8 @@
 // Schemas of every registered op. The tensor ops' CPU kernels are registered in cpu/conv2d.cpp and cpu/linear.cpp,
 // those for CUDA devices in ddst/ops/cuda; fake kernels and autograd are in ddst/ops. The argument backend, a code of
 // ddst/backends.py, is the one asked for, so that derivatives run on it too; record is the key of a recorder of
-// ddst/ops/gradient_record.py, which only derivatives look at. No schema has a string: torch 2.11 to 2.13 keep the memory of
-// every string that passes the stable ABI.
+// ddst/ops/gradient_record.py, which only derivatives look at. No schema has a string: torch 2.11 to 2.13 keep the
+// memory of every string that passes the stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 

@@ -58,15 +58,14 @@ def _edge(state):
     layer += 1.0
 
 
-def _mask(state, network="generator"):
-    mask = state[network][LAYER + ".block_mask"]
-    first = mask.flatten().long().argmin()
-    mask.view(-1)[first] = True
+def _slots(state, network="generator"):
+    slots = state[network][LAYER + ".slot_blocks"]
+    slots[0] = slots[1]
 
 
-def _swap_masks(state):
-    mask = state["ema"]["module"][LAYER + ".block_mask"]
-    mask.copy_(mask.flatten().roll(1).view(mask.shape))
+def _swap_slots(state):
+    slots = state["ema"]["module"][LAYER + ".slot_blocks"]
+    slots.copy_(slots.roll(1))
 
 
 @pytest.mark.parametrize(
@@ -88,10 +87,10 @@ def _swap_masks(state):
             lambda s: s["generator"].update({"bn.bias": torch.zeros(16, dtype=torch.int8)}),
             "of torch.float32, got torch.i",
         ),
-        (_mask, rf"generator\.{LAYER}\.values must have the shape"),
+        (_slots, rf"generator\.{LAYER}\.slot_blocks does not say where blocks lie: a block lies in two slots"),
         (_edge, rf"generator\.{LAYER}\.values must be zero outside the weight"),
-        (lambda s: s["generator"][LAYER + ".block_mask"].fill_(False), "block_mask has no active block"),
-        (_swap_masks, rf"ema\.module\.{LAYER}\.block_mask must be that of the generator"),
+        (lambda s: s["generator"][LAYER + ".slot_blocks"].fill_(-1), "slot_blocks does not say .* no block is active"),
+        (_swap_slots, rf"ema\.module\.{LAYER}\.slot_blocks must be that of the generator"),
         (lambda s: s["optimizer_d"].pop(3), r"^optimizer_d\.3 is missing$"),
         (lambda s: s["optimizer_d"][3]["step"].fill_(7), r"^optimizer_d\.3\.step must be 8, got entries from 7 to 7$"),
         (lambda s: s["optimizer_g"][0]["exp_avg_sq"].sub_(1), r"^optimizer_g\.0\.exp_avg_sq must be at least 0"),

@@ -103,8 +103,15 @@ _FLOAT32 = {
         GatherConfig(box=(1, 8, 8)),
     ],
     ("forward", (32, 16)): [GatherConfig(pixels=128, stages=2), GatherConfig()],
-    ("forward", (32, 64)): [GatherConfig(stages=2), GatherConfig(pixels=128)],
-    ("forward", (64, 64)): [GatherConfig(bits=False, stages=2), GatherConfig(bits=False, stages=4)],
+    ("forward", (32, 32)): [
+        GatherConfig(),
+        GatherConfig(stages=2),
+        GatherConfig(pixels=128),
+        GatherConfig(pixels=128, box=(1, 8, 16)),
+        GatherConfig(box=(1, 8, 8)),
+    ],
+    ("forward", (32, 64)): [GatherConfig(), GatherConfig(pixels=128, stages=2)],
+    ("forward", (64, 64)): [GatherConfig(bits=False, stages=2), GatherConfig(bits=False, copy=8, stages=2)],
     ("input_grad", (16, 32)): [GatherConfig(stages=4), GatherConfig(bits=False)],
     ("input_grad", (16, 64)): [GatherConfig(fuse=2, stages=2), GatherConfig(fuse=4, stages=2)],
     ("input_grad", (32, 16)): [GatherConfig(pixels=128, stages=4), GatherConfig()],
@@ -275,7 +282,8 @@ def weight_grad_candidates(dtype: torch.dtype, block: Sequence[int]) -> list[Wei
     other: Literal["row", "col"] = "row" if first.by == "col" else "col"
     found = [first, replace(first, waves=2), replace(first, waves=8)]
     if block[0] == block[1] or dtype.itemsize == 2:
-        stages = 2 if tuple(block) == (32, 16) else first.stages  # 3 spill on sm_80
+        narrow = dtype.itemsize == 2 and tuple(block) in ((16, 16), (32, 16))
+        stages = 2 if narrow else first.stages  # 3 spill on sm_80
         found.append(replace(first, by=other, group=_group(other, block), stages=stages))
     if block[0] == block[1] and dtype.itemsize == 2:
         found += [

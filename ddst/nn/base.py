@@ -161,8 +161,9 @@ class SparseLayer(PackedStorage):
         Args:
             on_first: called in a backward pass before something is kept while nothing is.
         """
-        self._recorder.close()
-        self._recorder.open(self.values)
+        if not self._records:
+            self._recorder.close()
+            self._recorder.open(self.values)
         self._recorder.on_first = on_first
         self._records = True
 

@@ -140,11 +140,11 @@ class ScoreCollector:
         self._others: list[Optimizer] = []
         self.requested = False
         self.closed = False
+        self._fresh = False  # whether the step under way has given scores
         self.steps = StepWatch(optimizer)
         self._hooks: list[Any] = [
             optimizer.register_step_pre_hook(lambda stepping, *_: self._collect(stepping)),
-            # An optimizer that runs a closure computes the gradient after its pre-hook.
-            optimizer.register_step_post_hook(lambda stepping, *_: self._collect(stepping)),
+            optimizer.register_step_post_hook(lambda stepping, *_: self._collect_after(stepping)),
         ]
 
     def set_aside_at(self, other: Optimizer) -> None:
@@ -227,6 +227,18 @@ class ScoreCollector:
         if not any(p.requires_grad and backward_reaches(p) for p in parameters):
             self._taken, self._aside = {}, {}
 
+    def _collect_after(self, optimizer: Optimizer) -> None:
+        before = self._taken
+        self._collect(optimizer)  # an optimizer that runs a closure computes the gradient after its pre-hook
+        if self._fresh and before is self._taken and ranks(self.process_group) > 1:
+            # One that averages over ranks by itself does so after its pre-hook.
+            scale = unscaled_by(optimizer)
+            for name, pending in self._taken.items():
+                gradient = self.layers[name].values.grad
+                if gradient is not None:
+                    pending.stepped_with(gradient_norm(gradient) / scale)
+        self._fresh = False
+
     def _collect(self, optimizer: Optimizer) -> None:
         if not self.requested:
             return
@@ -244,6 +256,7 @@ class ScoreCollector:
             for name, norm in norms.items():
                 taken[name].stepped_with(norm / scale)
             self._taken = {name: taken[name] for name in norms} or self._taken
+            self._fresh = True
 
     def _set_aside(self) -> None:
         if self.requested:

@@ -19,34 +19,35 @@ from ddst.kernels import gather
 from ddst.kernels.configs import DTYPES, SIDES, GatherConfig, Problem, gather_candidates, gather_fits
 from ddst.kernels.launch import Launch, native, native_rows
 from ddst.topology import build_topology
-from helpers.dense import active_blocks
-from helpers.problems import Case, ConvProblem, LinearProblem, between_guards, lay_out
-from helpers.slots import scatter
+from helpers.dense import mask_of, placed_blocks, row_major, topology_of
+from helpers.problems import SLOTS, Case, ConvProblem, LinearProblem, between_guards, lay_out
 from helpers.tolerances import assert_close
 
 BLOCKS = [(out, into) for out in SIDES for into in SIDES]
 OPS = ("forward", "input_grad")
 
 
-def guarded(case: Case) -> Case:
-    """The same problem with NaN on both sides of every operand in memory."""
-    bias = None if case.bias is None else between_guards(case.bias)
-    return replace(case, x=between_guards(case.x), grad=between_guards(case.grad), bias=bias)
+def scattered(problem: ConvProblem | LinearProblem, dtype: torch.dtype, numbers: str = "normal") -> Case:
+    """A problem's tensors with blocks scattered over slots, NaN in the free ones and on both sides of every operand."""
+    case = replace(problem, slots="scattered").build(dtype, numbers)
+    tensors = {name: getattr(case, name) for name in ("x", "grad", "values", "bias", "topology")}
+    if problem.layout == "expanded":  # many elements in one place: nothing can be written there
+        del tensors["x"]
+    return replace(case, **{name: between_guards(t) for name, t in tensors.items() if t is not None})
 
 
-def run(
-    op: str,
-    problem: ConvProblem | LinearProblem,
-    case: Case,
-    config: GatherConfig | None = None,
-    free: int = 3,
-    seed: int = 0,
-) -> Tensor:
-    """The kernel's result, of blocks scattered over slots, with NaN in the free ones and around all."""
+def holding(case: Case, slots: Tensor) -> Case:
+    """The case with other blocks in as many slots: each holds what it held, or twos if it was free."""
+    values = case.values.nan_to_num(2.0).masked_fill((slots < 0)[:, None, None], float("nan"))
+    dims = case.mask.shape
+    topology = between_guards(topology_of(slots, dims))
+    mask = mask_of(slots, dims)
+    return replace(case, values=between_guards(values), slots=slots, topology=topology, mask=mask)
+
+
+def run(op: str, problem: ConvProblem | LinearProblem, case: Case, config: GatherConfig | None = None) -> Tensor:
+    """The kernel's result."""
     settings: dict[str, Any] = {"config": config}
-    slots = scatter(case.mask, free, seed)
-    values = between_guards(slots.spread(case.values))
-    case = replace(case, values=values, topology=between_guards(slots.topology))
     if isinstance(problem, LinearProblem):
         if op == "forward":
             return kernels.linear(case.x, case.values, case.bias, case.topology, case.weight_shape, **settings)
@@ -98,7 +99,7 @@ def test_every_configuration_is_exact(op: str, block: tuple[int, int]) -> None:
                 mask="0.4", channels=(blocks[0] * block[1] + 8, blocks[1] * block[0] + 8), block=block,
                 layout="channels_last", grad_layout="channels_last",
             )  # fmt: skip
-            case = guarded(problem.build(dtype, "whole"))
+            case = scattered(problem, dtype, "whole")
             case.values.clamp_(-1, 1)
             reference = expected(op, case)
             assert reference.abs().max() <= 256, "bfloat16 holds the results exactly"
@@ -144,7 +145,7 @@ def test_geometries(problem: ConvProblem) -> None:
     if problem.channels == ConvProblem().channels:
         problem = replace(problem, channels=(20, 28))
     problem = replace(problem, block=(16, 16))
-    case = guarded(problem.build(torch.float32))
+    case = scattered(problem, torch.float32)
     for op in OPS:
         reference = expected(op, case)
         fitting = [c for c in VARIETIES if c is None or gather_fits(c, describe(op, problem, torch.float32, (16, 16)))]
@@ -159,7 +160,7 @@ def test_geometries(problem: ConvProblem) -> None:
 def test_rounding(op: str, dtype: torch.dtype) -> None:
     """Numbers that are not whole: summed in float32, rounded once. The interpreter cuts bfloat16 off instead."""
     problem = ConvProblem(channels=(70, 50), block=(16, 32), size=(5, 6))
-    case = problem.build(dtype)
+    case = scattered(problem, dtype)
     assert_close(run(op, problem, case), expected(op, case))
 
 
@@ -177,7 +178,7 @@ LINEARS = [
 @pytest.mark.usefixtures("poison_outputs")
 def test_linear(problem: LinearProblem) -> None:
     for dtype in DTYPES:
-        case = problem.build(dtype, "whole")
+        case = scattered(problem, dtype, "whole")
         for op in OPS:
             for config in (None, GatherConfig(), GatherConfig(pixels=128, fuse=2))[
                 : 3 if dtype == torch.float32 else 1
@@ -206,7 +207,7 @@ def test_layouts(layout: str, channels_last: bool) -> None:
 
 def test_operands_at_odd_addresses() -> None:
     """The kernels are compiled for aligned addresses; other operands are copied."""
-    problem = ConvProblem(channels=(16, 16), block=(16, 16), size=(3, 4), bias=False)
+    problem = ConvProblem(channels=(16, 16), block=(16, 16), size=(3, 4), bias=False, slots="permuted")
     case = problem.build(torch.float32, "whole")
 
     def odd(t: Tensor) -> Tensor:
@@ -239,11 +240,11 @@ def test_rows_that_share_a_program_get_the_same_bits(op: str, rows: int) -> None
         channels = (16 * rows, 32 * rows + 8)  # rows and 2 · rows + 1 blocks
         channels = channels if op == "forward" else channels[::-1]
         problem = replace(problem, channels=channels, block=(16, 16), layout="channels_last", mask="0.5")
-        case = guarded(problem.build(torch.float32))
+        case = scattered(problem, torch.float32)
         kept = case.mask.clone()
         lines = kept if op == "forward" else kept.transpose(0, 1)
         lines[1], lines[rows : 2 * rows] = False, False
-        case = replace(case, mask=kept, values=case.values[kept[case.mask]])
+        case = holding(case, case.slots.masked_fill(~kept.view(-1)[case.slots.clamp(min=0)], -1))
         alone = run(op, problem, case, GatherConfig())
         assert_close(alone, expected(op, case))
         shared = GatherConfig(rows=rows)
@@ -294,13 +295,13 @@ def test_writes_the_whole_result_and_nothing_else(op: str, config: GatherConfig)
 def test_a_nan_in_a_block_stays_in_its_row(op: str, config: GatherConfig) -> None:
     """Of all blocks in turn: steps of several blocks must not touch those after a row, or block 0 in their place."""
     problem = ConvProblem(channels=(24, 24), block=(16, 16), kernel=(2, 1), size=(2, 3), mask="0.6", bias=False)
-    case = problem.build(torch.float32, "whole")
+    case = scattered(problem, torch.float32, "whole")
     clean = expected(op, case)
-    blocks = active_blocks(case.mask)
-    assert len({b[0] for b in blocks}) == len({b[1] for b in blocks}) == 2 and len(blocks) % 4
-    for number, block in enumerate(blocks):
+    blocks = [(n, b) for n, b in enumerate(placed_blocks(case.slots, case.mask.shape)) if b is not None]
+    assert len({b[0] for _, b in blocks}) == len({b[1] for _, b in blocks}) == 2 and len(blocks) % 4
+    for slot, block in blocks:
         values = case.values.clone()
-        values[number] = float("nan")
+        values[slot] = float("nan")
         result = run(op, problem, replace(case, values=values), config).double()
         hit = torch.arange(24) // 16 == block[0 if op == "forward" else 1]
         assert torch.equal(result[:, ~hit], clean[:, ~hit])
@@ -313,27 +314,25 @@ def test_blocks_that_move_between_slots_are_followed(config: GatherConfig | None
     problem = ConvProblem(channels=(32, 48), block=(16, 16), size=(3, 3), bias=False)
     explicit = problem.explicit()
     assert explicit is not None
-    case = problem.build(torch.float32, "whole")
-    slots = scatter(case.mask, free=4)
-    topology = slots.topology.clone()
+    case = scattered(problem, torch.float32, "whole")
+    topology = case.topology.clone()
 
-    def check(case: Case, values: Tensor, topology: Tensor) -> None:
-        y = kernels.conv2d(case.x, values, None, topology, case.weight_shape, *explicit, True, config=config)
+    def check(case: Case, topology: Tensor) -> None:
+        y = kernels.conv2d(case.x, case.values, None, topology, case.weight_shape, *explicit, True, config=config)
         assert torch.equal(y.double(), expected("forward", case))
-        size, settings = case.x.shape[2:], {"config": config}
-        x = kernels.conv2d_input_grad(case.grad, values, topology, case.weight_shape, size, *explicit, True, **settings)
+        args, size, settings = (case.grad, case.values, topology), case.x.shape[2:], {"config": config}
+        x = kernels.conv2d_input_grad(*args, case.weight_shape, size, *explicit, True, **settings)
         assert torch.equal(x.double(), expected("input_grad", case))
 
-    check(case, slots.spread(case.values), topology)
-    for mask, seed in ((case.mask.flip(0, 1, 2), 1), (case.mask.flip(1), 2)):
-        mask.view(-1)[mask.view(-1).nonzero()[:seed]] = False  # fewer blocks in as many slots
-        active = int(mask.sum())
-        case = replace(case, mask=mask, values=case.values[:active])
-        slots = scatter(mask, free=slots.count - active, seed=seed)
-        topology.copy_(slots.topology)
-        check(case, slots.spread(case.values), topology)
+    check(case, topology)
+    for seed, dims in ((1, (0, 1, 2)), (2, (1,))):
+        slots = row_major(case.mask.flip(dims))[seed:]  # fewer blocks in as many slots
+        slots = torch.cat([slots, slots.new_full((len(case.slots) - len(slots),), -1)])
+        case = holding(case, slots[torch.randperm(len(slots), generator=torch.Generator().manual_seed(seed))])
+        topology.copy_(case.topology)
+        check(case, topology)
     other = replace(problem, mask="0.7").build(torch.float32, "whole", seed=3)
-    check(other, other.values, other.topology)
+    check(other, other.topology)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -341,13 +340,13 @@ def test_blocks_that_move_between_slots_are_followed(config: GatherConfig | None
 def test_where_blocks_lie_does_not_change_a_bit(op: str) -> None:
     """Sums are added in the order of the blocks' places in the weight, whatever their slots."""
     problem = ConvProblem(channels=(40, 48), block=(16, 16), mask="0.6", size=(5, 4))
-    case = problem.build(torch.float32)
+    cases = [replace(problem, slots=slots).build(torch.float32) for slots in SLOTS]
     configs = [GatherConfig(), GatherConfig(fuse=4), GatherConfig(rows=4), GatherConfig(box=(2, 4, 8))]
     for config in configs:
         if not gather_fits(config, describe(op, problem, torch.float32, (16, 16))):
             continue
-        arranged = [run(op, problem, case, config, free=free, seed=seed) for free, seed in ((0, 1), (5, 2))]
-        assert torch.equal(*arranged), config
+        first, *others = (run(op, problem, case, config) for case in cases)
+        assert all(torch.equal(first, other) for other in others), config
 
 
 def large(rows: int, wide: int) -> Tensor:

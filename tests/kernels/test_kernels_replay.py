@@ -16,7 +16,7 @@ from ddst import kernels
 from ddst.index_cache import refresh
 from ddst.kernels.configs import GatherConfig, WeightGradConfig
 from ddst.kernels.launch import Launch
-from helpers.dense import pack_blocks
+from helpers.dense import pack_blocks, row_major
 from helpers.problems import ConvProblem
 from helpers.slots import scatter
 
@@ -52,9 +52,10 @@ def test_replays_follow_blocks_that_move(monkeypatch: pytest.MonkeyPatch, config
     assert len(recorded) >= 3
 
     for mask, slots in zip(masks, arranged, strict=True):
-        now = replace(case, mask=mask, values=pack_blocks(torch.randint(-3, 4, shape).float(), mask, (16, 16)))
+        packed = pack_blocks(torch.randint(-3, 4, shape).float(), mask, (16, 16))
+        now = replace(case, mask=mask, slots=row_major(mask), values=packed)
         topology.copy_(slots.topology)
-        values.copy_(slots.spread(now.values))
+        values.copy_(slots.spread(packed))
         refresh(topology)
         for launch, tensors in recorded:
             launch(*tensors)

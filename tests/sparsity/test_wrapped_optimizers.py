@@ -234,7 +234,7 @@ def test_state_in_dicts_and_lists_is_carried():
     adam.state[param] = {0: nested, "step": torch.tensor([2.0])}
     slots = torch.tensor([0, 1, 2], dtype=torch.int32)
     square = nested["square"]
-    carry_state(adam, param, SlotChange.to_mask(slots, torch.tensor([True, True, False, True])))
+    carry_state(adam, param, SlotChange.to_mask(slots, torch.tensor([[True, True, False, True]])))
     assert nested["square"] is square
     for moment in (square, nested["more"][0]):
         assert moment[:2].all() and not moment[2].any()

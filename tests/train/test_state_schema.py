@@ -64,8 +64,9 @@ def _slots(state, network="generator"):
 
 
 def _swap_slots(state):
-    slots = state["ema"]["module"][LAYER + ".slot_blocks"]
-    slots.copy_(slots.roll(1))
+    for name in ("slot_blocks", "values"):
+        entry = state["ema"]["module"][f"{LAYER}.{name}"]
+        entry.copy_(entry.roll(1, 0))
 
 
 @pytest.mark.parametrize(

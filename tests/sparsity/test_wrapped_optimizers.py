@@ -238,7 +238,7 @@ def test_state_in_dicts_and_lists_is_carried():
     assert nested["square"] is square
     for moment in (square, nested["more"][0]):
         assert moment[:2].all() and not moment[2].any()
-    carry_state(adam, param, SlotChange.to_mask(slots, torch.tensor([True] * 4)))
+    carry_state(adam, param, SlotChange.to_mask(slots, torch.tensor([[True] * 4])))
     assert nested["square"].shape == nested["more"][0].shape == (4, 4, 4)
 
 

@@ -102,6 +102,8 @@ class TrainConfig:
     backend: str = option("auto", str, "'reference' computes with dense weights and masks, for comparison",
                           choices=("auto", "reference"), methods=SPARSE)
     device: str = option("cpu", str, "where the networks are trained", choices=("cpu", "cuda"))
+    batch_norm: str = option("local", str, "G's, with several processes: of each one's share of the batch, or of all",
+                             choices=("local", "synced"))
 
     # Moving G's blocks.
     interval_g: int = option(_published(25, 500), int, "steps between G's topology updates",

@@ -105,6 +105,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, images: ImageSet) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: torch sees no CUDA device here")
+        if config.batch_norm == "synced" and config.device == "cpu":
+            raise ConfigError(
+                "--batch-norm synced: torch's SyncBatchNorm trains on CUDA devices only, with --device cuda"
+            )
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = torch.device(config.device)

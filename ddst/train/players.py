@@ -37,6 +37,8 @@ def build_networks(config: TrainConfig, channels: int) -> tuple[Generator, Discr
         for parameter in net.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    if config.batch_norm == "synced":
+        generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
     return generator.train(), discriminator.train()
 
 

@@ -93,14 +93,14 @@ def guarded_problem(seed: int) -> ConvProblem | LinearProblem:
 def expected_results(case: Case) -> dict[str, Tensor]:
     """What the four ops must return, by the end of their names, in float64."""
     x = case.x.double().requires_grad_()
-    weight = unpack_blocks(case.values.double(), case.mask, case.weight_shape).requires_grad_()
+    weight = unpack_blocks(case.values.double(), case.slots, case.weight_shape).requires_grad_()
     dense = torch.nn.functional.conv2d if weight.dim() == 4 else torch.nn.functional.linear
     y = dense(x, weight, None if case.bias is None else case.bias.double(), **case.kwargs)
     dx, dweight = torch.autograd.grad(y, (x, weight), case.grad.double())
     return {
         "": y.detach(),
         "input_grad": dx,
-        "weight_grad": pack_blocks(dweight, case.mask, case.block),
+        "weight_grad": pack_blocks(dweight, case.slots, case.block),
         "block_scores": block_norms(dweight, case.block),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -368,6 +370,26 @@ def ranks_that_hold_other_blocks_stop() -> None:
     assert all(torch.equal(m, s.block_mask) for m, s in zip(masks, sparse_layers(model).values(), strict=True))
     with pytest.raises(RuntimeError, match=r"blocks of sparse layers on rank 1 .*ddst\.synchronize\(model\)"):
         ddst.SparseTraining(model, optimizer, total_steps=9)
+
+
+@check
+def distributed_checkpoints_keep_blocks_and_values_together() -> None:
+    model = network()
+    wrapped = DistributedDataParallel(model)
+    train(model, wrapped, mine(), method="set")
+    folder = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [""]
+    dist.broadcast_object_list(folder)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder[0])
+    other = network()
+    for layer in sparse_layers(other).values():
+        layer.set_block_mask(layer.block_mask.flip(0))
+    state = {"model": other.state_dict()}
+    dcp.load(state, checkpoint_id=folder[0])
+    other.load_state_dict(state["model"])
+    assert_ranks_equal(other)
+    for one, two in zip(sparse_layers(model).values(), sparse_layers(other).values(), strict=True):
+        assert torch.equal(one.dense_weight(), two.dense_weight())
+    assert torch.equal(model(data(0)), other(data(0)))
 
 
 @check

@@ -115,14 +115,11 @@ class SparseLayer(PackedStorage):
 
     # --- the mask ---------------------------------------------------------------------------------------------------
 
-    def set_block_mask(self, mask: Tensor) -> tp.SlotChange:
-        change = super().set_block_mask(mask)
+    def change_slots(self, change: tp.SlotChange) -> None:
+        super().change_slots(change)
         self._origin = None  # a copy with a mask of its own
         if self.spectral_norm is not None:
             self.spectral_norm.after_topology_change(self)
-        return change
-
-    set_block_mask.__doc__ = PackedStorage.set_block_mask.__doc__
 
     def _apply_change(self, change: tp.SlotChange) -> None:
         super()._apply_change(change)

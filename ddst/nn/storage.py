@@ -152,8 +152,13 @@ class PackedStorage(nn.Module):
         """
         tp.check_mask(mask, self.mask_shape, "mask")
         change = tp.SlotChange.to_mask(self.slot_blocks, mask.detach(), self.reserve)
-        self._apply_change(change)
+        self.change_slots(change)
         return change
+
+    @torch.no_grad()
+    def change_slots(self, change: tp.SlotChange) -> None:
+        """Makes a change that was planned for the present slots: what :meth:`set_block_mask` does with its own."""
+        self._apply_change(change)
 
     def _apply_change(self, change: tp.SlotChange) -> None:
         self._check_whole()

@@ -25,7 +25,7 @@ class LayerChange:
     """
 
     def __init__(self, layer: SparseLayer, mask: Tensor) -> None:
-        self._layer, self._mask = layer, mask
+        self._layer = layer
         self.change = SlotChange.to_mask(layer.slot_blocks, mask, layer.reserve)
         self._state: StateChange | None = None
         self._saved: list[_Saved] = []
@@ -38,7 +38,7 @@ class LayerChange:
         """Changes the layer, the averages that follow it and the state."""
         for layer in (self._layer, *followers_of(self._layer)):
             self._saved.append(_Saved(layer, self.change))
-        self._layer.set_block_mask(self._mask)
+        self._layer.change_slots(self.change)
         if self._state is not None:
             self._state.commit()
 

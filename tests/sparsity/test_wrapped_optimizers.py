@@ -320,7 +320,7 @@ def test_an_update_that_raises_leaves_everything_as_it_was(monkeypatch, action, 
         ]
 
     before, calls = everything(), []
-    kind, name = (type(model[0]), "set_block_mask") if where == "mask" else (StateChange, "commit")
+    kind, name = (type(model[0]), "change_slots") if where == "mask" else (StateChange, "commit")
     original = getattr(kind, name)
 
     def failing(self, *args):

@@ -15,7 +15,15 @@ from ._extension import build_info  # noqa: E402
 from .convert import advise, dense_state_dict, densify, sparsify  # noqa: E402
 from .distributed import synchronize, watch  # noqa: E402
 from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
-from .nn import SparseConv2d, SparseLinear, explain, follow  # noqa: E402
+from .nn import (  # noqa: E402
+    SparseConv1d,
+    SparseConv2d,
+    SparseConvTranspose1d,
+    SparseConvTranspose2d,
+    SparseLinear,
+    explain,
+    follow,
+)
 from .sparsity import SparseTraining, carry_state  # noqa: E402
 
 try:
@@ -28,7 +36,10 @@ __all__ = [
     "EMA",
     "BalanceRatio",
     "DensityController",
+    "SparseConv1d",
     "SparseConv2d",
+    "SparseConvTranspose1d",
+    "SparseConvTranspose2d",
     "SparseLinear",
     "SparseTraining",
     "__version__",

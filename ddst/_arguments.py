@@ -64,17 +64,17 @@ def check_ints(
     if len(entries) == 1 and (one_tuple or not isinstance(value, Sequence)):
         entries = entries * length
     if len(entries) != length or not all(type(v) is int or _is_integral(v) for v in entries):
-        pair = "a pair of ints" if length == 2 else f"{length} ints"
+        pair = {1: "a sequence of one", 2: "a pair of ints"}.get(length, f"{length} ints")
         raise TypeError(f"{name} must be an int or {pair}, got {_kind(value)}")
     return tuple(check_int(name, v, least, most) for v in entries)
 
 
 def check_weight_shape(name: str, value: Any) -> tuple[int, ...]:
-    """``(C_out, C_in, kH, kW)`` or ``(C_out, C_in)``: 4 or 2 ints of at least 1."""
+    """``(C_out, C_in, kH, kW)``, ``(C_out, C_in, k)`` or ``(C_out, C_in)``: 4, 3 or 2 ints of at least 1."""
     if not isinstance(value, tuple | list):
         raise TypeError(f"{name} must be a tuple of ints, got {_kind(value)}")
-    if len(value) not in (2, 4):
-        raise ValueError(f"{name} must be (C_out, C_in, kH, kW) or (C_out, C_in), got {tuple(value)}")
+    if len(value) not in (2, 3, 4):
+        raise ValueError(f"{name} must be (C_out, C_in, kH, kW), (C_out, C_in, k) or (C_out, C_in), got {tuple(value)}")
     return tuple(check_int(name, size, 1) for size in value)
 
 

@@ -3,7 +3,8 @@
 A weight ``[C_out, C_in, kH, kW]`` is cut into blocks of ``b_out × b_in`` channels *at one tap* ``(kh, kw)``. With
 ``R = ceil(C_out / b_out)``, ``C = ceil(C_in / b_in)`` and ``T = kH · kW`` there are ``R · C · T`` blocks, and
 
-* ``block_mask`` (bool, ``[R, C, kH, kW]``; a linear weight has the mask ``[R, C]``) says which are active;
+* ``block_mask`` (bool, ``[R, C, kH, kW]``; a linear weight has the mask ``[R, C]``, that of a 1-D convolution
+  ``[R, C, k]``) says which are active;
 * ``values[slot, i, j] = W[row · b_out + i, col · b_in + j, kh, kw]``, shape ``[slots, b_out, b_in]``: an active block
   lies in one *slot* for as long as it is active, and a slot without a block is *free*: zero, and read by nothing. The
   part of an edge block that lies outside the weight is stored too, and is always exactly zero;
@@ -22,6 +23,11 @@ A weight ``[C_out, C_in, kH, kW]`` is cut into blocks of ``b_out × b_in`` chann
   depends on the number of slots alone, so that it can be rewritten in place.
 
 ``csrc/topology.hpp`` reads the same vector; nothing else knows its layout.
+
+A weight here is any weight, its rows what its first dimension counts: a transposed convolution's is
+``[C_in, C_out, kH, kW]``, and its blocks are ``b_in × b_out``. A grouped one, ``[C_out, C_in / groups, kH, kW]``, has
+blocks within the groups only; kernels are given the block-diagonal weight ``[C_out, C_in, kH, kW]`` that it stands for
+(:func:`operator_shape`, :func:`block_diagonal_slots`).
 """
 
 from __future__ import annotations
@@ -199,6 +205,35 @@ def _topology_by_operators(slot_blocks: Tensor, rows: int, cols: int, taps: int)
     return torch.cat([row_ptr, col_ptr, row, col, tap, row_order, col_order]).to(torch.int32)
 
 
+def operator_shape(weight_shape: Sequence[int], groups: int = 1) -> tuple[int, ...]:
+    """What the operators are told of a weight: ``(C_out, C_in, kH, kW)``, of all groups together; one row if it is 1-D.
+
+    >>> operator_shape((32, 8, 3), 4), operator_shape((32, 8))
+    ((32, 32, 1, 3), (32, 8))
+    """
+    rows, cols, *space = weight_shape
+    return (rows, cols * groups, *([1, *space] if len(space) == 1 else space))
+
+
+def block_diagonal_slots(slot_blocks: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    """``slot_blocks`` of the block-diagonal weight that a grouped convolution's weight stands for.
+
+    A block of group ``g`` (its row divided by ``R / groups``) lies ``g · C`` columns further right there.
+
+    Args:
+        slot_blocks: of the grouped weight. shape: of its block mask, ``[R, C, …]``; ``groups`` divides ``R``.
+
+    >>> block_diagonal_slots(torch.tensor([1, 3, -1]), (2, 2), 2).tolist()
+    [1, 7, -1]
+    """
+    if groups == 1:
+        return slot_blocks
+    width = math.prod(shape[1:])
+    row = slot_blocks // width
+    moved = slot_blocks + (row * (groups - 1) + row // (shape[0] // groups)) * width
+    return torch.where(slot_blocks < 0, slot_blocks, moved)
+
+
 def _starts(sorted_keys: Tensor, count: int) -> Tensor:
     """``[count + 1]``: position of the first key that is at least 0, 1, … ``count``."""
     bounds = torch.arange(count + 1, dtype=sorted_keys.dtype, device=sorted_keys.device)
@@ -231,8 +266,8 @@ def check_mask(mask: Tensor, shape: Sequence[int] | None = None, name: str = "bl
         raise TypeError(f"{name} must be a bool tensor, got {got}")
     if shape is not None and tuple(mask.shape) != tuple(shape):
         raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(mask.shape)}")
-    if mask.dim() not in (2, 4):
-        raise ValueError(f"{name} must have the shape [R, C] or [R, C, kH, kW], got {tuple(mask.shape)}")
+    if mask.dim() not in (2, 3, 4):
+        raise ValueError(f"{name} must have the shape [R, C], [R, C, k] or [R, C, kH, kW], got {tuple(mask.shape)}")
     if mask.numel() >= 2**31:
         raise ValueError(f"{name} has {mask.numel()} blocks, more than int32 can index: use larger blocks")
 
@@ -261,7 +296,7 @@ def _check_shape(shape: Sequence[int], least: int = 1) -> tuple[int, ...]:
         raise TypeError(f"shape must be a tuple of ints, got {type(shape).__name__}")
     sizes = tuple(shape)
     if not least <= len(sizes) <= 4:
-        raise ValueError(f"shape must be [R, C] or [R, C, kH, kW], got {sizes}")
+        raise ValueError(f"shape must be [R, C], [R, C, k] or [R, C, kH, kW], got {sizes}")
     return tuple(check_int("shape", size, 0) for size in sizes)
 
 
@@ -293,13 +328,31 @@ def check_block_total(weight_shape: Sequence[int], block: tuple[int, int]) -> in
     return total
 
 
+def check_groups(weight_shape: Sequence[int], block: tuple[int, int], groups: int) -> None:
+    """Raises ValueError unless the channels of a group are whole blocks; a single group may end in part of one.
+
+    >>> check_groups((32, 8, 3, 3), (8, 8), 4)
+    """
+    sides = (weight_shape[0] // groups, weight_shape[1])
+    if groups > 1 and (sides[0] % block[0] or sides[1] % block[1]):
+        raise ValueError(
+            f"block must divide the channels of a group, {sides[0]} along the weight's first dimension and {sides[1]} "
+            f"along its second with groups={groups}, got {block[0]}x{block[1]}"
+        )
+
+
 def random_mask(
-    weight_shape: Sequence[int], block: tuple[int, int], nnz: int, generator: torch.Generator | None = None
+    weight_shape: Sequence[int],
+    block: tuple[int, int],
+    nnz: int,
+    generator: torch.Generator | None = None,
+    groups: int = 1,
 ) -> Tensor:
     """A random mask of ``nnz`` active blocks that leaves no block row and no block column empty where ``nnz`` allows.
 
     The first ``min(nnz, max(R, C))`` blocks pair a shuffled list of output block rows with a shuffled list of input
-    blocks at random taps; the rest is drawn without replacement from what is left.
+    blocks at random taps; the rest is drawn without replacement from what is left. With several groups, which divide
+    the rows, that holds for the rows and columns of each.
 
     Returns:
         bool, ``[R, C, kH, kW]`` (``[R, C]`` for a linear weight), on the CPU.
@@ -312,18 +365,23 @@ def random_mask(
     check_generator("generator", generator)
     rows, cols, taps = grid(weight_shape, block)
     total = check_block_total(weight_shape, block)
-    nnz = check_int("nnz", nnz, 0, total)
-    cover = min(nnz, max(rows, cols))
+    nnz, groups = check_int("nnz", nnz, 0, total), check_int("groups", groups, 1)
+    height = rows // groups
+    cover = min(nnz, max(height, cols) * groups)
 
-    def cycle(count: int) -> Tensor:
-        repeats = -(-cover // count) if cover else 0
+    def cycle(count: int, wanted: int) -> Tensor:
+        repeats = -(-wanted // count) if wanted else 0
         shuffles = [torch.randperm(count, generator=generator, device="cpu") for _ in range(repeats)]
-        return torch.cat(shuffles)[:cover] if shuffles else torch.zeros(0, dtype=torch.int64, device="cpu")
+        return torch.cat(shuffles)[:wanted] if shuffles else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     # Named, because "with torch.device(...)" changes where tensors are made by default.
     flat = torch.zeros(total, dtype=torch.bool, device="cpu")
     tap = torch.randint(taps, (cover,), generator=generator, device="cpu")
-    flat[(cycle(rows) * cols + cycle(cols)) * taps + tap] = True
+    pair = torch.empty(0, dtype=torch.int64, device="cpu")
+    for group in range(groups):
+        share = cover // groups + (group < cover % groups)
+        pair = torch.cat([pair, (group * height + cycle(height, share)) * cols + cycle(cols, share)])
+    flat[pair * taps + tap] = True
     free = (~flat).nonzero()[:, 0]
     missing = nnz - int(flat.sum())
     flat[free[torch.randperm(free.numel(), generator=generator, device="cpu")[:missing]]] = True

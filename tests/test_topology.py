@@ -329,7 +329,7 @@ def test_a_change_between_any_two_maps(problem: Slotted, seed: int, more: int) -
     "call, error, named",
     [
         (lambda: topology.build_topology(torch.ones(2, 2)), TypeError, "bool"),
-        (lambda: topology.build_topology(torch.ones(2, 2, 2, dtype=torch.bool)), ValueError, "mask"),
+        (lambda: topology.build_topology(torch.ones(2, 2, 2, 2, 2, dtype=torch.bool)), ValueError, "mask"),
         (lambda: topology.build_topology(torch.ones(4, dtype=torch.bool)), ValueError, "mask"),
         (lambda: topology.build_topology(torch.ones(2, 2, dtype=torch.bool, device="meta")), ValueError, "meta"),
         (lambda: topology.pack(torch.ones(4, 4), torch.ones(2, 1, dtype=torch.bool), (2, 2)), ValueError, "mask"),

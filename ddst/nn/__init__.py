@@ -1,7 +1,10 @@
 """Block-sparse layers with the interface of ``torch.nn``."""
 
 from .base import SparseLayer, set_backend, sparse_layers
+from .conv1d import SparseConv1d
 from .conv2d import SparseConv2d
+from .conv_transpose1d import SparseConvTranspose1d
+from .conv_transpose2d import SparseConvTranspose2d
 from .explain import Explanation, explain
 from .linear import SparseLinear
 from .origin import follow
@@ -9,7 +12,10 @@ from .spectral_norm import SpectralNorm, spectral_norm
 
 __all__ = [
     "Explanation",
+    "SparseConv1d",
     "SparseConv2d",
+    "SparseConvTranspose1d",
+    "SparseConvTranspose2d",
     "SparseLayer",
     "SparseLinear",
     "SpectralNorm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,25 @@ from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..ops.reference import block_norms_of
 from .dense_view import DenseView
 from .origin import Origin
+from .plain import overridden, plain_kind
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage
 
 
 class SparseLayer(PackedStorage):
-    """``y = op(x, W)`` where only the active blocks of ``W`` exist: base of SparseConv2d and SparseLinear.
+    """``y = op(x, W)`` where only the active blocks of ``W`` exist: base of SparseLinear and the convolutions.
 
     Attributes:
         values, slot_blocks, topology, block, weight_shape, reserve, mask_version, storage_version: see
             :class:`~ddst.nn.storage.PackedStorage`.
         bias: parameter ``[C_out]`` or None. backend: see :mod:`ddst.backends`.
         spectral_norm: None, or the module that divides ``values`` by an estimate of the largest singular value.
+        transposed: whether the weight's first dimension is that of the input, so that its blocks are ``(b_in, b_out)``.
+        dense_kind: the class of :mod:`torch.nn` whose sparse twin this is.
     """
 
+    transposed: ClassVar[bool] = False
+    dense_kind: ClassVar[type[nn.Module]]
     bias: nn.Parameter | None
     spectral_norm: SpectralNorm | None
 
@@ -44,9 +49,12 @@ class SparseLayer(PackedStorage):
         reserve: float | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        groups: int = 1,
     ) -> None:
         pair, weight_shape = tp.check_block(block), tuple(weight_shape)
         # Everything is checked, and the values have their memory, before a mask of that many blocks is drawn.
+        tp.check_groups(weight_shape, pair, groups)
+        tp.check_block_total(tp.operator_shape(weight_shape, groups), pair)
         total = tp.check_block_total(weight_shape, pair)
         nnz = tp.block_count(density, total)
         reserved = 0 if reserve is None else tp.block_count(check_number("reserve", reserve, most=1, above=0), total)
@@ -54,24 +62,26 @@ class SparseLayer(PackedStorage):
         device, dtype = check_device("device", device), check_dtype("dtype", dtype)
         values = torch.empty((max(nnz, reserved), *pair), device=device, dtype=dtype)
         with unset_fake_temporarily():
-            mask = tp.random_mask(weight_shape, pair, nnz)
+            mask = tp.random_mask(weight_shape, pair, nnz, groups=groups)
             free = torch.full((reserved,), -1, dtype=torch.int32, device="cpu")
             slot_blocks = tp.SlotChange.to_mask(free, mask, reserved).slot_blocks
-        super().__init__(weight_shape, pair, slot_blocks, reserved)
+        super().__init__(weight_shape, pair, slot_blocks, reserved, groups)
         self.backend = "auto"
         self.spectral_norm = None
         self._recorder, self._records = ScoreRecorder(), False
         self._origin: Origin | None = None
         self.values = nn.Parameter(values)
-        self.bias = nn.Parameter(torch.empty(weight_shape[0], device=device, dtype=dtype)) if bias else None
+        outputs = self.op_shape[1 if self.transposed else 0]
+        self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
         self._place()
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform in ``±1/√fan_in`` with the fan-in that each block row is actually connected to (torch's rule for the
-        dense layer, applied to the connections that exist), so that the output variance is that of a dense layer of
-        that fan-in. Biases likewise; where a row has no block, the bias takes the dense layer's bound.
+        """Uniform in ``±1/√fan_in`` with the fan-in that each block of outputs is actually connected to (torch's rule
+        for the dense layer, applied to the connections that exist), so that the output variance is that of the dense
+        layer. For a transposed convolution torch takes the fan-out instead; its bound grows here by the root of the
+        connections that are missing. Biases likewise; outputs without a block have a bias of the dense layer's bound.
         """
         if self.values.is_meta:  # nothing to fill
             return
@@ -80,12 +90,19 @@ class SparseLayer(PackedStorage):
             rank = self.slot_blocks.long()
             row, col = rank // (cols * taps), rank // taps % cols
             active = rank >= 0
-            widths = (self.weight_shape[1] - self.block[1] * col).clamp(max=self.block[1]).double()
-            fan_in = torch.zeros(rows, dtype=torch.float64, device="cpu").index_add_(0, row[active], widths[active])
-            dense_fan_in = max(math.prod(self.weight_shape[1:]), 1)
-            bound = torch.where(fan_in > 0, fan_in, dense_fan_in).rsqrt()
-            scale = bound[row.clamp(min=0)][:, None, None] * tp.inside_slots(rank, self.weight_shape, self.block)
-            bias_bound = bound.repeat_interleave(self.block[0])[: self.weight_shape[0]]
+            dense_fan = max(math.prod(self.weight_shape[1:]), 1)  # torch's, which for transposed layers is the fan-out
+            if self.transposed:
+                outputs, inputs = row // (rows // self.groups) * cols + col, row
+                dense_fan_in, blocks = self.weight_shape[0] // self.groups * taps, cols * self.groups
+            else:
+                outputs, inputs, dense_fan_in, blocks = row, col, dense_fan, rows
+            out_side, in_side = (1, 0) if self.transposed else (0, 1)
+            widths = (self.weight_shape[in_side] - self.block[in_side] * inputs).clamp(max=self.block[in_side]).double()
+            fan_in = torch.zeros(blocks, dtype=torch.float64, device="cpu")
+            fan_in.index_add_(0, outputs[active], widths[active])
+            bound = torch.where(fan_in > 0, fan_in * (dense_fan / dense_fan_in), dense_fan).rsqrt()
+            scale = bound[outputs.clamp(min=0)][:, None, None] * tp.inside_slots(rank, self.weight_shape, self.block)
+            bias_bound = bound.repeat_interleave(self.block[out_side])[: self.op_shape[out_side]]
         self.values.uniform_(-1, 1)
         if self.bias is not None:
             self.bias.uniform_(-1, 1)
@@ -222,11 +239,20 @@ class SparseLayer(PackedStorage):
             RuntimeError: an input of a backward pass has been changed in place since.
         """
         self._check_intact(record)
-        total = record.dense
+        total = None if record.dense is None else self._of_weight(record.dense)
         for grad_output, input in record.factors:
             part = self._dense_gradient(grad_output, input)
             total = part if total is None else total.add_(part)
         return self.values.new_zeros(self.weight_shape) if total is None else total
+
+    def _of_weight(self, gradient: Tensor) -> Tensor:
+        """The gradient of the weight, from that of what the operators take for it (``op_shape``)."""
+        if self.groups == 1:
+            return gradient.reshape(self.weight_shape)
+        # [g, rows of a group, g, columns of a group, …], of which the diagonal is the weight's.
+        first, second, *space = self.weight_shape
+        parts = gradient.view(self.groups, first // self.groups, self.groups, second, *space)
+        return parts.diagonal(dim1=0, dim2=2).movedim(-1, 0).reshape(self.weight_shape)
 
     def _check_intact(self, record: GradientRecord) -> None:
         if not record.intact:
@@ -239,17 +265,23 @@ class SparseLayer(PackedStorage):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._forward(input)
+
+    def _forward(self, *arguments: Any) -> Tensor:
+        """:meth:`_compute`, guarded."""
+        input = arguments[0]
         if isinstance(input, torch.fx.Proxy):  # a leaf to torch.fx, as the dense layer is
             tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
+        compute: Callable[..., Tensor] = self._compute
         if torch.compiler.is_compiling():
             if self._records and self.backend == "reference":  # which records by a hook, in Python
-                return torch.compiler.disable(self._compute)(input)
-            return self._compute(input)
+                return torch.compiler.disable(compute)(*arguments)
+            return compute(*arguments)
         self._notice_overwritten_slots()
         if self._origin is not None:
             self._origin.check(self)
-        return self._compute(input)
+        return compute(*arguments)
 
     @property
     def _record(self) -> int:
@@ -341,13 +373,14 @@ class SparseLayer(PackedStorage):
 
 
 def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises unless ``module`` is exactly a ``kind`` whose weight is a plain parameter.
+    """Raises unless ``module`` computes exactly what a ``kind`` does, with a weight that is a plain parameter.
 
     A spectral norm or another parametrization makes ``weight`` a product that changes with every look at it, and a
-    subclass has a forward pass of its own.
+    subclass or an instance may have a forward pass of its own.
     """
     check_type("module", module, kind, f"an nn.{kind.__name__}")
-    if type(module) is not kind or not isinstance(module._parameters.get("weight"), nn.Parameter):
+    plain = plain_kind(type(module)) is kind and overridden(module, kind) is None
+    if not plain or not isinstance(module._parameters.get("weight"), nn.Parameter):
         raise ValueError(
             f"module must be a plain nn.{kind.__name__}, got {type(module).__name__} with a computed weight or "
             "a forward pass of its own; ddst.sparsify carries spectral norm over"

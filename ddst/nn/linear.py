@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class SparseLinear(SparseLayer):
     (torch.Size([5, 32]), (2, 16, 16))
     """
 
+    dense_kind: ClassVar[type[nn.Module]] = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -65,7 +68,7 @@ class SparseLinear(SparseLayer):
         """The sparse layer with ``module``'s values at the active blocks; nothing is shared.
 
         Args:
-            module: an :class:`torch.nn.Linear`.
+            module: an :class:`torch.nn.Linear`, or of a subclass that adds only an ``__init__`` to it.
             density: keeps this share of the blocks, those of largest L2 norm; 0.1 if nothing is given.
             block_mask: or keeps exactly these blocks. reserve: as in the constructor.
 

@@ -4,7 +4,8 @@ A weight ``[C_out, C_in, kH, kW]`` is the matrix ``[C_out, C_in · kH · kW]`` o
 in the order (input block, tap, channel within the block) make every stored block a block of that matrix, of the
 same rank (:mod:`ddst.topology`): the block mask ``[R, C, kH, kW]`` is read as ``[R, C · kH · kW]``. So the layer's
 values and a second index vector are the matrix, and the operators of a linear layer multiply by it; no dense weight is
-formed.
+formed. Of a transposed convolution, ``[C_in, C_out, kH, kW]``, torch takes the matrix ``[C_out, C_in · kH · kW]``: the
+transpose of what the same values are with the mask read as ``[R · kH · kW, C]``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
@@ -115,6 +117,22 @@ class _Dense:
         return blocks[index.block_row.long(), index.block_col.long()]
 
 
+class _Transposed:
+    """The transpose of a matrix."""
+
+    def __init__(self, matrix: _Matrix) -> None:
+        self.matrix = matrix
+
+    def times(self, v: Tensor) -> Tensor:
+        return self.matrix.transposed_times(v)
+
+    def transposed_times(self, u: Tensor) -> Tensor:
+        return self.matrix.times(u)
+
+    def outer(self, u: Tensor, v: Tensor) -> Tensor:
+        return self.matrix.outer(v, u)
+
+
 def _unit(vector: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``(x / max(‖x‖, ε), ‖x‖)``."""
     norm = torch.linalg.vector_norm(vector)
@@ -144,7 +162,8 @@ class SpectralNorm(nn.Module):
     of 1 and 2 % of the weights' bound, the true σ was at most twice the estimate (with random noise likewise).
 
     Args:
-        weight_shape: shape of the dense weight, ``(C_out, C_in, kH, kW)`` or ``(C_out, C_in)``.
+        weight_shape: shape of the dense weight, ``(C_out, C_in, kH, kW)``, ``(C_out, C_in, k)`` or ``(C_out, C_in)``;
+            of a grouped convolution ``C_in`` counts one group.
         block: ``(b_out, b_in)``.
         n_power_iterations: iterations per forward call in training mode, at least 1.
         eps: smallest length that a vector is divided by.
@@ -154,9 +173,12 @@ class SpectralNorm(nn.Module):
             "parametrization" (:func:`torch.nn.utils.parametrizations.spectral_norm`) iterates u, then v, with the noise
             in v. :func:`ddst.densify` and :func:`ddst.dense_state_dict` return to it.
         device, dtype: of the vectors.
+        dim: the dimension of the weight that the matrix's rows count, 0 or 1; torch takes 1 for transposed
+            convolutions, whose weight has the output channels second.
 
     Attributes:
-        u: buffer ``[C_out]``. v: buffer ``[C_in · kH · kW]``, in the order of the dense weight.
+        u: buffer ``[C_out]``. v: buffer ``[C_in · kH · kW]``, in the order of the dense weight. (With ``dim=1`` the two
+            first sizes of the weight change places.)
         topology: int32 vector, index of the matrix, kept by the layer (:meth:`place`); no buffer.
 
     Raises:
@@ -199,8 +221,10 @@ class SpectralNorm(nn.Module):
         style: str = "hook",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        dim: int = 0,
     ) -> None:
         check_int("n_power_iterations", n_power_iterations, 1)
+        check_int("dim", dim, 0, 1)
         eps, noise = check_number("eps", eps, 0), check_number("noise", noise, 0)
         check_one_of("style", style, STYLES)
         block = tp.check_block(block)
@@ -208,23 +232,32 @@ class SpectralNorm(nn.Module):
         device, dtype = check_device("device", device), check_dtype("dtype", dtype)
         super().__init__()
         self.n_power_iterations, self.eps, self.noise, self.style = n_power_iterations, eps, noise, style
+        self.dim = dim
         self._calls: RepeatedCalls[tuple[Tensor, Tensor]] = RepeatedCalls()
-        _, cols, taps = tp.grid(weight_shape, block)
-        self._in_channels, self._blocks = weight_shape[1], (cols, taps, block[1])
-        self._matrix_shape = (weight_shape[0], cols * taps * block[1])
-        u = torch.randn(weight_shape[0], device=device, dtype=dtype)
-        v = torch.randn(math.prod(weight_shape[1:]), device=device, dtype=dtype)
+        *blocks, taps = tp.grid(weight_shape, block)
+        count, width = blocks[1 - dim], block[1 - dim]
+        self._in_channels, self._blocks = weight_shape[1 - dim], (count, taps, width)
+        self._matrix_shape = (weight_shape[dim], count * taps * width)
+        u = torch.randn(weight_shape[dim], device=device, dtype=dtype)
+        v = torch.randn(math.prod(weight_shape) // weight_shape[dim], device=device, dtype=dtype)
         self.register_buffer("u", F.normalize(u, dim=0, eps=eps))
         self.register_buffer("v", F.normalize(v, dim=0, eps=eps))
 
     def place(self, layer: SparseLayer) -> None:
         """Derives the index of the matrix from the layer's slots, beside its values; called by the layer. u and v stay.
 
-        A block's rank is the same in both: the mask ``[R, C, kH, kW]`` is read as ``[R, C · kH · kW]``.
+        A block's rank is the same in both: the mask ``[R, C, kH, kW]`` is read as ``[R, C · kH · kW]``. With ``dim=1``
+        it becomes ``(row · kH · kW + tap) · C + column``, in ``[R · kH · kW, C]``.
         """
-        cols, taps, _ = self._blocks
-        shape = (layer.mask_shape[0], cols * taps)
-        self.topology = placed_topology(layer.slot_blocks, shape, layer.values.data, self.__dict__.get("topology"))
+        count, taps, _ = self._blocks
+        other, slots = layer.mask_shape[self.dim], layer.slot_blocks
+        shape = (other, count * taps)
+        if self.dim == 1:
+            shape = (count * taps, other)
+            with unset_fake_temporarily():
+                moved = slots - slots % (other * taps) + slots % taps * other + slots // taps % other
+                slots = torch.where(slots < 0, slots, moved)
+        self.topology = placed_topology(slots, shape, layer.values.data, self.__dict__.get("topology"))
 
     def forward(self, layer: SparseLayer) -> Tensor:
         """``values / σ``, ``[slots, b_out, b_in]``; in training mode after ``n_power_iterations`` power iterations.
@@ -273,7 +306,7 @@ class SpectralNorm(nn.Module):
         device = self.u.device
         # torch draws vectors that are replaced at once: nothing random is seen from outside.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            attach(dense, n_power_iterations=self.n_power_iterations, eps=self.eps)
+            attach(dense, n_power_iterations=self.n_power_iterations, eps=self.eps, dim=self.dim)
         state = dense.state_dict()
         _, u, v = DENSE_KEYS[self.style]
         state[u].copy_(self.u)
@@ -309,6 +342,8 @@ class SpectralNorm(nn.Module):
 
     def _matrix(self, values: Tensor, backend: str) -> _Matrix:
         kind = _Dense if backend == "reference" else _Packed
+        if self.dim == 1:
+            return _Transposed(kind(values, self.topology, (self._matrix_shape[1], self._matrix_shape[0])))
         return kind(values, self.topology, self._matrix_shape)
 
     def _iterate(self, matrix: _Matrix, dtype: torch.dtype, iterations: int) -> tuple[Tensor, Tensor]:
@@ -370,8 +405,10 @@ def spectral_norm(
 ) -> LayerT:
     """``W ← W / σ(W)``: attaches a :class:`SpectralNorm` to a sparse layer as ``layer.spectral_norm``.
 
+    The matrix is the one that torch takes: its rows count the output channels.
+
     Args:
-        layer: a SparseConv2d or SparseLinear without spectral norm.
+        layer: a sparse layer without spectral norm.
         n_power_iterations, eps, noise, style: of :class:`SpectralNorm`.
 
     Returns:
@@ -387,7 +424,7 @@ def spectral_norm(
     (torch.Size([64]), torch.Size([288]))
     """
     if not hasattr(layer, "effective_values") or isinstance(layer, type):
-        raise TypeError(f"layer must be a SparseConv2d or SparseLinear, got {type(layer).__name__}")
+        raise TypeError(f"layer must be a block-sparse layer, got {type(layer).__name__}")
     if layer.spectral_norm is not None:
         raise ValueError("layer has a spectral norm already")
     norm = SpectralNorm(
@@ -399,6 +436,7 @@ def spectral_norm(
         style,
         layer.values.device,
         layer.values.dtype,
+        int(layer.transposed),
     )
     norm.train(layer.training)
     norm.place(layer)

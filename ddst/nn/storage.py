@@ -35,6 +35,8 @@ class PackedStorage(nn.Module):
         slot_blocks: int32 ``[slots]`` on the CPU, see :mod:`ddst.topology`; change it with :meth:`set_block_mask` only.
         topology: int32 vector built from it, on the device of the values.
         block: ``(b_out, b_in)``. weight_shape: shape of the dense weight.
+        groups: of a grouped convolution; the weight, the mask and the slots know no blocks outside of its groups.
+        op_shape: what the operators, and ``topology``, take the weight for (:func:`ddst.topology.operator_shape`).
         reserve: number of slots that are never given back.
         mask_version: grows by one with every change of the mask.
         storage_version: grows by one whenever the number of slots changes: then ``values`` has another shape and
@@ -45,9 +47,12 @@ class PackedStorage(nn.Module):
     slot_blocks: Tensor
     topology: Tensor
 
-    def __init__(self, weight_shape: Sequence[int], block: tuple[int, int], slot_blocks: Tensor, reserve: int) -> None:
+    def __init__(
+        self, weight_shape: Sequence[int], block: tuple[int, int], slot_blocks: Tensor, reserve: int, groups: int = 1
+    ) -> None:
         super().__init__()
         self.weight_shape, self.block, self.reserve = tuple(weight_shape), block, reserve
+        self.groups, self.op_shape = groups, tp.operator_shape(weight_shape, groups)
         self.mask_version = self.storage_version = 0
         self.slot_blocks = slot_blocks
         self._active_weights = self._count()
@@ -97,11 +102,6 @@ class PackedStorage(nn.Module):
             _, cols, taps = tp.grid(self.weight_shape, self.block)
             sizes = tp.block_sizes(self.weight_shape, self.block)
             return int(sizes[ranks // (cols * taps), ranks // taps % cols].sum())
-
-    def _index(self) -> tp.Index:
-        """The topology on the CPU, its sections."""
-        rows, cols, _ = tp.grid(self.weight_shape, self.block)
-        return tp.split_topology(tp.topology_of_slots(self.slot_blocks, self.mask_shape), rows, cols)
 
     def dense_weight(self) -> Tensor:
         """``W`` with zeros at inactive blocks, differentiable; the raw weight, before any spectral norm."""
@@ -215,7 +215,7 @@ class PackedStorage(nn.Module):
             with torch.inference_mode(False):
                 self.slot_blocks = self.slot_blocks.clone()
         self.topology = placed_topology(
-            self.slot_blocks, self.mask_shape, self.values.data, self.__dict__.get("topology")
+            self.slot_blocks, self.mask_shape, self.values.data, self.__dict__.get("topology"), self.groups
         )
         self._slots_seen = self.slot_blocks._version
 
@@ -272,17 +272,21 @@ class PackedStorage(nn.Module):
         return True
 
 
-def placed_topology(slot_blocks: Tensor, shape: Sequence[int], values: Tensor, held: Tensor | None) -> Tensor:
+def placed_topology(
+    slot_blocks: Tensor, shape: Sequence[int], values: Tensor, held: Tensor | None, groups: int = 1
+) -> Tensor:
     """The topology vector of slots beside the values: ``held``, rewritten in place, where it has the length and device.
 
     Args:
         slot_blocks: int32 ``[slots]`` on the CPU. shape: of the block mask. values: what the vector is for.
         held: the vector so far, if any.
+        groups: the vector is that of the block-diagonal weight of so many groups.
     """
+    whole_shape = (shape[0], shape[1] * groups, *shape[2:])
     if values.is_meta or isinstance(values, FakeTensor):
-        return values.new_empty(shape[0] + shape[1] + 2 + 5 * slot_blocks.numel(), dtype=torch.int32)
+        return values.new_empty(whole_shape[0] + whole_shape[1] + 2 + 5 * slot_blocks.numel(), dtype=torch.int32)
     with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
-        vector = tp.topology_of_slots(slot_blocks, shape)
+        vector = tp.topology_of_slots(tp.block_diagonal_slots(slot_blocks, shape, groups), whole_shape)
         if held is None or held.is_inference() or held.device != values.device or held.shape != vector.shape:
             return vector.to(values.device)
         held.copy_(vector)

@@ -59,6 +59,23 @@ def conv2d(
     return F.conv2d(input, dense_weight(values, topology, weight_shape, record), bias, stride, padding, dilation)
 
 
+def conv_transpose2d(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    topology: Tensor,
+    weight_shape: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    output_padding: tuple[int, int],
+    dilation: tuple[int, int],
+    record: int = 0,
+) -> Tensor:
+    """:func:`ddst.ops.conv_transpose2d` by a dense transposed convolution."""
+    weight = dense_weight(values, topology, weight_shape, record)
+    return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, dilation=dilation)
+
+
 def linear(
     input: Tensor, values: Tensor, bias: Tensor | None, topology: Tensor, weight_shape: list[int], record: int = 0
 ) -> Tensor:

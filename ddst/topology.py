@@ -234,6 +234,25 @@ def block_diagonal_slots(slot_blocks: Tensor, shape: Sequence[int], groups: int)
     return torch.where(slot_blocks < 0, slot_blocks, moved)
 
 
+def turned_slots(
+    slot_blocks: Tensor, shape: Sequence[int], transposed: bool = False, flipped: bool = False, matrix: bool = False
+) -> tuple[Tensor, tuple[int, ...]]:
+    """``(slot_blocks, mask shape)`` of a weight with its taps backwards, as a matrix of all taps, or transposed.
+
+    >>> turned_slots(torch.tensor([1, -1]), (2, 2, 3), transposed=True, flipped=True)
+    (tensor([ 1, -1]), (2, 2, 3))
+    """
+    rows, cols, *space = shape
+    taps = math.prod(space)
+    row, col, tap = slot_blocks // (cols * taps), slot_blocks // taps % cols, slot_blocks % taps
+    tap = taps - 1 - tap if flipped else tap
+    if matrix:
+        col, cols, tap, taps, space = col * taps + tap, cols * taps, torch.zeros_like(tap), 1, []
+    if transposed:
+        row, col, rows, cols = col, row, cols, rows
+    return torch.where(slot_blocks < 0, slot_blocks, (row * cols + col) * taps + tap), (rows, cols, *space)
+
+
 def _starts(sorted_keys: Tensor, count: int) -> Tensor:
     """``[count + 1]``: position of the first key that is at least 0, 1, … ``count``."""
     bounds = torch.arange(count + 1, dtype=sorted_keys.dtype, device=sorted_keys.device)

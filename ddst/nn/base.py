@@ -16,8 +16,10 @@ from .._arguments import check_bool, check_device, check_dtype, check_module, ch
 from ..backends import Problem, check_backend
 from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..ops.reference import block_norms_of
+from . import recorded_scores
 from .dense_view import DenseView
 from .origin import Origin
+from .packed_weight import PackedWeight, WeightUses
 from .plain import overridden, plain_kind
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage
@@ -30,6 +32,8 @@ class SparseLayer(PackedStorage):
         values, slot_blocks, topology, block, weight_shape, reserve, mask_version, storage_version: see
             :class:`~ddst.nn.storage.PackedStorage`.
         bias: parameter ``[C_out]`` or None. backend: see :mod:`ddst.backends`.
+        gives_dense_weight: whether :attr:`weight` is a tensor, for code that would not take anything else.
+        weight_uses: what has been done with :attr:`weight` outside of compiled graphs.
         spectral_norm: None, or the module that divides ``values`` by an estimate of the largest singular value.
         transposed: whether the weight's first dimension is that of the input, so that its blocks are ``(b_in, b_out)``.
         dense_kind: the class of :mod:`torch.nn` whose sparse twin this is.
@@ -67,6 +71,8 @@ class SparseLayer(PackedStorage):
             slot_blocks = tp.SlotChange.to_mask(free, mask, reserved).slot_blocks
         super().__init__(weight_shape, pair, slot_blocks, reserved, groups)
         self.backend = "auto"
+        self.gives_dense_weight = False
+        self.weight_uses = WeightUses()
         self.spectral_norm = None
         self._recorder, self._records = ScoreRecorder(), False
         self._origin: Origin | None = None
@@ -119,16 +125,27 @@ class SparseLayer(PackedStorage):
         return self.values if self.spectral_norm is None else self.spectral_norm(self)
 
     @property
-    def weight(self) -> DenseView:
-        """``W`` as code for the dense layer reads it: unpacked anew at each look, differentiable; under spectral norm
-        divided by σ. Writing into it in place (``nn.init.normal_(layer.weight)``) sets the values at active blocks.
+    def weight(self) -> PackedWeight | DenseView:
+        """``W`` as code for the dense layer uses it, under spectral norm divided by σ: a
+        :class:`~ddst.nn.packed_weight.PackedWeight`, or a dense tensor where :attr:`gives_dense_weight` says so.
+
+        Writing into it in place (``nn.init.normal_(layer.weight)``) sets the values at active blocks.
         """
+        weight = self._packed_weight()
+        if not self.gives_dense_weight:
+            return weight
+        self.weight_uses.dense.add("read as a tensor")
+        dense = weight.dense()
+        assert isinstance(dense, DenseView)
+        return dense
+
+    def _packed_weight(self) -> PackedWeight:
+        if not torch.compiler.is_compiling():
+            self._check_slots()
         values: Tensor = self.values
         if self.spectral_norm is not None:
-            sigma = self.spectral_norm.sigma(self)
-            values = values / (sigma + (sigma == 0))
-        # Contiguous, so that an initialiser draws what it draws for a dense layer.
-        return DenseView.of(tp.unpack_slots(values, self.slot_blocks, self.weight_shape).contiguous(), self)
+            values = self.spectral_norm.look(self)
+        return PackedWeight.of(self, values, bound=True)
 
     # --- the mask ---------------------------------------------------------------------------------------------------
 
@@ -224,11 +241,7 @@ class SparseLayer(PackedStorage):
     def scores_of(self, record: GradientRecord) -> Tensor:
         """The scores of what :meth:`take_record` returned; the same whatever became of the layer since."""
         self._check_intact(record)
-        if record.dense is not None or len({(g.shape[1:], x.shape[1:]) for g, x in record.factors}) > 1:
-            return block_norms_of(self.dense_gradient_of(record), self.block)
-        grads, inputs = zip(*record.factors, strict=True)
-        one = len(grads) == 1
-        return self._block_scores(grads[0] if one else torch.cat(grads), inputs[0] if one else torch.cat(inputs))
+        return recorded_scores.scores_of(self, record)
 
     @torch.no_grad()
     def dense_gradient_of(self, record: GradientRecord) -> Tensor:
@@ -239,30 +252,11 @@ class SparseLayer(PackedStorage):
             RuntimeError: an input of a backward pass has been changed in place since.
         """
         self._check_intact(record)
-        total = None if record.dense is None else self._of_weight(record.dense)
-        for grad_output, input in record.factors:
-            part = self._dense_gradient(grad_output, input)
-            total = part if total is None else total.add_(part)
-        return self.values.new_zeros(self.weight_shape) if total is None else total
-
-    def _of_weight(self, gradient: Tensor) -> Tensor:
-        """The gradient of the weight, from that of what the operators take for it (``op_shape``)."""
-        if self.groups == 1:
-            return gradient.reshape(self.weight_shape)
-        # [g, rows of a group, g, columns of a group, …], of which the diagonal is the weight's.
-        first, second, *space = self.weight_shape
-        parts = gradient.view(self.groups, first // self.groups, self.groups, second, *space)
-        return parts.diagonal(dim1=0, dim2=2).movedim(-1, 0).reshape(self.weight_shape)
+        return recorded_scores.dense_gradient_of(self, record)
 
     def _check_intact(self, record: GradientRecord) -> None:
         if not record.intact:
             raise RuntimeError("an input of this layer was changed in place after the backward pass that scores it")
-
-    def _block_scores(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _dense_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
         return self._forward(input)
@@ -278,10 +272,14 @@ class SparseLayer(PackedStorage):
             if self._records and self.backend == "reference":  # which records by a hook, in Python
                 return torch.compiler.disable(compute)(*arguments)
             return compute(*arguments)
+        self._check_slots()
+        return compute(*arguments)
+
+    def _check_slots(self) -> None:
+        """Before the values are used: whether they still lie where the map of slots says."""
         self._notice_overwritten_slots()
         if self._origin is not None:
             self._origin.check(self)
-        return compute(*arguments)
 
     @property
     def _record(self) -> int:

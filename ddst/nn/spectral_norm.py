@@ -274,6 +274,17 @@ class SpectralNorm(nn.Module):
         # All blocks may be zero, as new ones are: then nothing is to be divided, and 0 / 0 must not come out.
         return (wide / (sigma + (sigma == 0))).to(values.dtype)
 
+    def look(self, layer: SparseLayer) -> Tensor:
+        """``values / σ`` for code that reads the layer's weight. As with torch's two kinds, the parametrization iterates
+        in training mode at every look, the hook only before the layer's own forward pass.
+        """
+        if self.style == "parametrization":
+            return self(layer)
+        values = layer.values
+        wide = values.to(self._wide_dtype(values))
+        sigma = self._sigma(wide, layer.backend, 0)
+        return (wide / (sigma + (sigma == 0))).to(values.dtype)
+
     @torch.no_grad()
     def sigma(self, layer: SparseLayer) -> Tensor:
         """``uᵀ W v``: the present estimate of the largest singular value, a scalar; changes nothing."""

@@ -53,6 +53,7 @@ class PackedStorage(nn.Module):
         super().__init__()
         self.weight_shape, self.block, self.reserve = tuple(weight_shape), block, reserve
         self.groups, self.op_shape = groups, tp.operator_shape(weight_shape, groups)
+        self._turned: dict[tuple[bool, bool, bool], Tensor] = {}
         self.mask_version = self.storage_version = 0
         self.slot_blocks = slot_blocks
         self._active_weights = self._count()
@@ -217,7 +218,47 @@ class PackedStorage(nn.Module):
         self.topology = placed_topology(
             self.slot_blocks, self.mask_shape, self.values.data, self.__dict__.get("topology"), self.groups
         )
+        for (transposed, flipped, matrix), held in self.__dict__.get("_turned", {}).items():
+            self._turned[transposed, flipped, matrix] = self._turned_topology(transposed, flipped, matrix, held)
         self._slots_seen = self.slot_blocks._version
+
+    def topology_as(
+        self, transposed: bool = False, flipped: bool = False, matrix: bool = False
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """``(topology, op_shape)`` of the weight with rows and columns exchanged, with its taps backwards, or as the
+        matrix ``[rows, columns · taps]`` whose columns are in the order (block, tap, channel within the block).
+
+        Made when it is first asked for, then kept in step with the slots.
+        """
+        shape = self.op_shape
+        if matrix and len(shape) > 2:
+            rows, cols, taps = tp.grid(shape, self.block)
+            shape = (shape[0], cols * taps * self.block[1])
+        else:
+            matrix = False
+        shape = (shape[1], shape[0], *shape[2:]) if transposed else shape
+        if not (transposed or flipped or matrix):
+            return self.topology, shape
+        key = (transposed, flipped, matrix)
+        held = self._turned.get(key)
+        if held is None:
+            held = self._turned_topology(transposed, flipped, matrix, None)
+            if not torch.compiler.is_compiling():
+                self._turned[key] = held
+        return held, shape
+
+    def _turned_topology(self, transposed: bool, flipped: bool, matrix: bool, held: Tensor | None) -> Tensor:
+        whole_shape = (self.mask_shape[0], self.mask_shape[1] * self.groups, *self.mask_shape[2:])
+        slots = tp.block_diagonal_slots(self.slot_blocks, self.mask_shape, self.groups)
+        slots, shape = tp.turned_slots(slots, whole_shape, transposed, flipped, matrix)
+        if torch.compiler.is_compiling():
+            rows, cols, *space = shape
+            return tp._topology_by_operators(slots, rows, cols, math.prod(space)).to(self.values.device)
+        return placed_topology(slots, shape, self.values.data, held)
+
+    def use_groups(self, groups: int) -> bool:
+        """Whether the weight is that of a convolution with so many groups."""
+        return groups == self.groups
 
     def _notice_overwritten_slots(self) -> None:
         """Follows what somebody wrote into ``slot_blocks`` (it is part of the state dict), or raises.

@@ -5,6 +5,14 @@ from . import flops as flops  # for torch.utils.flop_counter
 from .conv2d import conv2d, conv2d_block_scores
 from .conv_transpose2d import conv_transpose2d, conv_transpose2d_of_pixels
 from .cuda import dispatch as dispatch  # and serves the operators on CUDA devices
-from .linear import linear, linear_block_scores
+from .linear import linear, linear_block_scores, linear_transposed
 
-__all__ = ["conv2d", "conv2d_block_scores", "conv_transpose2d", "conv_transpose2d_of_pixels", "linear", "linear_block_scores"]
+__all__ = [
+    "conv2d",
+    "conv2d_block_scores",
+    "conv_transpose2d",
+    "conv_transpose2d_of_pixels",
+    "linear",
+    "linear_block_scores",
+    "linear_transposed",
+]

@@ -309,6 +309,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lambda: _ops.conv2d_weight_grad(
             grad, x, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend
         ),
+        ctx.geometry,
     )  # fmt: skip
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum((0, 2, 3))
@@ -340,6 +341,7 @@ def _conv2d_input_grad_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | N
         lambda: _ops.conv2d_weight_grad(
             grad, grad_grad, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend
         ),
+        ctx.geometry,
     )  # fmt: skip
     return grad_grad_output, grad_values, *[None] * 9
 

@@ -2,8 +2,8 @@
 
 The gradient of a packed weight exists at active blocks only. Growth needs the norm of the *dense* gradient per block.
 An operator is called with the key of its layer's :class:`ScoreRecorder`. While that is open, every backward formula
-that computes a gradient of the layer's values also hands over its two factors ``(grad_output, input)``; the norms are
-computed from them later, a layer at a time. Because the formulas themselves record, gradient accumulation, several
+that computes a gradient of the layer's values also hands over its two factors ``(grad_output, input)`` and what the
+operator was (:class:`Call`); the norms are computed from them later, a layer at a time. Because the formulas themselves record, gradient accumulation, several
 forward calls, double backward (a gradient penalty), activation checkpointing and hooks on saved tensors are all
 included exactly.
 """
@@ -12,11 +12,18 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: Added to a key: the weight lies in the operator with rows and columns exchanged; with its taps backwards.
+TRANSPOSED, FLIPPED = 1, 2
+
+#: What an operator was called with: ``(transposed + 2 · flipped, *weight_shape)``, and for a convolution stride,
+#: padding and dilation, two each.
+Call = tuple[int, ...]
 
 
 class GradientRecord:
@@ -31,14 +38,16 @@ class GradientRecord:
 
     def __init__(self) -> None:
         self.factors: list[tuple[Tensor, Tensor]] = []
+        self.calls: list[Call] = []
         self.dense: Tensor | None = None
         self.accumulated = False
         self.norm: Tensor | None = None
         self._versions: list[tuple[int, int]] = []
         self._spoilt = False
 
-    def add_factors(self, grad_output: Tensor, input: Tensor) -> None:
+    def add_factors(self, grad_output: Tensor, input: Tensor, call: Call) -> None:
         self.factors.append((grad_output.detach(), input.detach()))
+        self.calls.append(call)
         self._versions.append((_version(grad_output), _version(input)))
 
     def add_dense(self, gradient: Tensor) -> None:
@@ -74,7 +83,8 @@ class ScoreRecorder:
     a gradient scaler skipped, or between the two passes of SAM), what was recorded of it goes, too.
 
     Attributes:
-        key: what the operators are called with so that their formulas find it; never 0, never used twice.
+        key: what the operators are called with so that their formulas find it, plus :data:`TRANSPOSED` and
+            :data:`FLIPPED`; never 0, never used twice.
         record: what has come since the last :meth:`take`.
         on_first: called before something comes into an empty record.
     """
@@ -86,9 +96,9 @@ class ScoreRecorder:
         self._values: Tensor | None = None
         self._hook: Any = None
 
-    def add_factors(self, grad_output: Tensor, input: Tensor) -> None:
+    def add_factors(self, grad_output: Tensor, input: Tensor, call: Call) -> None:
         self._announce()
-        self.record.add_factors(grad_output, input)
+        self.record.add_factors(grad_output, input, call)
 
     def add_dense(self, gradient: Tensor) -> None:
         self._announce()
@@ -149,7 +159,7 @@ def gradient_norm(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient.detach(), dtype=wide)
 
 
-_keys = itertools.count(1)
+_keys = itertools.count(4, 4)
 _open: weakref.WeakValueDictionary[int, ScoreRecorder] = weakref.WeakValueDictionary()
 
 
@@ -170,43 +180,51 @@ def backward_reaches(tensor: Tensor) -> bool:
     return gradient_is_wanted(tensor.grad_fn or torch.autograd.graph.get_gradient_edge(tensor).node)
 
 
-def values_gradient(ctx: Any, grad_output: Tensor, input: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
+def values_gradient(
+    ctx: Any, grad_output: Tensor, input: Tensor, compute: Callable[[], Tensor], settings: Sequence[Sequence[int]] = ()
+) -> Tensor | None:
     """The gradient of packed values if it is wanted, recorded if the recorder of ``ctx.record`` is open.
 
     Args:
-        ctx: of the formula; values are its second tensor.
+        ctx: of the formula; values are its second tensor. settings: of a convolution: stride, padding, dilation.
     """
     if not ctx.needs_input_grad[1]:
         return None
     if torch.compiler.is_compiling():
         gradient = compute()
-        return torch.ops.ddst.recorded(gradient, grad_output, input, ctx.record) if ctx.record else gradient
+        if not ctx.record:
+            return gradient
+        call = [*ctx.weight_shape, *(entry for pair in settings for entry in pair)]
+        return torch.ops.ddst.recorded(gradient, grad_output, input, ctx.record, call)
     # Not asked of the saved values: hooks on saved tensors may have handed back copies.
     if not gradient_is_wanted(ctx.next_functions[1][0]):
         return None
-    recorder = _open.get(ctx.record)
+    recorder = recorder_of(ctx.record)
     if recorder is not None:
-        recorder.add_factors(grad_output, input)
+        call = (ctx.record & 3, *ctx.weight_shape, *(entry for pair in settings for entry in pair))
+        recorder.add_factors(grad_output, input, call)
     return compute()
 
 
 def recorder_of(key: int) -> ScoreRecorder | None:
-    """The open recorder of a key, if any."""
-    return _open.get(key)
+    """The open recorder of a key, if any; what was added to the key does not matter."""
+    return _open.get(key & ~3)
 
 
 @torch.library.custom_op("ddst::recorded", mutates_args=())
-def _recorded(gradient: Tensor, grad_output: Tensor, input: Tensor, record: int) -> Tensor:
+def _recorded(gradient: Tensor, grad_output: Tensor, input: Tensor, record: int, call: Sequence[int]) -> Tensor:
     """The gradient itself; its factors go to a recorder. What a compiled graph calls, whose code cannot ask for one.
 
     The factors are copied: a compiled graph may use their memory again.
     """
-    recorder = _open.get(record)
+    recorder = recorder_of(record)
     if recorder is not None:
-        recorder.add_factors(grad_output.clone(), input.clone())
+        recorder.add_factors(grad_output.clone(), input.clone(), (record & 3, *call))
     return gradient.clone()
 
 
 @_recorded.register_fake
-def _recorded_fake(gradient: Tensor, grad_output: Tensor, input: Tensor, record: int) -> Tensor:
+def _recorded_fake(
+    gradient: Tensor, grad_output: Tensor, input: Tensor, record: int, call: Sequence[int]
+) -> Tensor:
     return torch.empty_like(gradient)

@@ -78,6 +78,42 @@ def linear(
     return y.to(dtype)
 
 
+def linear_transposed(
+    input: Tensor,
+    values: Tensor,
+    topology: Tensor,
+    weight_shape: Sequence[int],
+    *,
+    backend: str = "auto",
+    record: int = 0,
+) -> Tensor:
+    """``y = x W``, the product with the transposed weight of :func:`linear`: ``[…, out_features]`` to ``[…, in_features]``.
+
+    Arguments, errors, numerics and cost are those of :func:`linear`.
+
+    >>> from ddst.topology import build_topology, pack
+    >>> mask = torch.tensor([[True, False]])
+    >>> values = pack(torch.ones(16, 32), mask, (16, 16))
+    >>> linear_transposed(torch.ones(2, 16), values, build_topology(mask), (16, 32)).sum(1).tolist()
+    [256.0, 256.0]
+    """
+    check_operands(input, values, None, topology)
+    if len(check_weight_shape("weight_shape", weight_shape)) != 2:
+        raise ValueError(f"weight_shape must be (out_features, in_features), got {tuple(weight_shape)}")
+    if input.dim() == 0 or input.shape[-1] != weight_shape[0]:
+        raise ValueError(f"input must have {weight_shape[0]} features, got the shape {tuple(input.shape)}")
+    dtype, (x, values, _) = in_compute_dtype(input, values, None)
+    matrix = x if x.dim() == 2 else x.reshape(-1, weight_shape[0])
+    chosen = backend if x.is_meta else backends.choose(backend, backends.Problem.of(x, values, linear=True))
+    if chosen == "reference":
+        y = matrix @ reference.dense_weight(values, topology, weight_shape, record)
+    else:
+        y = _ops.linear_input_grad(matrix, values, topology, list(weight_shape), backends.code(backend), record)
+    if x.dim() != 2:
+        y = y.view(*input.shape[:-1], weight_shape[1])
+    return y.to(dtype)
+
+
 def linear_block_scores(
     grad_output: Tensor,
     input: Tensor,

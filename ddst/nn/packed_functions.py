@@ -43,7 +43,7 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls one of torch's functions, some arguments of which are packed weights."""
     name = getattr(func, "__name__", "")
     if torch.compiler.is_compiling():
-        _refuse_turned_product(func, args)
+        args = _turned_back(func, args)
     else:
         for value in (*args, *kwargs.values()):
             if isinstance(value, PackedWeight):
@@ -56,21 +56,30 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _on_dense(func, name, args, kwargs)
 
 
-def _refuse_turned_product(func: Any, args: tuple[Any, ...]) -> None:
+def _turned_back(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # torch.compile turns w @ x into a call with (x, w), which is not to be told from x @ w where both could be meant.
-    if func in (Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__) and len(args) == 2:
-        x, w = args
-        if isinstance(w, PackedWeight) and isinstance(x, Tensor) and w.shape[-1] == x.shape[0] and x.dim() == w.dim():
-            raise RuntimeError(
-                "torch.compile does not tell x @ weight from weight @ x for a packed weight of this shape: write "
-                "torch.nn.functional.linear(x, weight) or torch.matmul(x, weight)"
-            )
+    if func not in (Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__) or len(args) != 2:
+        return args
+    x, w = args
+    if not isinstance(w, PackedWeight) or not isinstance(x, Tensor) or x.dim() == 0 or w.dim() < 2:
+        return args
+    rows = x.shape[-2] if x.dim() > 1 else x.shape[-1]
+    if w.shape[-1] != rows:
+        return args
+    if x.shape[-1] != w.shape[-2]:
+        return w, x
+    raise RuntimeError(
+        "torch.compile does not tell x @ weight from weight @ x for a packed weight of this shape: write "
+        "torch.nn.functional.linear(x, weight) or torch.matmul(x, weight)"
+    )
 
 
 # --- on the dense weight -----------------------------------------------------------------------------------------------
 
 
 def _on_dense(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        return func(*_dense_in(args, {}), **_dense_in(kwargs, {}))
     initialises = getattr(func, "__module__", "") == "torch.nn.init"
     first = kwargs.get("tensor") if initialises else args[0] if args else None
     target = kwargs.get("out", first)
@@ -83,7 +92,7 @@ def _on_dense(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
             f"{name} would write into a product or view of a packed weight, which has no memory of its own: write into "
             "the layer's weight itself, or into weight.unpacked()"
         )
-    if not torch.compiler.is_compiling() and not writes and name not in _HARMLESS:
+    if not writes and name not in _HARMLESS:
         for weight in _packed_in((*args, *kwargs.values())):
             weight.layer.weight_uses.dense.add(f"{name or func} at {calling_place()}")
     handed: dict[int, Any] = {}
@@ -196,7 +205,6 @@ def _run_convolution(
     assert x is not None
     values, topology, shape, record = _gathered(weight, transposed=found[0] == COL)
     x = x.unsqueeze(-2) if space == 1 else x
-    shape = (*shape[:2], 1, shape[2]) if space == 1 else shape
     within = bias if weight.batch is None else None
     y = run(x, values, within, topology, shape, backend=weight.layer.backend, record=record)
     y = y.squeeze(-2) if space == 1 else y
@@ -324,21 +332,25 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
 
 @known("matmul", "mm", "__matmul__", "mv")
 def _matmul(input: Any, other: Any = None, *, mat2: Any = None, vec: Any = None) -> Tensor | None:
-    other = next((x for x in (other, mat2, vec) if x is not None), None)
-    way = _is_matrix(other)
-    if way and isinstance(input, Tensor):
-        return _by_transposed(input, other) if way > 0 else _by_matrix(input, other)
-    way = _is_matrix(input)
-    if way and isinstance(other, Tensor):
-        right = other if other.dim() == 1 else other.transpose(-1, -2)
-        y = _by_matrix(right, input) if way > 0 else _by_transposed(right, input)
-        return y if other.dim() == 1 else y.transpose(-1, -2)
+    right = mat2 if other is None else other
+    return _product(input, vec if right is None else right)
+
+
+def _product(left: Any, right: Any) -> Tensor | None:
+    way = _is_matrix(right)
+    if way and isinstance(left, Tensor):
+        return _by_transposed(left, right) if way > 0 else _by_matrix(left, right)
+    way = _is_matrix(left)
+    if way and isinstance(right, Tensor):
+        rows = right if right.dim() == 1 else right.transpose(-1, -2)
+        y = _by_matrix(rows, left) if way > 0 else _by_transposed(rows, left)
+        return y if right.dim() == 1 else y.transpose(-1, -2)
     return None
 
 
 @known("addmm")
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor | None:
-    product = _matmul(mat1, mat2)
+    product = _product(mat1, mat2)
     if product is None:
         return None
     return beta * input + alpha * product
@@ -383,6 +395,18 @@ def _div(input: Any, other: Any, *, rounding_mode: Any = None, out: Any = None) 
     if rounding_mode is not None or out is not None or not isinstance(input, PackedWeight):
         return None
     return _times(input, other, divide=True)
+
+
+@known("__rtruediv__", "__rdiv__")
+def _reflected_div(input: Any, other: Any) -> Any:
+    # What torch.compile makes of weight / tensor.
+    return _times(other, input, divide=True) if isinstance(other, PackedWeight) else None
+
+
+@known("__rsub__", "rsub")
+def _reflected_sub(input: Any, other: Any) -> Any:
+    # Likewise of weight - tensor; torch's own function is one that it cannot trace.
+    return other.unpacked() - input if isinstance(other, PackedWeight) and isinstance(input, Tensor) else None
 
 
 def _times(weight: PackedWeight, factor: Any, divide: bool) -> PackedWeight | None:
@@ -577,14 +601,11 @@ def _sum_of_batch(weight: PackedWeight) -> Tensor | None:
     layer = weight.layer
     if layer.groups != 1 or weight.in_scale is None or layer.backend == "reference":
         return None
-    space = layer.weight_shape[2:]
     topology, shape = layer.topology_as()
     x = weight.in_scale.to(weight.dtype)
-    if space:
-        kernel = (1, *space) if len(space) == 1 else space
-        x = x[:, :, None, None].expand(-1, -1, *kernel)
-        total = ops.conv2d(x, _clean(weight), None, topology, (*shape[:2], *kernel), backend=layer.backend)
-        total = total.flatten(1)
+    if len(shape) == 4:
+        x = x[:, :, None, None].expand(-1, -1, *shape[2:])
+        total = ops.conv2d(x, _clean(weight), None, topology, shape, backend=layer.backend).flatten(1)
     else:
         total = ops.linear(x, _clean(weight), None, topology, shape, backend=layer.backend)
     return total if weight.out_scale is None else total * weight.out_scale
@@ -598,7 +619,7 @@ def _sum(input: PackedWeight, dim: Any = None, keepdim: bool = False, *, dtype: 
 @known("mean")
 def _mean(input: PackedWeight, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor | None:
     total = _summed(input if dtype is None else _cast(input, dtype), dim, keepdim)
-    return None if total is None else total / math.prod(input.shape[d] for d in _dims(input, dim))
+    return None if total is None else total / math.prod([input.shape[d] for d in _dims(input, dim)])
 
 
 def _euclidean(weight: PackedWeight, dim: Any, keepdim: bool) -> Tensor | None:
@@ -732,7 +753,7 @@ def _expand(input: Any, *sizes: Any, **kwargs: Any) -> PackedWeight | None:
     axes = [()] * (len(wanted) - len(input.axes)) + list(input.axes)
     batch = input.batch
     for i, size in enumerate(wanted):
-        if size in (-1, 1) or (axes[i] and size == math.prod(input.length(atom) for atom in axes[i])):
+        if size in (-1, 1) or (axes[i] and size == math.prod([input.length(atom) for atom in axes[i]])):
             continue
         if axes[i] or batch is not None:
             return None

@@ -112,7 +112,7 @@ class PackedWeight:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size([math.prod(self.length(atom) for atom in axis) for axis in self.axes])
+        return torch.Size([math.prod([self.length(atom) for atom in axis]) for axis in self.axes])
 
     def length(self, atom: str) -> int:
         """How many elements a part of a dimension has."""
@@ -247,6 +247,8 @@ class PackedWeight:
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """The method of a tensor of this name."""
+        if torch.compiler.is_compiling() and name.endswith("_") and not name.endswith("__"):
+            raise RuntimeError(f"{name} on a packed weight in compiled code: write into it outside")
         return self.__torch_function__(getattr(Tensor, name), (PackedWeight,), (self, *args), kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -7,13 +7,11 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 from .. import ops, topology
 from .._arguments import check_int, check_ints, check_one_of, check_tensor
 from ..backends import Problem
 from ..ops.conv2d import check_padding, output_is_channels_last, resolve_padding
-from ..ops.reference import block_norms_of
 from .base import SparseLayer, check_plain, copy_of, mask_for
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -204,40 +202,6 @@ class SparseConvNd(SparseLayer):
     def problem(self, device: str, dtype: torch.dtype) -> Problem:
         kernel, stride, dilation = (self._plane(n, 1) for n in (self.kernel_size, self.stride, self.dilation))
         return Problem(device, dtype, self.block, kernel, stride, dilation)
-
-    def _recorded_padding(self) -> tuple[int, int]:
-        # What the operator saw: padding by F.pad, and the odd part of 'same', are already in the recorded input.
-        if self.padding_mode != "zeros":
-            return (0, 0)
-        return self._plane_padding(self.padding, self.kernel_size, self.stride, self.dilation)[0]
-
-    def _block_scores(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        if self.groups > 1:  # the operator would score the blocks outside of the groups, too
-            return block_norms_of(self._dense_gradient(grad_output, input), self.block)
-        scores = ops.conv2d_block_scores(
-            grad_output,
-            input,
-            self.op_shape,
-            self.block,
-            self._plane(self.stride, 1),
-            self._recorded_padding(),
-            self._plane(self.dilation, 1),
-            backend=self.backend,
-        )
-        return scores.view(self.mask_shape)
-
-    def _dense_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        first, second = self.weight_shape[:2]
-        gradient = conv2d_weight(
-            input,
-            (first, second, *self.op_shape[2:]),
-            grad_output,
-            self._plane(self.stride, 1),
-            self._recorded_padding(),
-            self._plane(self.dilation, 1),
-            self.groups,
-        )
-        return gradient.view(self.weight_shape)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

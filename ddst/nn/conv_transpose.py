@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,24 +12,17 @@ from torch import Tensor
 from .. import ops
 from .._arguments import check_ints
 from ..ops.conv2d import output_is_channels_last
-from ..ops.conv_transpose2d import as_images
 from .conv import SparseConvNd
-from .storage import placed_topology
 
 
 class SparseConvTransposeNd(SparseConvNd):
     """Base of the transposed convolutions: the input gradient of a convolution, computed forward.
 
     A 1×1 input without padding and dilation is what the first layer of many generators gets: it is a linear layer then.
-
-    Attributes:
-        matrix_topology: int32 vector, index of the weight as the matrix ``[C_in, C_out · kH · kW]`` of that linear
-            layer; kept by layers that can be one.
     """
 
     transposed: ClassVar[bool] = True
     padding: tuple[int, ...]
-    matrix_topology: Tensor
     _of_pixels = False
 
     def __init__(
@@ -56,21 +49,9 @@ class SparseConvTransposeNd(SparseConvNd):
             dtype, density, block, reserve,
         )  # fmt: skip
         self.output_padding = extra
-        self._of_pixels = not any(self.padding) and all(d == 1 for d in self.dilation) and math.prod(self.kernel_size) > 1
-        self._place()
-
-    def _place(self) -> None:
-        super()._place()
-        if self._of_pixels:
-            rows, cols, *space = self.mask_shape
-            # A block has the same rank in both.
-            self.matrix_topology = placed_topology(
-                self.slot_blocks,
-                (rows, cols * math.prod(space)),
-                self.values.data,
-                self.__dict__.get("matrix_topology"),
-                self.groups,
-            )
+        self._of_pixels = (
+            not any(self.padding) and all(d == 1 for d in self.dilation) and math.prod(self.kernel_size) > 1
+        )
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         return self._forward(input) if output_size is None else self._forward(input, output_size)
@@ -78,12 +59,18 @@ class SparseConvTransposeNd(SparseConvNd):
     def _compute(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         x = self._input_images(input)
         extra = self.output_padding if output_size is None else self._padding_up_to(output_size, x)
-        if self._of_pixels and x.dim() == 4 and x.shape[2:] == (1, 1) and not any(extra) and self.backend != "reference":
+        if (
+            self._of_pixels
+            and x.dim() == 4
+            and x.shape[2:] == (1, 1)
+            and not any(extra)
+            and self.backend != "reference"
+        ):
             y = ops.conv_transpose2d_of_pixels(
                 x,
                 self.effective_values(),
                 self.bias,
-                self.matrix_topology,
+                self.topology_as(matrix=True)[0],
                 self.op_shape,
                 channels_last=output_is_channels_last(x),
                 backend=self.backend,
@@ -132,20 +119,6 @@ class SparseConvTransposeNd(SparseConvNd):
                 f"{tuple(x.shape[-self.dims :])}, got {sizes}"
             )
         return extra
-
-    # What is recorded are the factors of the convolution whose transpose this is: the layer's input, and the gradient
-    # of its output. As a linear layer it records rows.
-
-    def _block_scores(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        return super()._block_scores(*self._as_images(grad_output, input))
-
-    def _dense_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        return super()._dense_gradient(*self._as_images(grad_output, input))
-
-    def _as_images(self, grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
-        if grad_output.dim() == 4:
-            return grad_output, input
-        return grad_output[:, :, None, None], as_images(input, self.op_shape, self.block[1])
 
     def _output_repr(self) -> str:
         return f", output_padding={self.output_padding}" if any(self.output_padding) else ""

@@ -125,11 +125,5 @@ class SparseLinear(SparseLayer):
     def problem(self, device: str, dtype: torch.dtype) -> Problem:
         return Problem(device, dtype, self.block, linear=True)
 
-    def _block_scores(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        return ops.linear_block_scores(grad_output, input, self.weight_shape, self.block, backend=self.backend)
-
-    def _dense_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        return grad_output.t() @ input
-
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"

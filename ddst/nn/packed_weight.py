@@ -90,7 +90,9 @@ class PackedWeight:
         scales = (self.batch, self.out_scale, self.in_scale)
         return PackedWeight(self.layer, self.values, axes, *scales, turned, self.bound)
 
-    def with_scales(self, axes: Axes, batch: int | None, out_scale: Tensor | None, in_scale: Tensor | None) -> PackedWeight:
+    def with_scales(
+        self, axes: Axes, batch: int | None, out_scale: Tensor | None, in_scale: Tensor | None
+    ) -> PackedWeight:
         """The same with other factors within a batch."""
         return PackedWeight(self.layer, self.values, axes, batch, out_scale, in_scale, self.flipped)
 
@@ -260,11 +262,11 @@ class PackedWeight:
         return getattr(self.dense(), name)
 
     @property
-    def T(self) -> Any:  # noqa: N802
+    def T(self) -> Any:
         return self.call("permute", *reversed(range(len(self.axes))))
 
     @property
-    def mT(self) -> Any:  # noqa: N802
+    def mT(self) -> Any:
         return self.call("transpose", -1, -2)
 
     H = mH = mT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,10 +60,9 @@ def _product(layer: SparseLayer, call: Call, grad_output: Tensor, input: Tensor)
     if len(layer.weight_shape) == 2:
         return gradient
     # Columns are (input block, tap, channel within the block).
-    rows, channels, *space = layer.weight_shape
-    taps, width = layer.num_blocks // (layer.mask_shape[0] * layer.mask_shape[1]), layer.block[1]
-    blocks = gradient.view(rows, -1, taps, width).transpose(2, 3)
-    return blocks.reshape(rows, -1, *space)[:, :channels]
+    _, channels, *space = layer.op_shape
+    blocks = gradient.view(shape[0], -1, math.prod(space), layer.block[1]).transpose(2, 3)
+    return _of_weight(layer, blocks.reshape(shape[0], -1, *space)[:, :channels])
 
 
 def _turned(weight: Tensor, way: int) -> Tensor:

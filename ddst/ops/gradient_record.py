@@ -224,7 +224,5 @@ def _recorded(gradient: Tensor, grad_output: Tensor, input: Tensor, record: int,
 
 
 @_recorded.register_fake
-def _recorded_fake(
-    gradient: Tensor, grad_output: Tensor, input: Tensor, record: int, call: Sequence[int]
-) -> Tensor:
+def _recorded_fake(gradient: Tensor, grad_output: Tensor, input: Tensor, record: int, call: Sequence[int]) -> Tensor:
     return torch.empty_like(gradient)

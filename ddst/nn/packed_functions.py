@@ -74,7 +74,7 @@ def _turned_back(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-# --- on the dense weight -----------------------------------------------------------------------------------------------
+# --- on the dense weight ----------------------------------------------------------------------------------------------
 
 
 def _on_dense(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,7 +137,7 @@ def _requires_grad(input: PackedWeight, requires_grad: bool = True) -> PackedWei
     return input
 
 
-# --- convolutions ------------------------------------------------------------------------------------------------------
+# --- convolutions -----------------------------------------------------------------------------------------------------
 
 
 def _scale(weight: PackedWeight, atom: str) -> Tensor | None:
@@ -272,7 +272,7 @@ def _note_use(weight: PackedWeight, kind: str) -> None:
         weight.layer.weight_uses.packed.add(kind)
 
 
-# --- linear functions --------------------------------------------------------------------------------------------------
+# --- linear functions -------------------------------------------------------------------------------------------------
 
 
 def _is_matrix(weight: Any) -> int:
@@ -356,7 +356,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -
     return beta * input + alpha * product
 
 
-# --- factors -----------------------------------------------------------------------------------------------------------
+# --- factors ----------------------------------------------------------------------------------------------------------
 
 
 def _places(weight: PackedWeight) -> tuple[Tensor, Tensor]:
@@ -438,7 +438,7 @@ def _times(weight: PackedWeight, factor: Any, divide: bool) -> PackedWeight | No
         return None
     f = f if parts[0] == BATCH else f.transpose(0, 1)
     kind = next((atom for atom in parts if atom != BATCH), ROW)
-    f = f.reshape(view.batch, -1)
+    f = f.reshape(view.length(BATCH), -1)
     if f.shape[1] == 1:  # one number for each image
         f = f.expand(-1, view.length(ROW))
     old = view.out_scale if kind == ROW else view.in_scale
@@ -555,7 +555,7 @@ def _bfloat16(input: PackedWeight, **kwargs: Any) -> PackedWeight:
     return _cast(input, torch.bfloat16)
 
 
-# --- sums and norms ----------------------------------------------------------------------------------------------------
+# --- sums and norms ---------------------------------------------------------------------------------------------------
 
 
 def _clean(weight: PackedWeight) -> Tensor:
@@ -597,7 +597,7 @@ def _sum_left(weight: PackedWeight, left: list[str]) -> Tensor | None:
 
 
 def _sum_of_batch(weight: PackedWeight) -> Tensor | None:
-    """``out_scale[n, o] · Σ_{i, t} W[o, i, t] · in_scale[n, i]``: the weight applied to an image of its kernel's size."""
+    """``out_scale[n, o] · Σ_{i, t} W[o, i, t] · in_scale[n, i]``: the weight on an image of its kernel's size."""
     layer = weight.layer
     if layer.groups != 1 or weight.in_scale is None or layer.backend == "reference":
         return None
@@ -666,7 +666,7 @@ def _weight_norm(v: Any, g: Any, dim: int = 0) -> PackedWeight | None:
     return None if norm is None else _times(v, g / torch.where(norm > 0, norm, 1.0), divide=False)
 
 
-# --- views -------------------------------------------------------------------------------------------------------------
+# --- views ------------------------------------------------------------------------------------------------------------
 
 
 def _reshaped(weight: PackedWeight, shape: Sequence[int]) -> PackedWeight | None:

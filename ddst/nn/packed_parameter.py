@@ -1,8 +1,8 @@
 """A parameter of somebody else's module, kept as packed blocks.
 
-``attach`` puts a :class:`PackedParameter` in the place of a plain parameter: the module's attribute (``weight``) becomes a
-property that gives a :class:`~ddst.nn.packed_weight.PackedWeight`, and a child module (``packed_weight``) holds the blocks.
-The module is made an instance of a subclass of its own class, of the same name, so that nothing else of it changes:
+``attach`` puts a :class:`PackedParameter` in the place of a plain parameter: the module's attribute (``weight``) becomes
+a property that gives a :class:`~ddst.nn.packed_weight.PackedWeight`, and a child module (``packed_weight``) holds the
+blocks. The module is made an instance of a subclass of its own class, of the same name, so that nothing else of it changes:
 methods, hooks, other parameters, what it is an instance of.
 """
 
@@ -56,8 +56,7 @@ class PackedParameter(SparseLayer):
     @classmethod
     def of(cls, parameter: Tensor, mask: Tensor, block: Sequence[int] | int, reserve: float | None) -> PackedParameter:
         """The blocks of a parameter that a mask names; nothing is shared."""
-        like = {"device": parameter.device, "dtype": parameter.dtype}
-        packed = cls(parameter.shape, block, 1 / mask.numel(), reserve, **like)
+        packed = cls(parameter.shape, block, 1 / mask.numel(), reserve, parameter.device, parameter.dtype)
         packed._adopt(parameter.reshape(packed.weight_shape), mask, None)
         return packed
 
@@ -155,12 +154,12 @@ def _assign(packed: PackedParameter, name: str, value: Any) -> None:
 
 
 def _rebuild(base: type, attributes: tuple[str, ...]) -> Any:
-    kind = packed_class(base, attributes)
+    kind: Any = packed_class(base, attributes)
     return kind.__new__(kind)
 
 
 @functools.cache
-def packed_class(base: type, attributes: tuple[str, ...]) -> type:
+def packed_class(base: Any, attributes: tuple[str, ...]) -> type:
     """The subclass of a module's class in which parameters of these names are packed."""
 
     def of(name: str) -> property:
@@ -179,7 +178,8 @@ def packed_class(base: type, attributes: tuple[str, ...]) -> type:
 def attach(module: nn.Module, name: str, packed: PackedParameter) -> None:
     """Puts packed blocks in the place of a module's parameter."""
     del module._parameters[name]
-    kind, attributes = type(module), (name,)
+    kind: Any = type(module)
+    attributes: tuple[str, ...] = (name,)
     if isinstance(module, HoldsPackedParameters):
         kind, attributes = kind.__mro__[2], (*kind.packed_attributes, name)
     module.add_module(PREFIX + name, packed)

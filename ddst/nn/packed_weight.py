@@ -49,8 +49,8 @@ class PackedWeight:
     Attributes:
         layer: whose weight it is.
         values: ``[slots, b_out, b_in]`` of ``W``, with what was multiplied into them so far; differentiable.
-        axes: what each dimension runs over: rows, columns, taps and the batch, in the order of the elements. A dimension
-            without any has the size 1.
+        axes: what each dimension runs over: rows, columns, taps and the batch, in the order of the elements. A
+            dimension without any has the size 1.
         batch: size of the batch, or None.
         out_scale, in_scale: ``[n or 1, rows]`` and ``[n or 1, columns]``, factors that differ within the batch.
         flipped: whether taps run backwards.
@@ -110,7 +110,7 @@ class PackedWeight:
                 "keep weight.unpacked()"
             )
 
-    # --- what code asks of a weight before it uses it ------------------------------------------------------------------
+    # --- what code asks of a weight before it uses it -----------------------------------------------------------------
 
     @property
     def shape(self) -> torch.Size:
@@ -209,7 +209,7 @@ class PackedWeight:
     def __len__(self) -> int:
         return self.shape[0]
 
-    # --- the dense weight ----------------------------------------------------------------------------------------------
+    # --- the dense weight ---------------------------------------------------------------------------------------------
 
     def unpacked(self) -> Tensor:
         """The dense weight, differentiable. Its gradient is recorded where growth scores are requested."""
@@ -245,7 +245,7 @@ class PackedWeight:
         """Whether the elements lie in the order of the stored weight."""
         return [atom for axis in self.axes for atom in axis] == [ROW, COL, *taps_of(self.layer)] and not self.flipped
 
-    # --- arithmetic: all of it goes through __torch_function__ ---------------------------------------------------------
+    # --- arithmetic: all of it goes through __torch_function__ --------------------------------------------------------
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """The method of a tensor of this name."""

@@ -275,8 +275,10 @@ class SpectralNorm(nn.Module):
         return (wide / (sigma + (sigma == 0))).to(values.dtype)
 
     def look(self, layer: SparseLayer) -> Tensor:
-        """``values / σ`` for code that reads the layer's weight. As with torch's two kinds, the parametrization iterates
-        in training mode at every look, the hook only before the layer's own forward pass.
+        """``values / σ`` for code that reads the layer's weight.
+
+        As with torch's two kinds, the parametrization iterates in training mode at every look, the hook only before
+        the layer's own forward pass.
         """
         if self.style == "parametrization":
             return self(layer)

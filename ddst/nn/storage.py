@@ -232,7 +232,7 @@ class PackedStorage(nn.Module):
         """
         shape = self.op_shape
         if matrix and len(shape) > 2:
-            rows, cols, taps = tp.grid(shape, self.block)
+            _, cols, taps = tp.grid(shape, self.block)
             shape = (shape[0], cols * taps * self.block[1])
         else:
             matrix = False

@@ -3,9 +3,9 @@
 The gradient of a packed weight exists at active blocks only. Growth needs the norm of the *dense* gradient per block.
 An operator is called with the key of its layer's :class:`ScoreRecorder`. While that is open, every backward formula
 that computes a gradient of the layer's values also hands over its two factors ``(grad_output, input)`` and what the
-operator was (:class:`Call`); the norms are computed from them later, a layer at a time. Because the formulas themselves record, gradient accumulation, several
-forward calls, double backward (a gradient penalty), activation checkpointing and hooks on saved tensors are all
-included exactly.
+operator was called with (:data:`Call`); the norms are computed from them later, a layer at a time. Because the formulas
+themselves record, gradient accumulation, several forward calls, double backward (a gradient penalty), activation
+checkpointing and hooks on saved tensors are all included exactly.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ def values_gradient(
         return None
     recorder = recorder_of(ctx.record)
     if recorder is not None:
-        call = (ctx.record & 3, *ctx.weight_shape, *(entry for pair in settings for entry in pair))
-        recorder.add_factors(grad_output, input, call)
+        flat = (entry for pair in settings for entry in pair)
+        recorder.add_factors(grad_output, input, (ctx.record & 3, *ctx.weight_shape, *flat))
     return compute()
 
 

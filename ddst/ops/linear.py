@@ -87,7 +87,9 @@ def linear_transposed(
     backend: str = "auto",
     record: int = 0,
 ) -> Tensor:
-    """``y = x W``, the product with the transposed weight of :func:`linear`: ``[…, out_features]`` to ``[…, in_features]``.
+    """``y = x W``, the product with the transposed weight of :func:`linear`.
+
+    Shapes: ``[…, out_features]`` to ``[…, in_features]``.
 
     Arguments, errors, numerics and cost are those of :func:`linear`.
 

@@ -1,0 +1,131 @@
+"""Weights that modules of other people's classes hold as plain parameters: what the modules do with them.
+
+A name says much: "weight". What such a weight is used for, and which parameters of other names reach a convolution or a
+linear function, is seen by running the model on a sample while they are packed, all blocks active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import topology as tp
+from ..nn.packed_parameter import HoldsPackedParameters, PackedParameter, attach, detach, split_shape
+from .watch import undisturbed
+
+#: Names of parameters that are weights whatever the module does with them. torch's spectral norm makes the second.
+NAMES = ("weight", "weight_orig")
+
+
+@dataclass
+class Use:
+    """What became of a parameter when the model ran with it packed.
+
+    Attributes:
+        packed: whether a convolution or linear function ran on its blocks.
+        dense: "function at file:line" of those that got it unpacked.
+        as_tensor: whether the code takes nothing but a tensor.
+        failure: why it cannot be packed at all, or None.
+    """
+
+    packed: bool = False
+    dense: set[str] = field(default_factory=set)
+    as_tensor: bool = False
+    failure: str | None = None
+
+
+def fits(parameter: Tensor) -> bool:
+    """Whether a parameter has the shape of a weight."""
+    try:
+        split_shape(parameter.shape)
+    except ValueError:
+        return False
+    return parameter.numel() > 0
+
+
+def uses_of(
+    model: nn.Module, parameters: Iterable[tuple[nn.Module, str]], arguments: tuple[Any, ...], block: tuple[int, int]
+) -> dict[tuple[int, str], Use]:
+    """Runs the model once with these parameters packed: ``(id of the module, name) -> what was done with it``.
+
+    Where code takes no packed weight it is run again with a tensor in its place. The model is left as it was.
+
+    Raises:
+        What the model raises on this sample as it is.
+    """
+    held = list(parameters)
+    uses = {(id(module), name): Use() for module, name in held}
+    while True:
+        packable = [(module, name) for module, name in held if uses[id(module), name].failure is None]
+        with _packed(packable, block) as packed, undisturbed(model), torch.enable_grad():
+            for (module, name), parameter in zip(packable, packed, strict=True):
+                parameter.gives_dense_weight = uses[id(module), name].as_tensor
+            try:
+                model(*arguments)
+            except Exception as error:
+                if not _blame(error, packable, uses):
+                    raise
+                continue
+        for (module, name), parameter in zip(packable, packed, strict=True):
+            use = uses[id(module), name]
+            use.packed, use.dense = bool(parameter.weight_uses.packed), parameter.weight_uses.dense
+        return uses
+
+
+def _blame(error: Exception, packable: list[tuple[nn.Module, str]], uses: dict[tuple[int, str], Use]) -> bool:
+    """Finds whose packed weight an error comes from, and what to try instead; False where it is none's."""
+    running: list[Any] = []
+    trace = error.__traceback__
+    while trace is not None:
+        running.insert(0, trace.tb_frame.f_locals.get("self"))
+        trace = trace.tb_next
+    for owner in [*running, None]:  # None: anybody's
+        suspects = [uses[id(m), name] for m, name in packable if owner is None or m is owner]
+        fresh = [use for use in suspects if not use.as_tensor]
+        for use in fresh:
+            use.as_tensor = True
+        if fresh:
+            return True
+        for use in suspects:
+            use.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        if suspects:
+            return True
+    return False
+
+
+@contextmanager
+def _packed(held: list[tuple[nn.Module, str]], block: tuple[int, int]) -> Iterator[list[PackedParameter]]:
+    """Parameters packed with all blocks active, for a while; the very same parameters afterwards."""
+    kept = [(module, type(module), dict(module._parameters), dict(vars(module))) for module, _ in held]
+    packed = []
+    try:
+        for module, name in held:
+            parameter = module._parameters[name]
+            assert parameter is not None
+            with torch.random.fork_rng():
+                mask = torch.ones(tp.mask_shape(split_shape(parameter.shape)[1], block), dtype=torch.bool)
+                packed.append(PackedParameter.of(parameter, mask, block, None))
+            attach(module, name, packed[-1])
+        yield packed
+    finally:
+        for module, kind, parameters, attributes in reversed(kept):
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            for name in parameters:
+                module._modules.pop(f"packed_{name}", None)
+
+
+def packed_holders(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model in which parameters are packed."""
+    return [module for module in model.modules() if isinstance(module, HoldsPackedParameters)]
+
+
+__all__ = ["NAMES", "Use", "attach", "detach", "fits", "own_weights", "packed_holders", "uses_of"]

@@ -54,7 +54,8 @@ def _product(layer: SparseLayer, call: Call, grad_output: Tensor, input: Tensor)
     way, shape, settings = _split(call)
     if settings:
         size = (shape[0], shape[1] // layer.groups, *shape[2:])
-        gradient = conv2d_weight(input, size, grad_output, *settings, layer.groups)  # type: ignore[arg-type]
+        stride, padding, dilation = settings
+        gradient = conv2d_weight(input, size, grad_output, stride, padding, dilation, layer.groups)
         return _turned(gradient, way).reshape(layer.weight_shape)
     gradient = grad_output.t() @ input
     if len(layer.weight_shape) == 2:

@@ -69,5 +69,6 @@ class DenseView(Tensor):
                 )
             with torch.no_grad():
                 func(*args, **named)
-                layer.values.copy_(pack_slots(view.detach(), layer.slot_blocks, layer.block))
+                dense = view.detach().reshape(layer.weight_shape)
+                layer.values.copy_(pack_slots(dense, layer.slot_blocks, layer.block))
             return None if name == "__setitem__" else view

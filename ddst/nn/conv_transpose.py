@@ -56,7 +56,9 @@ class SparseConvTransposeNd(SparseConvNd):
             dtype, density, block, reserve,
         )  # fmt: skip
         self.output_padding = extra
-        self._of_pixels = not any(self.padding) and all(d == 1 for d in self.dilation) and math.prod(self.kernel_size) > 1
+        self._of_pixels = (
+            not any(self.padding) and all(d == 1 for d in self.dilation) and math.prod(self.kernel_size) > 1
+        )
         self._place()
 
     def _place(self) -> None:
@@ -78,7 +80,13 @@ class SparseConvTransposeNd(SparseConvNd):
     def _compute(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         x = self._input_images(input)
         extra = self.output_padding if output_size is None else self._padding_up_to(output_size, x)
-        if self._of_pixels and x.dim() == 4 and x.shape[2:] == (1, 1) and not any(extra) and self.backend != "reference":
+        if (
+            self._of_pixels
+            and x.dim() == 4
+            and x.shape[2:] == (1, 1)
+            and not any(extra)
+            and self.backend != "reference"
+        ):
             y = ops.conv_transpose2d_of_pixels(
                 x,
                 self.effective_values(),

@@ -64,7 +64,5 @@ def overridden(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 @functools.cache
-def _attributes(kind: type[nn.Module]) -> frozenset[str]:
-    sizes = (1, 1) if kind is nn.Linear else (1, 1, 1)
-    make: Any = kind
-    return frozenset(vars(make(*sizes, device="meta")))
+def _attributes(kind: Any) -> frozenset[str]:
+    return frozenset(vars(kind(*[1] * (2 if kind is nn.Linear else 3), device="meta")))

@@ -7,4 +7,11 @@ from .conv_transpose2d import conv_transpose2d, conv_transpose2d_of_pixels
 from .cuda import dispatch as dispatch  # and serves the operators on CUDA devices
 from .linear import linear, linear_block_scores
 
-__all__ = ["conv2d", "conv2d_block_scores", "conv_transpose2d", "conv_transpose2d_of_pixels", "linear", "linear_block_scores"]
+__all__ = [
+    "conv2d",
+    "conv2d_block_scores",
+    "conv_transpose2d",
+    "conv_transpose2d_of_pixels",
+    "linear",
+    "linear_block_scores",
+]

@@ -97,9 +97,7 @@ def conv_transpose2d(
         if any(beyond):
             x = torch.nn.functional.pad(x, (0, beyond[1], 0, beyond[0]))
         code = backends.code(backend)
-        y = _ops.conv2d_input_grad(
-            x, values, topology, shape, size, strides, paddings, dilations, last, code, record
-        )
+        y = _ops.conv2d_input_grad(x, values, topology, shape, size, strides, paddings, dilations, last, code, record)
         if bias is not None:
             y.add_(bias.view(-1, 1, 1))
     y = y.to(dtype)

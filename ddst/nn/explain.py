@@ -31,7 +31,8 @@ class Rate:
 
     Attributes:
         seconds: median of some calls. flops: 2 × active weights × output positions × images (of a transposed
-            convolution input positions), twice that for the backward pass, which has two products. bytes: input, output and active values, moved once by each product.
+            convolution input positions), twice that for the backward pass, which has two products. bytes: input, output
+            and active values, moved once by each product.
         peak_share: of the measured peak of arithmetic. bandwidth_share: of the measured bandwidth of memory; above 1
             where caches serve.
     """
@@ -241,14 +242,8 @@ def _sizes(layer: SparseLayer, input: Tensor) -> tuple[Any, ...]:
     padding, extra = layer._plane_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
     if isinstance(layer, SparseConvTransposeNd):
         more = layer._plane(layer.output_padding, 0)
-        return (
-            stride,
-            padding,
-            dilation,
-            images,
-            tuple(output_size(x.shape[-2:], kernel, stride, padding, more, dilation)),
-            tuple(x.shape[-2:]),
-        )
+        larger = output_size(x.shape[-2:], kernel, stride, padding, more, dilation)
+        return stride, padding, dilation, images, tuple(larger), tuple(x.shape[-2:])
     if layer.padding_mode != "zeros":
         extra, padding = (2 * padding[0] + extra[0], 2 * padding[1] + extra[1]), (0, 0)
     size = (x.shape[-2] + extra[0], x.shape[-1] + extra[1])

@@ -229,7 +229,7 @@ def test_on_meta_and_traced(which: Which) -> None:
 
 @first
 def test_weights_begin_with_the_output_variance_of_torch(which: Which) -> None:
-    name, number, groups = which
+    name, _, groups = which
     settings = {"stride": 2, "kernel_size": 4} if "Transpose" in name else {"kernel_size": 3}
     sizes = (64 * groups, 48 * groups)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from .. import topology as tp
 from .._arguments import check_int
 from ..backends import check_backend
 from ..measure import TIGHT, MedianInterval, clock_of, paired
-from ..nn import SparseConv2d, SparseLayer, SparseLinear
+from ..nn import SparseLayer
+from ..nn.kinds import SPARSE_KINDS, shell_of
 from .advice_report import Advice, BlockAdvice, LayerAdvice, Measured
 from .candidates import Candidate, check_no_layer, find_candidates
 from .distribution import check_density
@@ -252,44 +254,28 @@ def _times(
 ) -> tuple[float, MedianInterval]:
     """Dense seconds of a layer's step, and dense over sparse time; layers that are alike are measured once."""
     module = candidate.module
-    settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "padding_mode")]
-    key = (candidate.shape, *map(str, settings), module.bias is None, seen.key, block, density)
+    names = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
+    settings = [getattr(module, name, None) for name in names]
+    key = (candidate.plain, candidate.shape, *map(str, settings), module.bias is None, seen.key, block, density)
     if key not in known:
         with torch.random.fork_rng():
             dense = _dense(module, candidate)
-            mask = tp.random_mask(candidate.shape, block, max(1, round(density * _num_blocks(candidate.shape, block))))
-            kind = SparseLinear if isinstance(module, nn.Linear) else SparseConv2d
-            sparse: SparseLayer = kind.from_dense(dense, block_mask=mask, block=block)  # type: ignore[arg-type]
+            own, plain = candidate.own_block(block), candidate.plain
+            count = tp.block_count(density, math.prod(tp.mask_shape(candidate.shape, own)))
+            mask = tp.random_mask(candidate.shape, own, count, groups=candidate.groups)
+            assert plain is not None
+            sparse: SparseLayer = SPARSE_KINDS[plain].from_dense(dense, block_mask=mask, block=own)
             sparse.backend = backend
             known[key] = time_pair(dense, sparse, seen, repeats)
     return known[key]
 
 
-def _num_blocks(shape: Sequence[int], block: tuple[int, int]) -> int:
-    total = 1
-    for size in tp.mask_shape(shape, block):
-        total *= size
-    return total
-
-
 def _dense(module: nn.Module, candidate: Candidate) -> nn.Module:
     """A plain layer with a copy of the raw weight, in its memory format."""
-    weight = candidate.weight
-    assert weight is not None
-    has_bias = module.bias is not None
-    plain: nn.Module
-    if isinstance(module, nn.Linear):
-        plain = nn.Linear(module.in_features, module.out_features, has_bias, device=weight.device, dtype=weight.dtype)
-    else:
-        assert isinstance(module, nn.Conv2d)
-        size: Any = module.kernel_size
-        plain = nn.Conv2d(module.in_channels, module.out_channels, size, bias=has_bias, device=weight.device)
-        for name in ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice"):
-            setattr(plain, name, getattr(module, name))
-    plain.weight = nn.Parameter(weight.detach().clone())
-    if has_bias:
-        plain.bias = nn.Parameter(module.bias.detach().clone())  # type: ignore[union-attr]
-    return plain.train(module.training)
+    weight, bias, plain = candidate.weight, module.bias, candidate.plain
+    assert weight is not None and plain is not None
+    copied = None if bias is None else nn.Parameter(bias.detach().clone())  # type: ignore[operator]
+    return shell_of(module, plain, nn.Parameter(weight.detach().clone()), copied)
 
 
 def layer_step(layer: nn.Module, seen: Seen) -> Callable[[], object]:

@@ -20,18 +20,24 @@ from torch.nn.utils.spectral_norm import (
 )
 
 from .._arguments import check_module
-from ..nn import SparseLayer, SparseLinear
+from ..nn import SparseLayer
+from ..nn.kinds import SPARSE_KINDS, names_of
+from ..nn.plain import overridden, own_attributes, plain_kind
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class DenseNorm:
-    """torch's spectral norm on a dense layer: its style ("hook" or "parametrization"), settings and vectors."""
+    """torch's spectral norm on a dense layer: its style ("hook" or "parametrization"), settings and vectors.
+
+    ``dim`` is the dimension of the weight that the matrix's rows count.
+    """
 
     style: str
     n_power_iterations: int
     eps: float
+    dim: int
     u: Tensor
     v: Tensor
 
@@ -43,12 +49,12 @@ class Candidate:
     Attributes:
         names: every dotted name it is reached by; more than one if the module is shared.
         slots: the parents and the attributes that hold it.
-        kind: name of its class.
+        kind: name of its class. plain: the layer of torch that it computes as, if it is one that has a sparse twin.
         shape: of its weight.
         weight: its raw weight, before spectral norm; None where there is no single parameter.
         norm: its spectral norm, if any.
         reason: why it cannot be sparse, or None.
-        counted: whether a density over all layers counts it: a Conv2d or Linear that is not excluded.
+        counted: whether a density over all layers counts it: a layer of a kind with a sparse twin that is not excluded.
     """
 
     module: nn.Module
@@ -60,6 +66,27 @@ class Candidate:
     norm: DenseNorm | None = None
     reason: str | None = None
     counted: bool = False
+    plain: type[nn.Module] | None = None
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution."""
+        return int(getattr(self.module, "groups", 1))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether its weight has the input channels first."""
+        return bool(getattr(self.module, "transposed", False))
+
+    @property
+    def oriented(self) -> tuple[int, ...]:
+        """:attr:`shape` with the output channels first."""
+        first, second, *space = self.shape
+        return (second, first, *space) if self.transposed else self.shape
+
+    def own_block(self, block: tuple[int, int]) -> tuple[int, int]:
+        """``(b_out, b_in)`` as the block of its weight."""
+        return (block[1], block[0]) if self.transposed else block
 
     @property
     def name(self) -> str:
@@ -74,11 +101,11 @@ class Candidate:
 def check_no_layer(model: nn.Module) -> None:
     """Raises for what is no module, or itself a layer that only its parent could swap."""
     check_module("model", model)
-    if isinstance(model, nn.Conv2d | nn.Linear | SparseLayer):
-        kind = "SparseLinear" if isinstance(model, nn.Linear | SparseLinear) else "SparseConv2d"
+    if isinstance(model, (*SPARSE_KINDS, SparseLayer)):
+        names = [s.__name__ for dense, s in SPARSE_KINDS.items() if isinstance(model, dense | s)]
         raise ValueError(
-            f"model is itself a {type(model).__name__}, which cannot be swapped in place: use ddst.{kind}.from_dense, "
-            "or put it into an nn.Sequential"
+            f"model is itself a {type(model).__name__}, which cannot be swapped in place: use "
+            f"ddst.{names[0]}.from_dense, or put it into an nn.Sequential"
         )
 
 
@@ -105,9 +132,9 @@ def find_candidates(model: nn.Module, exclude: Iterable[str | nn.Module | type] 
         TypeError: ``exclude`` is no sequence of such.
         ValueError: a name or module that the model does not have.
 
-    >>> for c in find_candidates(nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Linear(8, 8))):
+    >>> for c in find_candidates(nn.Sequential(nn.Conv3d(8, 8, 3), nn.ReLU(), nn.Linear(8, 8))):
     ...     print(c.name, c.kind, c.reason)
-    0 Conv2d groups=2
+    0 Conv3d Conv3d is not supported
     2 Linear None
     """
     check_module("model", model)
@@ -122,8 +149,8 @@ def find_candidates(model: nn.Module, exclude: Iterable[str | nn.Module | type] 
         candidate = found[id(module)]
         candidate.names.append(name)
         candidate.slots.append((parent, attribute))
-        if isinstance(parent, nn.TransformerEncoderLayer) and candidate.reason is None:
-            candidate.reason = "nn.TransformerEncoderLayer reads its weight directly"
+        if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention) and candidate.reason is None:
+            candidate.reason = f"nn.{type(parent).__name__} reads its weight directly"
     return list(found.values())
 
 
@@ -167,28 +194,40 @@ def _examine(module: nn.Module, excluded: bool, owners: dict[int, list[str]]) ->
     lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
     settings = _shape(module)
     shape = settings if lazy or not isinstance(weight, Tensor) else tuple(weight.shape)
-    candidate = Candidate(module, kind.__name__, shape, weight=weight, norm=norm, reason=reason)
+    plain = plain_kind(kind)
+    candidate = Candidate(module, kind.__name__, shape, weight=weight, norm=norm, reason=reason, plain=plain)
     # A layer without weights, or not with them yet, has none to share out.
-    candidate.counted = isinstance(module, nn.Conv2d | nn.Linear) and not excluded and candidate.size > 0
+    candidate.counted = isinstance(module, tuple(SPARSE_KINDS)) and not excluded and candidate.size > 0
     if excluded:
         candidate.reason = "excluded"
     elif lazy:
         candidate.reason = "lazy, without a shape yet: run the model once on a batch before"
-    elif vars(kind).get("sparsify_as", kind) not in (nn.Conv2d, nn.Linear):
+    elif plain is None:
         known = kind.__module__.startswith("torch.nn.modules.conv")
         candidate.reason = f"{kind.__name__} is not supported" if known else "a subclass with code of its own"
-    elif isinstance(module, nn.Conv2d) and module.groups != 1:
-        candidate.reason = f"groups={module.groups}"
-    elif candidate.weight is not None and candidate.reason is None:
-        candidate.reason = _unfit(candidate.weight, settings, owners[id(candidate.weight)])
+    elif candidate.reason is None:
+        candidate.reason = _bound_to_instance(module, plain)
+        if candidate.weight is not None and candidate.reason is None:
+            candidate.reason = _unfit(candidate.weight, settings, owners[id(candidate.weight)], plain)
     return candidate
 
 
-def _unfit(weight: Tensor, settings: tuple[int, ...], owners: list[str]) -> str | None:
+def _bound_to_instance(module: nn.Module, plain: type[nn.Module]) -> str | None:
+    """What an instance has that a sparse layer could not take over, or None."""
+    patched = overridden(module, plain)
+    if patched == "_compiled_call_impl":
+        return "compiled by its compile(): call that after ddst.sparsify"
+    if patched is not None:
+        return f"has a {patched} of its own"
+    clash = sorted(own_attributes(module, plain).keys() & names_of(SPARSE_KINDS[plain]))
+    return f"has an attribute {clash[0]}, a name that a sparse layer uses itself" if clash else None
+
+
+def _unfit(weight: Tensor, settings: tuple[int, ...], owners: list[str], plain: type[nn.Module]) -> str | None:
     """Why a plain layer's weight cannot be packed, or None."""
     if len(owners) > 1:
         return f"weight is shared: {', '.join(owners)}"
-    if len(settings) not in (2, 4):
+    if len(settings) != 2 + getattr(SPARSE_KINDS[plain], "dims", 0):
         return f"kernel_size has {len(settings) - 2} entries"
     if weight.layout != torch.strided or type(weight) not in (nn.Parameter, Tensor):
         return f"weight is a {type(weight).__name__} of layout {weight.layout}"
@@ -219,20 +258,20 @@ def _raw_weight(module: nn.Module) -> tuple[Tensor | None, DenseNorm | None, str
         if [name for name, _ in steps] != ["weight"] or not isinstance(lists["weight"][0], _SpectralNorm):
             return None, None, "parametrized: " + ", ".join(f"{name} by {step}" for name, step in steps)
         step = lists["weight"][0]
-        if step.dim != 0:
+        if step.dim not in (0, 1):
             return None, None, f"spectral norm over dim={step.dim}"
         weight, expected = lists["weight"].original, {"bias"}
-        norm = DenseNorm("parametrization", step.n_power_iterations, step.eps, step._u, step._v)
+        norm = DenseNorm("parametrization", step.n_power_iterations, step.eps, step.dim, step._u, step._v)
     else:
         hook = spectral_hook(module)
         suffix = "" if hook is None else "_orig"
         weight, expected = module._parameters.get("weight" + suffix), {"weight" + suffix, "bias"}
         if hook is not None:
-            if hook.dim != 0:
+            if hook.dim not in (0, 1):
                 return None, None, f"spectral norm over dim={hook.dim}"
             expected |= {"weight_u", "weight_v"}
             u, v = module.get_buffer("weight_u"), module.get_buffer("weight_v")
-            norm = DenseNorm("hook", hook.n_power_iterations, hook.eps, u, v)
+            norm = DenseNorm("hook", hook.n_power_iterations, hook.eps, hook.dim, u, v)
     extra = sorted((set(module._parameters) | set(module._buffers)) - expected)
     extra += [name for name in module._modules if name != "parametrizations"]
     if "weight_mask" in module._buffers:

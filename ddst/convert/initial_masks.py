@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class _Draft:
         if not grow:
             if int(self.mask.sum()) < 2:
                 return None
-            pairs = self.mask.flatten(2).sum(2) if self.mask.dim() == 4 else self.mask.long()
+            pairs = self.mask.flatten(2).sum(2) if self.mask.dim() > 2 else self.mask.long()
             spare = (pairs.sum(1)[:, None] > 1) & (pairs.sum(0)[None, :] > 1)
             spare = spare.reshape(*spare.shape, *[1] * (self.mask.dim() - 2)) & able
             able = spare if bool(spare.any()) else able
@@ -56,6 +56,9 @@ def initial_masks(
     block: tuple[int, int],
     kind: str = "random",
     generator: torch.Generator | None = None,
+    *,
+    transposed: Collection[str] = (),
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """``|Σ active − Σ density · size| ≤ b_out · b_in / 2``: a mask per layer with ``counts[name]`` active blocks.
 
@@ -70,9 +73,11 @@ def initial_masks(
         kind: "random" (every block row and column gets a block where the count allows) or "magnitude" (the blocks of
             largest L2 norm).
         generator: of the random choices, on the CPU; torch's default generator by default.
+        transposed: names of weights with the input channels first, whose blocks are ``(b_in, b_out)``.
+        groups: of grouped convolutions, by name.
 
     Returns:
-        bool masks on the CPU, ``[R, C, kH, kW]`` or ``[R, C]``.
+        bool masks on the CPU, of the shape of :func:`ddst.topology.mask_shape`.
 
     >>> weights = {"a": torch.randn(24, 32), "b": torch.randn(40, 16, 3, 3)}
     >>> masks = initial_masks(weights, {"a": 2, "b": 5}, {"a": 0.5, "b": 0.2}, (16, 16))
@@ -82,14 +87,15 @@ def initial_masks(
     drafts: dict[str, _Draft] = {}
     for name, weight in weights.items():
         shape = tuple(weight.shape)
-        sizes = tp.mask_sizes(shape, block)
+        own = (block[1], block[0]) if name in transposed else block
+        sizes = tp.mask_sizes(shape, own)
         if kind == "magnitude":
-            rank = block_norms_of(weight.detach().cpu().double(), block)
+            rank = block_norms_of(weight.detach().cpu().double(), own)
             mask = torch.zeros(rank.numel(), dtype=torch.bool)
             mask[rank.flatten().topk(counts[name]).indices] = True
             mask = mask.view(rank.shape)
         else:
-            mask = tp.random_mask(shape, block, counts[name], generator)
+            mask = tp.random_mask(shape, own, counts[name], generator, (groups or {}).get(name, 1))
             rank = torch.rand(mask.shape, generator=generator, dtype=torch.float64)
         drafts[name] = _Draft(mask, sizes, rank, densities[name] * weight.numel())
     _settle(list(drafts.values()), block[0] * block[1])

@@ -50,7 +50,8 @@ class SparsifyReport:
     def density(self) -> float:
         """``Σ active / Σ size`` over the layers that the distribution counts: the density that was asked for.
 
-        With ERK every Conv2d and Linear that is not excluded, those left dense with density 1; otherwise the swapped.
+        With ERK every layer of a kind that has a sparse twin and is not excluded, those left dense with density 1;
+        otherwise the swapped.
         """
         return _share([layer for layer in self.layers if layer.counted])
 

@@ -35,12 +35,16 @@ def share_out(
     for c in candidates:
         if c.reason is not None:
             continue
-        c_out, c_in = c.shape[:2]
-        if c.name not in named and (c_out < block[0] or c_in < block[1]):
+        c_out, c_in = c.oriented[:2]
+        if c.groups > 1:
+            c.reason = _ungroupable(c, block)
+            if c.reason is not None and c.name in named:
+                raise ValueError(f"distribution names {c.name!r}, which cannot be sparse: {c.reason}")
+        elif c.name not in named and (c_out < block[0] or c_in < block[1]):
             c.reason = f"{c_in} to {c_out} channels, fewer than a block of {block[0]}x{block[1]}"
-    free = {c.name: c.shape for c in candidates if c.reason is None}
+    free = {c.name: c.oriented for c in candidates if c.reason is None}
     if distribution == "erk":
-        counted = {c.name: c.shape for c in candidates if c.counted}
+        counted = {c.name: c.oriented for c in candidates if c.counted}
         dense = counted.keys() - free.keys()
     else:
         counted, dense = free, set()
@@ -56,6 +60,15 @@ def share_out(
         if c.reason is None and shares[c.name] == 1.0:
             c.reason = "its ERK density is 1"
     return {c.name: shares[c.name] for c in candidates if c.reason is None}
+
+
+def _ungroupable(candidate: Candidate, block: tuple[int, int]) -> str | None:
+    """Why a grouped convolution cannot be sparse with a block: the channels of a group are no multiples of it."""
+    groups, layer = candidate.groups, candidate.module
+    c_in, c_out = int(layer.in_channels) // groups, int(layer.out_channels) // groups  # type: ignore[arg-type]
+    if c_out % block[0] == 0 and c_in % block[1] == 0:
+        return None
+    return f"groups={groups} of {c_in} to {c_out} channels, no multiples of a block of {block[0]}x{block[1]}"
 
 
 def _named_densities(candidates: list[Candidate], distribution: Mapping[str, float]) -> dict[str, float]:

@@ -14,8 +14,10 @@ from .. import topology as tp
 from .._arguments import check_bool, check_generator, check_module, check_number, check_one_of
 from ..backends import check_backend
 from ..distributed import same_masks
-from ..nn import SparseConv2d, SparseLayer, SparseLinear, sparse_layers
+from ..nn import SparseLayer, sparse_layers
 from ..nn.data_parallel import is_sharded, let_go, whole
+from ..nn.kinds import SPARSE_KINDS, shell_of
+from ..nn.plain import own_attributes
 from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
 from .advice_report import Advice
 from .advise import advise
@@ -59,24 +61,29 @@ def sparsify(
     sample: Tensor | Sequence[Any] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> SparsifyReport:
-    """``Σ active / Σ weights = density``: swaps ``nn.Conv2d`` and ``nn.Linear`` for block-sparse layers in place.
+    """``Σ active / Σ weights = density``: swaps linear layers and convolutions for block-sparse ones in place.
+
+    These are ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.ConvTranspose1d``, ``nn.ConvTranspose2d``, and
+    subclasses of them that add an ``__init__`` only.
 
     The density is met to within one block (unless ``only_if_faster`` leaves layers dense). Each new layer keeps device,
-    dtype, training mode, ``requires_grad``, hooks, spectral norm (both kinds) and the weight's values at the active
-    blocks; its bias is the same Parameter object. Its weight is a new Parameter, ``values``, so **create the optimizer
-    afterwards**. A module used in several places is swapped once and stays shared. References held outside the module
-    tree (a plain list) keep the old layer.
+    dtype, training mode, ``requires_grad``, hooks, attributes that the instance was given, spectral norm (both kinds)
+    and the weight's values at the active blocks; its bias is the same Parameter object. Its weight is a new Parameter,
+    ``values``, so **create the optimizer afterwards**. A module used in several places is swapped once and stays
+    shared. References held outside the module tree (a plain list) keep the old layer.
 
-    Left as they are, with the reason in the report: excluded layers; transposed, 1-D, 3-D and grouped convolutions;
-    subclasses; layers with fewer channels than the block (they would store several times their weight); layers whose
-    ERK density reaches 1; weights shared between modules; parametrizations other than spectral norm.
+    Left as they are, with the reason in the report: excluded layers; 3-D convolutions; grouped ones whose groups have
+    channels that are no multiples of the block; subclasses and instances with methods of their own; layers with fewer
+    channels than the block (they would store several times their weight); layers whose ERK density reaches 1; weights
+    shared between modules; parametrizations other than spectral norm.
 
     Args:
         model: a module that contains the layers.
         density: share of active weights, above 0 and at most 1.
-        block: ``(b_out, b_in)``, or one int for a square block.
+        block: ``(b_out, b_in)``, or one int for a square block. (The ``block`` of a transposed convolution is
+            ``(b_in, b_out)`` afterwards, as its weight has the input channels first.)
         distribution: "erk" (:func:`~ddst.convert.distribution.erk_densities`): small layers stay denser; the density
-            is that of all Conv2d and Linear layers which are not excluded, those left dense counting as 1. "uniform":
+            is that of all layers of these kinds which are not excluded, those left dense counting as 1. "uniform":
             every swapped layer has the density. ``{name: density}``: these layers have theirs, all other swapped layers
             ``density``; a layer named here is swapped even if it has fewer channels than the block.
         exclude: names, modules or classes to leave alone, with everything inside them.
@@ -147,9 +154,11 @@ def sparsify(
             c.reason, c.counted = slower[c.name], c.counted and distribution == "erk"
             del densities[c.name]
     chosen = {c.name: c for c in candidates if c.name in densities}
-    counts = block_counts({name: c.shape for name, c in chosen.items()}, densities, block)
+    counts = block_counts({name: c.oriented for name, c in chosen.items()}, densities, block)
     weights = {name: c.weight for name, c in chosen.items() if c.weight is not None}
-    masks = same_masks(initial_masks(weights, counts, densities, block, mask, generator), process_group)
+    transposed, groups = {n for n, c in chosen.items() if c.transposed}, {n: c.groups for n, c in chosen.items()}
+    drafts = initial_masks(weights, counts, densities, block, mask, generator, transposed=transposed, groups=groups)
+    masks = same_masks(drafts, process_group)
     noise = spectral_norm_noise
     if noise is None:
         noise = 0.0 if block == (1, 1) else NOISE
@@ -215,36 +224,18 @@ def _report(candidate: Candidate, layer: SparseLayer | None) -> LayerReport:
 def _sparse_twin(
     candidate: Candidate, mask: Tensor, block: tuple[int, int], backend: str, noise: float, reserve: float | None
 ) -> SparseLayer:
-    module, weight = candidate.module, candidate.weight
-    assert weight is not None
+    module, weight, plain = candidate.module, candidate.weight, candidate.plain
+    assert isinstance(weight, nn.Parameter) and plain is not None
     # A shell around the raw weight: the layer's own attribute may be a product of its spectral norm.
-    shell: nn.Conv2d | nn.Linear
-    layer: SparseLayer
-    if isinstance(module, nn.Linear):
-        shell = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    else:
-        assert isinstance(module, nn.Conv2d)
-        shell = nn.Conv2d(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,  # type: ignore[arg-type]
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
-            bias=False,
-            padding_mode=module.padding_mode,
-            device="meta",
-        )
-    assert isinstance(weight, nn.Parameter)
-    shell.weight = weight
-    shell.train(module.training)
-    if isinstance(shell, nn.Linear):
-        layer = SparseLinear.from_dense(shell, block_mask=mask, block=block, reserve=reserve)
-    else:
-        layer = SparseConv2d.from_dense(shell, block_mask=mask, block=block, reserve=reserve)
+    shell, kind = shell_of(module, plain, weight), SPARSE_KINDS[plain]
+    layer: SparseLayer = kind.from_dense(shell, block_mask=mask, block=candidate.own_block(block), reserve=reserve)
     # The same object, as references to it elsewhere expect.
     layer.bias = module.bias  # type: ignore[assignment]
     layer.backend = backend
+    attributes = own_attributes(module, plain)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    layer.carried = tuple(attributes)
     if candidate.norm is not None:
         layer.spectral_norm = _sparse_norm(layer, candidate, noise)
     return layer
@@ -262,6 +253,7 @@ def _sparse_norm(layer: SparseLayer, candidate: Candidate, noise: float) -> Spec
         dense.style,
         device=layer.values.device,
         dtype=layer.values.dtype,
+        dim=dense.dim,
     )
     norm.u.copy_(dense.u)
     norm.v.copy_(dense.v)
@@ -284,8 +276,8 @@ def densify(model: nn.Module) -> nn.Module:
     """Puts the dense layer with the same weight in the place of every sparse one: the inverse of :func:`sparsify`.
 
     Outputs stay equal to rounding (with spectral norm: in eval mode, or without noise). Device, dtype, training mode,
-    ``requires_grad``, hooks and the kind of spectral norm with its vectors are kept; biases are the same objects,
-    weights new Parameters.
+    ``requires_grad``, hooks, attributes and the kind of spectral norm with its vectors are kept; biases are the same
+    objects, weights new Parameters. The layers are torch's own, also where a subclass with an ``__init__`` was swapped.
 
     Args:
         model: a module that contains sparse layers; changed in place.
@@ -319,9 +311,12 @@ def densify(model: nn.Module) -> nn.Module:
 
 
 def _dense_twin(layer: SparseLayer) -> nn.Module:
-    with_class: Any = layer  # _plain_dense is that of SparseConv2d or SparseLinear
+    with_class: Any = layer  # which has _plain_dense
     dense: nn.Module = with_class._plain_dense()
     dense.bias = layer.bias  # type: ignore[assignment]
+    for name in layer.carried:
+        if name in vars(layer):
+            setattr(dense, name, getattr(layer, name))
     _carry_hooks(layer, dense)
     if layer.spectral_norm is not None:
         layer.spectral_norm.attach_to_dense(dense)

@@ -37,10 +37,12 @@ class SparseLayer(PackedStorage):
         spectral_norm: None, or the module that divides ``values`` by an estimate of the largest singular value.
         transposed: whether the weight's first dimension is that of the input, so that its blocks are ``(b_in, b_out)``.
         dense_kind: the class of :mod:`torch.nn` whose sparse twin this is.
+        carried: names of the attributes that :func:`ddst.sparsify` took over from the instance it swapped.
     """
 
     transposed: ClassVar[bool] = False
     dense_kind: ClassVar[type[nn.Module]]
+    carried: tuple[str, ...] = ()
     bias: nn.Parameter | None
     spectral_norm: SpectralNorm | None
 

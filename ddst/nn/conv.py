@@ -108,7 +108,7 @@ class SparseConvNd(SparseLayer):
             density=1 / mask.numel(),
             block=block,
             reserve=reserve,
-            **_settings(module),
+            **settings_of(module),
         )
         layer._adopt(plain.weight, mask, plain.bias)
         layer.channels_last = output_is_channels_last(layer._images(plain.weight))
@@ -133,7 +133,7 @@ class SparseConvNd(SparseLayer):
             self.kernel_size,
             bias=self.bias is not None,
             device="meta",
-            **_settings(self),
+            **settings_of(self),
         )
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         weight = self._images(self.dense_weight().detach()).clone(memory_format=memory_format)
@@ -220,7 +220,7 @@ class SparseConvNd(SparseLayer):
         return ""
 
 
-def _settings(layer: Any) -> dict[str, Any]:
-    """What the constructors of a convolution and of its dense twin take alike, beside its sizes and its bias."""
+def settings_of(layer: Any) -> dict[str, Any]:
+    """What the constructors of a convolution and of its twin take alike, beside its sizes and its bias."""
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(layer, name) for name in (*names, *["output_padding"] * layer.transposed)}

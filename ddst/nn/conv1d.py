@@ -24,11 +24,11 @@ class SparseConv1d(SparseConvNd):
         reserve: density for which slots are set aside from the start, so that no change of the mask up to it makes new
             tensors; None: none beyond ``density``.
 
-    Shape: input ``[N, C_in, T]`` or ``[C_in, T]``. The output has the input's order in memory, as that of torch's layer
-    has. An input that lies as ``[N, T, C_in]`` (strides ``(T · C_in, 1, C_in)``, such as ``x.transpose(1, 2)`` of what
-    transformers use) is computed where it lies. A contiguous ``[N, C_in, T]`` is copied into that order first, its
-    output out of it, and so are their gradients: keep a chain of layers in ``[N, T, C]``. float32, float64, bfloat16,
-    float16.
+    Shape: input ``[N, C_in, T]`` or ``[C_in, T]``. The output has the input's order in memory. An input that lies as
+    ``[N, T, C_in]`` (strides ``(T · C_in, 1, C_in)``, such as ``x.transpose(1, 2)`` of what transformers use) is
+    computed where it lies, and its output lies so, too (torch's is contiguous). A contiguous ``[N, C_in, T]`` is
+    copied into that order first, its output out of it, and so are their gradients: keep a chain of layers in
+    ``[N, T, C]``. float32, float64, bfloat16, float16.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

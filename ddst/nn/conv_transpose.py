@@ -101,9 +101,7 @@ class SparseConvTransposeNd(SparseConvNd):
         leading = x.dim() - 2
         sizes = tuple(wanted)[leading:] if len(wanted) == leading + self.dims else tuple(wanted)
         if len(sizes) != self.dims:
-            raise ValueError(
-                f"output_size must have {self.dims} or {leading + self.dims} entries, got {len(wanted)}: {tuple(wanted)}"
-            )
+            raise ValueError(f"output_size must have {self.dims} or {leading + self.dims} entries, got {tuple(wanted)}")
         least = [
             (x.shape[i - self.dims] - 1) * self.stride[i]
             - 2 * self.padding[i]

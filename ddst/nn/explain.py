@@ -15,11 +15,12 @@ from .._arguments import check_bool, check_tensor, check_type
 from .._extension import cpu_capability
 from ..backends import BACKENDS, Problem, choose, supports
 from ..measure import Spread, clock_of, interleaved, peak
-from ..ops.conv2d import resolve_padding
+from ..ops.conv_transpose2d import output_size
 from ..ops.cuda import preferred
 from ..ops.precision import compute_dtype, tf32_allowed
 from .base import SparseLayer
-from .conv2d import SparseConv2d
+from .conv import SparseConvNd
+from .conv_transpose import SparseConvTransposeNd
 
 REPEATS = 7
 
@@ -29,8 +30,9 @@ class Rate:
     """What a pass reaches.
 
     Attributes:
-        seconds: median of some calls. flops: 2 × active weights × output positions × images, twice that for the
-            backward pass, which has two products. bytes: input, output and active values, moved once by each product.
+        seconds: median of some calls. flops: 2 × active weights × output positions × images (of a transposed
+            convolution input positions), twice that for the backward pass, which has two products. bytes: input, output
+            and active values, moved once by each product.
         peak_share: of the measured peak of arithmetic. bandwidth_share: of the measured bandwidth of memory; above 1
             where caches serve.
     """
@@ -125,12 +127,24 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     if chosen == "cpu":
         capability = cpu_capability()
         forms, slow = kernel_forms(layer.block, pixels=_pixels(layer, input), narrow=_narrow(capability, computed))
+        forms = {_pass(layer, name): form for name, form in forms.items()}
+        forms, slow = {name: forms[name] for name in PASSES}, tuple(_pass(layer, name) for name in slow)
     elif chosen == "triton":
         capability = "sm_" + "".join(map(str, torch.cuda.get_device_capability(input.device)))
         forms = triton_forms(layer, input)
     rates = _rates(layer, input, computed) if measure else {}
     reason = asked + supports(chosen, problem)[1]
     return Explanation(repr(layer), chosen, capability, reason, refused, forms, slow, rates)
+
+
+#: Pass -> the operator's ending.
+PASSES = {"forward": "", "input gradient": "_input_grad", "weight gradient": "_weight_grad"}
+
+
+def _pass(layer: SparseLayer, name: str) -> str:
+    """What a layer does with a pass of its operators: a transposed convolution computes the input gradient forward."""
+    swapped = {"forward": "input gradient", "input gradient": "forward"}
+    return swapped.get(name, name) if layer.transposed else name
 
 
 #: From so many pixels on, narrow blocks run with vectors along them (csrc/cpu/gather_pass.hpp).
@@ -182,7 +196,8 @@ def _form(side: int, which: str, over_pixels: bool = False) -> str:
 def cuda_preference(layer: SparseLayer, problem: Problem, device: torch.device) -> str:
     """Of every pass, whether a kept measurement says that "auto" runs it in CUDA C++."""
     found: dict[str, str] = {}
-    for name, suffix in (("forward", ""), ("input gradient", "_input_grad"), ("weight gradient", "_weight_grad")):
+    for name in PASSES:
+        suffix = PASSES[_pass(layer, name)]
         kind = preferred.kind(
             torch.cuda.get_device_name(device),
             ("linear" if problem.linear else "conv2d") + suffix,
@@ -202,9 +217,10 @@ def triton_forms(layer: SparseLayer, input: Tensor) -> dict[str, str]:
     dtype, device = compute_dtype(input.dtype, "cuda"), tuning.device_name(input.get_device())
     sizes = _sizes(layer, input)
     forms = {}
-    for name, op in (("forward", "forward"), ("input gradient", "input_grad"), ("weight gradient", "weight_grad")):
-        shape = (*layer.weight_shape, 1, 1)[:4]
-        linear = len(layer.weight_shape) == 2
+    for name in PASSES:
+        op = PASSES[_pass(layer, name)].removeprefix("_") or "forward"
+        shape = (*layer.op_shape, 1, 1)[:4]
+        linear = len(layer.op_shape) == 2
         problem = configs.Problem(op, linear, dtype, layer.block, shape, *sizes, layer.slots)
         measured = tuning.table_of(device).fastest(problem) is not None
         why = f"fastest measured on {device}" if measured else f"the default: not measured on {device}"
@@ -213,23 +229,30 @@ def triton_forms(layer: SparseLayer, input: Tensor) -> dict[str, str]:
 
 
 def _sizes(layer: SparseLayer, input: Tensor) -> tuple[Any, ...]:
-    """Stride, padding, dilation, number of images, input size and output size of what an operator computes."""
-    if not isinstance(layer, SparseConv2d):
+    """Stride, padding, dilation, number of images, input size and output size of what an operator computes.
+
+    That of a transposed layer computes a convolution of its output.
+    """
+    if not isinstance(layer, SparseConvNd):
         return (1, 1), (0, 0), (1, 1), input.numel() // input.shape[-1], (1, 1), (1, 1)
-    padding, extra = resolve_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
+    x = layer._images(input)
+    images = x.shape[0] if x.dim() == 4 else 1
+    stride, dilation = layer._plane(layer.stride, 1), layer._plane(layer.dilation, 1)
+    kernel = layer.op_shape[2:]
+    padding, extra = layer._plane_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
+    if isinstance(layer, SparseConvTransposeNd):
+        more = layer._plane(layer.output_padding, 0)
+        larger = output_size(x.shape[-2:], kernel, stride, padding, more, dilation)
+        return stride, padding, dilation, images, tuple(larger), tuple(x.shape[-2:])
     if layer.padding_mode != "zeros":
         extra, padding = (2 * padding[0] + extra[0], 2 * padding[1] + extra[1]), (0, 0)
-    images = input.shape[0] if input.dim() == 4 else 1
-    size = (input.shape[-2] + extra[0], input.shape[-1] + extra[1])
-    out = [
-        (size[i] + 2 * padding[i] - layer.dilation[i] * (layer.kernel_size[i] - 1) - 1) // layer.stride[i] + 1
-        for i in (0, 1)
-    ]
-    return layer.stride, padding, layer.dilation, images, size, tuple(out)
+    size = (x.shape[-2] + extra[0], x.shape[-1] + extra[1])
+    out = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    return stride, padding, dilation, images, size, tuple(out)
 
 
 def _pixels(layer: SparseLayer, input: Tensor) -> tuple[int, int]:
-    """Pixels of output and input of a layer at stride 1, over all images; zeros at other strides."""
+    """Pixels of output and input of its convolution at stride 1, over all images; zeros at other strides."""
     stride, _, _, images, size, out = _sizes(layer, input)
     if tuple(stride) != (1, 1):
         return 0, 0
@@ -259,7 +282,8 @@ def _rates(layer: SparseLayer, input: Tensor, computed: torch.dtype) -> dict[str
     rates = {}
     for products, (name, times) in enumerate(zip(works, samples, strict=True), start=1):
         seconds = max(Spread.of(times).median, 1e-9)
-        flops = products * 2.0 * layer.active_weights * (y.numel() / layer.weight_shape[0])
+        positions = (x if layer.transposed else y).numel() / layer.op_shape[0]
+        flops = products * 2.0 * layer.active_weights * positions
         moved = float(products * sum(t.numel() * t.element_size() for t in (x, y, twin.values)))
         rates[name] = Rate(seconds, flops, moved, flops / seconds / best.flops, moved / seconds / best.bandwidth)
     return rates

@@ -48,7 +48,8 @@ def own_attributes(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
     {'gain': 2}
     """
     # torch's norms by hooks keep the weight that they compute in a plain attribute.
-    return {name: value for name, value in vars(module).items() if name not in _attributes(kind) and name != "weight"}
+    made: Any = kind
+    return {name: value for name, value in vars(module).items() if name not in _attributes(made) and name != "weight"}
 
 
 def overridden(module: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -64,7 +65,5 @@ def overridden(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 @functools.cache
-def _attributes(kind: type[nn.Module]) -> frozenset[str]:
-    sizes = (1, 1) if kind is nn.Linear else (1, 1, 1)
-    make: Any = kind
-    return frozenset(vars(make(*sizes, device="meta")))
+def _attributes(kind: Any) -> frozenset[str]:
+    return frozenset(vars(kind(*[1] * (2 if kind is nn.Linear else 3), device="meta")))

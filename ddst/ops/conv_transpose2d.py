@@ -34,7 +34,7 @@ def conv_transpose2d(
     backend: str = "auto",
     record: int = 0,
 ) -> Tensor:
-    """``y[n, o, q] = bias[o] + Σ_{active blocks} Σ_{c, t, p: p · stride − padding + t · dilation = q} W[c, o, t] x[n, c, p]``.
+    """``y[n, o, p · stride − padding + t · dilation] += W[c, o, t] · x[n, c, p]`` over active blocks; then the bias.
 
     Args:
         input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``, any strides; float32 or float64, or a 16-bit float, which is
@@ -137,7 +137,7 @@ def output_size(
         )
     if found[0] * found[1] > MAX_INT:
         raise ValueError(
-            f"stride, dilation and kernel must not make 2**31 positions and more, got an output of {found[0]}x{found[1]}"
+            f"stride, dilation and kernel must not make 2**31 positions and more, got {found[0]}x{found[1]}"
         )
     return found
 
@@ -153,9 +153,9 @@ def conv_transpose2d_of_pixels(
     backend: str = "auto",
     record: int = 0,
 ) -> Tensor:
-    """:func:`conv_transpose2d` of 1×1 images without padding or dilation: ``y[n, o, t] = bias[o] + Σ_c W[c, o, t] x[n, c]``.
+    """``y[n, o, t] = bias[o] + Σ_{active blocks} Σ_c W[c, o, t] · x[n, c]``: :func:`conv_transpose2d` of 1×1 images.
 
-    That is a matrix product, which runs as that of a linear layer.
+    Without padding and dilation that is a matrix product, which runs as that of a linear layer.
 
     Args:
         input: ``[N, C_in, 1, 1]``. values, bias, weight_shape, backend, record: as there.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddst._arguments import check_int, check_module, check_optimizer, check_state_keys, check_type
-from ddst.nn import SparseLayer
+from ddst.nn import SparseLayer, SparseLinear
 from ddst.nn.spectral_norm import SpectralNorm
 from ddst.sparsity.density import NetworkDensity
 from ddst.sparsity.wrapped import optimizers_of
@@ -133,6 +133,8 @@ def _indices(model: nn.Module) -> Iterator[Tensor]:
             yield module.slot_blocks
         if isinstance(module, SparseLayer | SpectralNorm):
             yield module.topology
+        if isinstance(matrix := getattr(module, "matrix_topology", None), Tensor):
+            yield matrix
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -187,9 +189,9 @@ class FlopCounter:
 
         def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             layer: Any = module
-            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-            channels = layer.weight_shape[0] if isinstance(module, SparseLayer) else _channels(layer)[0]
-            at = inputs[0].numel() / _channels(layer)[1] if transposed else output.numel() / channels
+            # Of a transposed convolution every input position meets every weight, else every output position.
+            out, into = _channels(layer)
+            at = inputs[0].numel() / into if getattr(layer, "transposed", False) else output.numel() / out
             positions[id(module)] = positions.get(id(module), 0.0) + at / batch
             if not isinstance(module, SparseLayer):
                 dense[id(module)] = _weights(layer)
@@ -286,7 +288,7 @@ def _batch_size(sample: Any) -> int:
 
 
 def _channels(layer: Any) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | SparseLinear):
         return layer.out_features, layer.in_features
     return layer.out_channels, layer.in_channels
 

@@ -66,7 +66,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "one-tuple kernel": (lambda: nn.Conv2d(64, 64, (3,)), r"shape \(64, 64, 3\)|kernel"),
     "complex": (lambda: nn.Linear(64, 64, dtype=torch.complex64), "complex64"),
     "pruned": (lambda: pruned(nn.Conv2d(64, 64, 3)), "prune.remove"),
-    "grouped": (lambda: nn.Conv2d(64, 64, 3, groups=4), "groups=4"),
+    "grouped": (lambda: nn.Conv2d(64, 64, 3, groups=8), "groups=8 of 8 to 8 channels, no multiples"),
     "subclass": (lambda: Own(64, 64, 3), "subclass"),
 }
 

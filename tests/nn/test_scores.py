@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import ddst
 from ddst.nn import SparseLayer
 from helpers.dense import block_norms, pack_blocks, unpack_blocks
+from helpers.kinds import dense_of, input_of, make_sparse
 from helpers.layers import weight_of
 from helpers.tolerances import assert_close
 
@@ -37,11 +38,25 @@ CONVS: list[dict[str, Any]] = [
 ]
 
 
-def make_twins(kind: int | str, backend: str, dtype: torch.dtype = torch.float64) -> tuple[SparseLayer, Any, Tensor]:
+#: Of the other convolutions, one of each kind, with and without groups, and a transposed one that is a linear layer.
+KINDS: list[tuple[str, int, int]] = [
+    ("ConvTranspose2d", 2, 1), ("ConvTranspose2d", 4, 1), ("Conv1d", 1, 1), ("Conv1d", 7, 1), ("ConvTranspose1d", 1, 1),
+    ("Conv2d", 1, 2), ("ConvTranspose2d", 2, 2), ("Conv1d", 2, 3), ("ConvTranspose1d", 2, 2),
+]  # fmt: skip
+
+
+def make_twins(kind: Any, backend: str, dtype: torch.dtype = torch.float64) -> tuple[SparseLayer, Any, Tensor]:
     """(sparse layer, dense twin, input). The twin's whole weight is trained: nothing masks its gradient."""
     layer: SparseLayer
     twin: Any
-    if kind == "linear":
+    if isinstance(kind, tuple):
+        layer = make_sparse(kind, density=0.4)
+        twin, x = dense_of(layer), input_of(layer, 3, 6, dtype)
+    elif kind in ("pixels", "grouped pixels"):
+        groups = 2 if kind == "grouped pixels" else 1
+        layer = ddst.SparseConvTranspose2d(8, 10 + groups % 2, (4, 3), 2, density=0.4, block=(4, 5), groups=groups)
+        twin, x = dense_of(layer), torch.randn(3, 8, 1, 1, dtype=dtype)
+    elif kind == "linear":
         layer, twin = ddst.SparseLinear(19, 21, density=0.4, block=(8, 4)), nn.Linear(19, 21)
         x = torch.randn(6, 19, dtype=dtype)
     else:
@@ -80,7 +95,7 @@ def accumulated(module: nn.Module, x: Tensor) -> None:
 
 
 def sizes_that_differ(module: nn.Module, x: Tensor) -> None:
-    other = torch.cat([x, 2 * x]) if x.dim() == 2 else torch.cat([x, x[:, :, 1:]], dim=2)
+    other = torch.cat([x, 2 * x]) if x.dim() == 2 else torch.cat([x, x[:, :, x.shape[2] // 2 :]], dim=2)
     for each in (x, other, x[:1]):
         module(each).pow(3).mean().backward()
 
@@ -144,9 +159,9 @@ WAYS: list[Way] = [
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", [*range(len(CONVS)), "linear"])
+@pytest.mark.parametrize("kind", [*range(len(CONVS)), "linear", *KINDS, "pixels", "grouped pixels"], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_scores_are_the_norms_of_the_dense_gradient(way: Way, kind: int | str, backend: str) -> None:
+def test_scores_are_the_norms_of_the_dense_gradient(way: Way, kind: Any, backend: str) -> None:
     layer, twin, x = make_twins(kind, backend)
     layer.request_scores()
     assert layer.scores_requested

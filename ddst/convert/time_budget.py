@@ -77,20 +77,17 @@ def densities_to_measure(
 
 def _refusal(time_budget: float, share: float, plan: Plan, measured: BlockAdvice, most: int = 5) -> str:
     whole = measured.model_seconds
-    layers = {layer.name: layer for layer in measured.layers}
-    rest = whole - sum(layer.calls * layer.dense_seconds for layer in layers.values())
-    taken = {"all that is no layer measured (activations, normalisation, modules that stay as they are)": rest}
+    rest = whole - sum(layer.calls * layer.dense_seconds for layer in measured.layers)
+    taken = [(rest, "all else (activations, normalisation, what is no layer or was not measured)")]
     reasons = {c.name: c.reason for c in plan.candidates}
-    for name, layer in layers.items():
-        left = layer.calls * layer.dense_seconds - layer.saved(plan.densities.get(name, 1.0))
-        taken[
-            f"{name} at density {plan.densities[name]:.3g}"
-            if name in plan.densities
-            else f"{name}: {reasons.get(name)}"
-        ] = left
-    largest = sorted(taken, key=lambda name: -taken[name])[:most]
-    parts = "; ".join(f"{taken[name] / whole:.3f} {name}" for name in largest)
+    for layer in measured.layers:
+        density = plan.densities.get(layer.name)
+        left = layer.calls * layer.dense_seconds - (0.0 if density is None else layer.saved(density))
+        why = f"dense: {reasons.get(layer.name)}" if density is None else f"density {density:.3g}"
+        taken.append((left, f"{layer.name} ({why})"))
+    taken.sort(key=lambda part: -part[0])
+    parts = "; ".join(f"{seconds / whole:.3f} in {name}" for seconds, name in taken[:most])
     return (
         f"time_budget {time_budget:g} cannot be met: the smallest that can is {math.ceil(share * 1e4) / 1e4:g} of the "
-        f"dense step. Of it take: {parts}"
+        f"dense step, which goes to: {parts}"
     )

@@ -59,7 +59,7 @@ def erk_densities(shapes: Mapping[str, Shape], density: float, dense: Collection
     {'first': 1.0, 'middle': 0.0945, 'last': 0.8122}
     """
     size = {name: math.prod(shape) for name, shape in shapes.items()}
-    return _erk(shapes, size, density, dense, "hold {:.4f} of all weights")
+    return shared_out(_raw(shapes), size, density, dense, "hold {:.4f} of all weights")
 
 
 def work_densities(
@@ -95,20 +95,33 @@ def work_densities(
     """
     if not sum(work[name] for name in shapes) > 0:
         raise ValueError("work must be above 0 for at least one layer: no forward pass reaches any")
-    return _erk(shapes, {name: work[name] for name in shapes}, density, dense, "take {:.4f} of all multiply-adds")
+    amount = {name: work[name] for name in shapes}
+    return shared_out(_raw(shapes), amount, density, dense, "take {:.4f} of all multiply-adds")
 
 
-def _erk(
-    shapes: Mapping[str, Shape], amount: Mapping[str, float], density: float, dense: Collection[str], too_much: str
+def _raw(shapes: Mapping[str, Shape]) -> dict[str, float]:
+    """ERK's densities up to their common factor."""
+    return {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+
+
+def shared_out(
+    raw: Mapping[str, float],
+    amount: Mapping[str, float],
+    density: float,
+    dense: Collection[str] = (),
+    too_much: str = "take {:.4f} of all",
 ) -> dict[str, float]:
-    """ERK's rule, ε such that ``Σ d_l · amount_l = d Σ amount_l``."""
+    """``d_l = min(1, ε raw_l)``, ε such that ``Σ d_l · amount_l = d Σ amount_l``: what ERK and its kin have in common.
+
+    >>> shared_out({"a": 1.0, "b": 2.0, "c": 1.0}, {"a": 10, "b": 10, "c": 5}, 0.6, dense={"c"})
+    {'a': 0.3333333333333333, 'b': 0.6666666666666666, 'c': 1.0}
+    """
     check_density(density)
     full = set(dense)
-    raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
     budget = density * sum(amount.values())
     while True:
-        free = [name for name in shapes if name not in full]
-        left = budget - sum(amount[name] for name in shapes if name in full)
+        free = [name for name in raw if name not in full]
+        left = budget - sum(amount[name] for name in raw if name in full)
         if left < -1e-6 * budget:
             share = too_much.format((budget - left) / sum(amount.values()))
             raise ValueError(f"density {density} cannot be met: the layers that stay dense {share}")
@@ -117,7 +130,7 @@ def _erk(
         scale = max(left, 0.0) / weighed if weighed else math.inf
         passing = [name for name in free if scale * raw[name] >= _FULL]
         if not passing:
-            return {name: 1.0 if name in full else scale * raw[name] for name in shapes}
+            return {name: 1.0 if name in full else scale * raw[name] for name in raw}
         full.update(passing)
 
 

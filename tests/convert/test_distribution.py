@@ -202,6 +202,20 @@ def test_law_work_meets_the_share_of_multiply_adds_by_erks_rule(layers: list, de
         assert all(raw[n] * scales[0] >= 1 - 1e-6 for n in shapes if densities[n] == 1)
 
 
+@settings(max_examples=100)
+@given(WORKED, st.floats(0.01, 1.0))
+def test_law_at_equal_multiply_adds_work_and_erk_are_one_distribution(layers: list, density: float) -> None:
+    """Both are ``min(1, ε raw)``: they differ in what the density counts, not in how it is spread."""
+    shapes = named([layer[:3] for layer in layers])
+    work = {name: math.prod(shapes[name]) * layer[3] for name, layer in zip(shapes, layers, strict=True)}
+    by_erk = erk_densities(shapes, density)
+    used = [name for name in shapes if work[name]]
+    if not used or all(by_erk[name] == 1 for name in used):
+        return
+    left = sum(by_erk[name] * work[name] for name in shapes) / sum(work.values())
+    assert work_densities(shapes, work, left) == pytest.approx(by_erk, rel=1e-6)
+
+
 @settings(max_examples=150)
 @given(WORKED, BLOCKS, st.data())
 def test_law_block_counts_meet_the_work_within_half_a_block_of_the_coarsest_layer(

@@ -7,6 +7,8 @@ import os
 # Triton's own functions, like ddst's kernels, are decorated at import, and torch may import triton at any time.
 # Programs that compile kernels are started without it.
 os.environ["TRITON_INTERPRET"] = "1"
+# Reports fit the terminal.
+os.environ["COLUMNS"] = "100"
 
 import random
 from collections.abc import Iterator

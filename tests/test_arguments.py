@@ -24,6 +24,7 @@ from ddst import gan, ops, sparsity
 from ddst import nn as sparse_nn
 from ddst import topology as tp
 from ddst._arguments import check_bool, check_int, check_ints, check_number, check_one_of
+from ddst.convert.advice_report import Advice, BlockAdvice, LayerAdvice, Measured
 
 VALUES: list[Any] = [
     None,
@@ -51,6 +52,13 @@ VALUES: list[Any] = [
 def sparse_model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(ddst.SparseLinear(16, 16, density=0.5, block=8), nn.ReLU(), nn.Linear(16, 2))
+
+
+def made_up_advice() -> Advice:
+    """Both layers of a model are twice as fast at a density of a half, and take all its time."""
+    points = (Measured(0.5, 1.0, 0.5, 2.0, 2.0), Measured(1.0, 1.0, 1.0, 1.0, 1.0))
+    layers = tuple(LayerAdvice(name, (16, 16), 1, 0.5, points) for name in ("0", "1"))
+    return Advice(0.5, (BlockAdvice((8, 8), layers, 2.0),))
 
 
 def trained() -> tuple[nn.Sequential, torch.optim.Optimizer]:
@@ -153,7 +161,12 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         ddst.sparsify,
         {"model": nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "density": 0.5, "block": 8, "backend": "auto",
          "distribution": "erk", "exclude": (), "generator": None, "mask": "random", "spectral_norm_noise": None,
-         "only_if_faster": False},
+         "only_if_faster": False, "sample": None},
+    ),
+    "sparsify(time_budget)": lambda: (
+        ddst.sparsify,
+        {"model": nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "time_budget": 0.5, "distribution": "work",
+         "block": 8, "only_if_faster": made_up_advice(), "sample": torch.ones(1, 16)},
     ),
     "densify": with_model(ddst.densify),
     "synchronize": with_model(ddst.synchronize),
@@ -281,6 +294,9 @@ NOT_OURS = {
     ("FlopCounter", "sample"),
     ("FlopCounter", "forward"),
     ("advise", "sample"),
+    ("sparsify", "sample"),
+    ("sparsify(time_budget)", "sample"),
+    ("sparsify(time_budget)", "only_if_faster"),  # True measures in earnest: these layers meet no budget
 }
 
 

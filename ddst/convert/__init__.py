@@ -5,6 +5,7 @@ from .advise import advise
 from .candidates import find_candidates
 from .report import LayerReport, SparsifyReport
 from .swap import dense_state_dict, densify, sparsify
+from .weights import find_weights
 
 __all__ = [
     "Advice",
@@ -14,5 +15,6 @@ __all__ = [
     "dense_state_dict",
     "densify",
     "find_candidates",
+    "find_weights",
     "sparsify",
 ]

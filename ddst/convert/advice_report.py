@@ -108,15 +108,19 @@ class LayerAdvice:
         low, high = self.interval(density)
         return f"{low:.2f}x to {high:.2f}x"
 
+    def saved(self, density: float) -> float:
+        """What the model's step saves with this layer at a density; where that is not known, what it saves at least; 0
+        where it would lose.
+        """
+        if self.why_dense(density) is not None:
+            return 0.0
+        speedup = self.speedup(density) if self.known(density) else self.interval(density)[0]
+        return self.calls * self.dense_seconds * (1.0 - 1.0 / speedup)
+
     @property
     def saved_seconds(self) -> float:
-        """What the model's step saves with this layer sparse; where that is not known, what it saves at least; 0 where
-        it would lose.
-        """
-        if not self.wins:
-            return 0.0
-        speedup = self.speedup(self.asked) if self.known(self.asked) else self.interval(self.asked)[0]
-        return self.calls * self.dense_seconds * (1.0 - 1.0 / speedup)
+        """:meth:`saved` at the density asked for."""
+        return self.saved(self.asked)
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,14 @@ class BlockAdvice:
     @property
     def gain(self) -> float:
         """Step time of the dense model over that with the winning layers sparse: computed from the layers' times."""
-        saved = min(sum(layer.saved_seconds for layer in self.layers), 0.99 * self.model_seconds)
-        return self.model_seconds / (self.model_seconds - saved)
+        return self.model_seconds / self.step_seconds({layer.name: layer.asked for layer in self.layers})
+
+    def step_seconds(self, densities: Mapping[str, float]) -> float:
+        """Of the model with these layers at these densities, the losing ones and those not named dense: computed from
+        the layers' times, ``model_seconds − Σ saved``.
+        """
+        saved = sum(layer.saved(densities[layer.name]) for layer in self.layers if layer.name in densities)
+        return self.model_seconds - min(saved, 0.99 * self.model_seconds)
 
     def slower(self, densities: Mapping[str, float]) -> dict[str, str]:
         """Layers that should rather stay dense than have these densities, and why; layers not measured may change."""

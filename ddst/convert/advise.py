@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,26 +17,14 @@ from ..measure import TIGHT, MedianInterval, clock_of, paired
 from ..nn import SparseLayer
 from ..nn.kinds import SPARSE_KINDS, shell_of
 from .advice_report import Advice, BlockAdvice, LayerAdvice, Measured
-from .candidates import Candidate, check_no_layer, find_candidates
+from .candidates import Candidate, check_no_layer
 from .distribution import check_density
 from .shares import share_out
+from .watch import Seen, arguments_of, multiply_adds, undisturbed, watch
+from .weights import find_weights
 
 DENSITIES = (0.1, 0.3, 1.0)
 BLOCKS = ((16, 16), (32, 32))
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a layer was called with when the model ran: its first input, how often, whether that needs a gradient."""
-
-    input: Tensor
-    calls: int
-    input_grad: bool
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        x = self.input
-        return (tuple(x.shape), x.stride(), x.dtype, str(x.device), self.input_grad)
 
 
 def advise(
@@ -67,7 +54,7 @@ def advise(
     Args:
         model: a module on the device it trains on; nothing of it is changed.
         sample: what a training step calls it with: a tensor, or a sequence of arguments.
-        density, distribution, exclude, backend: as :func:`ddst.sparsify` would get them.
+        density, distribution, exclude, backend: as :func:`ddst.sparsify` would get them; "work" counts with ``sample``.
         blocks: the block sizes to compare, each ``(b_out, b_in)`` or one int.
         densities: to measure at, ascending.
         repeats: pairs of measurements for each layer, block and density, at least six, at first.
@@ -94,12 +81,10 @@ def advise(
     densities = sorted({check_density(d, "densities") for d in _listed("densities", densities)})
     check_int("repeats", repeats, 1)
     sizes = [tp.check_block(block, "blocks") for block in _listed("blocks", blocks)]
-    if not isinstance(sample, Tensor | tuple | list):
-        raise TypeError(f"sample must be a tensor or a sequence of arguments, got {type(sample).__name__}")
-    arguments = (sample,) if isinstance(sample, Tensor) else tuple(sample)
-    exclude = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else exclude
-    shares = _shares(model, density, sizes, distribution, exclude)
-    candidates = find_candidates(model, exclude)
+    arguments = arguments_of(sample)
+    candidates = find_weights(model, exclude)
+    work = multiply_adds(model, arguments, candidates) if distribution == "work" else None
+    shares = _shares(candidates, density, sizes, distribution, work)
     step, seen = watch(model, arguments, candidates)
     known: dict[tuple[Any, ...], tuple[float, MedianInterval]] = {}
     found = []
@@ -158,17 +143,17 @@ def _listed(name: str, values: Any) -> list[Any]:
 
 
 def _shares(
-    model: nn.Module,
+    candidates: list[Candidate],
     density: float,
     blocks: list[tuple[int, int]],
     distribution: str | Mapping[str, float],
-    exclude: Iterable[str | nn.Module | type],
+    work: Mapping[str, float] | None,
 ) -> dict[tuple[int, int], dict[str, float]]:
     """Block -> layer -> the density that ``sparsify`` would give it; without blocks that leave every layer dense."""
     found, errors = {}, []
     for block in blocks:
         try:
-            densities = share_out(find_candidates(model, exclude), density, block, distribution)
+            densities = share_out([replace(c) for c in candidates], density, block, distribution, work)
         except ValueError as error:  # with "uniform", a block too large for every layer
             errors.append(error)
         else:
@@ -177,70 +162,6 @@ def _shares(
     if not found:
         raise errors[0] if errors else ValueError(f"no layer would be sparse at density {density} with these blocks")
     return found
-
-
-def watch(
-    model: nn.Module, arguments: tuple[Any, ...], candidates: list[Candidate]
-) -> tuple[Callable[[], object], dict[str, Seen]]:
-    """The model's training step (forward and all gradients), and what each candidate was called with in one."""
-    seen: dict[str, Seen] = {}
-    handles = []
-    for candidate in candidates:
-
-        def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], name: str = candidate.name) -> None:
-            input, before = inputs[0] if inputs else named.get("input"), seen.get(name)
-            if not isinstance(input, Tensor):  # the layer itself says what is wrong with it
-                return
-            first = before.input if before else input.detach()
-            needed = input.requires_grad or (before is not None and before.input_grad)
-            seen[name] = Seen(first, (before.calls if before else 0) + 1, needed)
-
-        handles.append(candidate.module.register_forward_pre_hook(note, with_kwargs=True))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        outputs = [t for t in tensors_in(model(*arguments)) if t.requires_grad]
-        if outputs and parameters:
-            torch.autograd.grad(outputs, parameters, [torch.ones_like(t) for t in outputs], allow_unused=True)
-
-    try:
-        with undisturbed(model), torch.enable_grad():
-            step()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return step, seen
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts back what running a model changes: buffers (batch norm, spectral norm), attributes, random numbers.
-
-    torch's spectral norm leaves its last weight in an attribute, with the graph that made it: a module that holds such
-    a tensor cannot be copied.
-    """
-    held = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    contents = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            for module, attributes, buffers in held:
-                vars(module).clear()
-                vars(module).update(attributes)
-                module._buffers.clear()
-                module._buffers.update(buffers)
-            with torch.no_grad():
-                for buffer, copy in contents:
-                    buffer.copy_(copy)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The floating-point tensors of a nested output."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
 
 
 def _times(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import topology as tp
-from ..nn.packed_parameter import HoldsPackedParameters, PackedParameter, attach, detach, split_shape
+from ..nn.packed_parameter import HoldsPackedParameters, PackedParameter, attach, split_shape
 from .watch import undisturbed
 
 #: Names of parameters that are weights whatever the module does with them. torch's spectral norm makes the second.
@@ -126,6 +126,3 @@ def _packed(held: list[tuple[nn.Module, str]], block: tuple[int, int]) -> Iterat
 def packed_holders(model: nn.Module) -> list[nn.Module]:
     """The modules of a model in which parameters are packed."""
     return [module for module in model.modules() if isinstance(module, HoldsPackedParameters)]
-
-
-__all__ = ["NAMES", "Use", "attach", "detach", "fits", "own_weights", "packed_holders", "uses_of"]

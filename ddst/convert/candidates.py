@@ -138,7 +138,7 @@ def find_candidates(model: nn.Module, exclude: Iterable[str | nn.Module | type] 
     2 Linear None
     """
     check_module("model", model)
-    excluded = _excluded(model, exclude)
+    excluded = excluded_modules(model, exclude)
     owners = _owners(model)
     found: dict[int, Candidate] = {}
     for name, parent, attribute, module in places(model):
@@ -154,7 +154,8 @@ def find_candidates(model: nn.Module, exclude: Iterable[str | nn.Module | type] 
     return list(found.values())
 
 
-def _excluded(model: nn.Module, exclude: Iterable[str | nn.Module | type]) -> set[int]:
+def excluded_modules(model: nn.Module, exclude: Iterable[str | nn.Module | type]) -> set[int]:
+    """``id`` of every module that is excluded, those inside others too; see :func:`find_candidates`."""
     if isinstance(exclude, str | nn.Module | type) or not isinstance(exclude, Iterable):
         raise TypeError(f"exclude must be a sequence of names, modules or classes, got {exclude!r}")
     named = dict(model.named_modules(remove_duplicate=False))

@@ -24,9 +24,9 @@ class _Draft:
     wanted: float
 
     @property
-    def weights(self) -> int:
-        """Active weights: what lies inside the weight, of edge blocks less than of others."""
-        return int(self.sizes[self.mask].sum())
+    def weights(self) -> float:
+        """What the active weights count: those inside the weight, of edge blocks fewer than of others."""
+        return float(self.sizes[self.mask].sum(dtype=torch.float64))
 
     def best_flip(self, grow: bool, below: float) -> int | None:
         """Flat index of the block to add (or to take away) that holds fewer weights than ``below``, or None.
@@ -34,7 +34,7 @@ class _Draft:
         Taken away is the lowest rank, added the highest. A block that is the last of its row or column goes only if
         there is no other, the last block of a layer never.
         """
-        able = (self.mask != grow) & (self.sizes < below)
+        able = (self.mask != grow) & (self.sizes < below) & (self.sizes > 0)
         if not grow:
             if int(self.mask.sum()) < 2:
                 return None
@@ -52,13 +52,14 @@ class _Draft:
 def initial_masks(
     weights: Mapping[str, Tensor],
     counts: Mapping[str, int],
-    densities: Mapping[str, float],
+    densities: Mapping[str, float] | None,
     block: tuple[int, int],
     kind: str = "random",
     generator: torch.Generator | None = None,
     *,
     transposed: Collection[str] = (),
     groups: Mapping[str, int] | None = None,
+    cost: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """``|Σ active − Σ density · size| ≤ b_out · b_in / 2``: a mask per layer with ``counts[name]`` active blocks.
 
@@ -68,13 +69,15 @@ def initial_masks(
 
     Args:
         weights: dense weight per layer.
-        counts, densities: blocks and density per layer.
+        counts, densities: blocks and density per layer; without densities there are as many blocks as counted.
         block: ``(b_out, b_in)``.
         kind: "random" (every block row and column gets a block where the count allows) or "magnitude" (the blocks of
             largest L2 norm).
         generator: of the random choices, on the CPU; torch's default generator by default.
         transposed: names of weights with the input channels first, whose blocks are ``(b_in, b_out)``.
         groups: of grouped convolutions, by name.
+        cost: what a weight of each layer counts in both sums, 1 by default; the limit is then half a block of the
+            layer where it costs most. Layers that cost nothing keep their counts.
 
     Returns:
         bool masks on the CPU, of the shape of :func:`ddst.topology.mask_shape`.
@@ -86,9 +89,9 @@ def initial_masks(
     """
     drafts: dict[str, _Draft] = {}
     for name, weight in weights.items():
-        shape = tuple(weight.shape)
+        shape, each = tuple(weight.shape), 1.0 if cost is None else cost[name]
         own = (block[1], block[0]) if name in transposed else block
-        sizes = tp.mask_sizes(shape, own)
+        sizes = tp.mask_sizes(shape, own).double() * each
         if kind == "magnitude":
             rank = block_norms_of(weight.detach().cpu().double(), own)
             mask = torch.zeros(rank.numel(), dtype=torch.bool)
@@ -97,12 +100,14 @@ def initial_masks(
         else:
             mask = tp.random_mask(shape, own, counts[name], generator, (groups or {}).get(name, 1))
             rank = torch.rand(mask.shape, generator=generator, dtype=torch.float64)
-        drafts[name] = _Draft(mask, sizes, rank, densities[name] * weight.numel())
-    _settle(list(drafts.values()), block[0] * block[1])
+        drafts[name] = _Draft(mask, sizes, rank, 0.0 if densities is None else densities[name] * weight.numel() * each)
+    if densities is not None:
+        dearest = max((1.0 if cost is None else cost[name] for name in weights), default=1.0)
+        _settle(list(drafts.values()), dearest * block[0] * block[1])
     return {name: draft.mask for name, draft in drafts.items()}
 
 
-def _settle(drafts: list[_Draft], largest: int) -> None:
+def _settle(drafts: list[_Draft], largest: float) -> None:
     """Flips blocks until the active weights of all layers together are within half a block of what is wanted."""
     surplus = {id(draft): draft.weights - draft.wanted for draft in drafts}
     error = sum(surplus.values())
@@ -116,6 +121,6 @@ def _settle(drafts: list[_Draft], largest: int) -> None:
         else:
             return
         draft.mask.view(-1)[flip] = grow
-        change = int(draft.sizes.flatten()[flip]) * (1 if grow else -1)
+        change = float(draft.sizes.flatten()[flip]) * (1 if grow else -1)
         surplus[id(draft)] += change
         error += change

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
+from .advice_report import BlockAdvice
 from .candidates import Candidate
-from .distribution import check_density, erk_densities, smallest_density, uniform_densities
+from .distribution import (
+    block_counts,
+    check_density,
+    erk_densities,
+    smallest_density,
+    uniform_densities,
+    work_densities,
+)
+
+#: Those that make small layers denser, and share out over all layers that count, dense or not.
+RULES = ("erk", "work")
+DISTRIBUTIONS = (*RULES, "uniform")
 
 
-def why_dense(candidates: Iterable[Candidate], most: int = 10) -> str:
-    """The layers that stay dense, the largest first, and why."""
-    left = sorted((c for c in candidates if c.reason is not None), key=lambda c: -c.size)
+def why_dense(candidates: Iterable[Candidate], cost: Mapping[str, float] | None = None, most: int = 10) -> str:
+    """The layers that stay dense and why, the largest first (with the cost of a weight of each, the dearest)."""
+    left = [c for c in candidates if c.reason is not None]
+    left.sort(key=lambda c: -c.size * (1.0 if cost is None else cost[c.name]))
     more = [f"and {len(left) - most} more"] if len(left) > most else []
     return "; ".join([f"{c.name}: {c.reason}" for c in left[:most]] + more)
 
 
 def share_out(
-    candidates: list[Candidate], density: float, block: tuple[int, int], distribution: str | Mapping[str, float]
+    candidates: list[Candidate],
+    density: float,
+    block: tuple[int, int],
+    distribution: str | Mapping[str, float],
+    work: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """The density of every layer to be swapped; writes into the others why not, and which layers the density counts.
 
@@ -24,14 +42,13 @@ def share_out(
         ValueError: a distribution that names unknown or unsuitable layers, or nothing to swap.
     """
     named: dict[str, float] = {}
+    expected = f"distribution must be {', '.join(map(repr, DISTRIBUTIONS))} or {{name: density}}"
     if isinstance(distribution, Mapping):
         named = _named_densities(candidates, distribution)
     elif not isinstance(distribution, str):
-        raise TypeError(
-            f"distribution must be 'erk', 'uniform' or {{name: density}}, got {type(distribution).__name__}"
-        )
-    elif distribution not in ("erk", "uniform"):
-        raise ValueError(f"distribution must be 'erk', 'uniform' or {{name: density}}, got {distribution!r}")
+        raise TypeError(f"{expected}, got {type(distribution).__name__}")
+    elif distribution not in DISTRIBUTIONS:
+        raise ValueError(f"{expected}, got {distribution!r}")
     for c in candidates:
         if c.reason is not None:
             continue
@@ -43,22 +60,32 @@ def share_out(
         elif c.name not in named and (c_out < block[0] or c_in < block[1]):
             c.reason = f"{c_in} to {c_out} channels, fewer than a block of {block[0]}x{block[1]}"
     free = {c.name: c.oriented for c in candidates if c.reason is None}
-    if distribution == "erk":
-        counted = {c.name: c.oriented for c in candidates if c.counted}
-        dense = counted.keys() - free.keys()
-    else:
-        counted, dense = free, set()
-    if not counted:
-        raise ValueError(f"model has no layer to swap ({why_dense(candidates) or 'no convolution or linear layer'})")
-    if distribution != "erk":
+    if distribution == "work":
+        for c in candidates:
+            # Whatever takes time, of any kind; what has no weights yet has no shape to go by.
+            c.counted = c.reason != "excluded" and c.size > 0
+    elif distribution != "erk":
         for c in candidates:
             c.counted = c.name in free
+    counted = {c.name: c.oriented for c in candidates if c.counted}
+    if not counted or (not free and distribution != "erk"):
+        raise ValueError(f"model has no layer to swap ({why_dense(candidates) or 'no convolution or linear layer'})")
+    if distribution not in RULES:
         return {**uniform_densities(free, density), **named}
+    dense = counted.keys() - free.keys()
+    if distribution == "work" and not sum((work or {}).get(name, 0.0) for name in free):
+        raise ValueError("sample must reach a layer that can be sparse, but running the model with it reached none")
     # Below the smallest density there is no distribution; what is reached then is compared with what was asked for.
-    shares = erk_densities(counted, max(density, smallest_density(counted, block, dense)), dense)
+    least = smallest_density(counted, block, dense, work if distribution == "work" else None)
+    asked = max(check_density(density), least)
+    if distribution == "work":
+        assert work is not None
+        shares, called = work_densities(counted, work, asked, dense), "density by work"
+    else:
+        shares, called = erk_densities(counted, asked, dense), "ERK density"
     for c in candidates:
         if c.reason is None and shares[c.name] == 1.0:
-            c.reason = "its ERK density is 1"
+            c.reason = f"its {called} is 1"
     return {c.name: shares[c.name] for c in candidates if c.reason is None}
 
 
@@ -69,6 +96,56 @@ def _ungroupable(candidate: Candidate, block: tuple[int, int]) -> str | None:
     if c_out % block[0] == 0 and c_in % block[1] == 0:
         return None
     return f"groups={groups} of {c_in} to {c_out} channels, no multiples of a block of {block[0]}x{block[1]}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion would do.
+
+    Attributes:
+        candidates: with the reasons why some stay as they are, and which ones the density counts.
+        densities, counts: of each layer to be swapped, and its blocks. slower: left dense because sparse is slower.
+        cost: what one weight of each counts: 1, or its multiply-adds where the density is a share of these.
+    """
+
+    candidates: list[Candidate]
+    densities: dict[str, float]
+    counts: dict[str, int]
+    slower: dict[str, str]
+    cost: dict[str, float]
+
+    @property
+    def chosen(self) -> dict[str, Candidate]:
+        """The layers to be swapped."""
+        return {c.name: c for c in self.candidates if c.name in self.densities}
+
+
+def make_plan(
+    candidates: Iterable[Candidate],
+    density: float,
+    block: tuple[int, int],
+    distribution: str | Mapping[str, float],
+    work: Mapping[str, float] | None = None,
+    measured: BlockAdvice | None = None,
+) -> Plan:
+    """Shares a density out; with measurements, layers stay dense that these did not find to be faster sparse.
+
+    Args:
+        candidates: of :func:`~ddst.convert.weights.find_weights`; they are not changed.
+        work: multiply-adds of each candidate, which ``distribution="work"`` needs.
+    """
+    candidates = [replace(c) for c in candidates]
+    densities = share_out(candidates, density, block, distribution, work)
+    slower = {} if measured is None else measured.slower(densities)
+    for c in candidates:
+        if c.name in slower:
+            c.reason, c.counted = slower[c.name], c.counted and distribution in RULES
+            del densities[c.name]
+    by_work = work if distribution == "work" else None
+    shapes = {c.name: c.oriented for c in candidates if c.name in densities}
+    counts = block_counts(shapes, densities, block, by_work)
+    cost = {c.name: 1.0 if by_work is None else by_work[c.name] / max(1, c.size) for c in candidates}
+    return Plan(candidates, densities, counts, slower, cost)
 
 
 def _named_densities(candidates: list[Candidate], distribution: Mapping[str, float]) -> dict[str, float]:

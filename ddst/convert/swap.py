@@ -19,13 +19,16 @@ from ..nn.data_parallel import is_sharded, let_go, whole
 from ..nn.kinds import SPARSE_KINDS, shell_of
 from ..nn.plain import own_attributes
 from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
-from .advice_report import Advice
+from .advice_report import Advice, BlockAdvice
 from .advise import advise
-from .candidates import Candidate, check_no_layer, find_candidates, places, spectral_hook
-from .distribution import block_counts, check_density
+from .candidates import Candidate, check_no_layer, places, spectral_hook
+from .distribution import check_density
 from .initial_masks import KINDS, initial_masks
 from .report import LayerReport, SparsifyReport
-from .shares import share_out, why_dense
+from .shares import RULES, Plan, make_plan, why_dense
+from .time_budget import DENSITIES, densities_to_measure, plan_within
+from .watch import arguments_of, multiply_adds
+from .weights import find_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,7 +50,7 @@ _HOOKS = (
 
 def sparsify(
     model: nn.Module,
-    density: float,
+    density: float | None = None,
     *,
     block: tuple[int, int] | int = (16, 16),
     distribution: str | Mapping[str, float] = "erk",
@@ -59,6 +62,7 @@ def sparsify(
     reserve: float | None = None,
     only_if_faster: bool | Advice = False,
     sample: Tensor | Sequence[Any] | None = None,
+    time_budget: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> SparsifyReport:
     """``Σ active / Σ weights = density``: swaps linear layers and convolutions for block-sparse ones in place.
@@ -79,13 +83,17 @@ def sparsify(
 
     Args:
         model: a module that contains the layers.
-        density: share of active weights, above 0 and at most 1.
+        density: share of active weights (with "work", of multiply-adds), above 0 and at most 1; not given with
+            ``time_budget``.
         block: ``(b_out, b_in)``, or one int for a square block. (The ``block`` of a transposed convolution is
             ``(b_in, b_out)`` afterwards, as its weight has the input channels first.)
         distribution: "erk" (:func:`~ddst.convert.distribution.erk_densities`): small layers stay denser; the density
-            is that of all layers of these kinds which are not excluded, those left dense counting as 1. "uniform":
-            every swapped layer has the density. ``{name: density}``: these layers have theirs, all other swapped layers
-            ``density``; a layer named here is swapped even if it has fewer channels than the block.
+            is that of all layers of these kinds which are not excluded, those left dense counting as 1. "work"
+            (:func:`~ddst.convert.distribution.work_densities`): spread likewise, but the density is the share of
+            *multiply-adds*, of all weights that are not excluded, met to within one block's work of the coarsest
+            layer; needs ``sample``. "uniform": every swapped layer has the density. ``{name: density}``: these layers
+            have theirs, all other swapped layers ``density``; a layer named here is swapped even if it has fewer
+            channels than the block.
         exclude: names, modules or classes to leave alone, with everything inside them.
         backend: of the new layers: "auto", "cpu", "triton", "cuda" or "reference".
         generator: of random masks; torch's default generator by default.
@@ -101,7 +109,12 @@ def sparsify(
             dense that were not found to be faster sparse; an :class:`~ddst.Advice` that holds this block is
             used instead of measuring. The other layers keep the density they would have had, so with "erk" the density
             over all layers comes out higher than asked for.
-        sample: what a training step calls the model with, a tensor or a sequence of arguments.
+        sample: what a training step calls the model with, a tensor or a sequence of arguments. The model is run on it
+            once more, undisturbed, and the report then shows what is left of its multiply-adds.
+        time_budget: in place of ``density``: the share of the dense model's training step that may be left, above 0 and
+            at most 1. Every layer is measured here (:func:`ddst.advise`; or ``only_if_faster`` is an Advice that says
+            it), and of the distribution's densities the largest is taken whose step fits, layers that are not faster
+            sparse staying dense (:func:`~ddst.convert.time_budget.plan_within`). Needs ``sample``, or an Advice.
         process_group: of torch.distributed: where there are several ranks, each must call this, and all get the masks
             of rank 0 of this group (None: the default group). Values stay each rank's own: DistributedDataParallel or
             :func:`ddst.synchronize` makes them equal.
@@ -111,20 +124,27 @@ def sparsify(
 
     Raises:
         ValueError: an argument out of range, an unknown name, a model that is itself a layer or has none to swap, or a
-            density that cannot be met, with the smallest that can. Nothing has been changed then.
+            density or time that cannot be met, with the smallest that can. Nothing has been changed then.
         TypeError: an argument of another type.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1))
     >>> print(sparsify(model, 0.25))
     layer  kind    weight     density  blocks
-    -------------------------------------------------------------------------------------------------------
-    0      Conv2d  64x3x3x3    1.0000       -  left as it is: 3 to 64 channels, fewer than a block of 16x16
+    -------------------------------------------------------------------------------------------------
+    0      Conv2d  64x3x3x3    1.0000       -  left as it is: 3 to 64 channels, fewer than a block of
+                                               16x16
     2      Conv2d  64x64x3x3   0.1319  19/144
     3      Conv2d  64x64x1x1   1.0000       -  left as it is: its ERK density is 1
-    1 of 3 layers sparse; density 0.2504, of all convolution and linear weights 0.2504
+    1 of 3 layers sparse; density 0.2504, of all weights 0.2504
     """
     check_no_layer(model)
-    check_density(density)
+    if (density is None) == (time_budget is None):
+        given = "neither" if density is None else f"density={density!r} and time_budget={time_budget!r}"
+        raise TypeError(f"density must be a number, or None with a time_budget in its place, got {given}")
+    if density is not None:
+        check_density(density)
+    if time_budget is not None:
+        check_density(time_budget, "time_budget")
     if reserve is not None:
         check_density(reserve, "reserve")
     if spectral_norm_noise is not None:
@@ -136,42 +156,55 @@ def sparsify(
     if not isinstance(only_if_faster, Advice):
         check_bool("only_if_faster", only_if_faster)
     _check_whole(model, "ddst.sparsify")
-    candidates = find_candidates(model, exclude)
-    densities = share_out(candidates, density, block, distribution)
-    slower: dict[str, str] = {}
-    if only_if_faster is True:
-        if sample is None:
-            raise ValueError("sample must be what a training step calls the model with if only_if_faster, got None")
+    advice = only_if_faster if isinstance(only_if_faster, Advice) else None
+    measuring = advice is None and (bool(only_if_faster) or time_budget is not None)
+    if sample is None and (measuring or distribution == "work"):
+        needs = "only_if_faster" if only_if_faster is True else "there is a time_budget"
+        needs = needs if measuring else 'distribution="work"'
+        raise ValueError(f"sample must be what a training step calls the model with if {needs}, got None")
+    weights = find_weights(model, exclude)
+    work = None if sample is None else multiply_adds(model, arguments_of(sample), weights)
+    if measuring:
+        assert sample is not None
+        settings: dict[str, Any] = {"distribution": densities_to_measure(weights, block, distribution)}
+        if density is None:
+            settings["densities"] = DENSITIES
+        else:
+            settings["distribution"] = make_plan(weights, density, block, distribution, work).densities
         # Excluded by module, as an iterable of names may have been used up.
-        left = [c.module for c in candidates if c.name not in densities]
-        only_if_faster = advise(
-            model, sample, density=density, blocks=[block], distribution=densities, exclude=left, backend=backend
+        left = [c.module for c in weights if c.slots and c.name not in settings["distribution"]]
+        advice = advise(
+            model, sample, density=density or 0.1, blocks=[block], exclude=left, backend=backend, **settings
         )
-    if isinstance(only_if_faster, Advice):
-        slower = only_if_faster.of(block).slower(densities)
-    for c in candidates:
-        if c.name in slower:
-            c.reason, c.counted = slower[c.name], c.counted and distribution == "erk"
-            del densities[c.name]
-    chosen = {c.name: c for c in candidates if c.name in densities}
-    counts = block_counts({name: c.oriented for name, c in chosen.items()}, densities, block)
-    weights = {name: c.weight for name, c in chosen.items() if c.weight is not None}
+    measured = None if advice is None else advice.of(block)
+    if time_budget is None:
+        assert density is not None
+        plan = make_plan(weights, density, block, distribution, work, measured)
+    else:
+        assert measured is not None
+        plan = plan_within(weights, time_budget, block, distribution, work, measured)
+    chosen = plan.chosen
+    raw = {name: c.weight for name, c in chosen.items() if c.weight is not None}
+    densities = None if density is None else plan.densities
     transposed, groups = {n for n, c in chosen.items() if c.transposed}, {n: c.groups for n, c in chosen.items()}
-    drafts = initial_masks(weights, counts, densities, block, mask, generator, transposed=transposed, groups=groups)
+    drafts = initial_masks(
+        raw, plan.counts, densities, block, mask, generator, transposed=transposed, groups=groups, cost=plan.cost
+    )
     masks = same_masks(drafts, process_group)
     noise = spectral_norm_noise
     if noise is None:
         noise = 0.0 if block == (1, 1) else NOISE
-    reserves = {} if reserve is None else share_out(candidates, reserve, block, distribution)
+    reserves = {} if reserve is None else make_plan(weights, reserve, block, distribution, work).densities
     layers = {
         name: _sparse_twin(c, masks[name], block, backend, noise, None if reserve is None else reserves.get(name, 1.0))
         for name, c in chosen.items()
     }
-    report = SparsifyReport(tuple(_report(c, layers.get(c.name)) for c in candidates))
-    wanted = sum(densities.get(c.name, 1.0) * c.size for c in candidates if c.counted)
-    if distribution == "erk" and not slower:
-        wanted = density * sum(c.size for c in candidates if c.counted)
-    _check_met(report, wanted, block, why_dense(candidates))
+    report = SparsifyReport(
+        tuple(_report(c, layers.get(c.name), work, measured) for c in plan.candidates),
+        None if measured is None else measured.model_seconds,
+    )
+    if density is not None:
+        _check_met(report, plan, density if distribution in RULES and not plan.slower else None, block)
 
     let_go([c.module for c in chosen.values()], "layers are swapped for sparse ones")
     for name, candidate in chosen.items():
@@ -189,11 +222,19 @@ def _check_whole(model: nn.Module, call: str) -> None:
         )
 
 
-def _check_met(report: SparsifyReport, wanted: float, block: tuple[int, int], dense: str) -> None:
+def _check_met(report: SparsifyReport, plan: Plan, density: float | None, block: tuple[int, int]) -> None:
+    """Raises where the density, or else the sum of the layers' own, is missed by more than a block."""
+    cost = plan.cost
     counted = [layer for layer in report.layers if layer.counted]
-    reached, total = sum(layer.active for layer in counted), sum(layer.size for layer in counted)
-    if abs(reached - wanted) > block[0] * block[1]:
+    reached = sum(layer.active * cost[layer.name] for layer in counted)
+    total = sum(layer.size * cost[layer.name] for layer in counted)
+    wanted = sum(plan.densities.get(layer.name, 1.0) * layer.size * cost[layer.name] for layer in counted)
+    if density is not None:
+        wanted = density * total
+    coarsest = max((cost[name] for name in plan.densities), default=1.0)
+    if abs(reached - wanted) > coarsest * block[0] * block[1]:
         smallest = math.ceil(reached / total * 1e4) / 1e4
+        dense = why_dense((c for c in plan.candidates if c.counted), plan.cost)
         raise ValueError(
             f"density {wanted / total:.6g} cannot be met with blocks of {block[0]}x{block[1]}: "
             "the smallest that can is "
@@ -202,22 +243,31 @@ def _check_met(report: SparsifyReport, wanted: float, block: tuple[int, int], de
         )
 
 
-def _report(candidate: Candidate, layer: SparseLayer | None) -> LayerReport:
+def _report(
+    candidate: Candidate, layer: SparseLayer | None, work: Mapping[str, float] | None, measured: BlockAdvice | None
+) -> LayerReport:
     c = candidate
     sparse = c.module if isinstance(c.module, SparseLayer) else layer
-    if sparse is None:
-        return LayerReport(c.name, c.kind, c.shape, c.size, c.size, 0, 0, 0, c.reason, c.counted)
+    times = {one.name: one for one in measured.layers} if measured is not None else {}
+    dense_seconds = seconds = None
+    if c.name in times:
+        timed = times[c.name]
+        dense_seconds = timed.calls * timed.dense_seconds
+        seconds = dense_seconds - (0.0 if layer is None else timed.saved(layer.nnz / layer.num_blocks))
     return LayerReport(
         c.name,
         c.kind,
         c.shape,
-        sparse.active_weights,
+        c.size if sparse is None else sparse.active_weights,
         c.size,
-        sparse.nnz,
-        sparse.num_blocks,
-        sparse.slots,
+        0 if sparse is None else sparse.nnz,
+        0 if sparse is None else sparse.num_blocks,
+        0 if sparse is None else sparse.slots,
         c.reason,
         c.counted,
+        None if work is None else work[c.name],
+        dense_seconds,
+        seconds,
     )
 
 

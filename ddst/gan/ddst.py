@@ -253,12 +253,12 @@ class DDST:
 
     @property
     def density_g(self) -> float:
-        """Active share of the generator's convolution and linear weights."""
+        """Active share of all the generator's weights, see :class:`~ddst.sparsity.density.NetworkDensity`."""
         return self.training_g.density
 
     @property
     def density_d(self) -> float:
-        """Active share of the discriminator's convolution and linear weights."""
+        """Active share of all the discriminator's weights: what the controller steers."""
         return self.network_d.density
 
     def is_decision_step(self, step: int) -> bool:

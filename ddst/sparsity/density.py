@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ddst.convert import find_candidates
+from ddst.convert import find_weights
 from ddst.nn import SparseLayer, sparse_layers
 from ddst.topology import mask_of_slots, mask_sizes
 
 
 class NetworkDensity:
-    """``d = active weights / weights`` over all convolution and linear layers of a model.
+    """``d = active weights / weights`` over every weight of a model, as ``model_density`` of a report.
 
-    Layers that :func:`ddst.sparsify` left dense count as they are: all their weights are active. Biases, normalisation
-    layers and embeddings do not count; neither do the parts of edge blocks that lie outside their weight.
+    Weights that :func:`ddst.sparsify` left dense, of any kind of layer or module, count as they are: all are active
+    (:func:`~ddst.convert.weights.find_weights` says what is a weight). Biases, normalisation layers and embeddings do
+    not count; neither do the parts of edge blocks that lie outside their weight.
+
+    For a network of convolution and linear layers, such as the paper's, this is the paper's density: that of all
+    weights which may be sparse. Where a network has other weights, it is larger than the density that
+    :func:`ddst.sparsify` was asked for, and a change of the density by ``Δ`` is one of ``Δ`` of all weights, too.
 
     Args:
         model: its layers are looked up once; their masks may change afterwards.
 
     Attributes:
-        layers: the sparse layers by name. dense_weights: of the layers that are dense. total_weights: of all.
+        layers: the sparse layers by name. dense_weights: of what is dense. total_weights: of all.
         sizes: per sparse layer int64 ``[R · C · T]``, weights in each block, in the order of :func:`flat_mask`.
 
     Cost: none to speak of; every layer keeps count of its weights.
@@ -32,7 +37,7 @@ class NetworkDensity:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: dict[str, SparseLayer] = dict(sparse_layers(model))
-        self.dense_weights = sum(c.size for c in find_candidates(model) if c.counted)
+        self.dense_weights = sum(c.size for c in find_weights(model) if not isinstance(c.module, SparseLayer))
         self.sizes: dict[str, Tensor] = {
             name: mask_sizes(layer.weight_shape, layer.block).reshape(-1) for name, layer in self.layers.items()
         }
@@ -44,12 +49,12 @@ class NetworkDensity:
 
     @property
     def active_weights(self) -> int:
-        """Active weights of all layers that count."""
+        """Active weights of all that count."""
         return self.dense_weights + sum(self.layer_weights(name) for name in self.layers)
 
     @property
     def density(self) -> float:
-        """``d``, 0 … 1; 1.0 for a model without such layers."""
+        """``d``, 0 … 1; 1.0 for a model without weights."""
         return self.active_weights / self.total_weights if self.total_weights else 1.0
 
 

@@ -53,7 +53,8 @@ class NetworkStats:
     """Density and size of one network.
 
     Attributes:
-        density: over all convolution and linear weights. sparse_density: over the sparse layers only.
+        density: over all weights (:class:`~ddst.sparsity.density.NetworkDensity`). sparse_density: over the sparse
+            layers only.
         parameters: trainable numbers held. dense_parameters: of the same network with dense layers.
         memory: bytes.
     """

@@ -52,7 +52,7 @@ class UpdateReport:
         fraction: the drop fraction asked for ("exchange"), or the asked change of density.
         dropped, grown: blocks that left and entered, by layer; layers without a change are not listed. A block that
             was dropped and grown back in one update stayed, and counts as neither.
-        density_before, density_after: active share of the weights of all convolution and linear layers.
+        density_before, density_after: active share of all weights.
     """
 
     step: int

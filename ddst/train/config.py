@@ -94,8 +94,8 @@ class TrainConfig:
                               shown="that of G", range=DENSITY, metavar="D", methods=SPARSE)
     block: tuple[int, int] = option((16, 16), parse_block, "block of weights that is active or not: output x input "
                                     "channels, 1x1 to 64x64", metavar="ROWSxCOLUMNS", methods=SPARSE)
-    distribution: str = option("erk", str, "how the density is shared out over layers", choices=("erk", "uniform"),
-                               methods=SPARSE)
+    distribution: str = option("erk", str, "how the density is shared out over layers; with 'work' it is the share of "
+                               "multiply-adds", choices=("erk", "work", "uniform"), methods=SPARSE)
     sn_noise: float = option(_blocks(0.0, 0.05), float, "share of noise in D's power iteration, which keeps the "
                              "spectral norm of few blocks from getting stuck", shown="1x1 blocks 0, larger 0.05",
                              range=SHARE, metavar="SHARE", methods=SPARSE)

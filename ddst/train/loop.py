@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -92,6 +92,7 @@ class Trainer:
     Args:
         config: all settings.
         images: what it trains on, at the config's resolution.
+        sparse: makes the two networks of a config sparse, in place; another one for studies of other distributions.
 
     Attributes:
         step: generator iterations done. seconds: time they took.
@@ -102,7 +103,7 @@ class Trainer:
         ConfigError: settings that these networks and images cannot have.
     """
 
-    def __init__(self, config: TrainConfig, images: ImageSet) -> None:
+    def __init__(self, config: TrainConfig, images: ImageSet, sparse: Callable[..., None] = make_sparse) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: torch sees no CUDA device here")
         if config.batch_norm == "synced" and config.device == "cpu":
@@ -119,7 +120,7 @@ class Trainer:
         with setting_errors(), fitting("networks of these --width-g, --width-d and --latent"):
             check_memory(config, images.channels)
             generator, discriminator = build_networks(config, images.channels)
-            make_sparse(config, generator, discriminator)
+            sparse(config, generator, discriminator)
             self.players = with_optimizers(config, generator.to(self.device), discriminator.to(self.device))
             self.ema = EMA(generator, decay=config.ema, start=config.ema_start)
             self.scheduler = self._make_scheduler()

@@ -60,13 +60,15 @@ def make_sparse(config: TrainConfig, generator: Generator, discriminator: Discri
     """
     if config.method == "dense":
         return
-    for name, net, density in (
-        ("density", generator, config.density),
-        ("density_d", discriminator, config.density_d),
+    images = (2, discriminator.channels, config.resolution, config.resolution)
+    for name, net, density, size in (
+        ("density", generator, config.density, (2, config.latent)),
+        ("density_d", discriminator, config.density_d, images),
     ):
         # ERK at density 1 swaps nothing; layers whose density may change are swapped full of blocks.
         starts_full = density == 1 and net is discriminator and config.method.startswith("ddst")
         distribution = "uniform" if starts_full else config.distribution
+        net.eval()  # torch's SyncBatchNorm trains on devices only
         try:
             sparsify(
                 net,
@@ -75,9 +77,11 @@ def make_sparse(config: TrainConfig, generator: Generator, discriminator: Discri
                 distribution=distribution,
                 backend=config.backend,
                 spectral_norm_noise=config.sn_noise,
+                sample=torch.zeros(size) if distribution == "work" else None,
             )
         except ValueError as error:
             raise ConfigError(f"{flag(name)} {density}: {' '.join(str(error).split())}") from error
+        net.train()
 
 
 def with_optimizers(config: TrainConfig, generator: Generator, discriminator: Discriminator) -> Players:

@@ -26,7 +26,7 @@ class NetworkCost:
     """One network at the end of a run; `dense_` is its dense twin.
 
     Attributes:
-        density: share of active weights of its convolution and linear layers.
+        density: share of active weights.
         parameters, dense_parameters: with biases and batch norm.
         state_bytes, dense_state_bytes: weights, gradients, Adam's moments, for G the moving average, and (sparse) the
             masks and index vectors.

@@ -15,7 +15,8 @@ from torch import nn
 import ddst
 from ddst import measure
 from ddst.convert.advice_report import Advice, BlockAdvice, LayerAdvice, Measured
-from ddst.convert.advise import Seen
+from ddst.convert.candidates import find_candidates
+from ddst.convert.watch import Seen, watch
 from ddst.measure import MedianInterval
 from ddst.nn import SparseLayer, sparse_layers
 
@@ -157,8 +158,8 @@ def test_layers_that_are_alike_are_measured_once(timed: Any) -> None:
 def test_calls_and_input_gradients_are_seen() -> None:
     shared = nn.Linear(32, 32)
     model = nn.Sequential(nn.Linear(32, 32), shared, nn.Sequential(shared))
-    candidates = measuring.find_candidates(model)
-    _, seen = measuring.watch(model, (torch.randn(2, 32),), candidates)
+    candidates = find_candidates(model)
+    _, seen = watch(model, (torch.randn(2, 32),), candidates)
     assert {name: (s.calls, s.input_grad) for name, s in seen.items()} == {"0": (1, False), "1": (2, True)}
 
 

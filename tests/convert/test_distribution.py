@@ -14,6 +14,7 @@ from ddst.convert.distribution import (
     erk_densities,
     smallest_density,
     uniform_densities,
+    work_densities,
 )
 
 SHAPES = {
@@ -77,6 +78,46 @@ def test_density_that_is_no_number() -> None:
             check_density(value)  # type: ignore[arg-type]
 
 
+def test_work_equals_the_count_by_hand() -> None:
+    # ERK's numerators and sizes as above; the narrow layer "a" is applied at 1024 positions, the others at 16.
+    work = {name: math.prod(shape) * (1024 if name == "a" else 16) for name, shape in SHAPES.items()}
+    # Σ f = 36864 · 1024 + (121792 - 36864) · 16 = 39107584. Per ε: 134 · 1024 + (73 + 198 + 194 + 138) · 16 = 146864;
+    # at a fifth, ε = 53.26: "first" (73 ε > 1728), "last" (138 ε > 1280) and "short" (194 ε > 8192) pass 1.
+    dense = (1728 + 8192 + 1280) * 16
+    epsilon = (0.2 * 39107584 - dense) / (134 * 1024 + 198 * 16)
+    expected = {"first": 1.0, "a": 134 * epsilon / 36864, "b": 198 * epsilon / 73728, "short": 1.0, "last": 1.0}
+    assert work_densities(SHAPES, work, 0.2) == pytest.approx(expected, rel=1e-12)
+
+
+def test_work_counts_forced_layers_as_dense_and_refuses_what_they_exceed() -> None:
+    work = {"first": 100, "a": 10, "b": 10, "short": 10, "last": 10}
+    densities = work_densities(SHAPES, work, 0.8, dense={"first"})
+    assert densities["first"] == 1.0
+    assert sum(densities[name] * work[name] for name in SHAPES) == pytest.approx(0.8 * 140)
+    with pytest.raises(ValueError, match=r"density 0\.7 cannot be met.*take 0\.7143 of all multiply-adds"):
+        work_densities(SHAPES, work, 0.7, dense={"first"})
+    with pytest.raises(ValueError, match="work must be above 0"):
+        work_densities(SHAPES, dict.fromkeys(SHAPES, 0), 0.5)
+
+
+def test_a_layer_without_work_follows_the_rule_and_weighs_nothing() -> None:
+    shapes = {"used": (64, 64), "unused": (64, 32), "thin": (64, 2)}
+    densities = work_densities(shapes, {"used": 7.0, "unused": 0.0, "thin": 0.0}, 0.25)
+    assert densities == pytest.approx({"used": 0.25, "unused": 0.25 * 96 / 64, "thin": 1.0})
+    assert work_densities(shapes, {"used": 7.0, "unused": 0.0, "thin": 0.0}, 1.0) == dict.fromkeys(shapes, 1.0)
+    counts = block_counts(shapes, densities, (16, 2), {"used": 7.0, "unused": 0.0, "thin": 0.0})
+    assert counts == {"used": 32, "unused": 24, "thin": 4}
+
+
+def test_counts_by_work_settle_within_the_coarsest_block_without_draining_a_fine_layer() -> None:
+    shapes = {"coarse": (64, 64), "fine": (640, 640)}
+    work = {"coarse": 16 * 1000.0, "fine": 1600.0}  # a block of the first is as much as a thousand of the second
+    counts = block_counts(shapes, {"coarse": 7.4 / 16, "fine": 0.25}, (16, 16), work)
+    assert counts == {"coarse": 7, "fine": 401}
+    # The coarse layer has a block at least: the fine one gives way until half a coarse block is left.
+    assert block_counts(shapes, {"coarse": 0.4 / 16, "fine": 0.6}, (16, 16), work) == {"coarse": 1, "fine": 860}
+
+
 def test_block_counts_go_to_the_largest_remainders() -> None:
     shapes = {"a": (64, 64), "b": (64, 64), "c": (64, 64)}  # 16 blocks each
     assert block_counts(shapes, {"a": 0.34, "b": 0.35, "c": 0.36}, (16, 16)) == {"a": 5, "b": 6, "c": 6}
@@ -138,3 +179,61 @@ def test_law_block_counts_meet_the_sum_within_one_block(
     # Where no bound is reached and all blocks weigh the same, no layer is a whole block away from its share.
     if all(densities[n] * total[n] >= 1 for n in shapes) and len({weight[n] for n in shapes}) == 1:
         assert all(abs(counts[n] - densities[n] * total[n]) <= 1 + 1e-6 for n in shapes)
+
+
+WORKED = st.lists(st.tuples(CHANNELS, CHANNELS, TAPS, st.sampled_from([0, 1, 16, 1024])), min_size=1, max_size=8)
+
+
+@settings(max_examples=150)
+@given(WORKED, st.floats(0.01, 1.0))
+def test_law_work_meets_the_share_of_multiply_adds_by_erks_rule(layers: list, density: float) -> None:
+    shapes = named([layer[:3] for layer in layers])
+    size = {name: math.prod(shape) for name, shape in shapes.items()}
+    work = {name: size[name] * layer[3] for name, layer in zip(shapes, layers, strict=True)}
+    if not any(work.values()):
+        return
+    densities = work_densities(shapes, work, density)
+    assert all(0 < d <= 1 for d in densities.values())
+    assert sum(densities[n] * work[n] for n in shapes) == pytest.approx(density * sum(work.values()), rel=1e-6)
+    raw = {name: sum(shape) / size[name] for name, shape in shapes.items()}
+    scales = [densities[n] / raw[n] for n in shapes if densities[n] < 1]
+    if scales:
+        assert max(scales) == pytest.approx(min(scales))
+        assert all(raw[n] * scales[0] >= 1 - 1e-6 for n in shapes if densities[n] == 1)
+
+
+@settings(max_examples=100)
+@given(WORKED, st.floats(0.01, 1.0))
+def test_law_at_equal_multiply_adds_work_and_erk_are_one_distribution(layers: list, density: float) -> None:
+    """Both are ``min(1, ε raw)``: they differ in what the density counts, not in how it is spread."""
+    shapes = named([layer[:3] for layer in layers])
+    work = {name: math.prod(shapes[name]) * layer[3] for name, layer in zip(shapes, layers, strict=True)}
+    by_erk = erk_densities(shapes, density)
+    used = [name for name in shapes if work[name]]
+    if not used or all(by_erk[name] == 1 for name in used):
+        return
+    left = sum(by_erk[name] * work[name] for name in shapes) / sum(work.values())
+    assert work_densities(shapes, work, left) == pytest.approx(by_erk, rel=1e-6)
+
+
+@settings(max_examples=150)
+@given(WORKED, BLOCKS, st.data())
+def test_law_block_counts_meet_the_work_within_half_a_block_of_the_coarsest_layer(
+    layers: list, block: tuple[int, int], data: st.DataObject
+) -> None:
+    shapes = named([layer[:3] for layer in layers])
+    densities = {name: data.draw(st.floats(0.02, 1.0)) for name in shapes}
+    size = {name: math.prod(shape) for name, shape in shapes.items()}
+    work = {name: float(size[name] * layer[3]) for name, layer in zip(shapes, layers, strict=True)}
+    counts = block_counts(shapes, densities, block, work)
+    total = {n: math.prod(math.ceil(c / b) for c, b in zip(s, block, strict=False)) for n, s in shapes.items()}
+    total = {name: blocks * math.prod(shapes[name][2:]) for name, blocks in total.items()}
+    each = {name: work[name] / total[name] for name in shapes}
+    assert all(1 <= counts[n] <= total[n] for n in shapes)
+    error = sum((counts[n] - densities[n] * total[n]) * each[n] for n in shapes)
+    half = max(each.values()) / 2 * (1 + 1e-9) + 1e-6
+    assert -half <= error
+    assert error <= half or all(counts[n] == 1 for n in shapes if each[n])
+    # Where no layer is held at one block, every layer's share is rounded up or down.
+    if all(densities[n] * total[n] >= 1 for n in shapes):
+        assert all(abs(counts[n] - densities[n] * total[n]) < 1 + 1e-6 for n in shapes)

@@ -17,9 +17,11 @@ from ..distributed import same_masks
 from ..nn import SparseConv2d, SparseLayer, SparseLinear, sparse_layers
 from ..nn.data_parallel import is_sharded, let_go, whole
 from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
+from ..nn.weight_norm import DENSE_KEYS as WEIGHT_NORM_KEYS
+from ..nn.weight_norm import WeightNorm, dense_parts, g_of_kept, torch_hook
 from .advice_report import Advice
 from .advise import advise
-from .candidates import Candidate, check_no_layer, find_candidates, places, spectral_hook
+from .candidates import Candidate, DenseNorm, DenseWeightNorm, check_no_layer, find_candidates, places, spectral_hook
 from .distribution import block_counts, check_density
 from .initial_masks import KINDS, initial_masks
 from .report import LayerReport, SparsifyReport
@@ -62,14 +64,15 @@ def sparsify(
     """``Σ active / Σ weights = density``: swaps ``nn.Conv2d`` and ``nn.Linear`` for block-sparse layers in place.
 
     The density is met to within one block (unless ``only_if_faster`` leaves layers dense). Each new layer keeps device,
-    dtype, training mode, ``requires_grad``, hooks, spectral norm (both kinds) and the weight's values at the active
-    blocks; its bias is the same Parameter object. Its weight is a new Parameter, ``values``, so **create the optimizer
-    afterwards**. A module used in several places is swapped once and stays shared. References held outside the module
-    tree (a plain list) keep the old layer.
+    dtype, training mode, ``requires_grad``, hooks, spectral norm and weight norm (both kinds of each) and the weight's
+    values at the active blocks; its bias is the same Parameter object. Its weight is a new Parameter, ``values``, so
+    **create the optimizer afterwards**. A module used in several places is swapped once and stays shared. References
+    held outside the module tree (a plain list) keep the old layer.
 
     Left as they are, with the reason in the report: excluded layers; transposed, 1-D, 3-D and grouped convolutions;
     subclasses; layers with fewer channels than the block (they would store several times their weight); layers whose
-    ERK density reaches 1; weights shared between modules; parametrizations other than spectral norm.
+    ERK density reaches 1; weights shared between modules; parametrizations other than spectral norm and weight norm,
+    and these over other dimensions than torch's default (weight norm also over all).
 
     Args:
         model: a module that contains the layers.
@@ -83,7 +86,7 @@ def sparsify(
         backend: of the new layers: "auto", "cpu", "triton", "cuda" or "reference".
         generator: of random masks; torch's default generator by default.
         mask: "random" blocks (every block row and column covered where the count allows) or those of largest
-            "magnitude" (L2 norm).
+            "magnitude" (L2 norm; under weight norm of ``g · v / ‖v‖``).
         spectral_norm_noise: ``noise`` of the spectral norms (:class:`~ddst.nn.spectral_norm.SpectralNorm`). None: 0 for
             1×1 blocks (torch's spectral norm of the masked weight, as in the paper), else 0.05.
         reserve: a density to come, for which slots are set aside in every layer as the distribution shares it out, so
@@ -148,7 +151,8 @@ def sparsify(
             del densities[c.name]
     chosen = {c.name: c for c in candidates if c.name in densities}
     counts = block_counts({name: c.shape for name, c in chosen.items()}, densities, block)
-    weights = {name: c.weight for name, c in chosen.items() if c.weight is not None}
+    ranked = {name: c.ranked_weight if mask == "magnitude" else c.weight for name, c in chosen.items()}
+    weights = {name: weight for name, weight in ranked.items() if weight is not None}
     masks = same_masks(initial_masks(weights, counts, densities, block, mask, generator), process_group)
     noise = spectral_norm_noise
     if noise is None:
@@ -245,14 +249,21 @@ def _sparse_twin(
     # The same object, as references to it elsewhere expect.
     layer.bias = module.bias  # type: ignore[assignment]
     layer.backend = backend
-    if candidate.norm is not None:
-        layer.spectral_norm = _sparse_norm(layer, candidate, noise)
+    if isinstance(candidate.norm, DenseWeightNorm):
+        layer.weight_norm = _sparse_weight_norm(layer, weight.detach(), candidate.norm)
+    elif candidate.norm is not None:
+        layer.spectral_norm = _sparse_norm(layer, candidate.norm, noise)
     return layer
 
 
-def _sparse_norm(layer: SparseLayer, candidate: Candidate, noise: float) -> SpectralNorm:
-    dense = candidate.norm
-    assert dense is not None
+def _sparse_weight_norm(layer: SparseLayer, weight: Tensor, dense: DenseWeightNorm) -> WeightNorm:
+    norm = WeightNorm(layer.weight_shape, dense.dim, dense.style)
+    g = g_of_kept(dense.g.detach(), weight, layer.dense_weight().detach(), dense.dim)
+    norm.g = nn.Parameter(g, requires_grad=dense.g.requires_grad)
+    return norm.train(layer.training)
+
+
+def _sparse_norm(layer: SparseLayer, dense: DenseNorm, noise: float) -> SpectralNorm:
     norm = SpectralNorm(
         layer.weight_shape,
         layer.block,
@@ -275,17 +286,20 @@ def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Hands the user's hooks over, in the same dictionaries, so that the handles which remove them keep working."""
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
-    own = spectral_hook(new)
-    for key in [key for key, hook in new._forward_pre_hooks.items() if hook is own and own is not None]:
-        del new._forward_pre_hooks[key]
+    for own in (spectral_hook(new), torch_hook(new)):
+        for key in [key for key, hook in new._forward_pre_hooks.items() if hook is own and own is not None]:
+            del new._forward_pre_hooks[key]
+    if isinstance(new, SparseLayer) and new.weight_norm is not None:
+        new.weight_norm.hook_up(new)
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Puts the dense layer with the same weight in the place of every sparse one: the inverse of :func:`sparsify`.
 
     Outputs stay equal to rounding (with spectral norm: in eval mode, or without noise). Device, dtype, training mode,
-    ``requires_grad``, hooks and the kind of spectral norm with its vectors are kept; biases are the same objects,
-    weights new Parameters.
+    ``requires_grad``, hooks and the kind of spectral norm with its vectors, or of weight norm with ``g``, are kept;
+    biases are the same objects, weights new Parameters. (A row of zeros under weight norm, which torch would divide by
+    its length 0, gets a direction with ``g = 0``.)
 
     Args:
         model: a module that contains sparse layers; changed in place.
@@ -323,8 +337,8 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
     dense: nn.Module = with_class._plain_dense()
     dense.bias = layer.bias  # type: ignore[assignment]
     _carry_hooks(layer, dense)
-    if layer.spectral_norm is not None:
-        layer.spectral_norm.attach_to_dense(dense)
+    if layer.norm is not None:
+        layer.norm.attach_to_dense(dense)
     return dense
 
 
@@ -332,8 +346,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """``densify(model).state_dict()`` without changing the model: it loads strictly into the dense model.
 
     Weights are unpacked (zeros at inactive blocks) and named ``weight``, or as torch's spectral norm names its raw
-    weight and vectors. The other direction needs no function: ``sparse_model.load_state_dict(dense_state)`` keeps the
-    weights at active blocks.
+    weight and vectors, and its weight norm g and v. The other direction needs no function:
+    ``sparse_model.load_state_dict(dense_state)`` keeps the weights at active blocks.
 
     Args:
         model: a module with sparse layers, or a sparse layer.
@@ -356,7 +370,14 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
         prefix = f"{name}." if name else ""
         values, slot_blocks = whole(state[prefix + "values"]), state[prefix + "slot_blocks"]
         weight = tp.unpack_slots(values, slot_blocks, layer.weight_shape).contiguous()
-        if layer.spectral_norm is None:
+        if layer.weight_norm is not None:
+            # Here too both come after the bias; g first.
+            keys = [prefix + key for key in WEIGHT_NORM_KEYS[layer.weight_norm.style]]
+            packed = [prefix + key for key in ("slot_blocks", "weight_norm.g")]
+            renamed |= {prefix + "values": None, **dict(zip(packed, keys, strict=True))}
+            parts = dense_parts(whole(state[packed[1]]), weight, layer.weight_norm.dim)
+            weights |= dict(zip(packed, parts, strict=True))
+        elif layer.spectral_norm is None:
             renamed |= {prefix + "values": prefix + "weight", prefix + "slot_blocks": None}
             weights[prefix + "values"] = weight
         else:

@@ -1,4 +1,4 @@
-"""What every block-sparse layer has beside its storage: initialisation, score requests, spectral norm, dense states."""
+"""What every block-sparse layer has beside its storage: initialisation, score requests, norms, dense states."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from .dense_view import DenseView
 from .origin import Origin
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage
+from .weight_norm import WeightNorm
+from .weight_norm import rename_dense_keys as rename_weight_norm_keys
 
 
 class SparseLayer(PackedStorage):
@@ -30,10 +32,12 @@ class SparseLayer(PackedStorage):
             :class:`~ddst.nn.storage.PackedStorage`.
         bias: parameter ``[C_out]`` or None. backend: see :mod:`ddst.backends`.
         spectral_norm: None, or the module that divides ``values`` by an estimate of the largest singular value.
+        weight_norm: None, or the module that gives each row of ``values`` a length of its own. At most one of the two.
     """
 
     bias: nn.Parameter | None
     spectral_norm: SpectralNorm | None
+    weight_norm: WeightNorm | None
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class SparseLayer(PackedStorage):
             slot_blocks = tp.SlotChange.to_mask(free, mask, reserved).slot_blocks
         super().__init__(weight_shape, pair, slot_blocks, reserved)
         self.backend = "auto"
-        self.spectral_norm = None
+        self.spectral_norm = self.weight_norm = None
         self._recorder, self._records = ScoreRecorder(), False
         self._origin: Origin | None = None
         self.values = nn.Parameter(values)
@@ -93,20 +97,29 @@ class SparseLayer(PackedStorage):
             self.values.mul_(scale.to(self.values))
             if self.bias is not None:
                 self.bias.mul_(bias_bound.to(self.bias))
+        if self.weight_norm is not None:
+            self.weight_norm.reset(self)
+
+    @property
+    def norm(self) -> SpectralNorm | WeightNorm | None:
+        """The spectral or weight norm, whichever there is."""
+        return self.weight_norm if self.spectral_norm is None else self.spectral_norm
 
     def effective_values(self) -> Tensor:
-        """The packed values the layer computes with: ``values``, divided by σ under spectral norm.
+        """The packed values the layer computes with: ``values``; under spectral norm divided by σ, under weight norm
+        ``g · v / ‖v‖``.
 
         In training mode this runs the power iteration, as torch's spectral norm does.
         """
-        return self.values if self.spectral_norm is None else self.spectral_norm(self)
+        return self.values if self.norm is None else self.norm(self)
 
     @property
     def weight(self) -> DenseView:
         """``W`` as code for the dense layer reads it: unpacked anew at each look, differentiable; under spectral norm
-        divided by σ. Writing into it in place (``nn.init.normal_(layer.weight)``) sets the values at active blocks.
+        divided by σ, under weight norm ``g · v / ‖v‖``. Writing into it in place (``nn.init.normal_(layer.weight)``)
+        sets the values at active blocks, and ``g`` to their norms.
         """
-        values: Tensor = self.values
+        values: Tensor = self.values if self.weight_norm is None else self.weight_norm(self)
         if self.spectral_norm is not None:
             sigma = self.spectral_norm.sigma(self)
             values = values / (sigma + (sigma == 0))
@@ -122,7 +135,10 @@ class SparseLayer(PackedStorage):
             self.spectral_norm.after_topology_change(self)
 
     def _apply_change(self, change: tp.SlotChange) -> None:
+        norms = None if self.weight_norm is None else self.weight_norm.norms(self)
         super()._apply_change(change)
+        if self.weight_norm is not None and norms is not None:
+            self.weight_norm.rescale(self, norms, change)
         Origin.tell_copies(self, change)
 
     @torch.no_grad()
@@ -130,8 +146,10 @@ class SparseLayer(PackedStorage):
         """A change of the layer that this one is an average of. Its spectral norm's vectors are buffers: the average's
         own business, and nothing random is drawn for them here.
         """
-        super()._apply_change(change)
-        Origin.tell_copies(self, change)
+        self._apply_change(change)
+
+    def _ranked_values(self) -> Tensor:
+        return self.values if self.weight_norm is None else self.weight_norm(self)
 
     def _place(self) -> None:
         super()._place()
@@ -309,12 +327,17 @@ class SparseLayer(PackedStorage):
         norm = self.spectral_norm
         if norm is not None:
             rename_dense_keys(state_dict, prefix)
+        if self.weight_norm is not None:
+            rename_weight_norm_keys(state_dict, prefix)
         weight = state_dict.get(prefix + "weight")
         if weight is not None and prefix + "values" not in state_dict and tuple(weight.shape) == self.weight_shape:
             state_dict.pop(prefix + "weight")
             kept = tp.pack_slots(weight.detach(), self.slot_blocks, self.block)
             if norm is not None and kept.count_nonzero() != weight.count_nonzero():
                 norm.settle_loaded(state_dict, prefix + "spectral_norm.", kept.to(self.values.device), self.backend)
+            if self.weight_norm is not None:
+                left = tp.unpack_slots(kept, self.slot_blocks, self.weight_shape)
+                self.weight_norm.rescale_loaded(state_dict, prefix + "weight_norm.", weight.detach(), left)
             state_dict[prefix + "values"] = kept
             state_dict[prefix + "slot_blocks"] = self.slot_blocks
         if not self._take_slots(state_dict, prefix, error_msgs):
@@ -350,7 +373,7 @@ def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
     if type(module) is not kind or not isinstance(module._parameters.get("weight"), nn.Parameter):
         raise ValueError(
             f"module must be a plain nn.{kind.__name__}, got {type(module).__name__} with a computed weight or "
-            "a forward pass of its own; ddst.sparsify carries spectral norm over"
+            "a forward pass of its own; ddst.sparsify carries spectral norm and weight norm over"
         )
 
 

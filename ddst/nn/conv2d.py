@@ -125,17 +125,17 @@ class SparseConv2d(SparseLayer):
         return layer.train(module.training)
 
     def to_dense(self) -> nn.Conv2d:
-        """The :class:`torch.nn.Conv2d` of equal outputs, with zeros at inactive blocks, and of the same spectral norm.
+        """The :class:`torch.nn.Conv2d` of equal outputs, with zeros at inactive blocks, and of the same norm.
 
         Nothing is shared.
         """
         dense = self._plain_dense()
-        if self.spectral_norm is not None:
-            self.spectral_norm.attach_to_dense(dense)
+        if self.norm is not None:
+            self.norm.attach_to_dense(dense)
         return dense
 
     def _plain_dense(self) -> nn.Conv2d:
-        """:meth:`to_dense` without the spectral norm."""
+        """:meth:`to_dense` without the spectral or weight norm."""
         weight = self.dense_weight().detach()
         dense = nn.Conv2d(
             self.in_channels,

@@ -269,7 +269,7 @@ def _raw_weight(module: nn.Module) -> tuple[Tensor | None, DenseNorm | DenseWeig
 
 
 def _normed_weight(module: nn.Module) -> tuple[Tensor, DenseWeightNorm, set[str]] | None:
-    """``(v, weight norm, names of the layer's parameters)`` where the weight has torch's weight norm, of either kind."""
+    """``(v, weight norm, names of the layer's parameters)`` where the weight has torch's weight norm of either kind."""
     hook = torch_hook(module)
     if hook is not None:
         g, v = module.get_parameter("weight_g"), module.get_parameter("weight_v")

@@ -222,19 +222,28 @@ class SparseLayer(PackedStorage):
         return self._recorder.take()
 
     @torch.no_grad()
-    def scores_of(self, record: GradientRecord) -> Tensor:
-        """The scores of what :meth:`take_record` returned; the same whatever became of the layer since."""
+    def scores_of(self, record: GradientRecord, scale: Tensor | None = None) -> Tensor:
+        """The scores of what :meth:`take_record` returned; the same whatever became of the layer since.
+
+        Args:
+            scale: ``[C_out]`` or a scalar, what each row of the gradient is multiplied by first; None for 1.
+        """
         self._check_intact(record)
         if record.dense is not None or len({(g.shape[1:], x.shape[1:]) for g, x in record.factors}) > 1:
-            return block_norms_of(self.dense_gradient_of(record), self.block)
+            return block_norms_of(self.dense_gradient_of(record, scale), self.block)
         grads, inputs = zip(*record.factors, strict=True)
+        if scale is not None:
+            grads = tuple(g * over_rows(scale, 1, g) for g in grads)
         one = len(grads) == 1
         return self._block_scores(grads[0] if one else torch.cat(grads), inputs[0] if one else torch.cat(inputs))
 
     @torch.no_grad()
-    def dense_gradient_of(self, record: GradientRecord) -> Tensor:
+    def dense_gradient_of(self, record: GradientRecord, scale: Tensor | None = None) -> Tensor:
         """The dense gradient itself, of the weight's shape; for the reference backend, calls on inputs of different
         sizes, and what is averaged over ranks. Zero where nothing was recorded.
+
+        Args:
+            scale: as in :meth:`scores_of`.
 
         Raises:
             RuntimeError: an input of a backward pass has been changed in place since.
@@ -244,7 +253,9 @@ class SparseLayer(PackedStorage):
         for grad_output, input in record.factors:
             part = self._dense_gradient(grad_output, input)
             total = part if total is None else total.add_(part)
-        return self.values.new_zeros(self.weight_shape) if total is None else total
+        if total is None:
+            return self.values.new_zeros(self.weight_shape)
+        return total if scale is None else total * over_rows(scale, 0, total)
 
     def _check_intact(self, record: GradientRecord) -> None:
         if not record.intact:
@@ -375,6 +386,11 @@ def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
             f"module must be a plain nn.{kind.__name__}, got {type(module).__name__} with a computed weight or "
             "a forward pass of its own; ddst.sparsify carries spectral norm and weight norm over"
         )
+
+
+def over_rows(scale: Tensor, dim: int, like: Tensor) -> Tensor:
+    """``scale``, ``[C_out]`` or a scalar, in the dtype of a tensor and along one of its dimensions."""
+    return scale.to(like.dtype).view([-1 if d == dim else 1 for d in range(like.dim())])
 
 
 def copy_of(parameter: Tensor | None) -> nn.Parameter | None:

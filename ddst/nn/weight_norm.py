@@ -83,6 +83,7 @@ def g_of_kept(g: Tensor, weight: Tensor, kept: Tensor, dim: int | None) -> Tenso
     Args:
         g: any shape with an entry for each row. weight: ``v``. kept: ``v`` with zeros where it is not kept.
     """
+    kept = kept.view(weight.shape)
     before, after = norms_of(weight, dim), norms_of(kept, dim)
     lost = _row_sums((weight != kept).to(before.dtype), dim) > 0  # elsewhere g keeps every bit
     return g * _ratio(before, after, lost).view(g.shape).to(g.dtype)

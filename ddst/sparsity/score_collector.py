@@ -38,7 +38,7 @@ class _Pending:
         # What the step saw is averaged over ranks, what was recorded is this rank's: then the averaged scores tell.
         self._recorded = None if record is None or ranks(process_group) > 1 else record.norm
         self._stepped: Tensor | None = None
-        # The layer scores the weight it computes with, W / σ or g · v / ‖v‖; the optimizer steps W or v. The factors are
+        # The layer scores the weight it computes with, W / σ or g · v / ‖v‖; the optimizer steps W or v. σ and ‖v‖ are
         # those of the step.
         norm, lengths = layer.spectral_norm, layer.weight_norm
         self._sigma = None if norm is None or record is None else norm.sigma(layer)

@@ -157,6 +157,14 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         {"weight_shape": (16, 16), "block": (8, 8), "n_power_iterations": 1, "eps": 1e-12, "noise": 0.05,
          "style": "hook", "device": None, "dtype": None},
     ),
+    "weight_norm": lambda: (sparse_nn.weight_norm, {"layer": sparse_model()[0], "dim": 0, "style": "hook"}),
+    "WeightNorm": lambda: (
+        sparse_nn.WeightNorm,
+        {"weight_shape": (16, 16), "dim": None, "style": "hook", "device": None, "dtype": None},
+    ),
+    "remove_weight_norm": lambda: (
+        sparse_nn.remove_weight_norm, {"layer": sparse_nn.weight_norm(sparse_model()[0])},
+    ),
     "sparsify": lambda: (
         ddst.sparsify,
         {"model": nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "density": 0.5, "block": 8, "backend": "auto",

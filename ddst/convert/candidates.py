@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import (
     SpectralNorm,
     SpectralNormLoadStateDictPreHook,
@@ -23,6 +23,8 @@ from .._arguments import check_module
 from ..nn import SparseLayer
 from ..nn.kinds import SPARSE_KINDS, names_of
 from ..nn.plain import overridden, own_attributes, plain_kind
+from ..nn.weight_norm import normed as normed_weight
+from ..nn.weight_norm import torch_hook
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -42,6 +44,15 @@ class DenseNorm:
     v: Tensor
 
 
+@dataclass(frozen=True)
+class DenseWeightNorm:
+    """torch's weight norm on a dense layer: "hook" or "parametrization", ``dim`` (None: one norm over all), and g."""
+
+    style: str
+    dim: int | None
+    g: nn.Parameter
+
+
 @dataclass
 class Candidate:
     """A convolution or linear layer of a model.
@@ -51,8 +62,8 @@ class Candidate:
         slots: the parents and the attributes that hold it.
         kind: name of its class. plain: the layer of torch that it computes as, if it is one that has a sparse twin.
         shape: of its weight.
-        weight: its raw weight, before spectral norm; None where there is no single parameter.
-        norm: its spectral norm, if any.
+        weight: its raw weight, before spectral norm; under weight norm v. None where there is no single parameter.
+        norm: its spectral or weight norm, if any.
         reason: why it cannot be sparse, or None.
         counted: whether a density over all layers counts it: a layer of a kind with a sparse twin that is not excluded.
     """
@@ -63,7 +74,7 @@ class Candidate:
     names: list[str] = field(default_factory=list)
     slots: list[tuple[nn.Module, str]] = field(default_factory=list)
     weight: Tensor | None = None
-    norm: DenseNorm | None = None
+    norm: DenseNorm | DenseWeightNorm | None = None
     reason: str | None = None
     counted: bool = False
     plain: type[nn.Module] | None = None
@@ -96,6 +107,13 @@ class Candidate:
     def size(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+    @property
+    def ranked_weight(self) -> Tensor | None:
+        """What blocks are compared in: the weight, under weight norm ``g · v / ‖v‖``."""
+        if self.weight is None or not isinstance(self.norm, DenseWeightNorm):
+            return self.weight
+        return normed_weight(self.norm.g.detach(), self.weight.detach(), self.norm.dim)
 
 
 def check_no_layer(model: nn.Module) -> None:
@@ -250,10 +268,16 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     return (int(first), int(second) // int(module.groups), *map(int, module.kernel_size))
 
 
-def _raw_weight(module: nn.Module) -> tuple[Tensor | None, DenseNorm | None, str | None]:
-    """``(raw weight, spectral norm, reason)``: the reason is that something else hangs on the layer."""
-    norm = None
-    if parametrize.is_parametrized(module):
+def _raw_weight(module: nn.Module) -> tuple[Tensor | None, DenseNorm | DenseWeightNorm | None, str | None]:
+    """``(raw weight, spectral or weight norm, reason)``: the reason is that something else hangs on the layer."""
+    weight: Tensor | None
+    norm: DenseNorm | DenseWeightNorm | None = None
+    normed = _normed_weight(module)
+    if normed is not None:
+        weight, norm, expected = normed
+        if norm.dim not in (0, None):
+            return None, None, f"weight norm over dim={norm.dim}"
+    elif parametrize.is_parametrized(module):
         lists: Any = module.parametrizations
         steps = [(name, type(step).__name__) for name, chain in lists.items() for step in chain]
         if [name for name, _ in steps] != ["weight"] or not isinstance(lists["weight"][0], _SpectralNorm):
@@ -284,6 +308,20 @@ def _raw_weight(module: nn.Module) -> tuple[Tensor | None, DenseNorm | None, str
     return weight, norm, None
 
 
+def _normed_weight(module: nn.Module) -> tuple[Tensor, DenseWeightNorm, set[str]] | None:
+    """``(v, weight norm, names of the layer's parameters)`` where the weight has torch's weight norm of either kind."""
+    hook = torch_hook(module)
+    if hook is not None:
+        g, v = module.get_parameter("weight_g"), module.get_parameter("weight_v")
+        return v, DenseWeightNorm("hook", None if hook.dim == -1 else hook.dim, g), {"weight_g", "weight_v", "bias"}
+    lists: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+    steps = list(lists["weight"]) if list(lists) == ["weight"] else []
+    if [type(step) for step in steps] != [_WeightNorm]:
+        return None
+    g, v, dim = lists["weight"].original0, lists["weight"].original1, steps[0].dim
+    return v, DenseWeightNorm("parametrization", None if dim == -1 else dim, g), {"bias"}
+
+
 def spectral_hook(module: nn.Module) -> SpectralNorm | None:
     """The hook of :func:`torch.nn.utils.spectral_norm` on ``module.weight``, if there is one."""
     for hook in module._forward_pre_hooks.values():
@@ -293,12 +331,20 @@ def spectral_hook(module: nn.Module) -> SpectralNorm | None:
 
 
 def _foreign_state_hooks(module: nn.Module) -> bool:
-    """Whether there are state-dict hooks other than those of torch's spectral norm: they speak of dense weights."""
+    """Whether there are state-dict hooks other than those of torch's norms: they speak of dense weights."""
     hooks = [
         *module._state_dict_hooks.values(),
         *module._state_dict_pre_hooks.values(),
         *module._load_state_dict_pre_hooks.values(),
         *module._load_state_dict_post_hooks.values(),
     ]
-    own = (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)
-    return any(not isinstance(getattr(hook, "hook", hook), own) for hook in hooks)
+    return not all(_is_torchs(getattr(hook, "hook", hook)) for hook in hooks)
+
+
+def _is_torchs(hook: Any) -> bool:
+    """Whether a state-dict hook is one that torch's spectral norm or weight norm puts there."""
+    if isinstance(hook, SpectralNormStateDictHook | SpectralNormLoadStateDictPreHook):
+        return True
+    # A function inside torch's function.
+    place = (getattr(hook, "__module__", ""), getattr(hook, "__qualname__", "").partition(".")[0])
+    return place == (parametrizations.__name__, "weight_norm")

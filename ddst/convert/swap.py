@@ -19,9 +19,11 @@ from ..nn.data_parallel import is_sharded, let_go, whole
 from ..nn.kinds import SPARSE_KINDS, shell_of
 from ..nn.plain import own_attributes
 from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
+from ..nn.weight_norm import DENSE_KEYS as WEIGHT_NORM_KEYS
+from ..nn.weight_norm import WeightNorm, dense_parts, g_of_kept, torch_hook
 from .advice_report import Advice, BlockAdvice
 from .advise import advise
-from .candidates import Candidate, check_no_layer, places, spectral_hook
+from .candidates import Candidate, DenseNorm, DenseWeightNorm, check_no_layer, places, spectral_hook
 from .distribution import check_density
 from .initial_masks import KINDS, initial_masks
 from .report import LayerReport, SparsifyReport
@@ -71,15 +73,16 @@ def sparsify(
     subclasses of them that add an ``__init__`` only.
 
     The density is met to within one block (unless ``only_if_faster`` leaves layers dense). Each new layer keeps device,
-    dtype, training mode, ``requires_grad``, hooks, attributes that the instance was given, spectral norm (both kinds)
-    and the weight's values at the active blocks; its bias is the same Parameter object. Its weight is a new Parameter,
-    ``values``, so **create the optimizer afterwards**. A module used in several places is swapped once and stays
-    shared. References held outside the module tree (a plain list) keep the old layer.
+    dtype, training mode, ``requires_grad``, hooks, attributes that the instance was given, spectral norm and weight
+    norm (both kinds of each) and the weight's values at the active blocks; its bias is the same Parameter object. Its
+    weight is a new Parameter, ``values``, so **create the optimizer afterwards**. A module used in several places is
+    swapped once and stays shared. References held outside the module tree (a plain list) keep the old layer.
 
     Left as they are, with the reason in the report: excluded layers; 3-D convolutions; grouped ones whose groups have
     channels that are no multiples of the block; subclasses and instances with methods of their own; layers with fewer
     channels than the block (they would store several times their weight); layers whose ERK density reaches 1; weights
-    shared between modules; parametrizations other than spectral norm.
+    shared between modules; parametrizations other than spectral norm and weight norm, and these over other dimensions
+    than torch's default (weight norm also over all).
 
     Args:
         model: a module that contains the layers.
@@ -98,7 +101,7 @@ def sparsify(
         backend: of the new layers: "auto", "cpu", "triton", "cuda" or "reference".
         generator: of random masks; torch's default generator by default.
         mask: "random" blocks (every block row and column covered where the count allows) or those of largest
-            "magnitude" (L2 norm).
+            "magnitude" (L2 norm; under weight norm of ``g · v / ‖v‖``).
         spectral_norm_noise: ``noise`` of the spectral norms (:class:`~ddst.nn.spectral_norm.SpectralNorm`). None: 0 for
             1×1 blocks (torch's spectral norm of the masked weight, as in the paper), else 0.05.
         reserve: a density to come, for which slots are set aside in every layer as the distribution shares it out, so
@@ -184,7 +187,8 @@ def sparsify(
         assert measured is not None
         plan = plan_within(weights, time_budget, block, distribution, work, measured)
     chosen = plan.chosen
-    raw = {name: c.weight for name, c in chosen.items() if c.weight is not None}
+    ranked = {name: c.ranked_weight if mask == "magnitude" else c.weight for name, c in chosen.items()}
+    raw = {name: weight for name, weight in ranked.items() if weight is not None}
     densities = None if density is None else plan.densities
     transposed, groups = {n for n, c in chosen.items() if c.transposed}, {n: c.groups for n, c in chosen.items()}
     drafts = initial_masks(
@@ -286,14 +290,21 @@ def _sparse_twin(
     for name, value in attributes.items():
         setattr(layer, name, value)
     layer.carried = tuple(attributes)
-    if candidate.norm is not None:
-        layer.spectral_norm = _sparse_norm(layer, candidate, noise)
+    if isinstance(candidate.norm, DenseWeightNorm):
+        layer.weight_norm = _sparse_weight_norm(layer, weight.detach(), candidate.norm)
+    elif candidate.norm is not None:
+        layer.spectral_norm = _sparse_norm(layer, candidate.norm, noise)
     return layer
 
 
-def _sparse_norm(layer: SparseLayer, candidate: Candidate, noise: float) -> SpectralNorm:
-    dense = candidate.norm
-    assert dense is not None
+def _sparse_weight_norm(layer: SparseLayer, weight: Tensor, dense: DenseWeightNorm) -> WeightNorm:
+    norm = WeightNorm(layer.weight_shape, dense.dim, dense.style)
+    g = g_of_kept(dense.g.detach(), weight, layer.dense_weight().detach(), dense.dim)
+    norm.g = nn.Parameter(g, requires_grad=dense.g.requires_grad)
+    return norm.train(layer.training)
+
+
+def _sparse_norm(layer: SparseLayer, dense: DenseNorm, noise: float) -> SpectralNorm:
     norm = SpectralNorm(
         layer.weight_shape,
         layer.block,
@@ -317,17 +328,21 @@ def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Hands the user's hooks over, in the same dictionaries, so that the handles which remove them keep working."""
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
-    own = spectral_hook(new)
-    for key in [key for key, hook in new._forward_pre_hooks.items() if hook is own and own is not None]:
-        del new._forward_pre_hooks[key]
+    for own in (spectral_hook(new), torch_hook(new)):
+        for key in [key for key, hook in new._forward_pre_hooks.items() if hook is own and own is not None]:
+            del new._forward_pre_hooks[key]
+    if isinstance(new, SparseLayer) and new.weight_norm is not None:
+        new.weight_norm.hook_up(new)
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Puts the dense layer with the same weight in the place of every sparse one: the inverse of :func:`sparsify`.
 
     Outputs stay equal to rounding (with spectral norm: in eval mode, or without noise). Device, dtype, training mode,
-    ``requires_grad``, hooks, attributes and the kind of spectral norm with its vectors are kept; biases are the same
-    objects, weights new Parameters. The layers are torch's own, also where a subclass with an ``__init__`` was swapped.
+    ``requires_grad``, hooks, attributes and the kind of spectral norm with its vectors, or of weight norm with ``g``,
+    are kept; biases are the same objects, weights new Parameters. The layers are torch's own, also where a subclass
+    with an ``__init__`` was swapped. (A row of zeros under weight norm, which torch would divide by its length 0, gets
+    a direction with ``g = 0``.)
 
     Args:
         model: a module that contains sparse layers; changed in place.
@@ -368,8 +383,8 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
         if name in vars(layer):
             setattr(dense, name, getattr(layer, name))
     _carry_hooks(layer, dense)
-    if layer.spectral_norm is not None:
-        layer.spectral_norm.attach_to_dense(dense)
+    if layer.norm is not None:
+        layer.norm.attach_to_dense(dense)
     return dense
 
 
@@ -377,8 +392,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """``densify(model).state_dict()`` without changing the model: it loads strictly into the dense model.
 
     Weights are unpacked (zeros at inactive blocks) and named ``weight``, or as torch's spectral norm names its raw
-    weight and vectors. The other direction needs no function: ``sparse_model.load_state_dict(dense_state)`` keeps the
-    weights at active blocks.
+    weight and vectors, and its weight norm g and v. The other direction needs no function:
+    ``sparse_model.load_state_dict(dense_state)`` keeps the weights at active blocks.
 
     Args:
         model: a module with sparse layers, or a sparse layer.
@@ -401,7 +416,14 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
         prefix = f"{name}." if name else ""
         values, slot_blocks = whole(state[prefix + "values"]), state[prefix + "slot_blocks"]
         weight = tp.unpack_slots(values, slot_blocks, layer.weight_shape).contiguous()
-        if layer.spectral_norm is None:
+        if layer.weight_norm is not None:
+            # Here too both come after the bias; g first.
+            keys = [prefix + key for key in WEIGHT_NORM_KEYS[layer.weight_norm.style]]
+            packed = [prefix + key for key in ("slot_blocks", "weight_norm.g")]
+            renamed |= {prefix + "values": None, **dict(zip(packed, keys, strict=True))}
+            parts = dense_parts(whole(state[packed[1]]), weight, layer.weight_norm.dim)
+            weights |= dict(zip(packed, parts, strict=True))
+        elif layer.spectral_norm is None:
             renamed |= {prefix + "values": prefix + "weight", prefix + "slot_blocks": None}
             weights[prefix + "values"] = weight
         else:

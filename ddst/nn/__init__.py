@@ -9,6 +9,7 @@ from .explain import Explanation, explain
 from .linear import SparseLinear
 from .origin import follow
 from .spectral_norm import SpectralNorm, spectral_norm
+from .weight_norm import WeightNorm, remove_weight_norm, weight_norm
 
 __all__ = [
     "Explanation",
@@ -19,9 +20,12 @@ __all__ = [
     "SparseLayer",
     "SparseLinear",
     "SpectralNorm",
+    "WeightNorm",
     "explain",
     "follow",
+    "remove_weight_norm",
     "set_backend",
     "sparse_layers",
     "spectral_norm",
+    "weight_norm",
 ]

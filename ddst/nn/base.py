@@ -1,4 +1,4 @@
-"""What every block-sparse layer has beside its storage: initialisation, score requests, spectral norm, dense states."""
+"""What every block-sparse layer has beside its storage: initialisation, score requests, norms, dense states."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from .packed_weight import PackedWeight, WeightUses
 from .plain import overridden, plain_kind
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage
+from .weight_norm import WeightNorm
+from .weight_norm import rename_dense_keys as rename_weight_norm_keys
 
 
 class SparseLayer(PackedStorage):
@@ -35,6 +37,7 @@ class SparseLayer(PackedStorage):
         gives_dense_weight: whether :attr:`weight` is a tensor, for code that would not take anything else.
         weight_uses: what has been done with :attr:`weight` outside of compiled graphs.
         spectral_norm: None, or the module that divides ``values`` by an estimate of the largest singular value.
+        weight_norm: None, or the module that gives each row of ``values`` a length of its own. At most one of the two.
         transposed: whether the weight's first dimension is that of the input, so that its blocks are ``(b_in, b_out)``.
         dense_kind: the class of :mod:`torch.nn` whose sparse twin this is.
         carried: names of the attributes that :func:`ddst.sparsify` took over from the instance it swapped.
@@ -45,6 +48,7 @@ class SparseLayer(PackedStorage):
     carried: tuple[str, ...] = ()
     bias: nn.Parameter | None
     spectral_norm: SpectralNorm | None
+    weight_norm: WeightNorm | None
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class SparseLayer(PackedStorage):
         self.backend = "auto"
         self.gives_dense_weight = False
         self.weight_uses = WeightUses()
-        self.spectral_norm = None
+        self.spectral_norm = self.weight_norm = None
         self._recorder, self._records = ScoreRecorder(), False
         self._origin: Origin | None = None
         self.values = nn.Parameter(values)
@@ -118,20 +122,30 @@ class SparseLayer(PackedStorage):
             self.values.mul_(scale.to(self.values))
             if self.bias is not None:
                 self.bias.mul_(bias_bound.to(self.bias))
+        if self.weight_norm is not None:
+            self.weight_norm.reset(self)
+
+    @property
+    def norm(self) -> SpectralNorm | WeightNorm | None:
+        """The spectral or weight norm, whichever there is."""
+        return self.weight_norm if self.spectral_norm is None else self.spectral_norm
 
     def effective_values(self) -> Tensor:
-        """The packed values the layer computes with: ``values``, divided by σ under spectral norm.
+        """The packed values the layer computes with: ``values``; under spectral norm divided by σ, under weight norm
+        ``g · v / ‖v‖``.
 
         In training mode this runs the power iteration, as torch's spectral norm does.
         """
-        return self.values if self.spectral_norm is None else self.spectral_norm(self)
+        return self.values if self.norm is None else self.norm(self)
 
     @property
     def weight(self) -> PackedWeight | DenseView:
-        """``W`` as code for the dense layer uses it, under spectral norm divided by σ: a
-        :class:`~ddst.nn.packed_weight.PackedWeight`, or a dense tensor where :attr:`gives_dense_weight` says so.
+        """``W`` as code for the dense layer uses it, under spectral norm divided by σ, under weight norm
+        ``g · v / ‖v‖``: a :class:`~ddst.nn.packed_weight.PackedWeight`, or a dense tensor where
+        :attr:`gives_dense_weight` says so.
 
-        Writing into it in place (``nn.init.normal_(layer.weight)``) sets the values at active blocks.
+        Writing into it in place (``nn.init.normal_(layer.weight)``) sets the values at active blocks, and ``g`` to
+        their norms.
         """
         weight = self._packed_weight()
         if not self.gives_dense_weight:
@@ -144,7 +158,7 @@ class SparseLayer(PackedStorage):
     def _packed_weight(self) -> PackedWeight:
         if not torch.compiler.is_compiling():
             self._check_slots()
-        values: Tensor = self.values
+        values: Tensor = self.values if self.weight_norm is None else self.weight_norm(self)
         if self.spectral_norm is not None:
             values = self.spectral_norm.look(self)
         return PackedWeight.of(self, values, bound=True)
@@ -158,7 +172,10 @@ class SparseLayer(PackedStorage):
             self.spectral_norm.after_topology_change(self)
 
     def _apply_change(self, change: tp.SlotChange) -> None:
+        norms = None if self.weight_norm is None else self.weight_norm.norms(self)
         super()._apply_change(change)
+        if self.weight_norm is not None and norms is not None:
+            self.weight_norm.rescale(self, norms, change)
         Origin.tell_copies(self, change)
 
     @torch.no_grad()
@@ -166,8 +183,10 @@ class SparseLayer(PackedStorage):
         """A change of the layer that this one is an average of. Its spectral norm's vectors are buffers: the average's
         own business, and nothing random is drawn for them here.
         """
-        super()._apply_change(change)
-        Origin.tell_copies(self, change)
+        self._apply_change(change)
+
+    def _ranked_values(self) -> Tensor:
+        return self.values if self.weight_norm is None else self.weight_norm(self)
 
     def _place(self) -> None:
         super()._place()
@@ -240,21 +259,28 @@ class SparseLayer(PackedStorage):
         return self._recorder.take()
 
     @torch.no_grad()
-    def scores_of(self, record: GradientRecord) -> Tensor:
-        """The scores of what :meth:`take_record` returned; the same whatever became of the layer since."""
+    def scores_of(self, record: GradientRecord, scale: Tensor | None = None) -> Tensor:
+        """The scores of what :meth:`take_record` returned; the same whatever became of the layer since.
+
+        Args:
+            scale: ``[C_out]`` or a scalar, what each row of the gradient is multiplied by first; None for 1.
+        """
         self._check_intact(record)
-        return recorded_scores.scores_of(self, record)
+        return recorded_scores.scores_of(self, record, scale)
 
     @torch.no_grad()
-    def dense_gradient_of(self, record: GradientRecord) -> Tensor:
+    def dense_gradient_of(self, record: GradientRecord, scale: Tensor | None = None) -> Tensor:
         """The dense gradient itself, of the weight's shape; for the reference backend, calls on inputs of different
         sizes, and what is averaged over ranks. Zero where nothing was recorded.
+
+        Args:
+            scale: as in :meth:`scores_of`.
 
         Raises:
             RuntimeError: an input of a backward pass has been changed in place since.
         """
         self._check_intact(record)
-        return recorded_scores.dense_gradient_of(self, record)
+        return recorded_scores.dense_gradient_of(self, record, scale)
 
     def _check_intact(self, record: GradientRecord) -> None:
         if not record.intact:
@@ -341,12 +367,17 @@ class SparseLayer(PackedStorage):
         norm = self.spectral_norm
         if norm is not None:
             rename_dense_keys(state_dict, prefix)
+        if self.weight_norm is not None:
+            rename_weight_norm_keys(state_dict, prefix)
         weight = state_dict.get(prefix + "weight")
         if weight is not None and prefix + "values" not in state_dict and tuple(weight.shape) == self.weight_shape:
             state_dict.pop(prefix + "weight")
             kept = tp.pack_slots(weight.detach(), self.slot_blocks, self.block)
             if norm is not None and kept.count_nonzero() != weight.count_nonzero():
                 norm.settle_loaded(state_dict, prefix + "spectral_norm.", kept.to(self.values.device), self.backend)
+            if self.weight_norm is not None:
+                left = tp.unpack_slots(kept, self.slot_blocks, self.weight_shape)
+                self.weight_norm.rescale_loaded(state_dict, prefix + "weight_norm.", weight.detach(), left)
             state_dict[prefix + "values"] = kept
             state_dict[prefix + "slot_blocks"] = self.slot_blocks
         if not self._take_slots(state_dict, prefix, error_msgs):
@@ -383,7 +414,7 @@ def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
     if not plain or not isinstance(module._parameters.get("weight"), nn.Parameter):
         raise ValueError(
             f"module must be a plain nn.{kind.__name__}, got {type(module).__name__} with a computed weight or "
-            "a forward pass of its own; ddst.sparsify carries spectral norm over"
+            "a forward pass of its own; ddst.sparsify carries spectral norm and weight norm over"
         )
 
 

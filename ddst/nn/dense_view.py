@@ -11,7 +11,7 @@ from torch import Tensor
 from ..topology import pack_slots
 
 if TYPE_CHECKING:
-    from .storage import PackedStorage
+    from .base import SparseLayer
 
 #: End with "_", and write nothing.
 _NO_WRITES = {"requires_grad_", "retain_grad_", "share_memory_", "is_shared_"}
@@ -26,10 +26,10 @@ class DenseView(Tensor):
     tensor.
     """
 
-    _layer: PackedStorage
+    _layer: SparseLayer
 
     @staticmethod
-    def of(dense: Tensor, layer: PackedStorage) -> DenseView:
+    def of(dense: Tensor, layer: SparseLayer) -> DenseView:
         """Binds the unpacked weight to its layer."""
         view = dense.as_subclass(DenseView)
         view._layer = layer
@@ -71,4 +71,6 @@ class DenseView(Tensor):
                 func(*args, **named)
                 dense = view.detach().reshape(layer.weight_shape)
                 layer.values.copy_(pack_slots(dense, layer.slot_blocks, layer.block))
+                if layer.weight_norm is not None:  # what was written is read again, as after torch's assignment
+                    layer.weight_norm.reset(layer)
             return None if name == "__setitem__" else view

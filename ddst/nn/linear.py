@@ -94,17 +94,17 @@ class SparseLinear(SparseLayer):
         return layer.train(module.training)
 
     def to_dense(self) -> nn.Linear:
-        """The :class:`torch.nn.Linear` of equal outputs, with zeros at inactive blocks, and of the same spectral norm.
+        """The :class:`torch.nn.Linear` of equal outputs, with zeros at inactive blocks, and of the same norm.
 
         Nothing is shared.
         """
         dense = self._plain_dense()
-        if self.spectral_norm is not None:
-            self.spectral_norm.attach_to_dense(dense)
+        if self.norm is not None:
+            self.norm.attach_to_dense(dense)
         return dense
 
     def _plain_dense(self) -> nn.Linear:
-        """:meth:`to_dense` without the spectral norm."""
+        """:meth:`to_dense` without the spectral or weight norm."""
         weight = self.dense_weight().detach()
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(weight.contiguous(), requires_grad=self.values.requires_grad)

@@ -1,9 +1,9 @@
 """A parameter of somebody else's module, kept as packed blocks.
 
-``attach`` puts a :class:`PackedParameter` in the place of a plain parameter: the module's attribute (``weight``) becomes
-a property that gives a :class:`~ddst.nn.packed_weight.PackedWeight`, and a child module (``packed_weight``) holds the
-blocks. The module is made an instance of a subclass of its own class, of the same name, so that nothing else of it changes:
-methods, hooks, other parameters, what it is an instance of.
+``attach`` puts a :class:`PackedParameter` in the place of a plain parameter: the module's attribute (``weight``)
+becomes a property that gives a :class:`~ddst.nn.packed_weight.PackedWeight`, and a child module (``packed_weight``)
+holds the blocks. The module is made an instance of a subclass of its own class, of the same name, so that nothing else
+of it changes: methods, hooks, other parameters, what it is an instance of.
 """
 
 from __future__ import annotations

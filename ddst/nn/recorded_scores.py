@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from .base import SparseLayer
 
 
-def scores_of(layer: SparseLayer, record: GradientRecord) -> Tensor:
-    """``‖∂L/∂W[block]‖₂`` in the shape of the layer's block mask."""
+def scores_of(layer: SparseLayer, record: GradientRecord, scale: Tensor | None = None) -> Tensor:
+    """``‖scale · ∂L/∂W[block]‖₂`` in the shape of the layer's block mask; ``scale`` is one of rows, or a scalar."""
     shapes = {(call, g.shape[1:], x.shape[1:]) for call, (g, x) in zip(record.calls, record.factors, strict=True)}
     if record.dense is not None or layer.groups != 1 or len(shapes) != 1:
-        return block_norms_of(dense_gradient_of(layer, record), layer.block)
+        return block_norms_of(dense_gradient_of(layer, record, scale), layer.block)
     grads, inputs = zip(*record.factors, strict=True)
     grad_output, input = (part[0] if len(part) == 1 else torch.cat(part) for part in (grads, inputs))
     way, shape, settings = _split(record.calls[0])
+    if scale is not None:  # rows are the channels of the first factor, in a transposed weight of the second
+        if way & TRANSPOSED:
+            input = input * over_rows(scale, 1, input)
+        else:
+            grad_output = grad_output * over_rows(scale, 1, grad_output)
     block = layer.block[::-1] if way & TRANSPOSED else layer.block
     if settings:
         scores = ops.conv2d_block_scores(grad_output, input, shape, block, *settings, backend=layer.backend)
@@ -34,13 +39,20 @@ def scores_of(layer: SparseLayer, record: GradientRecord) -> Tensor:
     return _turned(scores, way).reshape(layer.mask_shape)
 
 
-def dense_gradient_of(layer: SparseLayer, record: GradientRecord) -> Tensor:
+def dense_gradient_of(layer: SparseLayer, record: GradientRecord, scale: Tensor | None = None) -> Tensor:
     """The dense gradient itself, of the weight's shape; zero where nothing was recorded."""
     total = None if record.dense is None else _of_weight(layer, record.dense)
     for call, (grad_output, input) in zip(record.calls, record.factors, strict=True):
         part = _product(layer, call, grad_output, input)
         total = part if total is None else total.add_(part)
-    return layer.values.new_zeros(layer.weight_shape) if total is None else total
+    if total is None:
+        return layer.values.new_zeros(layer.weight_shape)
+    return total if scale is None else total * over_rows(scale, 0, total)
+
+
+def over_rows(scale: Tensor, dim: int, like: Tensor) -> Tensor:
+    """``scale``, one number for each row or a scalar, in the dtype of a tensor and along one of its dimensions."""
+    return scale.to(like.dtype).view([-1 if d == dim else 1 for d in range(like.dim())])
 
 
 def _split(call: Call) -> tuple[int, tuple[int, ...], tuple[tuple[int, ...], ...]]:

@@ -429,7 +429,7 @@ def spectral_norm(
 
     Raises:
         TypeError: ``layer`` is no sparse layer.
-        ValueError: it has a spectral norm already, or another argument does not fit.
+        ValueError: it has a spectral or weight norm already, or another argument does not fit.
 
     >>> from ddst.nn import SparseConv2d
     >>> layer = spectral_norm(SparseConv2d(32, 64, 3))
@@ -438,8 +438,8 @@ def spectral_norm(
     """
     if not hasattr(layer, "effective_values") or isinstance(layer, type):
         raise TypeError(f"layer must be a block-sparse layer, got {type(layer).__name__}")
-    if layer.spectral_norm is not None:
-        raise ValueError("layer has a spectral norm already")
+    if layer.norm is not None:
+        raise ValueError(f"layer has a {'weight' if layer.spectral_norm is None else 'spectral'} norm already")
     norm = SpectralNorm(
         layer.weight_shape,
         layer.block,

@@ -105,7 +105,7 @@ class PackedStorage(nn.Module):
             return int(sizes[ranks // (cols * taps), ranks // taps % cols].sum())
 
     def dense_weight(self) -> Tensor:
-        """``W`` with zeros at inactive blocks, differentiable; the raw weight, before any spectral norm."""
+        """``W`` with zeros at inactive blocks, differentiable; the raw weight, before any norm."""
         return tp.unpack_slots(whole(self.values), self.slot_blocks, self.weight_shape)
 
     @torch.no_grad()
@@ -113,15 +113,20 @@ class PackedStorage(nn.Module):
         """L2 norm of every block, in the shape of the block mask; 0 where it is inactive.
 
         Parts of edge blocks outside the weight are left out: they are zero as they are made here, but whoever fills
-        ``values`` as a whole (``nn.init``) fills them too.
+        ``values`` as a whole (``nn.init``) fills them too. Under weight norm the blocks of the weight that the layer
+        computes with, as the length of a row of ``values`` says nothing then.
         """
-        values: Tensor = self.values
+        values = self._ranked_values()
         if any(size % width for size, width in zip(self.weight_shape, self.block, strict=False)):
             within = tp.inside_slots(self.slot_blocks, self.weight_shape, self.block)
             values = values * within.to(values.device)
         norms = torch.linalg.vector_norm(values, dim=(1, 2))
         ranks = self.slot_blocks.to(norms.device).long()
         return norms.new_zeros(self.num_blocks + 1).index_put_((ranks,), norms)[:-1].view(self.mask_shape)
+
+    def _ranked_values(self) -> Tensor:
+        """The packed values whose blocks are compared by their norms."""
+        return self.values
 
     # --- changes ----------------------------------------------------------------------------------------------------
 

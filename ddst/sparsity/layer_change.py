@@ -82,8 +82,8 @@ class _Saved:
         self._values = values[self._rows] if self._rows is not None else values
         self._gradient = gradient
         self._gradient_rows = None if gradient is None or self._rows is None else gradient.detach()[self._rows]
-        norm = layer.spectral_norm
-        self._norm = None if norm is None else {name: buffer.clone() for name, buffer in norm.named_buffers()}
+        held = [] if layer.norm is None else [*layer.norm.parameters(), *layer.norm.buffers()]
+        self._norm = [(tensor, tensor.detach().clone()) for tensor in held]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -96,6 +96,5 @@ class _Saved:
             layer._replace_values(self._values)
             layer.values.grad = self._gradient
         layer._set_slots(self._slot_blocks)
-        if layer.spectral_norm is not None and self._norm is not None:
-            for name, buffer in layer.spectral_norm.named_buffers():
-                buffer.copy_(self._norm[name])
+        for tensor, saved in self._norm:
+            tensor.copy_(saved)

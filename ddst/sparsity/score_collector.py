@@ -38,9 +38,11 @@ class _Pending:
         # What the step saw is averaged over ranks, what was recorded is this rank's: then the averaged scores tell.
         self._recorded = None if record is None or ranks(process_group) > 1 else record.norm
         self._stepped: Tensor | None = None
-        # The layer scores the weight it computes with, W / σ; the optimizer steps W. σ is that of the step.
-        norm = layer.spectral_norm
+        # The layer scores the weight it computes with, W / σ or g · v / ‖v‖; the optimizer steps W or v. σ and ‖v‖ are
+        # those of the step.
+        norm, lengths = layer.spectral_norm, layer.weight_norm
         self._sigma = None if norm is None or record is None else norm.sigma(layer)
+        self._scale = None if lengths is None or record is None else lengths.scale(layer).detach()
         # Which blocks the gradient has entries for.
         self._slots = layer.slot_blocks.clone()
 
@@ -53,7 +55,7 @@ class _Pending:
         """Computed when first asked for; what they are computed from is freed then."""
         if self._scores is None:
             assert self._record is not None
-            scores = _averaged_scores(self._layer, self._record, self._process_group)
+            scores = _averaged_scores(self._layer, self._record, self._scale, self._process_group)
             if self._sigma is not None:
                 scores = scores / torch.where(self._sigma > 0, self._sigma, 1)
             self._scores, self._record = scores * self._factor(scores).to(scores), None
@@ -76,11 +78,13 @@ class _Pending:
         return torch.where((recorded > 0) & (self._stepped > 0), self._stepped / recorded, one)
 
 
-def _averaged_scores(layer: SparseLayer, record: GradientRecord, process_group: ProcessGroup | None) -> Tensor:
+def _averaged_scores(
+    layer: SparseLayer, record: GradientRecord, scale: Tensor | None, process_group: ProcessGroup | None
+) -> Tensor:
     """``‖mean over ranks of ∂L/∂W[block]‖₂``: the dense gradient of one layer is formed for it, and let go."""
     if ranks(process_group) == 1:
-        return layer.scores_of(record)
-    return block_norms_of(average(layer.dense_gradient_of(record), process_group), layer.block)
+        return layer.scores_of(record, scale)
+    return block_norms_of(average(layer.dense_gradient_of(record, scale), process_group), layer.block)
 
 
 class ScoreCollector:
@@ -112,7 +116,8 @@ class ScoreCollector:
     Attributes:
         latest: per layer ``[R, C, kH, kW]`` (linear ``[R, C]``), the L2 norm of each block of the dense gradient with
             respect to the weight; layers that no backward pass reached are missing. With spectral norm, of the raw
-            weight without σ's own dependence on it (a rank-one term).
+            weight without σ's own dependence on it (a rank-one term); with weight norm, of v without its norm's, which
+            is the gradient of v at blocks that are zero.
         requested: whether a request is open. closed: whether :meth:`close` has been called.
 
     >>> import ddst

@@ -25,6 +25,8 @@ def odd_layers() -> nn.ModuleDict:
     twin.weight = tied.weight
     two = parametrizations.spectral_norm(nn.Linear(32, 32))
     parametrize.register_parametrization(two, "weight", nn.Identity())
+    two_norms = parametrizations.weight_norm(nn.Linear(32, 32))
+    parametrize.register_parametrization(two_norms, "weight", nn.Identity())
     hooked = nn.Linear(32, 32)
     hooked._register_load_state_dict_pre_hook(lambda *args: None)
     patched, compiled, namesake = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
@@ -47,8 +49,9 @@ def odd_layers() -> nn.ModuleDict:
             "twin": twin,
             "pruned": prune.random_unstructured(nn.Linear(32, 32), "weight", 0.5),
             "pruned_bias": prune.random_unstructured(nn.Linear(32, 32), "bias", 0.5),
-            "old_weight_norm": weight_norm(nn.Linear(32, 32)),
-            "weight_norm": parametrizations.weight_norm(nn.Linear(32, 32)),
+            "old_weight_norm": weight_norm(nn.Linear(32, 32), dim=1),
+            "weight_norm": parametrizations.weight_norm(nn.Linear(32, 32), dim=1),
+            "two_norms": two_norms,
             "two": two,
             "sideways": hooked_spectral_norm(nn.Conv2d(32, 32, 3), dim=2),
             "sideways_new": parametrizations.spectral_norm(nn.Conv2d(32, 32, 3), dim=3),
@@ -76,8 +79,9 @@ REASONS = {
     "twin": "weight is shared: tied.weight, twin.weight",
     "pruned": "weight_mask",
     "pruned_bias": "bias_mask",
-    "old_weight_norm": "weight_g",
-    "weight_norm": "parametrized: weight by _WeightNorm",
+    "old_weight_norm": "weight norm over dim=1",
+    "weight_norm": "weight norm over dim=1",
+    "two_norms": "parametrized: weight by _WeightNorm, weight by Identity",
     "two": "parametrized: weight by _SpectralNorm, weight by Identity",
     "sideways": "spectral norm over dim=2",
     "sideways_new": "spectral norm over dim=3",
@@ -111,7 +115,7 @@ def test_the_report_names_the_reason_of_every_layer_left_as_it_is() -> None:
     assert all(
         any(line.startswith(name) and reason in line for line in text.splitlines()) for name, reason in REASONS.items()
     )
-    assert "1 of 29 layers sparse" in text
+    assert "1 of 30 layers sparse" in text
 
 
 def test_left_layers_count_with_density_one_under_erk_unless_excluded() -> None:

@@ -26,25 +26,31 @@ def sparse(name: str, norm: Callable[[nn.Module], nn.Module] = lambda layer: lay
     return net, torch.randn(shape)
 
 
+NORMS = [None, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", NETS)
-def test_export_takes_other_batches(name: str) -> None:
-    net, x = sparse(name)
+def test_export_takes_other_batches(name: str, norm: Callable[[nn.Module], nn.Module] | None) -> None:
+    net, x = sparse(name, norm or (lambda layer: layer))
     net.eval()
     program = torch.export.export(net, (x[:3],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     torch.testing.assert_close(program.module()(x), net(x))
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", NETS)
-def test_jit_trace_takes_other_batches(name: str) -> None:
-    net, x = sparse(name)
+def test_jit_trace_takes_other_batches(name: str, norm: Callable[[nn.Module], nn.Module] | None) -> None:
+    net, x = sparse(name, norm or (lambda layer: layer))
     net.eval()
     traced = torch.jit.trace(net, x[:3], check_trace=False)
     torch.testing.assert_close(traced(x), net(x))
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("norm", [None, nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("norm", [*NORMS, nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 @pytest.mark.parametrize("name", NETS)
 def test_a_layer_is_a_leaf_to_fx(name: str, norm: Callable[[nn.Module], nn.Module] | None) -> None:
     net, x = sparse(name, norm or (lambda layer: layer))

@@ -199,9 +199,9 @@ def counted_scores(monkeypatch, model):
     calls = []
     for name, layer in sparse_layers(model).items():
 
-        def scores_of(record, name=name, original=layer.scores_of):
+        def scores_of(record, scale, name=name, original=layer.scores_of):
             calls.append(name)
-            return original(record)
+            return original(record, scale)
 
         monkeypatch.setattr(layer, "scores_of", scores_of)
     return calls

@@ -46,7 +46,7 @@ class NormalisedConv2d(nn.Conv2d, _Normalised):
         self.register_buffer("u", torch.randn(1, self.out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.W_(), self.bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return F.conv2d(x, self.W_(), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class NormalisedLinear(nn.Linear, _Normalised):

@@ -1,4 +1,4 @@
-"""FastGAN: gated up-blocks, features of small maps that scale channels of large ones, a discriminator that also decodes.
+"""FastGAN: gated up-blocks, small maps that scale the channels of large ones, a discriminator that also decodes.
 
 Source: Liu, Zhu, Song and Elgammal, Towards Faster and Stabilized GAN Training for High-fidelity Few-shot Image
 Synthesis, ICLR 2021.

@@ -14,7 +14,7 @@ from .dcgan import doublings
 
 
 class AdaptiveConv2d(nn.Module):
-    """``x[n] ∗ W'[n]``, W' a mean of kernels weighted by the style, times ``1 + s[n, i]``, of unit norm over i and taps.
+    """``x[n] ∗ W'[n]``, W' a mean of kernels chosen by the style, times ``1 + s[n, i]``, of unit norm over i and taps.
 
     Args:
         c_in, c_out, side: of the convolution. style: length of w. kernels: to choose from. demodulate: to unit norm.
@@ -25,12 +25,9 @@ class AdaptiveConv2d(nn.Module):
     (2, 8, 5, 5)
     """
 
-    def __init__(
-        self, c_in: int, c_out: int, side: int, style: int, kernels: int = 1, demodulate: bool = True
-    ) -> None:
+    def __init__(self, c_in: int, c_out: int, side: int, style: int, kernels: int = 1, demodulate: bool = True) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.randn(kernels, c_out, c_in, side, side))
-        nn.init.kaiming_normal_(self.weights[0], a=0.0)
+        self.weights = nn.Parameter(torch.randn(kernels, c_out, c_in, side, side) * (2 / (c_in * side**2)) ** 0.5)
         self.modulation = nn.Linear(style, c_in)
         self.choice = nn.Linear(style, kernels) if kernels > 1 else None
         self.demodulate = demodulate
@@ -140,7 +137,9 @@ class Discriminator(nn.Module):
         )
         self.down = nn.ModuleList(nn.Conv2d(4 * width, width, 1) for _ in sides)
         self.attention = nn.ModuleList(Attention(width) if side <= attention else nn.Identity() for side in sides)
-        self.scores = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 3), act, nn.Conv2d(width, 1, 1)) for _ in sides)
+        self.scores = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3), act, nn.Conv2d(width, 1, 1)) for _ in sides
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x, scores = self.from_image(x), []

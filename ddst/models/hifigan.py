@@ -6,7 +6,7 @@ NeurIPS 2020; the discriminator of scales: Kumar et al., MelGAN, NeurIPS 2019.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -33,8 +33,15 @@ class _Residual(nn.Module):
         return x
 
 
+class _Mean(nn.ModuleList):
+    """The mean of what modules make of one input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([module(x) for module in self]).mean(0)
+
+
 class Generator(nn.Module):
-    """G(mel): transposed convolutions that multiply the length, after each the mean of residual blocks of several sides.
+    """G(mel): transposed convolutions that multiply the length, each followed by the mean of several residual blocks.
 
     Args:
         width: channels before the first transposed convolution, halved by each (published: 512, or 128 for V2).
@@ -56,22 +63,20 @@ class Generator(nn.Module):
         mels: int = 80,
     ) -> None:
         super().__init__()
-        self.mels, self.hop = mels, math.prod(rates)
+        self.mels = mels
         self.first, c = _conv(mels, width, 7), width
-        self.up, self.blocks = nn.ModuleList(), nn.ModuleList()
+        self.up, self.branches = nn.ModuleList(), nn.ModuleList()
         for rate in rates:
             up = nn.ConvTranspose1d(c, c // 2, 2 * rate, rate, (rate + 1) // 2, output_padding=rate % 2)
             self.up.append(weight_norm(up))
             c //= 2
-            self.blocks.append(nn.ModuleList(_Residual(c, side, dilations) for side in sides))
+            self.branches.append(_Mean(_Residual(c, side, dilations) for side in sides))
         self.last = _conv(c, 1, 7)
 
     def forward(self, mel: Tensor) -> Tensor:
         x = self.first(mel)
-        for up, blocks in zip(self.up, self.blocks, strict=True):
-            x = up(F.leaky_relu(x, 0.1))
-            branches: list[Tensor] = [block(x) for block in blocks]  # type: ignore[operator, union-attr]
-            x = torch.stack(branches).mean(0)
+        for up, branches in zip(self.up, self.branches, strict=True):
+            x = branches(up(F.leaky_relu(x, 0.1)))
         return torch.tanh(self.last(F.leaky_relu(x, 0.1)))
 
 
@@ -110,24 +115,24 @@ class ScaleDiscriminator(nn.Module):
     """D_s(x): long grouped convolutions along time, on the sound and on its means over 2, 4, … samples.
 
     Args:
-        widths: channels (published: 128, 128, 256, 512, 1024, 1024, 1024). groups: of every layer between the first and
-            the last of them (published: 4, then 16). scales: how many.
+        widths: channels (published: 128, 128, 256, 512, 1024, 1024, 1024). groups: of the layers between the first and
+            the last of them; the last number goes on (published: 4, 16). scales: how many.
 
     `forward` takes sound `[N, 1, T]` and returns a list of scores `[N, ·]`, one for each scale.
 
-    >>> [tuple(scores.shape) for scores in ScaleDiscriminator((8, 16, 16), groups=2, scales=2)(torch.zeros(2, 1, 64))]
+    >>> [tuple(scores.shape) for scores in ScaleDiscriminator((8, 16, 16), (2,), scales=2)(torch.zeros(2, 1, 64))]
     [(2, 32), (2, 17)]
     """
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 64, 64), groups: int = 4, scales: int = 2) -> None:
+    def __init__(self, widths: Sequence[int] = (32, 64, 64, 64), groups: Sequence[int] = (4,), scales: int = 2) -> None:
         super().__init__()
         self.scales = nn.ModuleList(self._scale(widths, groups) for _ in range(scales))
 
     @staticmethod
-    def _scale(widths: Sequence[int], groups: int) -> nn.Sequential:
+    def _scale(widths: Sequence[int], groups: Sequence[int]) -> nn.Sequential:
         layers: list[nn.Module] = [_conv(1, widths[0], 15), nn.LeakyReLU(0.1)]
-        for c_in, c_out in zip(widths[:-2], widths[1:-1], strict=True):
-            layers += [_conv(c_in, c_out, 41, 2, groups=groups), nn.LeakyReLU(0.1)]
+        for i, (c_in, c_out) in enumerate(itertools.pairwise(widths[:-1])):
+            layers += [_conv(c_in, c_out, 41, 2, groups=groups[min(i, len(groups) - 1)]), nn.LeakyReLU(0.1)]
         layers += [_conv(widths[-2], widths[-1], 5), nn.LeakyReLU(0.1), _conv(widths[-1], 1, 3)]
         return nn.Sequential(*layers)
 

@@ -30,7 +30,10 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(
-            x, self.layer.weight.to(x.dtype), padding=self.layer.padding, groups=self.layer.groups  # type: ignore[arg-type]
+            x,
+            self.layer.weight.to(x.dtype),
+            padding=self.layer.padding,
+            groups=self.layer.groups,
         )
 
 
@@ -67,8 +70,8 @@ class Generator(nn.Module):
     """G(z): a learnt 4x4 basis times a linear function of z, then stages of blocks, bilinear upsampling between.
 
     Args:
-        widths: channels of the stages, from 4x4 pixels on, each with twice the side (published: 768, 768, 768, 768, 512,
-            256, 128 …). blocks: of each stage (published: 2). expansion: of channels within a block (published: 2).
+        widths: channels of the stages, from 4x4 pixels on, each with twice the side (published: 768 four times, 512,
+            256, 128). blocks: of each stage (published: 2). expansion: of channels within a block (published: 2).
         group: channels in a group of the grouped convolutions (published: 16). latent: length of z.
         channels: of the images.
 

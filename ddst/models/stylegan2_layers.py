@@ -37,9 +37,7 @@ class EqualConv2d(nn.Module):
     (1, 8, 5, 5)
     """
 
-    def __init__(
-        self, c_in: int, c_out: int, side: int, stride: int = 1, padding: int = 0, bias: bool = True
-    ) -> None:
+    def __init__(self, c_in: int, c_out: int, side: int, stride: int = 1, padding: int = 0, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, side, side))
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None

@@ -1,8 +1,8 @@
-"""StyleGAN3's generator: Fourier features, modulated convolutions, nonlinearities between a rise and a fall of sampling.
+"""StyleGAN3's generator: Fourier features, modulated convolutions, nonlinearities at twice the sampling rate.
 
 Weights and styles are brought to unit power before they are multiplied, and the input's power is tracked. A layer
-samples its input up by two, applies the leaky ReLU, and filters it back; layers between two resolutions go back half
-way. Layers of a resolution share one filter, where the paper designs one for each layer.
+samples its input up by two, applies the leaky ReLU, and filters it back, one that doubles the side half of the way. All
+layers have one filter, where the paper designs one for each.
 
 Source: Karras et al., Alias-Free Generative Adversarial Networks, NeurIPS 2021.
 """
@@ -10,59 +10,13 @@ Source: Karras et al., Alias-Free Generative Adversarial Networks, NeurIPS 2021.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dcgan import doublings
-
-
-def modulated_conv2d(
-    x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True, padding: int = 0, gain: Tensor | None = None
-) -> Tensor:
-    """``x[n] ∗ (W · s[n])`` as one convolution with a group for each sample.
-
-    Args:
-        x: `[N, I, H, W]`. weight: `[O, I, k, k]`. style: `[N, I]`. gain: of the input, one number.
-        demodulate: bring weight and style to unit power, and each sample's filters to unit norm.
-
-    >>> x, weight, style = torch.randn(2, 4, 5, 5), torch.randn(8, 4, 3, 3), torch.randn(2, 4)
-    >>> tuple(modulated_conv2d(x, weight, style, padding=1).shape)
-    (2, 8, 5, 5)
-    """
-    n, c_in = style.shape
-    c_out, _, side, _ = weight.shape
-    if demodulate:
-        weight = weight * weight.square().mean([1, 2, 3], keepdim=True).rsqrt()
-        style = style * style.square().mean().rsqrt()
-    w = weight.unsqueeze(0) * style[:, None, :, None, None]
-    if demodulate:
-        w = w * (w.square().sum([2, 3, 4]) + 1e-8).rsqrt()[:, :, None, None, None]
-    if gain is not None:
-        w = w * gain
-    y = F.conv2d(x.reshape(1, n * c_in, *x.shape[2:]), w.reshape(-1, c_in, side, side), padding=padding, groups=n)
-    return y.reshape(n, c_out, *y.shape[2:])
-
-
-class Linear(nn.Module):
-    """``x (g W)ᵀ + g' b``, then leaky ReLU if `act`; the gains g are applied where the weight is used.
-
-    >>> tuple(Linear(4, 8)(torch.zeros(2, 4)).shape)
-    (2, 8)
-    """
-
-    def __init__(self, c_in: int, c_out: int, start: float = 0.0, rate: float = 1.0, act: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(c_out, c_in) / rate)
-        self.bias = nn.Parameter(torch.full((c_out,), start / rate))
-        self.weight_gain, self.bias_gain, self.act = rate / math.sqrt(c_in), rate, act
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight.to(x.dtype) * self.weight_gain
-        y = torch.addmm((self.bias * self.bias_gain).unsqueeze(0), x, w.t())
-        return F.leaky_relu(y, 0.2) * math.sqrt(2) if self.act else y
+from .stylegan3_layers import Linear, filtered, modulated_conv2d
 
 
 class _Input(nn.Module):
@@ -85,14 +39,6 @@ class _Input(nn.Module):
         return x.permute(2, 0, 1).expand(n, -1, -1, -1)
 
 
-def _filtered(x: Tensor, line: Tensor, convolve: Callable[..., Tensor]) -> Tensor:
-    """Every channel with a filter of 12 taps along columns, then rows; twice (transposed) or half the side."""
-    for shape, stride, padding in (((12, 1), (2, 1), (5, 0)), ((1, 12), (1, 2), (0, 5))):
-        taps = line.view(1, 1, *shape).expand(x.shape[1], -1, -1, -1)
-        x = convolve(x, taps, stride=stride, padding=padding, groups=x.shape[1])
-    return x
-
-
 class _Layer(nn.Module):
     """Modulated convolution, bias, and the leaky ReLU at twice the output's rate, filtered back."""
 
@@ -106,7 +52,7 @@ class _Layer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c_out))
         taps = torch.arange(12, dtype=torch.float64) - 5.5
         line = torch.sinc(taps / 2) * torch.kaiser_window(12, False, 5.0, dtype=torch.float64)
-        self.register_buffer("filter", (line / line.sum()).to(torch.get_default_dtype()))
+        self.register_buffer("filter", (line / line.sum()).float())
         self.register_buffer("power", torch.ones(()))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
@@ -116,8 +62,20 @@ class _Layer(nn.Module):
         x = modulated_conv2d(x, self.weight, self.affine(w), padding=self.padding, gain=self.power.rsqrt())
         x = x + self.bias[:, None, None]
         for _ in range(2 if self.up else 1):
-            x = _filtered(x, 2 * self.filter, F.conv_transpose2d)
-        return _filtered(F.leaky_relu(x, 0.2) * math.sqrt(2), self.filter, F.conv2d)
+            x = filtered(x, 2 * self.filter, F.conv_transpose2d)
+        return filtered(F.leaky_relu(x, 0.2) * math.sqrt(2), self.filter, F.conv2d)
+
+
+class _ToImage(nn.Module):
+    """1x1 modulated convolution without demodulation, bias."""
+
+    def __init__(self, c_in: int, channels: int, style: int) -> None:
+        super().__init__()
+        self.affine, self.bias = Linear(style, c_in, start=1.0), nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.randn(channels, c_in, 1, 1) / math.sqrt(c_in))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return modulated_conv2d(x, self.weight, self.affine(w), demodulate=False) + self.bias[:, None, None]
 
 
 class Generator(nn.Module):
@@ -143,12 +101,11 @@ class Generator(nn.Module):
         self.input = _Input(width, 8)
         steps = [up for _ in range(doublings(resolution, 8)) for up in (False, True)]
         self.layers = nn.ModuleList(_Layer(width, width, side, latent, up) for up in steps)
-        self.style, self.bias = Linear(latent, width, start=1.0), nn.Parameter(torch.zeros(channels))
-        self.weight = nn.Parameter(torch.randn(channels, width, 1, 1) / math.sqrt(width))
+        self.to_image = _ToImage(width, channels, latent)
 
     def forward(self, z: Tensor) -> Tensor:
         w = self.mapping(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt())
         x = self.input(len(w))
         for layer in self.layers:
             x = layer(x, w)
-        return modulated_conv2d(x, self.weight, self.style(w), demodulate=False) + self.bias[:, None, None]
+        return self.to_image(x, w)

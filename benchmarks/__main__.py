@@ -9,6 +9,7 @@
     python -m ddst.benchmarks table RUN.json [--readme README.md]        a kept run as a Markdown table
     python -m ddst.benchmarks tune --help                                the fastest configurations of a GPU's kernels
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
+    python -m ddst.benchmarks models                                     the table of docs/models.md
 
 Printed for every pass: ms, the floor (the larger of useful operations at the measured peak and bytes at the measured
 bandwidth), shares of both, then the dense time ("n" NCHW or "c" channels_last, the faster) and its share of peak.
@@ -210,6 +211,10 @@ def main(argv: list[str] | None = None) -> int:
         from ddst.benchmarks import memory_over_time
 
         return memory_over_time.main(argv[1:])
+    if argv[:1] == ["models"]:
+        from ddst.benchmarks import models
+
+        return models.main(argv[1:])
     command = parser()
     arguments = command.parse_args(argv)
     if arguments.exchanges < 0 or (arguments.exchanges and not arguments.against):

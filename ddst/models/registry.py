@@ -142,17 +142,17 @@ MODELS: dict[str, Model] = {
     "sngan-g": Model(sngan.Generator, _noise, {}, {"resolution": 8, "width": 16, "latent": 16}, 16),
     "sngan-d": Model(sngan.Discriminator, _images, {}, {"resolution": 8, "width": 16}, 16),
     "dcgan-g": Model(
-        dcgan.Generator, _noise, {"resolution": 64, "width": 64}, {"resolution": 16, "width": 8, "latent": 8}, 16
+        dcgan.Generator, _noise, {"resolution": 64, "width": 64}, {"resolution": 16, "width": 8, "latent": 8}, 64
     ),
-    "dcgan-d": Model(dcgan.Discriminator, _images, {"resolution": 64, "width": 64}, {"resolution": 16, "width": 8}, 16),
-    "pix2pix-g": Model(pix2pix.Generator, _images, {"resolution": 128, "width": 64}, {"resolution": 16, "width": 8}, 2),
+    "dcgan-d": Model(dcgan.Discriminator, _images, {"resolution": 64, "width": 64}, {"resolution": 16, "width": 8}, 64),
+    "pix2pix-g": Model(pix2pix.Generator, _images, {"resolution": 128, "width": 64}, {"resolution": 16, "width": 8}, 8),
     "pix2pix-d": Model(
-        pix2pix.Discriminator, _images, {"resolution": 128, "width": 64}, {"resolution": 24, "width": 8, "layers": 2}, 4
+        pix2pix.Discriminator, _images, {"resolution": 128, "width": 64}, {"resolution": 24, "width": 8, "layers": 2}, 8
     ),
     "biggan-g": Model(biggan.Generator, _noise_and_class, _BIGGAN_G, _BIGGAN_G_TINY, 8),
-    "biggan-d": Model(biggan.Discriminator, _images_and_class, _BIGGAN_D, _BIGGAN_D_TINY, 8),
+    "biggan-d": Model(biggan.Discriminator, _images_and_class, _BIGGAN_D, _BIGGAN_D_TINY, 16),
     "biggan-own-norm-g": Model(biggan.Generator, _noise_and_class, _BIGGAN_G | _OWN, _BIGGAN_G_TINY | _OWN, 8),
-    "biggan-own-norm-d": Model(biggan.Discriminator, _images_and_class, _BIGGAN_D | _OWN, _BIGGAN_D_TINY | _OWN, 8),
+    "biggan-own-norm-d": Model(biggan.Discriminator, _images_and_class, _BIGGAN_D | _OWN, _BIGGAN_D_TINY | _OWN, 16),
     "fastgan-g": Model(
         fastgan.Generator,
         _noise,
@@ -210,7 +210,7 @@ MODELS: dict[str, Model] = {
         _images,
         {"channels": 3, "resolution": 64, "width": 64},
         {"channels": 3, "resolution": 24, "width": 8, "layers": 2},
-        4,
+        16,
     ),
     "esrgan-g": Model(
         esrgan.Generator,
@@ -234,6 +234,6 @@ MODELS: dict[str, Model] = {
         _images,
         {"channels": 35, "width": 64, "layers": 4, "resolution": 64},
         {"channels": 11, "width": 8, "resolution": 32},
-        4,
+        8,
     ),
 }

@@ -4,9 +4,9 @@
     python -m ddst.benchmarks models --name dcgan-g dcgan-d --density 0.2
     python -m ddst.benchmarks models --write docs/models.md --json FILE
 
-Each network is adopted by two lines, unchanged: made, channels_last, `ddst.sparsify(network, density)`. Its step
-(forward and backward of the mean square of its outputs) runs in turn with the dense one in the faster memory format,
-after `ddst.densify` of a copy has given the same outputs. Exit code 1: a result was wrong.
+Each network is adopted by two lines, unchanged: made, channels_last, `ddst.sparsify(network, density, sample=sample)`.
+Its step (forward and backward of the mean square of its outputs) runs in turn with the dense one in the faster memory
+format, after `ddst.densify` of a copy has given the same outputs. Exit code 1: a result was wrong.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def measure(
         torch.manual_seed(0)
         sparse, _ = laid_out(model.make(), sample)
         try:
-            adopted = ddst.sparsify(sparse, density, block=block, distribution=distribution)
+            adopted = ddst.sparsify(sparse, density, block=block, distribution=distribution, sample=sample_last)
         except ValueError as error:
             row["error"] = str(error)
             continue

@@ -98,7 +98,7 @@ def test_the_measured_size_sets_arguments_that_exist(name: str) -> None:
 def test_two_lines_make_it_sparse_it_trains_and_densify_gives_it_back(name: str) -> None:
     network, inputs = double(name)
     dense_size = sum(p.numel() for p in network.parameters())
-    report = ddst.sparsify(network, 0.3, block=8, distribution="uniform")
+    report = ddst.sparsify(network, 0.3, block=8, distribution="uniform", sample=inputs)
     optimizer = torch.optim.SGD(network.parameters(), 1e-3)
     packed = [layer.values for layer in sparse_layers(network).values()]
     assert len(packed) == sum(layer.reason is None for layer in report.layers) > 0

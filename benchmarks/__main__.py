@@ -10,6 +10,7 @@
     python -m ddst.benchmarks tune --help                                the fastest configurations of a GPU's kernels
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
     python -m ddst.benchmarks quality-of-distributions                   Fréchet distances at equal multiply-adds
+    python -m ddst.benchmarks models                                     the table of docs/models.md
 
 Printed for every pass: ms, the floor (the larger of useful operations at the measured peak and bytes at the measured
 bandwidth), shares of both, then the dense time ("n" NCHW or "c" channels_last, the faster) and its share of peak.
@@ -215,6 +216,10 @@ def main(argv: list[str] | None = None) -> int:
         from ddst.benchmarks import quality_of_distributions
 
         return quality_of_distributions.main(argv[1:])
+    if argv[:1] == ["models"]:
+        from ddst.benchmarks import models
+
+        return models.main(argv[1:])
     command = parser()
     arguments = command.parse_args(argv)
     if arguments.exchanges < 0 or (arguments.exchanges and not arguments.against):

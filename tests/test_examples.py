@@ -1,6 +1,7 @@
 """The example programs run as a user would run them."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,15 @@ def test_a_gan_in_somebody_elses_loop_trains_sparse(package, tmp_path):
     assert any("drop" in line or "grow" in line for line in steps), steps
 
 
-@pytest.mark.parametrize("name", ["own_gan", "lightning_gan", "accelerate_gan"])
+def test_stylegan2_layer_has_the_penalties_of_its_dense_form(tmp_path):
+    done = run("stylegan2_layer.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (line,) = done.stdout.splitlines()
+    assert re.fullmatch(r"20% of the weights left; R1, path length and their gradients equal .* to \de[+-]\d\d", line)
+
+
+@pytest.mark.parametrize("name", ["own_gan", "lightning_gan", "accelerate_gan", "stylegan2_layer"])
 def test_examples_are_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
 

@@ -1,4 +1,4 @@
-"""A packed weight in code that knows nothing of it: the same numbers as with the dense weight, and blocks all the way."""
+"""A packed weight in code that knows nothing of it: the numbers of the dense weight, and blocks all the way."""
 
 from __future__ import annotations
 
@@ -127,7 +127,9 @@ CASES = {
     "conv_transpose1d": Case(
         (11, 21, 4), ((2, 11, 9),), lambda m, x: F.conv_transpose1d(x, m.weight, stride=2, padding=1), ("conv",)
     ),
-    "linear": Case((21, 11), ((3, 4, 11),), lambda m, x: F.linear(x, m.weight * 0.1, m.bias), ("linear",), (("bias", (21,)),)),
+    "linear": Case(
+        (21, 11), ((3, 4, 11),), lambda m, x: F.linear(x, m.weight * 0.1, m.bias), ("linear",), (("bias", (21,)),)
+    ),
     "addmm": Case(
         (21, 11), ((5, 11),), lambda m, x: torch.addmm(m.bias.unsqueeze(0), x, m.weight.t()), ("linear",),
         (("bias", (21,)),),
@@ -149,11 +151,13 @@ CASES = {
         (21, 11), ((5, 11),), lambda m, x: F.linear(x, m.weight + m.more), (), (("more", (21, 11)),)
     ),
     "penalty on rows": Case(
-        (21, 11, 3, 3), ((2, 2),), lambda m, x: x.sum() * torch.mm(m.weight.view(21, -1), m.weight.view(21, -1).t()).sum(), ()
+        (21, 11, 3, 3), ((2, 2),),
+        lambda m, x: x.sum() * torch.mm(m.weight.view(21, -1), m.weight.view(21, -1).t()).sum(), (),
     ),
     "means": Case(
         (21, 11, 3, 3), ((2, 2),),
-        lambda m, x: x.sum() * (m.weight.mean((0, 2, 3)).sum() + m.weight.abs().sum() + m.weight.square().mean(1).sum()),
+        lambda m, x: x.sum()
+        * (m.weight.mean((0, 2, 3)).sum() + m.weight.abs().sum() + m.weight.square().mean(1).sum()),
         (),
     ),
 }  # fmt: skip

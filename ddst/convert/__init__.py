@@ -3,8 +3,9 @@
 from .advice_report import Advice
 from .advise import advise
 from .candidates import find_candidates
+from .densify import dense_state_dict, densify
 from .report import LayerReport, SparsifyReport
-from .swap import dense_state_dict, densify, sparsify
+from .swap import sparsify
 from .weights import find_weights
 
 __all__ = [

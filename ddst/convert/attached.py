@@ -6,20 +6,75 @@ linear function, is seen by running the model on a sample while they are packed,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .. import topology as tp
-from ..nn.packed_parameter import HoldsPackedParameters, PackedParameter, attach, split_shape
+from ..nn.packed.parameter import HoldsPackedParameters, PackedParameter, attach, split_shape
+from .candidates import DTYPES, ITS_OWN, OWN_CODE, Candidate
 from .watch import undisturbed
 
 #: Names of parameters that are weights whatever the module does with them. torch's spectral norm makes the second.
 NAMES = ("weight", "weight_orig")
+
+OWN = "a parameter of its module, which is no convolution or linear layer"
+
+
+def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candidate:
+    """Lets a weight be packed where it is, if its module computes in its own way and holds it as a plain parameter.
+
+    Args:
+        candidate: of :func:`~ddst.convert.weights.find_weights`; changed and returned.
+        owners: ``id(parameter) -> names``.
+    """
+    c = candidate
+    if c.reason is None or not (c.reason in (OWN, OWN_CODE) or c.reason.startswith(ITS_OWN)):
+        return c
+    held = (
+        [name for name, parameter in c.module._parameters.items() if parameter is c.weight]
+        if c.weight is not None
+        else []
+    )
+    names = held or [name for name in NAMES if c.module._parameters.get(name) is not None]
+    parameter = c.module._parameters[names[0]] if names else None
+    if parameter is None or (isinstance(c.module, _ConvNd) and parameter.dim() > 4) or not fits(parameter):
+        return c
+    if type(c.module).__module__.startswith("torch.nn.modules") and not c.reason.startswith(ITS_OWN):
+        return c
+    shared = owners.get(id(parameter), [])
+    c.attribute, c.weight, c.norm, c.slots = names[0], parameter, None, []
+    c.shape, c.counted = split_shape(parameter.shape)[1], True
+    c.reason = f"weight is shared: {', '.join(shared)}" if len(shared) > 1 else None
+    if c.reason is not None:
+        c.attribute = None
+    elif c.attribute not in NAMES:  # what it is used for decides
+        c.reason = OWN
+    return c
+
+
+def see_uses(
+    model: nn.Module, candidates: Iterable[Candidate], arguments: tuple[Any, ...], block: tuple[int, int]
+) -> None:
+    """Decides by a run of the model which weights are packed where they are, and notes what unpacks them."""
+    held = [c for c in candidates if c.attribute is not None]
+    uses = uses_of(model, [(c.module, c.attribute or "") for c in held], arguments, block)
+    for c in held:
+        use = uses[id(c.module), c.attribute or ""]
+        c.as_tensor, places = use.as_tensor, ", ".join(sorted(use.dense))
+        looked_up = any(place.startswith("embedding ") for place in use.dense)
+        if use.failure is not None:
+            c.attribute, c.reason = None, f"cannot be packed: {use.failure}"
+        elif not use.packed and (looked_up or c.attribute not in NAMES):
+            c.attribute, c.reason = None, "looked up, no weight of a product" if looked_up else OWN
+        else:
+            c.reason, c.note = None, f"unpacked by {places}" if places else ""
+        c.counted = c.attribute is not None or not looked_up
 
 
 @dataclass
@@ -40,12 +95,13 @@ class Use:
 
 
 def fits(parameter: Tensor) -> bool:
-    """Whether a parameter has the shape of a weight."""
+    """Whether a parameter has the shape and the dtype of a weight."""
     try:
         split_shape(parameter.shape)
     except ValueError:
         return False
-    return parameter.numel() > 0
+    plain = type(parameter) is nn.Parameter and parameter.layout == torch.strided and not parameter.is_meta
+    return plain and parameter.dtype in DTYPES and parameter.numel() > 0
 
 
 def uses_of(

@@ -21,10 +21,14 @@ from torch.nn.utils.spectral_norm import (
 
 from .._arguments import check_module
 from ..nn import SparseLayer
+from ..nn.data_parallel import is_sharded
 from ..nn.kinds import SPARSE_KINDS, names_of
 from ..nn.plain import overridden, own_attributes, plain_kind
 from ..nn.weight_norm import normed as normed_weight
 from ..nn.weight_norm import torch_hook
+
+#: Why a layer cannot be swapped, though its weight could be packed where it is.
+OWN_CODE, ITS_OWN = "a subclass with code of its own", "the instance has its own "
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -66,6 +70,9 @@ class Candidate:
         norm: its spectral or weight norm, if any.
         reason: why it cannot be sparse, or None.
         counted: whether a density over all layers counts it: a layer of a kind with a sparse twin that is not excluded.
+        attribute: name of the parameter that is packed where it is, in a module that computes in its own way
+            (:mod:`ddst.convert.attached`); None for a layer that is swapped.
+        as_tensor: whether that module takes its weight as a tensor only. note: what the report says of it.
     """
 
     module: nn.Module
@@ -78,16 +85,19 @@ class Candidate:
     reason: str | None = None
     counted: bool = False
     plain: type[nn.Module] | None = None
+    attribute: str | None = None
+    as_tensor: bool = False
+    note: str = ""
 
     @property
     def groups(self) -> int:
         """Of a convolution."""
-        return int(getattr(self.module, "groups", 1))
+        return int(self.module.groups) if isinstance(self.module, _ConvNd) else 1
 
     @property
     def transposed(self) -> bool:
         """Whether its weight has the input channels first."""
-        return bool(getattr(self.module, "transposed", False))
+        return isinstance(self.module, _ConvTransposeNd)
 
     @property
     def oriented(self) -> tuple[int, ...]:
@@ -127,6 +137,15 @@ def check_no_layer(model: nn.Module) -> None:
         )
 
 
+def check_unsharded(model: nn.Module, call: str) -> None:
+    """Raises for a model of whose parameters each rank holds a part."""
+    if is_sharded(*model.parameters()):
+        raise ValueError(
+            f"model has parameters that are DTensors, of which each rank holds a part (fully_shard): call {call} "
+            "first, then fully_shard"
+        )
+
+
 def places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """``(dotted name, parent, attribute, module)`` of every place below ``model`` that holds a module.
 
@@ -157,7 +176,7 @@ def find_candidates(model: nn.Module, exclude: Iterable[str | nn.Module | type] 
     """
     check_module("model", model)
     excluded = excluded_modules(model, exclude)
-    owners = _owners(model)
+    owners = owners_of(model)
     found: dict[int, Candidate] = {}
     for name, parent, attribute, module in places(model):
         if not isinstance(module, _ConvNd | nn.Linear | SparseLayer):
@@ -195,7 +214,7 @@ def excluded_modules(model: nn.Module, exclude: Iterable[str | nn.Module | type]
     return {id(module) for root in roots for module in root.modules()}
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
+def owners_of(model: nn.Module) -> dict[int, list[str]]:
     """``id(parameter) -> names``, one for every module attribute that holds it; a shared module counts once."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -223,7 +242,7 @@ def _examine(module: nn.Module, excluded: bool, owners: dict[int, list[str]]) ->
         candidate.reason = "lazy, without a shape yet: run the model once on a batch before"
     elif plain is None:
         known = kind.__module__.startswith("torch.nn.modules.conv")
-        candidate.reason = f"{kind.__name__} is not supported" if known else "a subclass with code of its own"
+        candidate.reason = f"{kind.__name__} is not supported" if known else OWN_CODE
     elif candidate.reason is None:
         candidate.reason = _bound_to_instance(module, plain)
         if candidate.weight is not None and candidate.reason is None:
@@ -237,9 +256,9 @@ def _bound_to_instance(module: nn.Module, plain: type[nn.Module]) -> str | None:
     if patched == "_compiled_call_impl":
         return "compiled by its compile(): call that after ddst.sparsify"
     if patched is not None:
-        return f"has a {patched} of its own"
+        return f"{ITS_OWN}{patched}"
     clash = sorted(own_attributes(module, plain).keys() & names_of(SPARSE_KINDS[plain]))
-    return f"has an attribute {clash[0]}, a name that a sparse layer uses itself" if clash else None
+    return f"{ITS_OWN}{clash[0]}, a name that a sparse layer uses itself" if clash else None
 
 
 def _unfit(weight: Tensor, settings: tuple[int, ...], owners: list[str], plain: type[nn.Module]) -> str | None:

@@ -26,6 +26,7 @@ class LayerReport:
             see :func:`~ddst.convert.watch.multiply_adds`; None without a sample.
         dense_seconds, seconds: of its part in a training step, dense and as it is now, on the scale of
             :attr:`SparsifyReport.dense_seconds`; None where it was not measured.
+        note: of a weight packed in a module that computes in its own way: which code makes it dense, if any does.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerReport:
     multiply_adds: float | None = None
     dense_seconds: float | None = None
     seconds: float | None = None
+    note: str = ""
 
     @property
     def density(self) -> float:
@@ -147,7 +149,8 @@ class SparsifyReport:
             if self.dense_seconds is not None:
                 row.append("-" if layer.seconds is None else f"{layer.seconds / self.dense_seconds:.4f}")
             idle = f"{layer.slots - layer.blocks} slots in reserve" if layer.slots > layer.blocks else ""
-            rows.append((*row, f"left as it is: {layer.reason}" if layer.reason else idle))
+            notes = ", ".join(filter(None, (layer.note, idle)))
+            rows.append((*row, f"left as it is: {layer.reason}" if layer.reason else notes))
         parts = [
             f"{self._sparse} of {len(self.layers)} layers sparse; density {self.density:.4f}, "
             f"of all weights {self.model_density:.4f}"

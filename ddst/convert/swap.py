@@ -1,9 +1,8 @@
-"""Dense models to sparse ones and back: ``sparsify``, ``densify``, ``dense_state_dict``."""
+"""Dense models to sparse ones: ``sparsify``."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,24 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import topology as tp
-from .._arguments import check_bool, check_generator, check_module, check_number, check_one_of
+from .._arguments import check_bool, check_generator, check_number, check_one_of
 from ..backends import check_backend
 from ..distributed import same_masks
-from ..nn import SparseLayer, sparse_layers
-from ..nn.data_parallel import is_sharded, let_go, whole
-from ..nn.kinds import SPARSE_KINDS, shell_of
-from ..nn.plain import own_attributes
-from ..nn.spectral_norm import DENSE_KEYS, SpectralNorm
-from ..nn.weight_norm import DENSE_KEYS as WEIGHT_NORM_KEYS
-from ..nn.weight_norm import WeightNorm, dense_parts, g_of_kept, torch_hook
+from ..nn import SparseLayer
+from ..nn.data_parallel import let_go
+from ..nn.packed.parameter import PackedParameter, attach
 from .advice_report import Advice, BlockAdvice
 from .advise import advise
-from .candidates import Candidate, DenseNorm, DenseWeightNorm, check_no_layer, places, spectral_hook
+from .attached import see_uses
+from .candidates import Candidate, check_no_layer, check_unsharded
 from .distribution import check_density
 from .initial_masks import KINDS, initial_masks
 from .report import LayerReport, SparsifyReport
 from .shares import RULES, Plan, make_plan, why_dense
 from .time_budget import DENSITIES, densities_to_measure, plan_within
+from .twins import carry_hooks, sparse_twin
 from .watch import arguments_of, multiply_adds
 from .weights import find_weights
 
@@ -37,17 +34,6 @@ if TYPE_CHECKING:
 
 #: Of spectral norms on blocks larger than single weights.
 NOISE = 0.05
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def sparsify(
@@ -158,7 +144,7 @@ def sparsify(
     check_generator("generator", generator)
     if not isinstance(only_if_faster, Advice):
         check_bool("only_if_faster", only_if_faster)
-    _check_whole(model, "ddst.sparsify")
+    check_unsharded(model, "ddst.sparsify")
     advice = only_if_faster if isinstance(only_if_faster, Advice) else None
     measuring = advice is None and (bool(only_if_faster) or time_budget is not None)
     if sample is None and (measuring or distribution == "work"):
@@ -166,6 +152,8 @@ def sparsify(
         needs = needs if measuring else 'distribution="work"'
         raise ValueError(f"sample must be what a training step calls the model with if {needs}, got None")
     weights = find_weights(model, exclude)
+    if sample is not None:
+        see_uses(model, weights, arguments_of(sample), block)
     work = None if sample is None else multiply_adds(model, arguments_of(sample), weights)
     if measuring:
         assert sample is not None
@@ -200,7 +188,7 @@ def sparsify(
         noise = 0.0 if block == (1, 1) else NOISE
     reserves = {} if reserve is None else make_plan(weights, reserve, block, distribution, work).densities
     layers = {
-        name: _sparse_twin(c, masks[name], block, backend, noise, None if reserve is None else reserves.get(name, 1.0))
+        name: sparse_twin(c, masks[name], block, backend, noise, None if reserve is None else reserves.get(name, 1.0))
         for name, c in chosen.items()
     }
     report = SparsifyReport(
@@ -212,18 +200,15 @@ def sparsify(
 
     let_go([c.module for c in chosen.values()], "layers are swapped for sparse ones")
     for name, candidate in chosen.items():
+        layer = layers[name]
+        if candidate.attribute is not None:
+            assert isinstance(layer, PackedParameter)
+            attach(candidate.module, candidate.attribute, layer)
+            continue
         for parent, attribute in candidate.slots:
-            parent._modules[attribute] = layers[name]
-        _carry_hooks(candidate.module, layers[name])
+            parent._modules[attribute] = layer
+        carry_hooks(candidate.module, layer)
     return report
-
-
-def _check_whole(model: nn.Module, call: str) -> None:
-    if is_sharded(*model.parameters()):
-        raise ValueError(
-            f"model has parameters that are DTensors, of which each rank holds a part (fully_shard): call {call} "
-            "first, then fully_shard"
-        )
 
 
 def _check_met(report: SparsifyReport, plan: Plan, density: float | None, block: tuple[int, int]) -> None:
@@ -272,169 +257,5 @@ def _report(
         None if work is None else work[c.name],
         dense_seconds,
         seconds,
+        c.note,
     )
-
-
-def _sparse_twin(
-    candidate: Candidate, mask: Tensor, block: tuple[int, int], backend: str, noise: float, reserve: float | None
-) -> SparseLayer:
-    module, weight, plain = candidate.module, candidate.weight, candidate.plain
-    assert isinstance(weight, nn.Parameter) and plain is not None
-    # A shell around the raw weight: the layer's own attribute may be a product of its spectral norm.
-    shell, kind = shell_of(module, plain, weight), SPARSE_KINDS[plain]
-    layer: SparseLayer = kind.from_dense(shell, block_mask=mask, block=candidate.own_block(block), reserve=reserve)
-    # The same object, as references to it elsewhere expect.
-    layer.bias = module.bias  # type: ignore[assignment]
-    layer.backend = backend
-    attributes = own_attributes(module, plain)
-    for name, value in attributes.items():
-        setattr(layer, name, value)
-    layer.carried = tuple(attributes)
-    if isinstance(candidate.norm, DenseWeightNorm):
-        layer.weight_norm = _sparse_weight_norm(layer, weight.detach(), candidate.norm)
-    elif candidate.norm is not None:
-        layer.spectral_norm = _sparse_norm(layer, candidate.norm, noise)
-    return layer
-
-
-def _sparse_weight_norm(layer: SparseLayer, weight: Tensor, dense: DenseWeightNorm) -> WeightNorm:
-    norm = WeightNorm(layer.weight_shape, dense.dim, dense.style)
-    g = g_of_kept(dense.g.detach(), weight, layer.dense_weight().detach(), dense.dim)
-    norm.g = nn.Parameter(g, requires_grad=dense.g.requires_grad)
-    return norm.train(layer.training)
-
-
-def _sparse_norm(layer: SparseLayer, dense: DenseNorm, noise: float) -> SpectralNorm:
-    norm = SpectralNorm(
-        layer.weight_shape,
-        layer.block,
-        dense.n_power_iterations,
-        dense.eps,
-        noise,
-        dense.style,
-        device=layer.values.device,
-        dtype=layer.values.dtype,
-        dim=dense.dim,
-    )
-    norm.u.copy_(dense.u)
-    norm.v.copy_(dense.v)
-    norm.train(layer.training)
-    norm.place(layer)
-    norm.after_topology_change(layer)
-    return norm
-
-
-def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hands the user's hooks over, in the same dictionaries, so that the handles which remove them keep working."""
-    for name in _HOOKS:
-        new.__dict__[name] = old.__dict__[name]
-    for own in (spectral_hook(new), torch_hook(new)):
-        for key in [key for key, hook in new._forward_pre_hooks.items() if hook is own and own is not None]:
-            del new._forward_pre_hooks[key]
-    if isinstance(new, SparseLayer) and new.weight_norm is not None:
-        new.weight_norm.hook_up(new)
-
-
-def densify(model: nn.Module) -> nn.Module:
-    """Puts the dense layer with the same weight in the place of every sparse one: the inverse of :func:`sparsify`.
-
-    Outputs stay equal to rounding (with spectral norm: in eval mode, or without noise). Device, dtype, training mode,
-    ``requires_grad``, hooks, attributes and the kind of spectral norm with its vectors, or of weight norm with ``g``,
-    are kept; biases are the same objects, weights new Parameters. The layers are torch's own, also where a subclass
-    with an ``__init__`` was swapped. (A row of zeros under weight norm, which torch would divide by its length 0, gets
-    a direction with ``g = 0``.)
-
-    Args:
-        model: a module that contains sparse layers; changed in place.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: the model is itself a sparse layer.
-
-    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
-    >>> report = sparsify(model, 0.5)
-    >>> x = torch.randn(4, 64)
-    >>> y = model(x)
-    >>> torch.allclose(densify(model)(x), y, atol=1e-5), type(model[0]).__name__
-    (True, 'Linear')
-    """
-    if isinstance(check_module("model", model), SparseLayer):
-        raise ValueError(
-            f"model is itself a {type(model).__name__}, which cannot be swapped in place: use its to_dense()"
-        )
-    _check_whole(model, "ddst.densify")
-    let_go(sparse_layers(model).values(), "layers are swapped for dense ones")
-    twins: dict[int, nn.Module] = {}
-    for _, parent, attribute, module in list(places(model)):
-        if isinstance(module, SparseLayer):
-            if id(module) not in twins:
-                twins[id(module)] = _dense_twin(module)
-            parent._modules[attribute] = twins[id(module)]
-    return model
-
-
-def _dense_twin(layer: SparseLayer) -> nn.Module:
-    with_class: Any = layer  # which has _plain_dense
-    dense: nn.Module = with_class._plain_dense()
-    dense.bias = layer.bias  # type: ignore[assignment]
-    for name in layer.carried:
-        if name in vars(layer):
-            setattr(dense, name, getattr(layer, name))
-    _carry_hooks(layer, dense)
-    if layer.norm is not None:
-        layer.norm.attach_to_dense(dense)
-    return dense
-
-
-def dense_state_dict(model: nn.Module) -> dict[str, Any]:
-    """``densify(model).state_dict()`` without changing the model: it loads strictly into the dense model.
-
-    Weights are unpacked (zeros at inactive blocks) and named ``weight``, or as torch's spectral norm names its raw
-    weight and vectors, and its weight norm g and v. The other direction needs no function:
-    ``sparse_model.load_state_dict(dense_state)`` keeps the weights at active blocks.
-
-    Args:
-        model: a module with sparse layers, or a sparse layer.
-
-    Returns:
-        Keys in the dense model's order. Entries that are not a sparse layer's weight share memory with the model.
-
-    >>> dense = nn.Sequential(nn.Linear(32, 32))
-    >>> model = nn.Sequential(nn.Linear(32, 32))
-    >>> report = sparsify(model, 0.5)
-    >>> dense.load_state_dict(dense_state_dict(model))
-    <All keys matched successfully>
-    """
-    state = check_module("model", model).state_dict()
-    renamed: dict[str, str | None] = {}
-    weights: dict[str, Tensor] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if not isinstance(layer, SparseLayer):
-            continue
-        prefix = f"{name}." if name else ""
-        values, slot_blocks = whole(state[prefix + "values"]), state[prefix + "slot_blocks"]
-        weight = tp.unpack_slots(values, slot_blocks, layer.weight_shape).contiguous()
-        if layer.weight_norm is not None:
-            # Here too both come after the bias; g first.
-            keys = [prefix + key for key in WEIGHT_NORM_KEYS[layer.weight_norm.style]]
-            packed = [prefix + key for key in ("slot_blocks", "weight_norm.g")]
-            renamed |= {prefix + "values": None, **dict(zip(packed, keys, strict=True))}
-            parts = dense_parts(whole(state[packed[1]]), weight, layer.weight_norm.dim)
-            weights |= dict(zip(packed, parts, strict=True))
-        elif layer.spectral_norm is None:
-            renamed |= {prefix + "values": prefix + "weight", prefix + "slot_blocks": None}
-            weights[prefix + "values"] = weight
-        else:
-            # The raw weight of a dense layer with spectral norm comes after its bias.
-            keys = [prefix + key for key in DENSE_KEYS[layer.spectral_norm.style]]
-            packed = [prefix + key for key in ("slot_blocks", "spectral_norm.u", "spectral_norm.v")]
-            renamed |= {prefix + "values": None, **dict(zip(packed, keys, strict=True))}
-            weights[prefix + "slot_blocks"] = weight
-    dense: OrderedDict[str, Any] = OrderedDict()
-    for key, value in state.items():
-        new = renamed.get(key, key)
-        if new is not None:
-            dense[new] = weights.get(key, value)
-    return dense

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..nn import SparseLayer
-from .candidates import Candidate, excluded_modules, find_candidates
+from .attached import OWN, let_attach
+from .candidates import Candidate, excluded_modules, find_candidates, owners_of
 
-OWN = "a parameter of its module, which is no convolution or linear layer"
 #: Modules whose parameters scale, shift or are looked up, by the names that people give them.
 _NO_WEIGHTS = re.compile(r"(norm(\dd)?$)|embed", re.IGNORECASE)
 _NOT_A_WEIGHT = re.compile(r"bias|emb|(^|_)(pos|position|token)", re.IGNORECASE)
@@ -30,13 +30,14 @@ def find_weights(model: nn.Module, exclude: Iterable[str | nn.Module | type] = (
         model, exclude: as for :func:`find_candidates`.
 
     Returns:
-        Layers have ``slots``, other parameters have none and a ``reason``; their name is that of the parameter.
+        Layers that can be swapped have ``slots``. Other parameters have none; their name is that of the parameter (of
+        their module, if it is called ``weight``), and those that can be packed where they are have an ``attribute``.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Bilinear(8, 8, 4))
     >>> for found in find_weights(model):
     ...     print(found.name, found.kind, found.size)
     0 Linear 64
-    2.weight Bilinear 256
+    2 Bilinear 256
     """
     exclude = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str | nn.Module) else exclude
     layers = {id(c.module): c for c in find_candidates(model, exclude)}
@@ -44,6 +45,7 @@ def find_weights(model: nn.Module, exclude: Iterable[str | nn.Module | type] = (
     # With all that hangs below a layer: parametrizations keep its raw weight in modules of their own.
     seen = {id(p) for c in layers.values() for p in c.module.parameters()}
     inside = {id(m) for c in layers.values() for m in c.module.modules()}
+    owners = owners_of(model)
     found: list[Candidate] = []
     for name, module in model.named_modules():
         if id(module) in layers:
@@ -54,11 +56,11 @@ def find_weights(model: nn.Module, exclude: Iterable[str | nn.Module | type] = (
             if parameter is None or id(parameter) in seen or not _is_weight(module, attribute, parameter):
                 continue
             seen.add(id(parameter))
-            path = f"{name}.{attribute}" if name else attribute
+            path = name if attribute == "weight" and name else ".".join(filter(None, (name, attribute)))
             reason = "excluded" if id(module) in excluded else OWN
             kind = type(module).__name__
             found.append(Candidate(module, kind, tuple(parameter.shape), [path], weight=parameter, reason=reason))
-    return found
+    return [let_attach(c, owners) for c in found]
 
 
 def _is_weight(module: nn.Module, name: str, parameter: Tensor) -> bool:

@@ -8,11 +8,19 @@ from .conv_transpose2d import SparseConvTranspose2d
 from .explain import Explanation, explain
 from .linear import SparseLinear
 from .origin import follow
+from .packed import factors as factors  # each puts its functions into the table
+from .packed import products as products
+from .packed import sums as sums
+from .packed import views as views
+from .packed.parameter import PackedParameter
+from .packed.weight import PackedWeight
 from .spectral_norm import SpectralNorm, spectral_norm
 from .weight_norm import WeightNorm, remove_weight_norm, weight_norm
 
 __all__ = [
     "Explanation",
+    "PackedParameter",
+    "PackedWeight",
     "SparseConv1d",
     "SparseConv2d",
     "SparseConvTranspose1d",

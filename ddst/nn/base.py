@@ -19,7 +19,7 @@ from ..ops.reference import block_norms_of
 from . import recorded_scores
 from .dense_view import DenseView
 from .origin import Origin
-from .packed_weight import PackedWeight, WeightUses
+from .packed.weight import PackedWeight, WeightUses
 from .plain import overridden, plain_kind
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage
@@ -141,7 +141,7 @@ class SparseLayer(PackedStorage):
     @property
     def weight(self) -> PackedWeight | DenseView:
         """``W`` as code for the dense layer uses it, under spectral norm divided by σ, under weight norm
-        ``g · v / ‖v‖``: a :class:`~ddst.nn.packed_weight.PackedWeight`, or a dense tensor where
+        ``g · v / ‖v‖``: a :class:`~ddst.nn.packed.weight.PackedWeight`, or a dense tensor where
         :attr:`gives_dense_weight` says so.
 
         Writing into it in place (``nn.init.normal_(layer.weight)``) sets the values at active blocks, and ``g`` to

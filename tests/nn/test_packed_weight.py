@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import ddst
 from ddst import topology as tp
-from ddst.nn.packed_parameter import PackedParameter, attach, detach, split_shape
-from ddst.nn.packed_weight import PackedWeight, regroup
+from ddst.nn.packed.parameter import PackedParameter, attach, detach, split_shape
+from ddst.nn.packed.weight import PackedWeight, regroup
 
 
 class Own(nn.Module):

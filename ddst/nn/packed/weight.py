@@ -3,7 +3,7 @@
 :class:`PackedWeight` stands for a dense weight. torch's functions hand it to ``__torch_function__``, which runs
 convolutions and linear functions on the block-sparse operators, keeps it packed under what layers do to a weight before
 they use it, and unpacks it, differentiably, for anything else. What each function does is in
-:mod:`ddst.nn.packed_functions`; here is what a packed weight is.
+:mod:`ddst.nn.packed.functions`; here is what a packed weight is.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..ops.gradient_record import recorder_of
-from ..topology import unpack_slots
-from .dense_view import DenseView
+from ...ops.gradient_record import recorder_of
+from ...topology import unpack_slots
+from ..dense_view import DenseView
 
 if TYPE_CHECKING:
-    from .base import SparseLayer
+    from ..base import SparseLayer
 
 #: Rows (first dimension) and columns (second) of the stored weight; its taps are "t0", "t1"; "n" runs over a batch.
 ROW, COL, BATCH = "o", "i", "n"
@@ -360,7 +360,7 @@ class PackedWeight:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from .packed_functions import apply
+        from .functions import apply
 
         return apply(func, args, kwargs or {})
 
@@ -376,7 +376,7 @@ def _record_dense(key: int, gradient: Tensor) -> None:
         recorder.add_dense(gradient)
 
 
-_OWN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_OWN = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
 
 
 def calling_place() -> str:

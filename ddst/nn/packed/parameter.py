@@ -1,7 +1,7 @@
 """A parameter of somebody else's module, kept as packed blocks.
 
 ``attach`` puts a :class:`PackedParameter` in the place of a plain parameter: the module's attribute (``weight``)
-becomes a property that gives a :class:`~ddst.nn.packed_weight.PackedWeight`, and a child module (``packed_weight``)
+becomes a property that gives a :class:`~ddst.nn.packed.weight.PackedWeight`, and a child module (``packed_weight``)
 holds the blocks. The module is made an instance of a subclass of its own class, of the same name, so that nothing else
 of it changes: methods, hooks, other parameters, what it is an instance of.
 """
@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import topology as tp
-from ..backends import Problem
-from .base import SparseLayer
-from .packed_weight import PackedWeight
+from ... import topology as tp
+from ...backends import Problem
+from ..base import SparseLayer
+from .weight import PackedWeight
 
 #: What the child module of a parameter is called: this and the parameter's name.
 PREFIX = "packed_"

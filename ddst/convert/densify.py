@@ -1,0 +1,133 @@
+"""Sparse models back to dense ones: ``densify``, ``dense_state_dict``."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import topology as tp
+from .._arguments import check_module
+from ..nn import SparseLayer, sparse_layers
+from ..nn.data_parallel import let_go, whole
+from ..nn.packed.parameter import PREFIX, HoldsPackedParameters, PackedParameter, detach
+from ..nn.spectral_norm import DENSE_KEYS
+from ..nn.weight_norm import DENSE_KEYS as WEIGHT_NORM_KEYS
+from ..nn.weight_norm import dense_parts
+from .candidates import check_unsharded, places
+from .twins import carry_hooks
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Puts the dense layer with the same weight in the place of every sparse one: the inverse of :func:`sparsify`.
+
+    Outputs stay equal to rounding (with spectral norm: in eval mode, or without noise). Device, dtype, training mode,
+    ``requires_grad``, hooks, attributes and the kind of spectral norm with its vectors, or of weight norm with ``g``,
+    are kept; biases are the same objects, weights new Parameters. The layers are torch's own, also where a subclass
+    with an ``__init__`` was swapped. (A row of zeros under weight norm, which torch would divide by its length 0, gets
+    a direction with ``g = 0``.)
+
+    Args:
+        model: a module that contains sparse layers; changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is itself a sparse layer.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    >>> report = sparsify(model, 0.5)
+    >>> x = torch.randn(4, 64)
+    >>> y = model(x)
+    >>> torch.allclose(densify(model)(x), y, atol=1e-5), type(model[0]).__name__
+    (True, 'Linear')
+    """
+    if isinstance(check_module("model", model), SparseLayer):
+        raise ValueError(
+            f"model is itself a {type(model).__name__}, which cannot be swapped in place: use its to_dense()"
+        )
+    check_unsharded(model, "ddst.densify")
+    let_go(sparse_layers(model).values(), "layers are swapped for dense ones")
+    twins: dict[int, nn.Module] = {}
+    for holder in [module for module in model.modules() if isinstance(module, HoldsPackedParameters)]:
+        assert isinstance(holder, nn.Module)
+        detach(holder)
+    for _, parent, attribute, module in list(places(model)):
+        if isinstance(module, SparseLayer):
+            if id(module) not in twins:
+                twins[id(module)] = _dense_twin(module)
+            parent._modules[attribute] = twins[id(module)]
+    return model
+
+
+def _dense_twin(layer: SparseLayer) -> nn.Module:
+    with_class: Any = layer  # which has _plain_dense
+    dense: nn.Module = with_class._plain_dense()
+    dense.bias = layer.bias  # type: ignore[assignment]
+    for name in layer.carried:
+        if name in vars(layer):
+            setattr(dense, name, getattr(layer, name))
+    carry_hooks(layer, dense)
+    if layer.norm is not None:
+        layer.norm.attach_to_dense(dense)
+    return dense
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Any]:
+    """``densify(model).state_dict()`` without changing the model: it loads strictly into the dense model.
+
+    Weights are unpacked (zeros at inactive blocks) and named ``weight``, or as torch's spectral norm names its raw
+    weight and vectors, and its weight norm g and v. The other direction needs no function:
+    ``sparse_model.load_state_dict(dense_state)`` keeps the weights at active blocks.
+
+    Args:
+        model: a module with sparse layers, or a sparse layer.
+
+    Returns:
+        Keys in the dense model's order, but for parameters packed where they are, which come last of their module.
+        Entries that are not a sparse layer's weight share memory with the model.
+
+    >>> dense = nn.Sequential(nn.Linear(32, 32))
+    >>> model = nn.Sequential(nn.Linear(32, 32))
+    >>> report = sparsify(model, 0.5)
+    >>> dense.load_state_dict(dense_state_dict(model))
+    <All keys matched successfully>
+    """
+    state = check_module("model", model).state_dict()
+    renamed: dict[str, str | None] = {}
+    weights: dict[str, Tensor] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, SparseLayer):
+            continue
+        prefix = f"{name}." if name else ""
+        values, slot_blocks = whole(state[prefix + "values"]), state[prefix + "slot_blocks"]
+        weight = tp.unpack_slots(values, slot_blocks, layer.weight_shape).contiguous()
+        if isinstance(layer, PackedParameter):
+            above, _, child = name.rpartition(".")
+            key = ".".join(filter(None, (above, child.removeprefix(PREFIX))))
+            renamed |= {prefix + "values": key, prefix + "slot_blocks": None}
+            weights[prefix + "values"] = weight.reshape([1] * layer.leading + list(layer.weight_shape))
+        elif layer.weight_norm is not None:
+            # Here too both come after the bias; g first.
+            keys = [prefix + key for key in WEIGHT_NORM_KEYS[layer.weight_norm.style]]
+            packed = [prefix + key for key in ("slot_blocks", "weight_norm.g")]
+            renamed |= {prefix + "values": None, **dict(zip(packed, keys, strict=True))}
+            parts = dense_parts(whole(state[packed[1]]), weight, layer.weight_norm.dim)
+            weights |= dict(zip(packed, parts, strict=True))
+        elif layer.spectral_norm is None:
+            renamed |= {prefix + "values": prefix + "weight", prefix + "slot_blocks": None}
+            weights[prefix + "values"] = weight
+        else:
+            # The raw weight of a dense layer with spectral norm comes after its bias.
+            keys = [prefix + key for key in DENSE_KEYS[layer.spectral_norm.style]]
+            packed = [prefix + key for key in ("slot_blocks", "spectral_norm.u", "spectral_norm.v")]
+            renamed |= {prefix + "values": None, **dict(zip(packed, keys, strict=True))}
+            weights[prefix + "slot_blocks"] = weight
+    dense: OrderedDict[str, Any] = OrderedDict()
+    for key, value in state.items():
+        new = renamed.get(key, key)
+        if new is not None:
+            dense[new] = weights.get(key, value)
+    return dense

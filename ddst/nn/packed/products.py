@@ -1,0 +1,228 @@
+"""Convolutions and linear functions of packed weights, on the block-sparse operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import ops
+from ...topology import grid
+from .functions import known
+from .weight import BATCH, COL, ROW, PackedWeight, taps_of
+
+
+def _scale(weight: PackedWeight, atom: str) -> Tensor | None:
+    return weight.out_scale if atom == ROW else weight.in_scale
+
+
+def _channels(weight: PackedWeight, groups: int, space: int) -> tuple[str, str] | None:
+    """What the first two dimensions run over where the weight is that of a convolution with so many groups."""
+    taps = taps_of(weight.layer)
+    if len(taps) != space or weight.axes[2:] != tuple((tap,) for tap in taps) or weight.layer.backend == "reference":
+        return None
+    first, second = weight.axes[0], weight.axes[1]
+    if weight.batch is not None:
+        if groups != weight.batch or first[:1] != (BATCH,) or weight.layer.groups != 1:
+            return None
+        first = first[1:]
+    elif not weight.layer.use_groups(groups):
+        return None
+    if (first, second) in (((ROW,), (COL,)), ((COL,), (ROW,))):
+        return first[0], second[0]
+    return None
+
+
+def _gathered(weight: PackedWeight, transposed: bool) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
+    """Values, topology, weight shape and record for an operator."""
+    layer = weight.layer
+    topology, shape = layer.topology_as(transposed=transposed, flipped=weight.flipped)
+    values = weight.values.transpose(1, 2).contiguous() if transposed else weight.values
+    record = layer._record
+    return values, topology, shape, record + transposed + 2 * weight.flipped if record else 0
+
+
+def _per_image(weight: PackedWeight, input: Tensor, atom: str, space: int) -> Tensor | None:
+    """``[1, N · C, …]`` as ``[N, C, …]``, times the factors of its channels."""
+    assert weight.batch is not None
+    if input.dim() != space + 2 or input.shape[0] != 1:
+        return None
+    x = input.reshape(weight.batch, weight.length(atom), *input.shape[2:])
+    return _times_channels(x, _scale(weight, atom))
+
+
+def _times_channels(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale.to(x.dtype).reshape(*scale.shape, *[1] * (x.dim() - 2))
+
+
+def _run_convolution(
+    weight: Any, input: Any, bias: Tensor | None, groups: int, space: int, transposes: bool, run: Callable[..., Tensor]
+) -> Tensor | None:
+    """A convolution (or a transposed one) with a packed weight, on operators for images.
+
+    Args:
+        run: calls the operator with input, values, bias, topology, weight shape, backend and record.
+    """
+    if not isinstance(weight, PackedWeight) or not isinstance(input, Tensor):
+        return None
+    found = _channels(weight, groups, space)
+    if found is None:
+        return None
+    source, target = found if transposes else found[::-1]
+    x: Tensor | None = input
+    if weight.batch is not None:
+        x = _per_image(weight, input, source, space)
+        if x is None:
+            return None
+    assert x is not None
+    values, topology, shape, record = _gathered(weight, transposed=found[0] == COL)
+    x = x.unsqueeze(-2) if space == 1 else x
+    within = bias if weight.batch is None else None
+    y = run(x, values, within, topology, shape, backend=weight.layer.backend, record=record)
+    y = y.squeeze(-2) if space == 1 else y
+    _note_use(weight, "conv")
+    if weight.batch is None:
+        return y
+    y = _times_channels(y, _scale(weight, target))
+    if bias is not None:
+        y = y + bias.view(weight.batch, -1, *[1] * space)
+    return y.reshape(1, -1, *y.shape[2:])
+
+
+def _flat(value: Any, first: int) -> Any:
+    """A setting of one dimension as that of two: what it is for the height, then its own."""
+    return value if isinstance(value, str) else (first, value[0] if isinstance(value, tuple | list) else value)
+
+
+@known("conv2d")
+def _conv2d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor | None:
+    def run(x: Tensor, values: Tensor, bias: Any, topology: Tensor, shape: Any, **how: Any) -> Tensor:
+        return ops.conv2d(x, values, bias, topology, shape, stride, padding, dilation, **how)
+
+    return _run_convolution(weight, input, bias, groups, 2, False, run)
+
+
+@known("conv1d")
+def _conv1d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor | None:
+    def run(x: Tensor, values: Tensor, bias: Any, topology: Tensor, shape: Any, **how: Any) -> Tensor:
+        settings = _flat(stride, 1), _flat(padding, 0), _flat(dilation, 1)
+        return ops.conv2d(x, values, bias, topology, shape, *settings, **how)
+
+    return _run_convolution(weight, input, bias, groups, 1, False, run)
+
+
+@known("conv_transpose2d")
+def _conv_transpose2d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: int = 1, dilation: Any = 1,
+) -> Tensor | None:  # fmt: skip
+    def run(x: Tensor, values: Tensor, bias: Any, topology: Tensor, shape: Any, **how: Any) -> Tensor:
+        settings = stride, padding, output_padding, dilation
+        return ops.conv_transpose2d(x, values, bias, topology, shape, *settings, **how)
+
+    return _run_convolution(weight, input, bias, groups, 2, True, run)
+
+
+@known("conv_transpose1d")
+def _conv_transpose1d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: int = 1, dilation: Any = 1,
+) -> Tensor | None:  # fmt: skip
+    def run(x: Tensor, values: Tensor, bias: Any, topology: Tensor, shape: Any, **how: Any) -> Tensor:
+        settings = _flat(stride, 1), _flat(padding, 0), _flat(output_padding, 0), _flat(dilation, 1)
+        return ops.conv_transpose2d(x, values, bias, topology, shape, *settings, **how)
+
+    return _run_convolution(weight, input, bias, groups, 1, True, run)
+
+
+def _note_use(weight: PackedWeight, kind: str) -> None:
+    if not torch.compiler.is_compiling():
+        weight.layer.weight_uses.packed.add(kind)
+
+
+def _is_matrix(weight: Any) -> int:
+    """1: rows are the weight's rows; -1: its columns; 0: no packed matrix."""
+    if not isinstance(weight, PackedWeight) or weight.batch is not None or len(weight.axes) != 2:
+        return 0
+    if weight.flipped or weight.layer.backend == "reference" or weight.layer.groups != 1:
+        return 0
+    columns = (COL, *taps_of(weight.layer))
+    return {((ROW,), columns): 1, (columns, (ROW,)): -1}.get((weight.axes[0], weight.axes[1]), 0)
+
+
+def _by_matrix(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + b`` with the stored weight as a matrix ``[rows, columns · taps]``."""
+    layer = weight.layer
+    _note_use(weight, "linear")
+    topology, shape = layer.topology_as(matrix=True)
+    x = _to_packed_columns(x, weight) if len(layer.weight_shape) > 2 else x
+    return ops.linear(x, weight.values, bias, topology, shape, backend=layer.backend, record=layer._record)
+
+
+def _by_transposed(x: Tensor, weight: PackedWeight) -> Tensor:
+    """``x W`` with the stored weight as a matrix."""
+    layer = weight.layer
+    _note_use(weight, "linear")
+    topology, shape = layer.topology_as(matrix=True)
+    y = ops.linear_transposed(x, weight.values, topology, shape, backend=layer.backend, record=layer._record)
+    return _from_packed_columns(y, weight) if len(layer.weight_shape) > 2 else y
+
+
+def _to_packed_columns(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Columns (channel, tap) in the order of the blocks: (input block, tap, channel within the block)."""
+    _, cols, taps = grid(weight.layer.weight_shape, weight.layer.block)
+    width = weight.layer.block[1]
+    x = x.reshape(*x.shape[:-1], weight.layer.weight_shape[1], taps)
+    x = F.pad(x, (0, 0, 0, cols * width - x.shape[-2]))
+    return x.reshape(*x.shape[:-2], cols, width, taps).transpose(-1, -2).reshape(*x.shape[:-2], cols * width * taps)
+
+
+def _from_packed_columns(y: Tensor, weight: PackedWeight) -> Tensor:
+    _, cols, taps = grid(weight.layer.weight_shape, weight.layer.block)
+    width, channels = weight.layer.block[1], weight.layer.weight_shape[1]
+    y = y.reshape(*y.shape[:-1], cols, taps, width).transpose(-1, -2).reshape(*y.shape[:-1], cols * width, taps)
+    return y[..., :channels, :].reshape(*y.shape[:-2], channels * taps)
+
+
+@known("linear")
+def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    way = _is_matrix(weight)
+    if not way or not isinstance(input, Tensor):
+        return None
+    if way > 0:
+        return _by_matrix(input, weight, bias)
+    y = _by_transposed(input, weight)
+    return y if bias is None else y + bias
+
+
+@known("matmul", "mm", "__matmul__", "mv")
+def _matmul(input: Any, other: Any = None, *, mat2: Any = None, vec: Any = None) -> Tensor | None:
+    right = mat2 if other is None else other
+    return _product(input, vec if right is None else right)
+
+
+def _product(left: Any, right: Any) -> Tensor | None:
+    way = _is_matrix(right)
+    if way and isinstance(left, Tensor):
+        return _by_transposed(left, right) if way > 0 else _by_matrix(left, right)
+    way = _is_matrix(left)
+    if way and isinstance(right, Tensor):
+        rows = right if right.dim() == 1 else right.transpose(-1, -2)
+        y = _by_matrix(rows, left) if way > 0 else _by_transposed(rows, left)
+        return y if right.dim() == 1 else y.transpose(-1, -2)
+    return None
+
+
+@known("addmm")
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor | None:
+    product = _product(mat1, mat2)
+    if product is None:
+        return None
+    return beta * input + alpha * product

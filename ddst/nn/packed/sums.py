@@ -1,0 +1,123 @@
+"""Sums, means and norms of packed weights, and what is divided by them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...topology import inside_slots
+from .factors import cast, places, raised, times
+from .functions import known
+from .weight import BATCH, COL, ROW, PackedWeight
+
+
+def _clean(weight: PackedWeight) -> Tensor:
+    """The values without what edge blocks hold beyond the weight."""
+    layer = weight.layer
+    if all(size % width == 0 for size, width in zip(layer.weight_shape, layer.block, strict=False)):
+        return weight.values
+    inside = inside_slots(layer.slot_blocks, layer.weight_shape, layer.block)
+    return weight.values * inside.to(weight.values.device)
+
+
+def _dims(weight: PackedWeight, dim: Any) -> list[int]:
+    if dim is None or (isinstance(dim, tuple | list) and not dim):
+        return list(range(len(weight.axes)))
+    return sorted({d % len(weight.axes) for d in (dim if isinstance(dim, tuple | list) else (dim,))})
+
+
+def _summed(weight: PackedWeight, dim: Any, keepdim: bool) -> Tensor | None:
+    """The sum over some dimensions, if what is left is rows, columns, rows of a batch, or nothing."""
+    dims = _dims(weight, dim)
+    left = [atom for i, axis in enumerate(weight.axes) if i not in dims for atom in axis]
+    sizes = [1 if i in dims else size for i, size in enumerate(weight.shape) if keepdim or i not in dims]
+    total = _sum_left(weight, left)
+    return None if total is None else total.reshape(sizes)
+
+
+def _sum_left(weight: PackedWeight, left: list[str]) -> Tensor | None:
+    if weight.batch is not None:
+        return _sum_of_batch(weight) if left == [BATCH, ROW] else None
+    if not left:
+        return _clean(weight).sum()
+    if left not in ([ROW], [COL]):
+        return None
+    (rows, cols), side = weight.layer.mask_shape[:2], left == [COL]
+    place, blocks, width = places(weight)[side], (rows, cols)[side], weight.layer.block[side]
+    parts = _clean(weight).sum(1 if side else 2)
+    total = parts.new_zeros(blocks + 1, width).index_add(0, place, parts)
+    return total[:blocks].reshape(-1)[: weight.layer.weight_shape[side]]
+
+
+def _sum_of_batch(weight: PackedWeight) -> Tensor | None:
+    """``out_scale[n, o] · Σ_{i, t} W[o, i, t] · in_scale[n, i]``: the weight on an image of its kernel's size."""
+    layer = weight.layer
+    if layer.groups != 1 or weight.in_scale is None or layer.backend == "reference":
+        return None
+    topology, shape = layer.topology_as()
+    x = weight.in_scale.to(weight.dtype)
+    if len(shape) == 4:
+        x = x[:, :, None, None].expand(-1, -1, *shape[2:])
+        total = ops.conv2d(x, _clean(weight), None, topology, shape, backend=layer.backend).flatten(1)
+    else:
+        total = ops.linear(x, _clean(weight), None, topology, shape, backend=layer.backend)
+    return total if weight.out_scale is None else total * weight.out_scale
+
+
+@known("sum")
+def _sum(input: PackedWeight, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor | None:
+    return _summed(input if dtype is None else cast(input, dtype), dim, keepdim)
+
+
+@known("mean")
+def _mean(input: PackedWeight, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor | None:
+    total = _summed(input if dtype is None else cast(input, dtype), dim, keepdim)
+    return None if total is None else total / math.prod([input.shape[d] for d in _dims(input, dim)])
+
+
+def _euclidean(weight: PackedWeight, dim: Any, keepdim: bool) -> Tensor | None:
+    """The L2 norm, whose gradient at 0 is 0, as torch's."""
+    total = _summed(raised(weight, 2), dim, keepdim)
+    if total is None:
+        return None
+    positive = total > 0
+    return torch.where(positive, torch.where(positive, total, 1.0).sqrt(), 0.0)
+
+
+@known("norm")
+def _norm(
+    input: PackedWeight, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
+) -> Tensor | None:
+    if p not in ("fro", 2, None) or out is not None:
+        return None
+    return _euclidean(input if dtype is None else cast(input, dtype), dim, keepdim)
+
+
+@known("linalg_vector_norm", "vector_norm")
+def _vector_norm(
+    x: Any = None, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, input: Any = None
+) -> Tensor | None:
+    weight = input if x is None else x
+    return None if ord != 2 else _euclidean(weight if dtype is None else cast(weight, dtype), dim, keepdim)
+
+
+@known("normalize")
+def _normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> PackedWeight | None:
+    if not isinstance(input, PackedWeight) or p != 2 or out is not None:
+        return None
+    norm = _euclidean(input, dim, keepdim=True)
+    return None if norm is None else times(input, norm.clamp_min(eps), divide=True)
+
+
+@known("_weight_norm")
+def _weight_norm(v: Any, g: Any, dim: int = 0) -> PackedWeight | None:
+    if not isinstance(v, PackedWeight) or isinstance(g, PackedWeight):
+        return None
+    others = None if dim == -1 else [d for d in range(len(v.axes)) if d != dim]
+    norm = _euclidean(v, others, keepdim=dim != -1)
+    # A row without blocks has the norm 0, and nothing to divide.
+    return None if norm is None else times(v, g / torch.where(norm > 0, norm, 1.0), divide=False)

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from .. import topology as tp
 from ..nn.packed.parameter import HoldsPackedParameters, PackedParameter, attach, split_shape
 from .candidates import DTYPES, ITS_OWN, OWN_CODE, Candidate
-from .watch import undisturbed
+from .watch import check_not_lazy, undisturbed
 
 #: Names of parameters that are weights whatever the module does with them. torch's spectral norm makes the second.
 NAMES = ("weight", "weight_orig")
@@ -114,6 +114,7 @@ def uses_of(
     Raises:
         What the model raises on this sample as it is.
     """
+    check_not_lazy(model)
     held = list(parameters)
     uses = {(id(module), name): Use() for module, name in held}
     while True:

@@ -30,14 +30,14 @@ def find_weights(model: nn.Module, exclude: Iterable[str | nn.Module | type] = (
         model, exclude: as for :func:`find_candidates`.
 
     Returns:
-        Layers that can be swapped have ``slots``. Other parameters have none; their name is that of the parameter (of
-        their module, if it is called ``weight``), and those that can be packed where they are have an ``attribute``.
+        Layers that can be swapped have ``slots``. Other parameters have none; their name is that of the parameter, and
+        those that can be packed where they are have an ``attribute``.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Bilinear(8, 8, 4))
     >>> for found in find_weights(model):
     ...     print(found.name, found.kind, found.size)
     0 Linear 64
-    2 Bilinear 256
+    2.weight Bilinear 256
     """
     exclude = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str | nn.Module) else exclude
     layers = {id(c.module): c for c in find_candidates(model, exclude)}
@@ -56,7 +56,7 @@ def find_weights(model: nn.Module, exclude: Iterable[str | nn.Module | type] = (
             if parameter is None or id(parameter) in seen or not _is_weight(module, attribute, parameter):
                 continue
             seen.add(id(parameter))
-            path = name if attribute == "weight" and name else ".".join(filter(None, (name, attribute)))
+            path = f"{name}.{attribute}" if name else attribute
             reason = "excluded" if id(module) in excluded else OWN
             kind = type(module).__name__
             found.append(Candidate(module, kind, tuple(parameter.shape), [path], weight=parameter, reason=reason))

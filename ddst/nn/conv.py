@@ -115,17 +115,17 @@ class SparseConvNd(SparseLayer):
         return layer.train(module.training)
 
     def to_dense(self) -> Any:
-        """The layer of :mod:`torch.nn` of equal outputs, with zeros at inactive blocks, and of the same spectral norm.
+        """The layer of :mod:`torch.nn` of equal outputs, with zeros at inactive blocks, and of the same norm.
 
         Nothing is shared.
         """
         dense = self._plain_dense()
-        if self.spectral_norm is not None:
-            self.spectral_norm.attach_to_dense(dense)
+        if self.norm is not None:
+            self.norm.attach_to_dense(dense)
         return dense
 
     def _plain_dense(self) -> Any:
-        """:meth:`to_dense` without the spectral norm."""
+        """:meth:`to_dense` without the spectral or weight norm."""
         make: Any = self.dense_kind
         dense = make(
             self.in_channels,

@@ -10,7 +10,7 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from ddst.convert import sparsify
 from ddst.convert.candidates import find_candidates
-from ddst.nn import SparseLinear, sparse_layers
+from ddst.nn import PackedParameter, SparseLinear, sparse_layers
 
 
 class OwnLinear(nn.Linear):
@@ -69,11 +69,8 @@ REASONS = {
     "grouped": "groups=2 of 32 to 24 channels, no multiples of a block of 16x16",
     "grouped_up": "groups=2 of 24 to 32 channels, no multiples of a block of 16x16",
     "three_d": "Conv3d is not supported",
-    "patched": "has a forward of its own",
     "compiled": "call that after ddst.sparsify",
-    "namesake": "has an attribute block, a name that a sparse layer uses itself",
     "narrow": "8 to 32 channels, fewer than a block of 16x16",
-    "own": "subclass",
     "lazy": "run the model once",
     "tied": "weight is shared: tied.weight, twin.weight",
     "twin": "weight is shared: tied.weight, twin.weight",
@@ -105,6 +102,10 @@ def test_the_report_names_the_reason_of_every_layer_left_as_it_is() -> None:
     report = sparsify(model, 0.5, distribution="uniform")
     reasons = {e.name: e.reason for e in report.layers}
     assert reasons.pop("swapped") is None
+    for name in ("patched", "namesake", "own"):  # packed where they are
+        assert reasons.pop(name) is None and model[name] is before[name]
+        assert isinstance(model[name].packed_weight, PackedParameter) and isinstance(model[name], nn.Linear)
+    assert (model["namesake"].block, model["patched"](3)) == ("4", 3)
     assert set(reasons) == set(REASONS)
     for name, reason in reasons.items():
         assert reason is not None
@@ -115,7 +116,7 @@ def test_the_report_names_the_reason_of_every_layer_left_as_it_is() -> None:
     assert all(
         any(line.startswith(name) and reason in line for line in text.splitlines()) for name, reason in REASONS.items()
     )
-    assert "1 of 30 layers sparse" in text
+    assert "4 of 30 layers sparse" in text
 
 
 def test_left_layers_count_with_density_one_under_erk_unless_excluded() -> None:

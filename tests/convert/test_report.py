@@ -86,7 +86,7 @@ def test_plain_values_go_through_json() -> None:
         {
             "name": "0", "kind": "Conv2d", "shape": [32, 32, 3, 3], "active": 2304, "size": 9216, "blocks": 9,
             "num_blocks": 36, "slots": 9, "reason": None, "counted": True, "multiply_adds": 9216.0 * 16,
-            "dense_seconds": None, "seconds": None, "density": 0.25,
+            "dense_seconds": None, "seconds": None, "note": "", "density": 0.25,
         }
     ]  # fmt: skip
     assert json.loads(json.dumps(report().to_dict()))["time_left"] == 0.625

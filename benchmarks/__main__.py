@@ -20,6 +20,7 @@ With --against: ms of both builds, and the median of the paired ratios this / ot
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -156,9 +157,10 @@ def check_size(case: registry.Case) -> None:
     if case.op == "gan":
         return
     layer = registry.layer_of(case.layer)
-    pixels = (layer.size**2 or 1) * layer.in_channels + (layer.out_size**2 if layer.size else 1) * layer.out_channels
+    sizes = ((layer.size, layer.in_channels), (layer.out_size if layer.size else 0, layer.out_channels))
+    pixels = sum((size**layer.dims or 1) * channels for size, channels in sizes)
     # Tensors of the packed and the dense side, and the check in float64.
-    needed = 5 * 8 * (layer.in_channels * layer.out_channels * layer.kernel**2 + case.batch * pixels)
+    needed = 5 * 8 * (math.prod(layer.weight_shape) + case.batch * pixels)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ValueError(

@@ -210,7 +210,10 @@ class Comparison:
 def layer_request(case: Case) -> dict[str, Any]:
     """What a worker is asked to make of a layer; the mask comes from here, so that it is the same in both builds."""
     layer, mask = layer_of(case.layer), mask_of(case, torch.Generator().manual_seed(0))
-    sizes = {**asdict(layer), "padding": layer.padding, "density": float(mask.double().mean())}
+    if not layer.is_plain:
+        raise ValueError(f"--against compares linear layers and plain 2-D convolutions, got {case.layer}")
+    names = ("in_channels", "out_channels", "kernel", "size", "stride", "padding")
+    sizes = {**{name: getattr(layer, name) for name in names}, "density": float(mask.double().mean())}
     active = mask.flatten().nonzero().flatten().tolist()
     return {"do": "layer", **sizes, "active": active, **_common(case)}
 

@@ -42,7 +42,7 @@ class Problem:
         mask = mask_of(case, generator)
         values = topology.pack(torch.randn(layer.weight_shape, generator=generator), mask, case.block)
         weight = topology.unpack(values, mask, layer.weight_shape).contiguous()
-        image, out = [layer.size] * 2, [layer.out_size] * 2
+        image, out = layer.sides(layer.size, 1), layer.sides(layer.out_size, 1)
         if layer.op == "linear":
             image = out = []
         x = torch.randn([case.batch, layer.in_channels, *image], generator=generator)
@@ -60,7 +60,8 @@ class Problem:
         """2 × useful multiply-adds of a pass of the packed (or the dense) layer: taps inside the image, no zeros."""
         layer = self.layer
         if dense:
-            weights = torch.full([layer.kernel**2], float(layer.in_channels * layer.out_channels))
+            taps = math.prod(layer.weight_shape[2:])
+            weights = torch.full([taps], float(layer.in_channels * layer.out_channels))
         else:
             sizes = topology.block_sizes(layer.weight_shape, self.block).double()
             per_tap = self.mask.cpu().reshape(*self.mask.shape[:2], -1).double()
@@ -85,17 +86,25 @@ class Problem:
                 ("linear_input_grad", [gy, values, topo, shape]),
                 ("linear_weight_grad", [gy, x, topo, shape, block]),
             ]
-        window: list[object] = [[self.layer.stride] * 2, [self.layer.padding] * 2, [1, 1]]
-        size, last = list(x.shape[2:]), self.channels_last
-        return [
-            ("conv2d", [x, values, None, topo, shape, *window, last]),
-            ("conv2d_input_grad", [gy, values, topo, shape, size, *window, last]),
-            ("conv2d_weight_grad", [gy, x, topo, shape, block, *window]),
-        ]
+        window, last = self._window(), self.channels_last
+        # A transposed convolution is the input gradient of the convolution that has the roles swapped.
+        image, small = (gy, x) if self.layer.transposed else (x, gy)
+        gather: tuple[str, list[object]] = ("conv2d", [image, values, None, topo, shape, *window, last])
+        size = list(image.shape[2:])
+        spread: tuple[str, list[object]] = (
+            "conv2d_input_grad", [small, values, topo, shape, size, *window, last],
+        )  # fmt: skip
+        first, second = (spread, gather) if self.layer.transposed else (gather, spread)
+        return [first, second, ("conv2d_weight_grad", [small, image, topo, shape, block, *window])]
+
+    def _window(self) -> list[list[int]]:
+        """Stride, padding and dilation, as torch and the operators take them."""
+        layer = self.layer
+        return [layer.sides(layer.stride, 1), layer.sides(layer.padding, 0), layer.sides(layer.dilation, 1)]
 
     def converted(self) -> list[Work]:
         """The packed convolution on channels_last copies of NCHW tensors: two layout changes a pass, made by torch."""
-        (_, forward), (_, dgrad), (_, wgrad) = replace(self, channels_last=True).packed_calls()
+        calls = replace(self, channels_last=True).packed_calls()
 
         def nhwc(tensor: Tensor) -> Tensor:
             return tensor.contiguous(memory_format=torch.channels_last)
@@ -103,11 +112,13 @@ class Problem:
         def nchw(tensor: Tensor) -> Tensor:
             return tensor.contiguous()
 
-        x, gy, ops = self.input, self.grad_output, torch.ops.ddst
+        x, gy = self.input, self.grad_output
+        small, image = (x, gy) if self.layer.transposed else (gy, x)
+        forward, dgrad, wgrad = (getattr(torch.ops.ddst, name).default for name, _ in calls)
         return [
-            lambda: nchw(ops.conv2d(nhwc(x), *forward[1:])),
-            lambda: nchw(ops.conv2d_input_grad(nhwc(gy), *dgrad[1:])),
-            lambda: ops.conv2d_weight_grad(nhwc(gy), nhwc(x), *wgrad[2:]),
+            lambda: nchw(forward(nhwc(x), *calls[0][1][1:])),
+            lambda: nchw(dgrad(nhwc(gy), *calls[1][1][1:])),
+            lambda: wgrad(nhwc(small), nhwc(image), *calls[2][1][2:]),
         ]
 
     def dense(self, channels_last: bool, dtype: torch.dtype | None = None) -> list[Work]:
@@ -129,15 +140,15 @@ class Problem:
     def _dense_on(self, x: Tensor, gy: Tensor, weight: Callable[[], Tensor]) -> list[Work]:
         if self.layer.op == "linear":
             return [lambda: F.linear(x, weight()), lambda: gy @ weight(), lambda: gy.t() @ x]
-        stride, padding, shaped = [self.layer.stride] * 2, [self.layer.padding] * 2, weight()
+        shaped, transposed = weight(), self.layer.transposed
+        settings = (*self._window(), transposed, [0, 0], 1)
 
         def backward(index: int, w: Tensor) -> Tensor:
             wanted = [index == 0, index == 1, False]
-            arguments = (stride, padding, [1, 1], False, [0, 0], 1, wanted)
-            return torch.ops.aten.convolution_backward(gy, x, w, None, *arguments)[index]
+            return torch.ops.aten.convolution_backward(gy, x, w, None, *settings, wanted)[index]
 
         return [
-            lambda: F.conv2d(x, weight(), None, stride, padding),
+            lambda: torch.convolution(x, weight(), None, *settings),
             lambda: backward(0, weight()),
             lambda: backward(1, shaped),  # reads the weight's shape only
         ]
@@ -221,10 +232,12 @@ def _tap_pixels(layer: Layer) -> Tensor:
     """For every tap, the output pixels whose input pixel lies inside the image."""
     if layer.op == "linear":
         return torch.ones(1)
-    source = torch.arange(layer.out_size) * layer.stride - layer.padding
-    taps = source[None, :] + torch.arange(layer.kernel)[:, None]
-    inside = ((taps >= 0) & (taps < layer.size)).sum(1)
-    return (inside[:, None] * inside[None, :]).flatten()
+    # Of a transposed convolution: the input pixels whose output pixel lies inside.
+    small, large = (layer.size, layer.out_size) if layer.transposed else (layer.out_size, layer.size)
+    source = torch.arange(small) * layer.stride - layer.padding
+    taps = source[None, :] + torch.arange(layer.kernel)[:, None] * layer.dilation
+    inside = ((taps >= 0) & (taps < large)).sum(1)
+    return inside if layer.dims == 1 else (inside[:, None] * inside[None, :]).flatten()
 
 
 def _call(name: str, arguments: list[object]) -> Work:

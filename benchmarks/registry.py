@@ -21,8 +21,10 @@ SKEW = 4.0  # in a skewed mask, the fullest block row has so many times the bloc
 class Layer:
     """A convolution over images of size x size (padding as 'same' has it at stride 1), or a linear layer (size 0).
 
-    >>> Layer(128, 256, 4, 32, stride=2).name
-    'conv4x4s2-128-256-32'
+    With ``dims=1`` the images have one row, of ``size`` positions.
+
+    >>> Layer(128, 256, 4, 32, stride=2).name, Layer(256, 256, 7, 512, dilation=3, dims=1).name
+    ('conv4x4s2-128-256-32', 'conv1d7d3-256-256-512')
     """
 
     in_channels: int
@@ -30,6 +32,9 @@ class Layer:
     kernel: int = 1
     size: int = 0
     stride: int = 1
+    dilation: int = 1
+    dims: int = 2
+    transposed: bool = False
 
     @property
     def op(self) -> str:
@@ -41,24 +46,40 @@ class Layer:
         """How the command line calls it: kind, input channels, output channels, size."""
         if not self.size:
             return f"linear-{self.in_channels}-{self.out_channels}"
-        stride = f"s{self.stride}" if self.stride > 1 else ""
-        return f"conv{self.kernel}x{self.kernel}{stride}-{self.in_channels}-{self.out_channels}-{self.size}"
+        kind = "convt" if self.transposed else "conv"
+        kind += f"1d{self.kernel}" if self.dims == 1 else f"{self.kernel}x{self.kernel}"
+        kind += (f"s{self.stride}" if self.stride > 1 else "") + (f"d{self.dilation}" if self.dilation > 1 else "")
+        return f"{kind}-{self.in_channels}-{self.out_channels}-{self.size}"
+
+    def sides(self, length: int, row: int) -> list[int]:
+        """``[vertical, horizontal]`` of a length along a side; ``row`` is what the one row of signals has for it."""
+        return [length if self.dims == 2 else row, length]
 
     @property
     def weight_shape(self) -> list[int]:
         """Shape of the dense weight."""
         shape = [self.out_channels, self.in_channels]
-        return [*shape, self.kernel, self.kernel] if self.size else shape
+        if self.transposed:
+            shape.reverse()
+        return [*shape, *self.sides(self.kernel, 1)] if self.size else shape
 
     @property
     def padding(self) -> int:
         """Padding on each side."""
-        return (self.kernel - 1) // 2
+        return (self.kernel - 1) * self.dilation // 2
 
     @property
     def out_size(self) -> int:
         """Side of the output image."""
-        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        reach = (self.kernel - 1) * self.dilation + 1
+        if self.transposed:
+            return (self.size - 1) * self.stride - 2 * self.padding + reach
+        return (self.size + 2 * self.padding - reach) // self.stride + 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is linear or a 2-D convolution, neither transposed nor dilated."""
+        return not self.transposed and (self.dims, self.dilation) == (2, 1)
 
 
 def _conv(*sizes: int, of: tuple[int, int], kernel: int = 3, stride: int = 1) -> list[Layer]:
@@ -145,10 +166,11 @@ LAYERS: dict[str, Layer] = {layer.name: layer for layers in NETWORKS.values() fo
 
 #: How a layer of one's own shape is named, as `Layer.name` does.
 GRAMMAR = (
-    "conv<K>x<K>[s<S>]-<in>-<out>-<size> is a convolution with kernel K x K, stride S (1 without it) and padding "
-    "(K - 1) // 2, of <in> to <out> channels on images of size x size; linear-<in>-<out> a linear layer"
+    "conv<K>x<K>[s<S>][d<D>]-<in>-<out>-<size> is a convolution with kernel K x K, stride S and dilation D (1 without "
+    "them) and padding D (K - 1) // 2, of <in> to <out> channels on images of size x size; conv1d<K>... one of signals "
+    "of that length, convt<K>x<K>... and convt1d<K>... are transposed ones; linear-<in>-<out> is a linear layer"
 )
-_CONV = re.compile(r"conv(\d+)x(\d+)(?:s(\d+))?-(\d+)-(\d+)-(\d+)")
+_CONV = re.compile(r"conv(t?)(1d)?(\d+)(?:x(\d+))?(?:s(\d+))?(?:d(\d+))?-(\d+)-(\d+)-(\d+)")
 _LINEAR = re.compile(r"linear-(\d+)-(\d+)")
 
 
@@ -164,16 +186,16 @@ def layer_of(name: str) -> Layer:
     if name in LAYERS:
         return LAYERS[name]
     conv, linear = _CONV.fullmatch(name), _LINEAR.fullmatch(name)
-    numbers = [int(number or 1) for found in (conv, linear) if found for number in found.groups()]
-    if not numbers:
+    if not linear and (not conv or (conv[2] is None) == (conv[4] is None)):
         raise ValueError(f"layer must be named as in {GRAMMAR}; got {name!r}")
+    numbers = [int(n or 1) for n in (linear.groups() if linear else conv.groups()[2:] if conv else ())]
     if 0 in numbers:
         raise ValueError(f"layer {name!r}: every number must be at least 1")
-    if linear:
+    if not conv:
         return Layer(*numbers)
-    kernel, width, stride, into, out, size = numbers
-    layer = Layer(into, out, kernel, size, stride)
-    if width != kernel:
+    kernel, width, stride, dilation, into, out, size = numbers
+    layer = Layer(into, out, kernel, size, stride, dilation, 1 if conv[2] else 2, bool(conv[1]))
+    if conv[4] and width != kernel:
         raise ValueError(f"layer {name!r}: the kernel must be square, got {kernel}x{width}")
     if layer.out_size < 1:
         raise ValueError(f"layer {name!r}: a kernel of {kernel} does not fit into {size} pixels and padding")
@@ -193,6 +215,7 @@ class Case:
 
     Attributes:
         op: "conv2d", "linear" or "gan". layer: its name, as :func:`layer_of` takes it, for "gan" in :data:`GANS`.
+        block: rows and columns of the weight, so ``(b_in, b_out)`` of a transposed convolution.
         baselines: what it is compared with.
     """
 
@@ -262,7 +285,7 @@ def cases(
         op = "gan" if layer is None else layer.op
         if op == "gan" and mask != "random":
             continue
-        if layer is not None and (layer.out_channels < block[0] or layer.in_channels < block[1]):
+        if layer is not None and (layer.weight_shape[0] < block[0] or layer.weight_shape[1] < block[1]):
             continue
         if op not in ops or (mask == "skewed" and density == 1.0):
             continue

@@ -225,6 +225,9 @@ def chosen_specs(arguments: argparse.Namespace) -> list[Spec]:
         ValueError: an unknown layer.
     """
     layers = registry.layers_of(arguments.layer or ["gpu-targets"])
+    odd = [name for name in layers if name not in GANS and not layer_of(name).is_plain]
+    if odd:
+        raise ValueError(f"--layer takes linear layers and plain 2-D convolutions here, got {', '.join(odd)}")
     wanted = [
         Spec(layer, arguments.batch or BATCHES.get(layer, 64), kind, block, density)
         for kind in arguments.dtype

@@ -16,11 +16,15 @@ from ddst.benchmarks.registry import LAYERS, Case, Layer
 SMALL = Layer(24, 32, 3, 5)
 STRIDED = Layer(16, 32, 4, 8, stride=2)
 LINEAR = Layer(48, 64)
+TRANSPOSED = Layer(48, 32, 4, 5, stride=2, transposed=True)
+SIGNAL = Layer(24, 32, 3, 17, dilation=3, dims=1)
+LONGER = Layer(32, 16, 8, 6, stride=4, dims=1, transposed=True)
+CONVS = [SMALL, STRIDED, TRANSPOSED, SIGNAL, LONGER]
 
 
 @pytest.fixture(autouse=True)
 def _small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for layer in (SMALL, STRIDED, LINEAR):
+    for layer in (*CONVS, LINEAR):
         monkeypatch.setitem(LAYERS, layer.name, layer)
 
 
@@ -28,7 +32,7 @@ def make(layer: Layer, density: float = 0.3, *, mask: str = "random", channels_l
     return Problem.make(Case(layer.op, layer.name, 3, density, (16, 8), mask), channels_last)
 
 
-@pytest.mark.parametrize("layer", [SMALL, STRIDED, LINEAR], ids=lambda layer: layer.name)
+@pytest.mark.parametrize("layer", [*CONVS, LINEAR], ids=lambda layer: layer.name)
 @pytest.mark.parametrize("side", ["packed", "nchw", "dense", "dense_last", "masked"])
 def test_every_side_computes_the_three_passes(layer: Layer, side: str) -> None:
     problem = make(layer, channels_last=side != "nchw")
@@ -52,8 +56,9 @@ def test_masked_gradient_is_zero_outside_the_mask() -> None:
     assert gradient[outside].abs().max() == 0.0
 
 
-def test_converted_is_the_packed_pass_between_layout_changes() -> None:
-    problem = make(SMALL, channels_last=False)
+@pytest.mark.parametrize("layer", CONVS, ids=lambda layer: layer.name)
+def test_converted_is_the_packed_pass_between_layout_changes(layer: Layer) -> None:
+    problem = make(layer, channels_last=False)
     expected = problem.expected()
     for i, work in enumerate(problem.converted()):
         result = work()
@@ -78,7 +83,7 @@ def test_errors_are_named() -> None:
     assert problem.wrong(2, expected[2][:-1], expected[2]).startswith("wgrad (error inf")
 
 
-@pytest.mark.parametrize("layer", [SMALL, STRIDED, LINEAR], ids=lambda layer: layer.name)
+@pytest.mark.parametrize("layer", [*CONVS, LINEAR], ids=lambda layer: layer.name)
 def test_flops_count_taps_inside_the_image_only(layer: Layer) -> None:
     problem = make(layer)
     weight = topology.unpack(torch.ones_like(problem.values), problem.mask, layer.weight_shape)
@@ -86,7 +91,10 @@ def test_flops_count_taps_inside_the_image_only(layer: Layer) -> None:
     if layer.op == "linear":
         products = F.linear(ones, weight).sum()
     else:
-        products = F.conv2d(ones, weight, stride=layer.stride, padding=layer.padding).sum()
+        one_row = layer.dims == 1
+        settings = {"stride": layer.stride, "padding": (0, layer.padding) if one_row else layer.padding}
+        settings |= {"dilation": layer.dilation}
+        products = (F.conv_transpose2d if layer.transposed else F.conv2d)(ones, weight, **settings).sum()
     assert problem.flops() == 2 * products.item()
     assert problem.flops(dense=True) == pytest.approx(make(layer, 1.0).flops())
 

@@ -87,7 +87,19 @@ def test_a_name_describes_its_layer_and_only_one_name_does() -> None:
     assert [case.op for case in registry.cases(["linear-64-48"], batches=[1], densities=[0.5], blocks=[(8, 8)])] == (
         ["linear"] * 2
     )
+    for layer, name in (
+        (Layer(256, 128, 4, 16, 2, transposed=True), "convt4x4s2-256-128-16"),
+        (Layer(256, 256, 7, 512, dilation=3, dims=1), "conv1d7d3-256-256-512"),
+        (Layer(64, 32, 16, 20, 8, dims=1, transposed=True), "convt1d16s8-64-32-20"),
+    ):
+        assert (layer.name, registry.layer_of(name)) == (name, layer)
+    assert registry.layer_of("convt4x4s2-256-128-16").out_size == 32
+    assert registry.layer_of("convt4x4s2-256-128-16").weight_shape == [256, 128, 4, 4]
+    assert registry.layer_of("conv1d7d3-256-256-512").out_size == 512
+    assert registry.layer_of("conv1d7d3-256-256-512").weight_shape == [256, 256, 1, 7]
     for name in (
+        "conv1d3x3-16-16-8",
+        "convt4-16-16-8",
         "conv3x3",
         "conv3x3-16-16",
         "linear-16-",

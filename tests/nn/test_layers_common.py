@@ -1,11 +1,13 @@
-"""What SparseConv2d and SparseLinear have in common: changes of the mask, copies, moves, state dicts, optimizers."""
+"""What sparse layers have in common: changes of the mask, copies, moves, state dicts, optimizers."""
 
 from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import ddst
 from ddst.nn import SparseLayer, sparse_layers
 from ddst.topology import SlotChange
 from helpers.dense import active_entries, block_norms, inside, mask_of, pack_blocks, topology_of, unpack_blocks
+from helpers.kinds import dense_of, input_of, make_sparse
 from helpers.layers import block_map, weight_of
 from helpers.tolerances import assert_close
 
@@ -31,16 +34,40 @@ def make_linear() -> tuple[SparseLayer, Tensor]:
     return ddst.SparseLinear(19, 37, density=0.4, block=(16, 8)), torch.randn(4, 19)
 
 
-both = pytest.mark.parametrize("make", [make_conv, make_linear])
+def of_kind(*which: Any) -> Make:
+    """A layer of another kind of convolution, and an input."""
+
+    def make() -> tuple[SparseLayer, Tensor]:
+        layer = make_sparse(which, density=0.4)
+        return layer, input_of(layer)
+
+    make.__name__ = "-".join(map(str, which))
+    return make
+
+
+RAGGED = [make_conv, make_linear, of_kind("ConvTranspose2d", 1, 1), of_kind("Conv1d", 1, 1)]
+RAGGED += [of_kind("ConvTranspose1d", 1, 1)]
+GROUPED = [of_kind("Conv2d", 0, 2), of_kind("ConvTranspose2d", 1, 3)]
+both = pytest.mark.parametrize("make", [*RAGGED, *GROUPED], ids=lambda make: make.__name__)
+ragged = pytest.mark.parametrize("make", RAGGED, ids=lambda make: make.__name__)
 
 
 def expected_output(layer: SparseLayer, x: Tensor) -> Tensor:
     """The dense layer of the same weight in float64."""
-    weight = unpack_blocks(layer.values.double(), layer.slot_blocks, layer.weight_shape)
-    bias = None if layer.bias is None else layer.bias.double()
-    if isinstance(layer, ddst.SparseConv2d):
-        return nn.functional.conv2d(x.double(), weight, bias, layer.stride, layer.padding, layer.dilation)
-    return nn.functional.linear(x.double(), weight, bias)
+    if isinstance(layer, ddst.SparseLinear):
+        weight = unpack_blocks(layer.values.double(), layer.slot_blocks, layer.weight_shape)
+        return nn.functional.linear(x.double(), weight, layer.bias.double())
+    return dense_of(layer).double()(x.double())
+
+
+def whole_topology(layer: SparseLayer) -> Tensor:
+    """The index of the block-diagonal weight that a grouped layer's stands for, by the definition."""
+    rows, cols, *space = layer.mask_shape
+    sizes = (rows, layer.groups, cols, *space)
+    ranks = torch.arange(math.prod(sizes)).view(sizes)
+    own = torch.stack([ranks[row, row * layer.groups // rows] for row in range(rows)]).flatten()
+    slots = torch.tensor([-1 if rank < 0 else int(own[rank]) for rank in layer.slot_blocks.tolist()])
+    return topology_of(slots.to(torch.int32), (rows, layer.groups * cols, *space))
 
 
 def other_mask(layer: SparseLayer, seed: int = 1) -> Tensor:
@@ -67,7 +94,7 @@ def test_set_block_mask_keeps_kept_values_and_zeroes_new_ones(make: Make) -> Non
     assert dict(layer.named_parameters())["values"] is parameter
     assert torch.equal(layer.block_mask, new)
     assert torch.equal(mask_of(layer.slot_blocks, layer.mask_shape), new)
-    assert torch.equal(layer.topology, topology_of(layer.slot_blocks, layer.mask_shape))
+    assert torch.equal(layer.topology, whole_topology(layer))
     assert layer.values.shape == (layer.slots, *layer.block)
     assert layer.values.requires_grad
     assert layer.values.is_leaf
@@ -163,7 +190,7 @@ def test_density_counts_weights_and_not_blocks(make: Make) -> None:
         assert layer.num_blocks == mask.numel()
 
 
-@both
+@ragged
 def test_outside_entries_stay_zero_through_training_and_growth(make: Make) -> None:
     layer, x = make()
     optimizers = [
@@ -188,7 +215,7 @@ def test_outside_entries_stay_zero_through_training_and_growth(make: Make) -> No
             optimizers = [torch.optim.Adam(layer.parameters(), 0.01)]
 
 
-@both
+@ragged
 def test_new_layer_is_zero_outside_and_reset_keeps_it_so(make: Make) -> None:
     layer, _ = make()
     outside = ~inside(layer.slot_blocks, layer.weight_shape, layer.block)

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 import ddst
 from ddst.convert import SparsifyReport
@@ -75,7 +74,8 @@ def test_shares_follow_erks_rule_and_the_calls_of_a_shared_layer_count() -> None
 
 
 def test_what_stays_dense_counts_and_what_is_excluded_does_not() -> None:
-    left = prune.identity(nn.Conv2d(64, 64, 3, padding=2), "weight")
+    left = nn.Conv2d(64, 64, 3, padding=2)
+    left.weight_mask = nn.Buffer(torch.ones(64, 64, 3, 3))  # as torch.nn.utils.prune leaves it
     model = nn.Sequential(left, nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
     sample = torch.randn(1, 64, 8, 8)
     with pytest.raises(ValueError, match=r"density 0\.2 cannot be met.*Left dense: 0: pruned") as caught:

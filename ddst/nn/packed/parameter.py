@@ -182,7 +182,10 @@ def attach(module: nn.Module, name: str, packed: PackedParameter) -> None:
     attributes: tuple[str, ...] = (name,)
     if isinstance(module, HoldsPackedParameters):
         kind, attributes = kind.__mro__[2], (*kind.packed_attributes, name)
+    children = dict(module._modules)
+    module._modules.clear()  # the first of the children, as the parameter came before them
     module.add_module(PREFIX + name, packed)
+    module._modules.update(children)
     module.__class__ = packed_class(kind, attributes)
     # torch's hook for spectral norm computes "weight" from "weight_orig", and holds what it last was.
     product = name.removesuffix("_orig")

@@ -37,6 +37,12 @@ def arguments_of(sample: Tensor | Sequence[Any]) -> tuple[Any, ...]:
     return (sample,) if isinstance(sample, Tensor) else tuple(sample)
 
 
+def run_of(model: nn.Module, sample: Tensor | Sequence[Any]) -> Callable[[], object]:
+    """Calls the model with a sample."""
+    arguments = arguments_of(sample)
+    return lambda: model(*arguments)
+
+
 def check_not_lazy(model: nn.Module) -> None:
     """Raises for what running a model would give a shape: that cannot be undone."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -44,7 +50,7 @@ def check_not_lazy(model: nn.Module) -> None:
             raise ValueError(f"sample cannot be run: {name} is lazy, run the model once on a batch before")
 
 
-def multiply_adds(model: nn.Module, arguments: tuple[Any, ...], weights: Sequence[Candidate]) -> dict[str, float]:
+def multiply_adds(model: nn.Module, run: Callable[[], object], weights: Sequence[Candidate]) -> dict[str, float]:
     """``f_l = weights × output positions × calls``: what each weight takes in a forward pass when all of it is active.
 
     Counted by :mod:`torch.utils.flop_counter` while the module that holds the weight runs, without what other modules
@@ -52,8 +58,8 @@ def multiply_adds(model: nn.Module, arguments: tuple[Any, ...], weights: Sequenc
     that the pass does not reach, or that some other module reads, has 0.
 
     Args:
-        model: run once as it is, without gradients; nothing of it is changed.
-        arguments: to call it with. weights: of :func:`~ddst.convert.weights.find_weights`.
+        model: nothing of it is changed. run: calls it once, here without gradients.
+        weights: of :func:`~ddst.convert.weights.find_weights`.
 
     Raises:
         ValueError: the model is lazy.
@@ -79,10 +85,13 @@ def multiply_adds(model: nn.Module, arguments: tuple[Any, ...], weights: Sequenc
     handles = []
     for module in {id(c.module): c.module for c in weights}.values():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    fused = torch.backends.mha.get_fastpath_enabled()  # one operator for all of a layer, which nothing counts
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with undisturbed(model), torch.no_grad(), counter:
-            model(*arguments)
+            run()
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
     found = {}

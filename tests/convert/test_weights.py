@@ -73,6 +73,12 @@ def test_excluded_parameters_say_so() -> None:
     assert (own.name, own.reason, layer.reason) == ("own.weight", "excluded", None)
 
 
+def test_a_model_of_nothing_else_is_refused_with_their_names() -> None:
+    for distribution in ("erk", "uniform"):
+        with pytest.raises(ValueError, match=r"no layer to swap \(0\.weight: a parameter of its module"):
+            ddst.sparsify(nn.Sequential(Own(weight=ones(64, 64))), 0.5, distribution=distribution)
+
+
 class Modulated(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -44,7 +44,11 @@ WEIGHTS: dict[str, tuple[nn.Module, list[str]]] = {
     "norms": (nn.ModuleList([nn.LayerNorm((4, 4)), nn.BatchNorm2d(4), nn.RMSNorm((4, 4))]), []),
     "a norm of one's own": (ChannelNorm(scale=ones(4, 8)), []),
     "embeddings": (nn.ModuleList([nn.Embedding(4, 8), nn.EmbeddingBag(4, 8), CodeEmbedding(codes=ones(4, 8))]), []),
-    "no weights": (Own(const=ones(1, 8, 4, 4), pos_embedding=ones(9, 8), rel_bias=ones(9, 8), noise=ones(4)), []),
+    "no weights": (
+        Own(const=ones(1, 8, 4, 4), pos_embedding=ones(9, 8), rel_bias=ones(9, 8), noise=ones(4), input=ones(1, 8, 4)),
+        [],
+    ),
+    "a constant": (Own(const=ones(8, 4, 4), codebook=ones(9, 8)), []),
     "integers": (Own(weight=torch.ones(4, 4, dtype=torch.int64)), []),
 }
 

@@ -20,7 +20,7 @@ from .advice_report import Advice, BlockAdvice, LayerAdvice, Measured
 from .candidates import Candidate, check_no_layer
 from .distribution import check_density
 from .shares import share_out
-from .watch import Seen, arguments_of, multiply_adds, undisturbed, watch
+from .watch import Seen, arguments_of, multiply_adds, run_of, undisturbed, watch
 from .weights import find_weights
 
 DENSITIES = (0.1, 0.3, 1.0)
@@ -83,7 +83,7 @@ def advise(
     sizes = [tp.check_block(block, "blocks") for block in _listed("blocks", blocks)]
     arguments = arguments_of(sample)
     candidates = find_weights(model, exclude)
-    work = multiply_adds(model, arguments, candidates) if distribution == "work" else None
+    work = multiply_adds(model, run_of(model, sample), candidates) if distribution == "work" else None
     shares = _shares(candidates, density, sizes, distribution, work)
     step, seen = watch(model, arguments, candidates)
     known: dict[tuple[Any, ...], tuple[float, MedianInterval]] = {}

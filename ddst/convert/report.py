@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..nn import SparseLayer
+from .advice_report import BlockAdvice
+from .candidates import Candidate
 from .table import fitted
 
 
@@ -164,3 +168,38 @@ class SparsifyReport:
 
 def _share(layers: list[LayerReport]) -> float:
     return sum(layer.active for layer in layers) / max(1, sum(layer.size for layer in layers))
+
+
+def layer_report(
+    candidate: Candidate, layer: SparseLayer | None, work: Mapping[str, float] | None, measured: BlockAdvice | None
+) -> LayerReport:
+    """The row of a candidate, and of the sparse layer in its place.
+
+    Args:
+        layer: None where the candidate stays as it is.
+        work: multiply-adds by name. measured: with what takes how long.
+    """
+    c = candidate
+    sparse = c.module if isinstance(c.module, SparseLayer) else layer
+    times = {one.name: one for one in measured.layers} if measured is not None else {}
+    dense_seconds = seconds = None
+    if c.name in times:
+        timed = times[c.name]
+        dense_seconds = timed.calls * timed.dense_seconds
+        seconds = dense_seconds - (0.0 if layer is None else timed.saved(layer.nnz / layer.num_blocks))
+    return LayerReport(
+        c.name,
+        c.kind,
+        c.shape,
+        c.size if sparse is None else sparse.active_weights,
+        c.size,
+        0 if sparse is None else sparse.nnz,
+        0 if sparse is None else sparse.num_blocks,
+        0 if sparse is None else sparse.slots,
+        c.reason,
+        c.counted,
+        None if work is None else work[c.name],
+        dense_seconds,
+        seconds,
+        c.note,
+    )

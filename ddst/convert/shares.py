@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from .distribution import (
     uniform_densities,
     work_densities,
 )
+from .report import SparsifyReport
 
 #: Those that make small layers denser, and share out over all layers that count, dense or not.
 RULES = ("erk", "work")
@@ -162,3 +164,24 @@ def _named_densities(candidates: list[Candidate], distribution: Mapping[str, flo
             raise ValueError(f"distribution gives two densities to one layer: {', '.join(candidate.names)}")
         check_density(share, f"distribution[{name!r}]")
     return named
+
+
+def check_met(report: SparsifyReport, plan: Plan, density: float | None, block: tuple[int, int]) -> None:
+    """Raises where the density, or else the sum of the layers' own, is missed by more than a block."""
+    cost = plan.cost
+    counted = [layer for layer in report.layers if layer.counted]
+    reached = sum(layer.active * cost[layer.name] for layer in counted)
+    total = sum(layer.size * cost[layer.name] for layer in counted)
+    wanted = sum(plan.densities.get(layer.name, 1.0) * layer.size * cost[layer.name] for layer in counted)
+    if density is not None:
+        wanted = density * total
+    coarsest = max((cost[name] for name in plan.densities), default=1.0)
+    if abs(reached - wanted) > coarsest * block[0] * block[1]:
+        smallest = math.ceil(reached / total * 1e4) / 1e4
+        dense = why_dense((c for c in plan.candidates if c.counted), plan.cost)
+        raise ValueError(
+            f"density {wanted / total:.6g} cannot be met with blocks of {block[0]}x{block[1]}: "
+            "the smallest that can is "
+            f"{smallest} (layers left dense, and one block in each other); exclude layers or use smaller blocks"
+            + (f". Left dense: {dense}" if dense else "")
+        )

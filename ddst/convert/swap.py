@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,19 @@ from .. import topology as tp
 from .._arguments import check_bool, check_generator, check_number, check_one_of
 from ..backends import check_backend
 from ..distributed import same_masks
-from ..nn import SparseLayer
 from ..nn.data_parallel import let_go
 from ..nn.packed.parameter import PackedParameter, attach
-from .advice_report import Advice, BlockAdvice
+from .advice_report import Advice
 from .advise import advise
 from .attached import see_uses
-from .candidates import Candidate, check_no_layer, check_unsharded
+from .candidates import check_no_layer, check_unsharded
 from .distribution import check_density
 from .initial_masks import KINDS, initial_masks
-from .report import LayerReport, SparsifyReport
-from .shares import RULES, Plan, make_plan, why_dense
+from .report import SparsifyReport, layer_report
+from .shares import RULES, check_met, make_plan
 from .time_budget import DENSITIES, densities_to_measure, plan_within
 from .twins import carry_hooks, sparse_twin
-from .watch import arguments_of, multiply_adds
+from .watch import arguments_of, multiply_adds, run_of
 from .weights import find_weights
 
 if TYPE_CHECKING:
@@ -103,7 +101,8 @@ def sparsify(
         time_budget: in place of ``density``: the share of the dense model's training step that may be left, above 0 and
             at most 1. Every layer is measured here (:func:`ddst.advise`; or ``only_if_faster`` is an Advice that says
             it), and of the distribution's densities the largest is taken whose step fits, layers that are not faster
-            sparse staying dense (:func:`~ddst.convert.time_budget.plan_within`). Needs ``sample``, or an Advice.
+            sparse staying dense (:func:`~ddst.convert.time_budget.plan_within`). Needs ``sample``, or an Advice: on
+            several ranks all need the one of the same rank.
         process_group: of torch.distributed: where there are several ranks, each must call this, and all get the masks
             of rank 0 of this group (None: the default group). Values stay each rank's own: DistributedDataParallel or
             :func:`ddst.synchronize` makes them equal.
@@ -154,19 +153,18 @@ def sparsify(
     weights = find_weights(model, exclude)
     if sample is not None:
         see_uses(model, weights, arguments_of(sample), block)
-    work = None if sample is None else multiply_adds(model, arguments_of(sample), weights)
+    work = None if sample is None else multiply_adds(model, run_of(model, sample), weights)
     if measuring:
         assert sample is not None
-        settings: dict[str, Any] = {"distribution": densities_to_measure(weights, block, distribution)}
+        settings: dict[str, Any] = {"blocks": [block], "backend": backend}
         if density is None:
-            settings["densities"] = DENSITIES
+            settings |= {"distribution": densities_to_measure(weights, block, distribution), "densities": DENSITIES}
         else:
-            settings["distribution"] = make_plan(weights, density, block, distribution, work).densities
+            shares = make_plan(weights, density, block, distribution, work).densities
+            settings |= {"distribution": shares, "density": density}
         # Excluded by module, as an iterable of names may have been used up.
         left = [c.module for c in weights if c.slots and c.name not in settings["distribution"]]
-        advice = advise(
-            model, sample, density=density or 0.1, blocks=[block], exclude=left, backend=backend, **settings
-        )
+        advice = advise(model, sample, exclude=left, **settings)
     measured = None if advice is None else advice.of(block)
     if time_budget is None:
         assert density is not None
@@ -192,11 +190,11 @@ def sparsify(
         for name, c in chosen.items()
     }
     report = SparsifyReport(
-        tuple(_report(c, layers.get(c.name), work, measured) for c in plan.candidates),
+        tuple(layer_report(c, layers.get(c.name), work, measured) for c in plan.candidates),
         None if measured is None else measured.model_seconds,
     )
     if density is not None:
-        _check_met(report, plan, density if distribution in RULES and not plan.slower else None, block)
+        check_met(report, plan, density if distribution in RULES and not plan.slower else None, block)
 
     let_go([c.module for c in chosen.values()], "layers are swapped for sparse ones")
     for name, candidate in chosen.items():
@@ -209,53 +207,3 @@ def sparsify(
             parent._modules[attribute] = layer
         carry_hooks(candidate.module, layer)
     return report
-
-
-def _check_met(report: SparsifyReport, plan: Plan, density: float | None, block: tuple[int, int]) -> None:
-    """Raises where the density, or else the sum of the layers' own, is missed by more than a block."""
-    cost = plan.cost
-    counted = [layer for layer in report.layers if layer.counted]
-    reached = sum(layer.active * cost[layer.name] for layer in counted)
-    total = sum(layer.size * cost[layer.name] for layer in counted)
-    wanted = sum(plan.densities.get(layer.name, 1.0) * layer.size * cost[layer.name] for layer in counted)
-    if density is not None:
-        wanted = density * total
-    coarsest = max((cost[name] for name in plan.densities), default=1.0)
-    if abs(reached - wanted) > coarsest * block[0] * block[1]:
-        smallest = math.ceil(reached / total * 1e4) / 1e4
-        dense = why_dense((c for c in plan.candidates if c.counted), plan.cost)
-        raise ValueError(
-            f"density {wanted / total:.6g} cannot be met with blocks of {block[0]}x{block[1]}: "
-            "the smallest that can is "
-            f"{smallest} (layers left dense, and one block in each other); exclude layers or use smaller blocks"
-            + (f". Left dense: {dense}" if dense else "")
-        )
-
-
-def _report(
-    candidate: Candidate, layer: SparseLayer | None, work: Mapping[str, float] | None, measured: BlockAdvice | None
-) -> LayerReport:
-    c = candidate
-    sparse = c.module if isinstance(c.module, SparseLayer) else layer
-    times = {one.name: one for one in measured.layers} if measured is not None else {}
-    dense_seconds = seconds = None
-    if c.name in times:
-        timed = times[c.name]
-        dense_seconds = timed.calls * timed.dense_seconds
-        seconds = dense_seconds - (0.0 if layer is None else timed.saved(layer.nnz / layer.num_blocks))
-    return LayerReport(
-        c.name,
-        c.kind,
-        c.shape,
-        c.size if sparse is None else sparse.active_weights,
-        c.size,
-        0 if sparse is None else sparse.nnz,
-        0 if sparse is None else sparse.num_blocks,
-        0 if sparse is None else sparse.slots,
-        c.reason,
-        c.counted,
-        None if work is None else work[c.name],
-        dense_seconds,
-        seconds,
-        c.note,
-    )

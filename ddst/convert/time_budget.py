@@ -39,8 +39,8 @@ def plan_within(
 
     Cost: 10 to 300 plans, each ``O(L²)`` for ``L`` layers.
     """
-    blocks = {c.name: math.prod(grid(c.shape, block)) for c in candidates if c.shape}
-    able = share_out([replace(c) for c in candidates], 1.0, block, _every(distribution))
+    able = densities_to_measure(candidates, block, distribution)
+    blocks = {c.name: math.prod(grid(c.shape, block)) for c in candidates if c.name in able}
 
     def plan_at(density: float) -> tuple[float, Plan]:
         plan = make_plan(candidates, density, block, distribution, work, measured)
@@ -63,16 +63,13 @@ def plan_within(
     return plan
 
 
-def _every(distribution: str | Mapping[str, float]) -> str | Mapping[str, float]:
-    """A distribution that makes every layer sparse which the given one makes sparse at some density."""
-    return distribution if isinstance(distribution, Mapping) else "uniform"
-
-
 def densities_to_measure(
     candidates: Iterable[Candidate], block: tuple[int, int], distribution: str | Mapping[str, float]
 ) -> dict[str, float]:
-    """The layers that some density makes sparse, with a density each for :func:`ddst.advise`, which does not matter."""
-    return dict.fromkeys(share_out([replace(c) for c in candidates], 1.0, block, _every(distribution)), 0.1)
+    """The layers that some density makes sparse, each with one for :func:`ddst.advise`: which one does not matter."""
+    # No rule leaves one dense here.
+    every = distribution if isinstance(distribution, Mapping) else "uniform"
+    return dict.fromkeys(share_out([replace(c) for c in candidates], 1.0, block, every), 0.1)
 
 
 def _refusal(time_budget: float, share: float, plan: Plan, measured: BlockAdvice, most: int = 5) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..nn import SparseLayer
+from ..nn import PackedParameter, SparseLayer
 from .candidates import Candidate
 
 
@@ -37,6 +37,12 @@ def arguments_of(sample: Tensor | Sequence[Any]) -> tuple[Any, ...]:
     return (sample,) if isinstance(sample, Tensor) else tuple(sample)
 
 
+def run_of(model: nn.Module, sample: Tensor | Sequence[Any]) -> Callable[[], object]:
+    """Calls the model with a sample."""
+    arguments = arguments_of(sample)
+    return lambda: model(*arguments)
+
+
 def check_not_lazy(model: nn.Module) -> None:
     """Raises for what running a model would give a shape: that cannot be undone."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -44,26 +50,45 @@ def check_not_lazy(model: nn.Module) -> None:
             raise ValueError(f"sample cannot be run: {name} is lazy, run the model once on a batch before")
 
 
-def multiply_adds(model: nn.Module, arguments: tuple[Any, ...], weights: Sequence[Candidate]) -> dict[str, float]:
+def multiply_adds(model: nn.Module, run: Callable[[], object], weights: Sequence[Candidate]) -> dict[str, float]:
     """``f_l = weights × output positions × calls``: what each weight takes in a forward pass when all of it is active.
 
     Counted by :mod:`torch.utils.flop_counter` while the module that holds the weight runs, without what other modules
-    with weights do inside of it; where a module holds several weights, they share its work by their sizes. A weight
-    that the pass does not reach, or that some other module reads, has 0.
+    with weights do inside of it; where a module holds several weights, they share its work by their sizes. A layer that
+    is not called itself counts in the module around it, which reads its weight. What the pass does not reach has 0.
 
     Args:
-        model: run once as it is, without gradients; nothing of it is changed.
-        arguments: to call it with. weights: of :func:`~ddst.convert.weights.find_weights`.
+        model: nothing of it is changed. run: calls it once, here without gradients.
+        weights: of :func:`~ddst.convert.weights.find_weights`.
 
     Raises:
         ValueError: the model is lazy.
     """
     check_not_lazy(model)
-    held: dict[int, list[Candidate]] = {}
+    # Blocks inside of somebody's module are computed with by that module.
+    at = {c.name: c.slots[0][0] if isinstance(c.module, PackedParameter) else c.module for c in weights}
+    done = _operations_in(model, run, {id(module): module for module in at.values()})
+    # What was not called has a weight that the module around it reads.
+    uncalled = {c.name: c.slots[0][0] for c in weights if c.slots and id(at[c.name]) not in done}
+    if uncalled:
+        at |= uncalled
+        done = _operations_in(model, run, {id(module): module for module in at.values()})
+    held: dict[int, int] = {}
     for c in weights:
-        held.setdefault(id(c.module), []).append(c)
+        held[id(at[c.name])] = held.get(id(at[c.name]), 0) + c.size
+    found = {}
+    for c in weights:
+        operations = done.get(id(at[c.name]), 0.0) / 2
+        if isinstance(c.module, SparseLayer):  # its active blocks were counted, whole
+            operations *= c.size / max(1, c.module.nnz * c.module.block[0] * c.module.block[1])
+        found[c.name] = operations * c.size / max(1, held[id(at[c.name])])
+    return found
+
+
+def _operations_in(model: nn.Module, run: Callable[[], object], modules: Mapping[int, nn.Module]) -> dict[int, float]:
+    """``id -> operations`` of every module that was called, without those in others of them inside of it."""
     counter = FlopCounterMode(display=False)
-    done = dict.fromkeys(held, 0.0)
+    done: dict[int, float] = {}
     running: list[list[float]] = []  # of every module on the way down: the count at its start, and that of those inside
 
     def enter(module: nn.Module, *_: Any) -> None:
@@ -72,26 +97,23 @@ def multiply_adds(model: nn.Module, arguments: tuple[Any, ...], weights: Sequenc
     def leave(module: nn.Module, *_: Any) -> None:
         start, inside = running.pop()
         all_of_it = counter.get_total_flops() - start
-        done[id(module)] += all_of_it - inside
+        done[id(module)] = done.get(id(module), 0.0) + all_of_it - inside
         if running:
             running[-1][1] += all_of_it
 
     handles = []
-    for module in {id(c.module): c.module for c in weights}.values():
+    for module in modules.values():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    fused = torch.backends.mha.get_fastpath_enabled()  # one operator for all of a layer, which nothing counts
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with undisturbed(model), torch.no_grad(), counter:
-            model(*arguments)
+            run()
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
-    found = {}
-    for c in weights:
-        operations = done[id(c.module)] / 2
-        if isinstance(c.module, SparseLayer):  # its active blocks were counted, whole
-            operations *= c.size / max(1, c.module.nnz * c.module.block[0] * c.module.block[1])
-        found[c.name] = operations * c.size / max(1, sum(other.size for other in held[id(c.module)]))
-    return found
+    return done
 
 
 def watch(

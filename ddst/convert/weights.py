@@ -15,7 +15,7 @@ from .candidates import Candidate, excluded_modules, find_candidates, owners_of
 
 #: Modules whose parameters scale, shift or are looked up, by the names that people give them.
 _NO_WEIGHTS = re.compile(r"(norm(\dd)?$)|embed", re.IGNORECASE)
-_NOT_A_WEIGHT = re.compile(r"bias|emb|(^|_)(pos|position|token)", re.IGNORECASE)
+_NOT_A_WEIGHT = re.compile(r"bias|emb|const|(^|_)(pos|position|token)|(^|_)(latents|codebook)$", re.IGNORECASE)
 
 
 def find_weights(model: nn.Module, exclude: Iterable[str | nn.Module | type] = ()) -> list[Candidate]:
@@ -23,8 +23,9 @@ def find_weights(model: nn.Module, exclude: Iterable[str | nn.Module | type] = (
 
     Such a parameter has floating-point or complex numbers and at least two dimensions longer than 1 (two of any length
     if its name is ``weight``), and belongs neither to an embedding nor to a normalisation (torch's, or a class whose
-    name ends in "Norm" or holds "Embed"). Biases, positions, tokens and embeddings, by their names, are none, nor are
-    constants, which have a first dimension of 1 for the batch. One that several modules share counts once.
+    name ends in "Norm" or holds "Embed"). Biases, constants, positions, tokens, latents, codebooks and embeddings, by
+    their names, are none, nor is what has a first dimension of 1 for the batch. One that several modules share counts
+    once.
 
     Args:
         model, exclude: as for :func:`find_candidates`.

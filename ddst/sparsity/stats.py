@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddst._arguments import check_int, check_module, check_optimizer, check_state_keys, check_type
-from ddst.nn import SparseLayer, SparseLinear
+from ddst.convert import find_weights
+from ddst.convert.watch import multiply_adds
+from ddst.nn import SparseLayer
 from ddst.nn.spectral_norm import SpectralNorm
 from ddst.sparsity.density import NetworkDensity
 from ddst.sparsity.wrapped import optimizers_of
@@ -163,8 +165,9 @@ def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
 class FlopCounter:
     """``2 · active weights · output positions`` per image: the operations of one forward pass, at the present masks.
 
-    Convolution and linear layers count, sparse and dense; a backward pass costs twice as much again (input and weight
-    gradient). One forward pass at construction finds the number of positions each layer is applied at.
+    Every weight counts that :class:`~ddst.sparsity.density.NetworkDensity` counts, sparse and dense; a backward pass
+    costs twice as much again (input and weight gradient). One forward pass at construction finds the number of
+    positions each is applied at (:func:`~ddst.convert.watch.multiply_adds`).
 
     Args:
         model: the network.
@@ -182,37 +185,22 @@ class FlopCounter:
         check_module("model", model)
         if forward is not None and not callable(forward):
             raise TypeError(f"forward must be a function or None, got {type(forward).__name__}")
-        self._network = NetworkDensity(model)
-        names = {id(layer): name for name, layer in self._network.layers.items()}
-        positions: dict[int, float] = {}
-        dense: dict[int, int] = {}
         batch = _batch_size(sample)
-
-        def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            layer: Any = module
-            # Of a transposed convolution every input position meets every weight, else every output position.
-            out, into = _channels(layer)
-            at = inputs[0].numel() / into if getattr(layer, "transposed", False) else output.numel() / out
-            positions[id(module)] = positions.get(id(module), 0.0) + at / batch
-            if not isinstance(module, SparseLayer):
-                dense[id(module)] = _weights(layer)
-
-        kinds = (SparseLayer, nn.Linear, nn.modules.conv._ConvNd)
-        hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+        self._network = NetworkDensity(model)
+        weights = find_weights(nn.Sequential(model))  # the model may itself be a layer
         modes = [(module, module.training) for module in model.modules()]
         try:
             model.eval()
-            with torch.no_grad():
-                (forward or model)(sample)
+            work = multiply_adds(model, lambda: (forward or model)(sample), weights)
         finally:
-            for hook in hooks:
-                hook.remove()
             for module, training in modes:
                 module.training = training
-        self._positions = {names[i]: at for i, at in positions.items() if i in names}
-        self._dense_layers = 2.0 * sum(weights * positions[i] for i, weights in dense.items())
-        full = sum(int(self._network.sizes[name].sum()) * at for name, at in self._positions.items())
-        self._dense = 2.0 * full + self._dense_layers
+        layers = {id(layer): name for name, layer in self._network.layers.items()}
+        self._positions = {
+            layers[id(c.module)]: work[c.name] / (batch * c.size) for c in weights if id(c.module) in layers
+        }
+        self._dense = 2.0 * sum(work.values()) / batch
+        self._dense_layers = 2.0 * sum(work[c.name] for c in weights if id(c.module) not in layers) / batch
 
     @property
     def forward(self) -> float:
@@ -286,15 +274,3 @@ def _batch_size(sample: Any) -> int:
     if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[0] < 1:
         raise TypeError("sample must be a batch, a tensor of at least two dimensions (or a tuple that starts with one)")
     return first.shape[0]
-
-
-def _channels(layer: Any) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear | SparseLinear):
-        return layer.out_features, layer.in_features
-    return layer.out_channels, layer.in_channels
-
-
-def _weights(layer: Any) -> int:
-    # From the settings: reading a parametrized weight would compute it.
-    out, into = _channels(layer)
-    return out * into if isinstance(layer, nn.Linear) else out * into // layer.groups * math.prod(layer.kernel_size)

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 import ddst
 from ddst.convert import find_weights
-from ddst.convert.watch import multiply_adds
+from ddst.convert.watch import multiply_adds, run_of
 
 
 class Own(nn.Module):
@@ -60,7 +60,7 @@ def test_weights_times_positions_times_calls() -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()]
     random = torch.get_rng_state()
-    assert multiply_adds(net, sample, find_weights(net)) == expected(3, 8)
+    assert multiply_adds(net, run_of(net, sample), find_weights(net)) == expected(3, 8)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()] == hooks
     assert torch.equal(torch.get_rng_state(), random)
@@ -69,7 +69,7 @@ def test_weights_times_positions_times_calls() -> None:
 def test_a_sparse_layer_counts_all_its_weights_and_the_report_those_left() -> None:
     net = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 64))
     ddst.sparsify(net, 0.5, block=(16, 16), distribution="uniform")
-    assert multiply_adds(net, (torch.ones(2, 40),), find_weights(net)) == {"0": 2 * 960, "1": 2 * 24 * 64}
+    assert multiply_adds(net, run_of(net, torch.ones(2, 40)), find_weights(net)) == {"0": 2 * 960, "1": 2 * 24 * 64}
 
 
 def test_a_layer_that_fails_and_is_caught_leaves_the_count_in_order() -> None:
@@ -85,7 +85,16 @@ def test_a_layer_that_fails_and_is_caught_leaves_the_count_in_order() -> None:
                 return self.fine(x)
 
     net = Tries()
-    assert multiply_adds(net, (torch.ones(2, 4),), find_weights(net)) == {"broken": 0, "fine": 32}
+    assert multiply_adds(net, run_of(net, torch.ones(2, 4)), find_weights(net)) == {"broken": 0, "fine": 32}
+
+
+def test_the_fused_path_of_attention_is_counted_too() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    net = nn.Sequential(layer)
+    found = multiply_adds(net, run_of(net, torch.ones(2, 5, 8)), find_weights(net))
+    assert found["0.linear1"] == found["0.linear2"] == 8 * 16 * 10
+    assert found["0.self_attn.in_proj_weight"] >= 3 * 8 * 8 * 10
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_lazy_model_is_refused_before_it_is_run() -> None:

@@ -44,7 +44,11 @@ WEIGHTS: dict[str, tuple[nn.Module, list[str]]] = {
     "norms": (nn.ModuleList([nn.LayerNorm((4, 4)), nn.BatchNorm2d(4), nn.RMSNorm((4, 4))]), []),
     "a norm of one's own": (ChannelNorm(scale=ones(4, 8)), []),
     "embeddings": (nn.ModuleList([nn.Embedding(4, 8), nn.EmbeddingBag(4, 8), CodeEmbedding(codes=ones(4, 8))]), []),
-    "no weights": (Own(const=ones(1, 8, 4, 4), pos_embedding=ones(9, 8), rel_bias=ones(9, 8), noise=ones(4)), []),
+    "no weights": (
+        Own(const=ones(1, 8, 4, 4), pos_embedding=ones(9, 8), rel_bias=ones(9, 8), noise=ones(4), input=ones(1, 8, 4)),
+        [],
+    ),
+    "a constant": (Own(const=ones(8, 4, 4), codebook=ones(9, 8)), []),
     "integers": (Own(weight=torch.ones(4, 4, dtype=torch.int64)), []),
 }
 
@@ -71,6 +75,12 @@ def test_excluded_parameters_say_so() -> None:
     model = nn.ModuleDict({"own": Own(weight=ones(64, 64)), "layer": nn.Linear(64, 64)})
     (own, layer) = ddst.sparsify(model, 0.5, exclude=(name for name in ["own"])).layers
     assert (own.name, own.reason, layer.reason) == ("own.weight", "excluded", None)
+
+
+def test_a_model_of_nothing_else_is_refused_with_their_names() -> None:
+    for distribution in ("erk", "uniform"):
+        with pytest.raises(ValueError, match=r"no layer to swap \(0\.weight: a parameter of its module"):
+            ddst.sparsify(nn.Sequential(Own(weight=ones(64, 64))), 0.5, distribution=distribution)
 
 
 class Modulated(nn.Module):

@@ -114,5 +114,5 @@ def test_report_and_scheduler_count_every_weight() -> None:
     assert updater is not None
     low, high = updater.attainable_density
     assert low < scheduler.density_d < high < 1.0  # the first and the last layer stay as they are
-    updater.change_density(scheduler.density_d - 256 * 4 / everything[id(discriminator)], step=1)
-    assert scheduler.density_d == pytest.approx(densities[1] - 256 * 4 / everything[id(discriminator)])
+    updater.change_density(scheduler.density_d - 256 * 2 / everything[id(discriminator)], step=1)
+    assert scheduler.density_d == pytest.approx(densities[1] - 256 * 2 / everything[id(discriminator)])

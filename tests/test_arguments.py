@@ -136,6 +136,30 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1, "groups": 1,
          "padding_mode": "zeros", **LAYER},
     ),
+    "SparseConv1d": lambda: (
+        ddst.SparseConv1d,
+        {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1, "groups": 2,
+         "padding_mode": "zeros", **LAYER},
+    ),
+    "SparseConvTranspose1d": lambda: (
+        ddst.SparseConvTranspose1d,
+        {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1,
+         "groups": 1, "dilation": 1, "padding_mode": "zeros", **LAYER},
+    ),
+    "SparseConvTranspose2d": lambda: (
+        ddst.SparseConvTranspose2d,
+        {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1,
+         "groups": 1, "dilation": 1, "padding_mode": "zeros", **LAYER},
+    ),
+    "SparseConvTranspose2d.__call__": lambda: (
+        ddst.SparseConvTranspose2d(16, 16, 3, 2, block=8, density=0.5),
+        {"input": torch.ones(1, 16, 4, 4), "output_size": (9, 10)},
+    ),
+    "SparseConv1d.__call__": lambda: (ddst.SparseConv1d(16, 16, 3, block=8), {"input": torch.ones(1, 16, 4)}),
+    "SparseConvTranspose2d.from_dense": lambda: (
+        ddst.SparseConvTranspose2d.from_dense,
+        {"module": nn.ConvTranspose2d(16, 16, 1), "density": None, "block_mask": None, "block": 8},
+    ),
     "SparseLinear.from_dense": lambda: (
         ddst.SparseLinear.from_dense, {"module": nn.Linear(16, 16), "density": 0.5, "block_mask": None, "block": 8},
     ),
@@ -155,7 +179,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "SpectralNorm": lambda: (
         sparse_nn.SpectralNorm,
         {"weight_shape": (16, 16), "block": (8, 8), "n_power_iterations": 1, "eps": 1e-12, "noise": 0.05,
-         "style": "hook", "device": None, "dtype": None},
+         "style": "hook", "device": None, "dtype": None, "dim": 0},
     ),
     "weight_norm": lambda: (sparse_nn.weight_norm, {"layer": sparse_model()[0], "dim": 0, "style": "hook"}),
     "WeightNorm": lambda: (
@@ -255,6 +279,10 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         ddst.DensityController().replay, {"decision": ddst.DensityController().decide(SUMMARY, 0.5, 9)},
     ),
     "conv2d": lambda: (ops.conv2d, packed(1, 1) | {"stride": 1, "padding": 0, "dilation": 1, "backend": "auto"}),
+    "conv_transpose2d": lambda: (
+        ops.conv_transpose2d,
+        packed(1, 1) | {"stride": 2, "padding": 0, "output_padding": 1, "dilation": 1, "backend": "auto"},
+    ),
     "linear": lambda: (ops.linear, packed() | {"backend": "auto"}),
     "conv2d_block_scores": lambda: (
         ops.conv2d_block_scores, conv_scores() | {"stride": 1, "padding": 0, "dilation": 1, "backend": "auto"},
@@ -268,7 +296,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "check_block": lambda: (tp.check_block, {"block": 8}),
     "block_count": lambda: (tp.block_count, {"density": 0.5, "total": 9}),
     "random_mask": lambda: (
-        tp.random_mask, {"weight_shape": (16, 16), "block": (8, 8), "nnz": 2, "generator": None},
+        tp.random_mask, {"weight_shape": (16, 16), "block": (8, 8), "nnz": 2, "generator": None, "groups": 2},
     ),
     "build_topology": lambda: (tp.build_topology, {"mask": MASK}),
     "pack": lambda: (tp.pack, {"weight": torch.ones(16, 16), "mask": MASK, "block": (8, 8)}),

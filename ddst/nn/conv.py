@@ -163,9 +163,11 @@ class SparseConvNd(SparseLayer):
 
     def _input_images(self, input: Tensor) -> Tensor:
         """The input as the operators take it, in the memory format that the layer's weight asks for."""
-        if self.dims == 1 and (check_tensor("input", input).dim() not in (2, 3) or input.shape[-2] != self.in_channels):
+        dims, channels = self.dims, self.in_channels
+        if check_tensor("input", input).dim() not in (dims + 1, dims + 2) or input.shape[-1 - dims] != channels:
+            space = "T" if dims == 1 else "H, W"
             raise ValueError(
-                f"input must be [N, {self.in_channels}, T] or [{self.in_channels}, T], "
+                f"input must be [N, {channels}, {space}] or [{channels}, {space}] ({channels} channels), "
                 f"got the shape {tuple(input.shape)}"
             )
         x = self._images(input)

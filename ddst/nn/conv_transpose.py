@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import check_ints
+from .._arguments import check_int, check_ints
 from ..ops.conv2d import output_is_channels_last
+from ..ops.conv_transpose2d import conv_transpose2d_of_pixels
 from .conv import SparseConvNd
 
 
@@ -66,7 +67,7 @@ class SparseConvTransposeNd(SparseConvNd):
             and not any(extra)
             and self.backend != "reference"
         ):
-            y = ops.conv_transpose2d_of_pixels(
+            y = conv_transpose2d_of_pixels(
                 x,
                 self.effective_values(),
                 self.bias,
@@ -98,10 +99,12 @@ class SparseConvTransposeNd(SparseConvNd):
         Args:
             wanted: sizes of the output, with or without those of batch and channels. x: the input as images.
         """
-        leading = x.dim() - 2
-        sizes = tuple(wanted)[leading:] if len(wanted) == leading + self.dims else tuple(wanted)
-        if len(sizes) != self.dims:
-            raise ValueError(f"output_size must have {self.dims} or {leading + self.dims} entries, got {tuple(wanted)}")
+        if isinstance(wanted, str | Tensor) or not isinstance(wanted, Sequence):
+            raise TypeError(f"output_size must be a sequence of ints, got {type(wanted).__name__}")
+        sizes, leading = tuple(check_int("output_size", size) for size in wanted), x.dim() - 2
+        if len(sizes) not in (self.dims, self.dims + leading):
+            raise ValueError(f"output_size must have {self.dims} or {leading + self.dims} entries, got {sizes}")
+        sizes = sizes[-self.dims :]
         least = [
             (x.shape[i - self.dims] - 1) * self.stride[i]
             - 2 * self.padding[i]

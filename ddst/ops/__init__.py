@@ -3,7 +3,7 @@
 from . import cpu as cpu  # each backend registers itself
 from . import flops as flops  # for torch.utils.flop_counter
 from .conv2d import conv2d, conv2d_block_scores
-from .conv_transpose2d import conv_transpose2d, conv_transpose2d_of_pixels
+from .conv_transpose2d import conv_transpose2d
 from .cuda import dispatch as dispatch  # and serves the operators on CUDA devices
 from .linear import linear, linear_block_scores, linear_transposed
 
@@ -11,7 +11,6 @@ __all__ = [
     "conv2d",
     "conv2d_block_scores",
     "conv_transpose2d",
-    "conv_transpose2d_of_pixels",
     "linear",
     "linear_block_scores",
     "linear_transposed",

@@ -126,6 +126,8 @@ def output_size(
                 f"output_padding must be smaller than stride or dilation, got {tuple(output_padding)} with "
                 f"stride={tuple(stride)}, dilation={tuple(dilation)}"
             )
+    # While torch.jit.trace runs, sizes are tensors, which no list of ints may hold.
+    size = [int(n) if isinstance(n, Tensor) else n for n in size]
     found = [
         (size[i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + output_padding[i] + 1
         for i in range(len(size))

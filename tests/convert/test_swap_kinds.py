@@ -218,12 +218,12 @@ def test_subclasses_that_add_an_init_are_swapped_with_what_their_instances_hold(
 
 
 @pytest.mark.parametrize("make", [lambda: Mixed(32, 32, 3), lambda: Helped(32, 32, 3), lambda: WithMixin(32, 32, 3)])
-def test_a_class_with_anything_else_stays_as_it_is(make: Any) -> None:
+def test_a_class_with_anything_else_stays_and_its_weight_is_packed_where_it_is(make: Any) -> None:
     model = nn.Sequential(make(), nn.Linear(32, 32))
     kept = model[0]
     report = ddst.sparsify(model, 0.6, distribution="uniform")
-    assert model[0] is kept
-    assert report.layers[0].reason == "a subclass with code of its own"
+    assert model[0] is kept and type(model[0]).__name__ == type(make()).__name__
+    assert report.layers[0].reason is None and isinstance(model[0].packed_weight, ddst.nn.PackedParameter)
 
 
 def test_from_dense_takes_such_a_subclass_and_refuses_a_patched_instance() -> None:

@@ -77,10 +77,10 @@ def test_excluded_parameters_say_so() -> None:
     assert (own.name, own.reason, layer.reason) == ("own.weight", "excluded", None)
 
 
-def test_a_model_of_nothing_else_is_refused_with_their_names() -> None:
+def test_a_model_of_nothing_that_can_be_packed_is_refused_with_their_names() -> None:
     for distribution in ("erk", "uniform"):
-        with pytest.raises(ValueError, match=r"no layer to swap \(0\.weight: a parameter of its module"):
-            ddst.sparsify(nn.Sequential(Own(weight=ones(64, 64))), 0.5, distribution=distribution)
+        with pytest.raises(ValueError, match=r"no layer to swap \(0\.kernels: a parameter of its module"):
+            ddst.sparsify(nn.Sequential(Own(kernels=ones(64, 64))), 0.5, distribution=distribution)
 
 
 class Modulated(nn.Module):

@@ -14,6 +14,14 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), (9, 64)),
     "tokens": (lambda: nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32)), (9, 5, 64)),
     "conv": (lambda: nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)), (9, 32, 8, 8)),
+    "generator": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(32, 64, 4), nn.ReLU(), nn.ConvTranspose2d(64, 32, 4, 2, 1, groups=2)),
+        (9, 32, 1, 1),
+    ),
+    "signals": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(32, 48, 4, 2), nn.ReLU(), nn.Conv1d(48, 32, 3, padding="same")),
+        (9, 32, 7),
+    ),
 }
 
 

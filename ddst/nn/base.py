@@ -16,6 +16,7 @@ from .._arguments import check_bool, check_device, check_dtype, check_module, ch
 from ..backends import Problem, check_backend
 from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..ops.reference import block_norms_of
+from ..slot_change import SlotChange
 from .dense_view import DenseView
 from .origin import Origin
 from .spectral_norm import SpectralNorm, rename_dense_keys
@@ -56,7 +57,7 @@ class SparseLayer(PackedStorage):
         with unset_fake_temporarily():
             mask = tp.random_mask(weight_shape, pair, nnz)
             free = torch.full((reserved,), -1, dtype=torch.int32, device="cpu")
-            slot_blocks = tp.SlotChange.to_mask(free, mask, reserved).slot_blocks
+            slot_blocks = SlotChange.to_mask(free, mask, reserved).slot_blocks
         super().__init__(weight_shape, pair, slot_blocks, reserved)
         self.backend = "auto"
         self.spectral_norm = None
@@ -115,18 +116,18 @@ class SparseLayer(PackedStorage):
 
     # --- the mask ---------------------------------------------------------------------------------------------------
 
-    def change_slots(self, change: tp.SlotChange) -> None:
+    def change_slots(self, change: SlotChange) -> None:
         super().change_slots(change)
         self._origin = None  # a copy with a mask of its own
         if self.spectral_norm is not None:
             self.spectral_norm.after_topology_change(self)
 
-    def _apply_change(self, change: tp.SlotChange) -> None:
+    def _apply_change(self, change: SlotChange) -> None:
         super()._apply_change(change)
         Origin.tell_copies(self, change)
 
     @torch.no_grad()
-    def _follow_change(self, change: tp.SlotChange) -> None:
+    def _follow_change(self, change: SlotChange) -> None:
         """A change of the layer that this one is an average of. Its spectral norm's vectors are buffers: the average's
         own business, and nothing random is drawn for them here.
         """
@@ -333,7 +334,7 @@ class SparseLayer(PackedStorage):
     def _adopt(self, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
         """Copies a dense layer's weight at the active blocks of ``mask``, its bias and whether they are trained."""
         free = torch.full((self.reserve,), -1, dtype=torch.int32, device="cpu")
-        self.slot_blocks = tp.SlotChange.to_mask(free, mask, self.reserve).slot_blocks
+        self.slot_blocks = SlotChange.to_mask(free, mask, self.reserve).slot_blocks
         packed = tp.pack_slots(weight.detach(), self.slot_blocks, self.block).contiguous()
         self.values = nn.Parameter(packed, requires_grad=weight.requires_grad)
         self.bias = copy_of(bias)

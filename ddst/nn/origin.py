@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..topology import SlotChange
+from ..slot_change import SlotChange
 
 if TYPE_CHECKING:
     from .base import SparseLayer

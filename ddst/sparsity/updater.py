@@ -28,13 +28,13 @@ from ddst.convert import find_candidates
 from ddst.distributed import check_movable, check_same_slots, follow_first_rank
 from ddst.nn import SparseLayer
 from ddst.nn.storage import RESIZED
+from ddst.slot_change import SlotChange
 from ddst.sparsity.criterion import check_share, choose_drop, choose_grow, exchange_count, random_scores, relative_keys
 from ddst.sparsity.density import NetworkDensity, flat_mask
 from ddst.sparsity.layer_change import LayerChange, commit_together
 from ddst.sparsity.optimizer import check_state
 from ddst.sparsity.score_collector import ScoreCollector
 from ddst.sparsity.wrapped import optimizers_of
-from ddst.topology import SlotChange
 
 SCOPES = ("layer", "global")
 RANKINGS = ("relative", "raw")

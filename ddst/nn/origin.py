@@ -64,7 +64,9 @@ class Origin:
                 "this copy of a sparse layer was written to after blocks of the layer it was copied from had moved, so "
                 f"it holds averages of different blocks. {_REMEDY}"
             )
-        if not self._watched and copy.values.requires_grad and copy.values.is_leaf:
+        # Not what torch.func.functional_call puts in their place.
+        own = isinstance(copy.values, nn.Parameter)
+        if not self._watched and own and copy.values.requires_grad and copy.values.is_leaf:
             self._watched = True
             self_of = weakref.ref(copy)
 

@@ -185,6 +185,11 @@ def values_gradient(ctx: Any, grad_output: Tensor, input: Tensor, compute: Calla
     if not gradient_is_wanted(ctx.next_functions[1][0]):
         return None
     recorder = _open.get(ctx.record)
+    if recorder is not None and torch._C._are_functorch_transforms_active():
+        # Its kernel is given tensors that outlive the levels of torch.func, and each sample of a vmap by itself.
+        gradient = compute()
+        torch.ops.ddst.recorded(gradient.detach(), grad_output.detach(), input.detach(), ctx.record)
+        return gradient
     if recorder is not None:
         recorder.add_factors(grad_output, input)
     return compute()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..ops.reference import block_norms_of
 from ..slot_change import SlotChange
 from .dense_view import DenseView
-from .origin import Origin
+from .origin import Origin, check_followers
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage
 
@@ -276,20 +277,25 @@ class SparseLayer(PackedStorage):
     def _take_overwritten_slots(self) -> None:
         if self._origin is not None:
             self._origin.check_map(self)
+        check_followers(self)
         super()._take_overwritten_slots()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        with nullcontext() if self._origin is None else self._origin.converted(self):
+            super()._apply(fn, recurse)
         self._recorder.record.to(self.topology.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recorder": None, "_records": False, "_origin": None}
+        lost = self._origin is not None and self._origin.is_lost
+        return {**self.__dict__, "_recorder": None, "_records": False, "_origin": None, "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        lost = state.pop("_lost")
         super().__setstate__(state)
         self._recorder = ScoreRecorder()
         self._place()
+        self._origin = Origin.lost(self) if lost else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
         twin = type(self).__new__(type(self))

@@ -225,12 +225,21 @@ class PackedStorage(nn.Module):
 
         Averages that copy every integer entry of a state dict do so; the values are theirs to bring along.
         """
+        if self._overwritten():
+            self._take_overwritten_slots()
+
+    def _overwritten(self) -> bool:
+        """Whether somebody wrote into ``slot_blocks``.
+
+        Raises:
+            RuntimeError: what was written is no map of these slots.
+        """
         if self.slot_blocks._version == self._slots_seen:
-            return
+            return False
         fault = slots_fault(self.slot_blocks, self.slots, self.num_blocks)
         if fault:
             raise RuntimeError(f"slot_blocks was overwritten and no longer says where the blocks are: {fault}")
-        self._take_overwritten_slots()
+        return True
 
     def _take_overwritten_slots(self) -> None:
         self._set_slots(self.slot_blocks)

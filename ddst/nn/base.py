@@ -152,18 +152,19 @@ class SparseLayer(PackedStorage):
         """Whether :meth:`take_scores` would find something: a backward pass since the request or the last take."""
         return not self._recorder.record.empty
 
-    def request_scores(self, on_first: Callable[[], None] | None = None) -> None:
+    def request_scores(self, on_first: Callable[[], None] | None = None, keep_gradient: bool = False) -> None:
         """From now on backward passes keep what :meth:`take_scores` needs: the layer's inputs and output gradients.
 
         A compiled graph keeps copies of them, and only of forward calls that came after the request.
 
         Args:
             on_first: called in a backward pass before something is kept while nothing is.
+            keep_gradient: whether :meth:`take_record` holds a copy of ``values.grad`` at the backward pass's end, too.
         """
         if not self._records:
             self._recorder.close()
             self._recorder.open(self.values)
-        self._recorder.on_first = on_first
+        self._recorder.on_first, self._recorder.keep_gradient = on_first, keep_gradient
         self._records = True
 
     def cancel_scores(self) -> None:

@@ -27,6 +27,7 @@ class GradientRecord:
     Attributes:
         accumulated: whether a backward pass has added what is recorded to ``values.grad``.
         norm: L2 norm of ``values.grad`` at the end of that backward pass, float64; None where it has not ended.
+        gradient: a copy of ``values.grad`` as it was then, if the recorder keeps it.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,7 @@ class GradientRecord:
         self.dense: Tensor | None = None
         self.accumulated = False
         self.norm: Tensor | None = None
+        self.gradient: Tensor | None = None
         self._versions: list[tuple[int, int]] = []
         self._spoilt = False
 
@@ -60,6 +62,7 @@ class GradientRecord:
         self.factors = [(g.to(device), x.to(device)) for g, x in self.factors]
         self._versions = [(_version(g), _version(x)) for g, x in self.factors]
         self.dense = None if self.dense is None else self.dense.to(device)
+        self.gradient = None if self.gradient is None else self.gradient.to(device)
 
 
 def _version(tensor: Tensor) -> int:
@@ -77,12 +80,14 @@ class ScoreRecorder:
         key: what the operators are called with so that their formulas find it; never 0, never used twice.
         record: what has come since the last :meth:`take`.
         on_first: called before something comes into an empty record.
+        keep_gradient: whether records hold a copy of ``values.grad``.
     """
 
     def __init__(self) -> None:
         self.key = next(_keys)
         self.record = GradientRecord()
         self.on_first: Callable[[], None] | None = None
+        self.keep_gradient = False
         self._values: Tensor | None = None
         self._hook: Any = None
 
@@ -108,12 +113,13 @@ class ScoreRecorder:
         if self.record.empty:
             return
         record = self.record
-        record.accumulated, record.norm = True, None
+        record.accumulated, record.norm, record.gradient = True, None, None
         engine: Any = torch.autograd.Variable._execution_engine
 
         def measure() -> None:
             if values.grad is not None:
                 record.norm = gradient_norm(values.grad)
+                record.gradient = values.grad.detach().clone() if self.keep_gradient else None
 
         # The callback of a callback runs after all that were there before: DistributedDataParallel's averaging too.
         engine.queue_callback(lambda: engine.queue_callback(measure))

@@ -17,6 +17,7 @@ ON_THREE = [
     "loading_another_number_of_blocks",
     "ddst_train",
     "ddst_train_goes_on",
+    "a_resumed_loop_is_bit_equal_on_two_ranks_and_to_rounding_on_more",
 ]
 
 

@@ -57,11 +57,10 @@ class NormOfShares(nn.BatchNorm2d):
 @contextlib.contextmanager
 def small() -> Iterator[None]:
     """In float64, where Adam makes no steps of what is rounding (the gradients of biases before a batch norm, of D's
-    last one); and without what takes seconds to begin.
+    last one); and on images that take no package to read.
     """
     torch.set_default_dtype(torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddst.train.loop.check_memory", lambda *_: None)
         patch.setattr("ddst.train.job.load_images", lambda *_: images())
         try:
             yield

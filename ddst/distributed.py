@@ -10,6 +10,7 @@ Whatever goes to a backend is a contiguous copy: gloo adds memory, not entries, 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,20 @@ def sums(flags: Sequence[int], process_group: ProcessGroup | None = None) -> lis
     dist.all_reduce(total, group=process_group)
     added: list[int] = total.tolist()
     return added
+
+
+def gather_numbers(
+    numbers: Sequence[float | None], process_group: ProcessGroup | None = None
+) -> list[list[float | None]]:
+    """Every rank's numbers, by rank, bit for bit; None where a rank has none. No number may be NaN.
+
+    >>> gather_numbers([1.0, None])
+    [[1.0, None]]
+    """
+    own = torch.tensor([math.nan if number is None else number for number in numbers], dtype=torch.float64)
+    rows = _gathered(own.view(torch.int64).tolist(), process_group) if ranks(process_group) > 1 else [own]
+    every = torch.stack([torch.as_tensor(row).view(torch.float64) for row in rows]).tolist()
+    return [[None if math.isnan(number) else number for number in row] for row in every]
 
 
 def check_same(fingerprints: Mapping[str, bytes], what: str, remedy: str, process_group: ProcessGroup | None) -> None:

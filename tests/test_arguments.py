@@ -25,6 +25,7 @@ from ddst import nn as sparse_nn
 from ddst import topology as tp
 from ddst._arguments import check_bool, check_int, check_ints, check_number, check_one_of
 from ddst.convert.advice_report import Advice, BlockAdvice, LayerAdvice, Measured
+from ddst.slot_change import SlotChange
 
 VALUES: list[Any] = [
     None,
@@ -314,11 +315,11 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     ),
     "inside": lambda: (tp.inside, {"mask": MASK, "weight_shape": (16, 16), "block": (8, 8)}),
     "SlotChange.to_mask": lambda: (
-        tp.SlotChange.to_mask, {"slot_blocks": SLOTS, "mask": MASK, "reserve": 0},
+        SlotChange.to_mask, {"slot_blocks": SLOTS, "mask": MASK, "reserve": 0},
     ),
-    "SlotChange.between": lambda: (tp.SlotChange.between, {"before": SLOTS, "after": SLOTS.flip(0)}),
+    "SlotChange.between": lambda: (SlotChange.between, {"before": SLOTS, "after": SLOTS.flip(0)}),
     "SlotChange.apply": lambda: (
-        tp.SlotChange.to_mask(SLOTS, MASK).apply, {"stored": torch.ones(3, 8, 8)},
+        SlotChange.to_mask(SLOTS, MASK).apply, {"stored": torch.ones(3, 8, 8)},
     ),
     "unpack": lambda: (tp.unpack, {"values": torch.ones(4, 8, 8), "mask": MASK, "weight_shape": (16, 16)}),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddst import _host, topology
 from ddst.ops.reference import dense_weight
+from ddst.slot_change import SlotChange
 from helpers.dense import (
     active_entries,
     blocks_of,
@@ -261,7 +262,7 @@ def test_packing_by_slots_is_the_definition(problem: Slotted) -> None:
     assert torch.equal(of_weight, dense)
 
 
-def check_change(change: topology.SlotChange, slots: Tensor, new: Tensor, dims: tuple[int, ...]) -> None:
+def check_change(change: SlotChange, slots: Tensor, new: Tensor, dims: tuple[int, ...]) -> None:
     """Everything that a change says of itself, against the two masks."""
     old = mask_of(slots, dims)
     assert torch.equal(mask_of(change.slot_blocks, dims), new)
@@ -288,7 +289,7 @@ def test_a_change_to_a_mask_keeps_blocks_in_their_slots(
     shape, block, slots = problem
     dims = mask_dims(shape, block)
     new = torch.rand(dims, generator=torch.Generator().manual_seed(seed)) < share
-    change = topology.SlotChange.to_mask(slots, new, reserve)
+    change = SlotChange.to_mask(slots, new, reserve)
     check_change(change, slots, new, dims)
     before, after, count = slots.numel(), change.slot_blocks.numel(), int(new.sum())
     if count > before:
@@ -320,7 +321,7 @@ def test_a_change_between_any_two_maps(problem: Slotted, seed: int, more: int) -
     new = torch.rand(dims, generator=g) < 0.5
     ranks = torch.cat([new.flatten().nonzero()[:, 0], torch.full((max(more, 0),), -1)])
     after = ranks[torch.randperm(ranks.numel(), generator=g)].to(torch.int32)
-    change = topology.SlotChange.between(slots, after)
+    change = SlotChange.between(slots, after)
     assert torch.equal(change.slot_blocks, after)
     check_change(change, slots, new, dims)
 

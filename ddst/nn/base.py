@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +17,10 @@ from .._arguments import check_bool, check_device, check_dtype, check_module, ch
 from ..backends import Problem, check_backend
 from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..ops.reference import block_norms_of
+from ..slot_change import SlotChange
 from . import recorded_scores
 from .dense_view import DenseView
-from .origin import Origin
+from .origin import Origin, check_followers
 from .packed.weight import PackedWeight, WeightUses
 from .plain import overridden, plain_kind
 from .spectral_norm import SpectralNorm, rename_dense_keys
@@ -74,7 +76,7 @@ class SparseLayer(PackedStorage):
         with unset_fake_temporarily():
             mask = tp.random_mask(weight_shape, pair, nnz, groups=groups)
             free = torch.full((reserved,), -1, dtype=torch.int32, device="cpu")
-            slot_blocks = tp.SlotChange.to_mask(free, mask, reserved).slot_blocks
+            slot_blocks = SlotChange.to_mask(free, mask, reserved).slot_blocks
         super().__init__(weight_shape, pair, slot_blocks, reserved, groups)
         self.backend = "auto"
         self.gives_dense_weight = False
@@ -165,13 +167,13 @@ class SparseLayer(PackedStorage):
 
     # --- the mask ---------------------------------------------------------------------------------------------------
 
-    def change_slots(self, change: tp.SlotChange) -> None:
+    def change_slots(self, change: SlotChange) -> None:
         super().change_slots(change)
         self._origin = None  # a copy with a mask of its own
         if self.spectral_norm is not None:
             self.spectral_norm.after_topology_change(self)
 
-    def _apply_change(self, change: tp.SlotChange) -> None:
+    def _apply_change(self, change: SlotChange) -> None:
         norms = None if self.weight_norm is None else self.weight_norm.norms(self)
         super()._apply_change(change)
         if self.weight_norm is not None and norms is not None:
@@ -179,7 +181,7 @@ class SparseLayer(PackedStorage):
         Origin.tell_copies(self, change)
 
     @torch.no_grad()
-    def _follow_change(self, change: tp.SlotChange) -> None:
+    def _follow_change(self, change: SlotChange) -> None:
         """A change of the layer that this one is an average of. Its spectral norm's vectors are buffers: the average's
         own business, and nothing random is drawn for them here.
         """
@@ -205,18 +207,19 @@ class SparseLayer(PackedStorage):
         """Whether :meth:`take_scores` would find something: a backward pass since the request or the last take."""
         return not self._recorder.record.empty
 
-    def request_scores(self, on_first: Callable[[], None] | None = None) -> None:
+    def request_scores(self, on_first: Callable[[], None] | None = None, keep_gradient: bool = False) -> None:
         """From now on backward passes keep what :meth:`take_scores` needs: the layer's inputs and output gradients.
 
         A compiled graph keeps copies of them, and only of forward calls that came after the request.
 
         Args:
             on_first: called in a backward pass before something is kept while nothing is.
+            keep_gradient: whether :meth:`take_record` holds a copy of ``values.grad`` at the backward pass's end, too.
         """
         if not self._records:
             self._recorder.close()
             self._recorder.open(self.values)
-        self._recorder.on_first = on_first
+        self._recorder.on_first, self._recorder.keep_gradient = on_first, keep_gradient
         self._records = True
 
     def cancel_scores(self) -> None:
@@ -333,20 +336,25 @@ class SparseLayer(PackedStorage):
     def _take_overwritten_slots(self) -> None:
         if self._origin is not None:
             self._origin.check_map(self)
+        check_followers(self)
         super()._take_overwritten_slots()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        with nullcontext() if self._origin is None else self._origin.converted(self):
+            super()._apply(fn, recurse)
         self._recorder.record.to(self.topology.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recorder": None, "_records": False, "_origin": None}
+        lost = self._origin is not None and self._origin.is_lost
+        return {**self.__dict__, "_recorder": None, "_records": False, "_origin": None, "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        lost = state.pop("_lost")
         super().__setstate__(state)
         self._recorder = ScoreRecorder()
         self._place()
+        self._origin = Origin.lost(self) if lost else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
         twin = type(self).__new__(type(self))
@@ -396,7 +404,7 @@ class SparseLayer(PackedStorage):
     def _adopt(self, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
         """Copies a dense layer's weight at the active blocks of ``mask``, its bias and whether they are trained."""
         free = torch.full((self.reserve,), -1, dtype=torch.int32, device="cpu")
-        self.slot_blocks = tp.SlotChange.to_mask(free, mask, self.reserve).slot_blocks
+        self.slot_blocks = SlotChange.to_mask(free, mask, self.reserve).slot_blocks
         packed = tp.pack_slots(weight.detach(), self.slot_blocks, self.block).contiguous()
         self.values = nn.Parameter(packed, requires_grad=weight.requires_grad)
         self.bias = copy_of(bias)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ if dist.is_available():
     from torch.nn.parallel import DistributedDataParallel
 
 _watched: weakref.WeakSet[Any] = weakref.WeakSet()
+_found: list[Any] | None = None  # All wrappers, inside of searched_once.
 
 
 def watch(ddp: nn.Module) -> nn.Module:
@@ -64,8 +66,25 @@ def wrappers_of(modules: Iterable[nn.Module]) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()):
         return []
     wanted = {id(module) for module in modules}
-    wrappers = [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]
+    wrappers = _all_wrappers() if _found is None else _found
     return [ddp for ddp in wrappers if any(id(module) in wanted for module in ddp.modules())]
+
+
+def _all_wrappers() -> list[Any]:
+    return [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]
+
+
+@contextmanager
+def searched_once() -> Iterator[None]:
+    """Inside, where no wrapper is made, Python's objects are searched once for all layers."""
+    global _found
+    before = _found
+    if _found is None and dist.is_available() and dist.is_initialized():
+        _found = _all_wrappers()
+    try:
+        yield
+    finally:
+        _found = before
 
 
 def resize_fault(modules: Iterable[nn.Module], event: str) -> str:

@@ -3,19 +3,22 @@
 An average that is kept by anyone's code is a deep copy into which the model's parameters are averaged. Where a slot has
 changed hands in the model since, that would average two different blocks. Either the copy follows
 (:func:`ddst.follow`): then its slots change hands at the same moment. Or, when it computes, it notices that its values
-were written after blocks had moved, and says so.
+were written after blocks had moved, and says so. A follower that was pickled has lost its model: it computes, and says
+so once it is written to.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..topology import SlotChange
+from ..slot_change import SlotChange
 
 if TYPE_CHECKING:
     from .base import SparseLayer
@@ -32,12 +35,25 @@ class Origin:
     to as it likes. A copy that nobody writes to is a snapshot, and stays what it is.
     """
 
-    def __init__(self, origin: SparseLayer, copy: SparseLayer, follows: bool = False) -> None:
-        self.of = weakref.ref(origin)
+    def __init__(self, origin: SparseLayer | None, copy: SparseLayer, follows: bool = False) -> None:
+        self.of: Callable[[], SparseLayer | None] = _nobody if origin is None else weakref.ref(origin)
         self.follows = follows
         self._written: int | None = None
         self._watched = follows  # a follower stays one, whatever is done to its values
-        _copies.setdefault(origin, weakref.WeakSet()).add(copy)
+        if origin is not None:
+            _copies.setdefault(origin, weakref.WeakSet()).add(copy)
+
+    @staticmethod
+    def lost(copy: SparseLayer) -> Origin:
+        """Of a follower that was pickled: which model it was an average of is not known any more."""
+        origin = Origin(None, copy)
+        origin._written = _fingerprint(copy.values)
+        return origin
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the copy was pickled when it followed, or follows a layer: pickled, it has lost it."""
+        return self.follows or self.of is _nobody
 
     @staticmethod
     def tell_copies(origin: SparseLayer, change: SlotChange) -> None:
@@ -59,12 +75,19 @@ class Origin:
 
     def check(self, copy: SparseLayer) -> None:
         """Raises RuntimeError if the copy was averaged with its origin over a change of the mask. Before a forward."""
-        if self._written is not None and _fingerprint(copy.values) != self._written:
+        if not self._intact(copy):
+            if self.of is _nobody:
+                raise RuntimeError(
+                    "this average of a sparse layer was pickled and then written to, and nobody knows whether blocks "
+                    "of its model had moved meanwhile. Call ddst.follow(average, model) right after loading it"
+                )
             raise RuntimeError(
                 "this copy of a sparse layer was written to after blocks of the layer it was copied from had moved, so "
                 f"it holds averages of different blocks. {_REMEDY}"
             )
-        if not self._watched and copy.values.requires_grad and copy.values.is_leaf:
+        # Not what torch.func.functional_call puts in their place.
+        own = isinstance(copy.values, nn.Parameter)
+        if not self._watched and own and copy.values.requires_grad and copy.values.is_leaf:
             self._watched = True
             self_of = weakref.ref(copy)
 
@@ -74,6 +97,17 @@ class Origin:
                     layer._origin = None
 
             copy.values.register_post_accumulate_grad_hook(has_gradient)
+
+    def _intact(self, copy: SparseLayer) -> bool:
+        return self._written is None or _fingerprint(copy.values) == self._written
+
+    @contextmanager
+    def converted(self, copy: SparseLayer) -> Iterator[None]:
+        """Around a change of device or dtype: the same values, though not the same bits."""
+        intact = self._written is not None and self._intact(copy)
+        yield
+        if intact:
+            self._written = _fingerprint(copy.values)
 
     def check_map(self, copy: SparseLayer) -> None:
         """Raises RuntimeError unless a map of slots that was written over the copy's is its origin's.
@@ -86,6 +120,23 @@ class Origin:
                 "slot_blocks of a copy of a sparse layer was overwritten with something else than slot_blocks of the "
                 f"layer it was copied from: it says where blocks are and takes part in no average. {_REMEDY}"
             )
+
+
+def _nobody() -> None:
+    """The layer that a lost follower was copied from."""
+
+
+def check_followers(layer: SparseLayer) -> None:
+    """Raises RuntimeError if a map that was written over the layer's is not that of the averages that follow it.
+
+    They may have been updated since it was written, so bringing them along now could come too late.
+    """
+    if any(not torch.equal(copy.slot_blocks, layer.slot_blocks) for copy in followers_of(layer)):
+        raise RuntimeError(
+            "slot_blocks was overwritten in place with other slots, and averages follow this layer, which were not "
+            "told: load_state_dict and set_block_mask tell them. Or call ddst.follow(average, model) right after "
+            "writing, before the average is updated"
+        )
 
 
 def followers_of(layer: SparseLayer) -> list[SparseLayer]:
@@ -118,6 +169,10 @@ def follow(average: nn.Module, model: nn.Module) -> None:
     ``lerp`` over parameters, by :class:`torch.optim.swa_utils.AveragedModel` and its like, averages every block with
     itself. Call it once, after making the average; ``ddst.EMA`` does so itself.
 
+    Blocks of the average that the model does not have at the moment of the call are let go, and blocks that only the
+    model has enter with 0. So call it again for an average that was pickled (``torch.save(average)``), which does not
+    know its model any more: as it is, it computes what it computed, and once it is updated it raises.
+
     Args:
         average: a copy of the model, or a module that holds one (``AveragedModel``, timm's ``ModelEmaV3``).
         model: the model that is trained.
@@ -125,6 +180,7 @@ def follow(average: nn.Module, model: nn.Module) -> None:
     Raises:
         TypeError: an argument is no module.
         ValueError: the two have not the same sparse layers.
+        RuntimeError: ``slot_blocks`` of a layer was overwritten and says where no blocks are.
 
     >>> import copy, ddst
     >>> model = ddst.SparseLinear(32, 32, density=0.25)
@@ -147,6 +203,8 @@ def follow(average: nn.Module, model: nn.Module) -> None:
             f"average must be a copy of model, with the same sparse layers: it has {len(theirs)} of its own, the model "
             f"{len(own)}, or they differ in shape"
         )
+    for layer in (*own, *theirs):
+        layer._overwritten()
     for layer, copy in zip(own, theirs, strict=True):
         bring(copy, layer)
         copy._origin = Origin(layer, copy, follows=True)

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .. import index_cache
 from .. import topology as tp
+from ..slot_change import SlotChange
 from .data_parallel import is_sharded, let_go, resize_fault, whole
 
 _log = logging.getLogger("ddst")
@@ -131,7 +132,7 @@ class PackedStorage(nn.Module):
     # --- changes ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def set_block_mask(self, mask: Tensor) -> tp.SlotChange:
+    def set_block_mask(self, mask: Tensor) -> SlotChange:
         """Makes ``mask`` the set of active blocks: kept blocks keep their values and slots, new ones are zero.
 
         Where the slots suffice, only the entries of slots that change hands are written, in place: ``values``, its
@@ -157,16 +158,16 @@ class PackedStorage(nn.Module):
         (3, 4)
         """
         tp.check_mask(mask, self.mask_shape, "mask")
-        change = tp.SlotChange.to_mask(self.slot_blocks, mask.detach(), self.reserve)
+        change = SlotChange.to_mask(self.slot_blocks, mask.detach(), self.reserve)
         self.change_slots(change)
         return change
 
     @torch.no_grad()
-    def change_slots(self, change: tp.SlotChange) -> None:
+    def change_slots(self, change: SlotChange) -> None:
         """Makes a change that was planned for the present slots: what :meth:`set_block_mask` does with its own."""
         self._apply_change(change)
 
-    def _apply_change(self, change: tp.SlotChange) -> None:
+    def _apply_change(self, change: SlotChange) -> None:
         self._check_whole()
         grad = self.values.grad
         if change.slot_blocks.shape != change.before.shape:
@@ -191,7 +192,7 @@ class PackedStorage(nn.Module):
         """Takes another map of slots, with values where a block is kept."""
         if not torch.equal(slot_blocks, self.slot_blocks):
             with torch.no_grad():
-                self._apply_change(tp.SlotChange.between(self.slot_blocks, slot_blocks))
+                self._apply_change(SlotChange.between(self.slot_blocks, slot_blocks))
 
     def _replace_values(self, values: Tensor) -> None:
         # Autograd remembers the shape of a leaf for as long as a graph that uses it lives (a kept loss, say), and would
@@ -270,12 +271,21 @@ class PackedStorage(nn.Module):
 
         Averages that copy every integer entry of a state dict do so; the values are theirs to bring along.
         """
+        if self._overwritten():
+            self._take_overwritten_slots()
+
+    def _overwritten(self) -> bool:
+        """Whether somebody wrote into ``slot_blocks``.
+
+        Raises:
+            RuntimeError: what was written is no map of these slots.
+        """
         if self.slot_blocks._version == self._slots_seen:
-            return
+            return False
         fault = slots_fault(self.slot_blocks, self.slots, self.num_blocks)
         if fault:
             raise RuntimeError(f"slot_blocks was overwritten and no longer says where the blocks are: {fault}")
-        self._take_overwritten_slots()
+        return True
 
     def _take_overwritten_slots(self) -> None:
         self._set_slots(self.slot_blocks)

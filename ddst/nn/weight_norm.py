@@ -23,6 +23,7 @@ from .._arguments import check_device, check_dtype, check_one_of, check_weight_s
 from .data_parallel import is_sharded, let_go
 
 if TYPE_CHECKING:
+    from ..slot_change import SlotChange
     from .base import SparseLayer
 
 STYLES = ("hook", "parametrization")
@@ -214,7 +215,7 @@ class WeightNorm(nn.Module):
         self.g.copy_(self.norms(layer).view(self.g.shape))
 
     @torch.no_grad()
-    def rescale(self, layer: SparseLayer, before: Tensor, change: tp.SlotChange) -> None:
+    def rescale(self, layer: SparseLayer, before: Tensor, change: SlotChange) -> None:
         """``g ← g · ‖v‖ / before`` where the change dropped blocks; called by the layer after it.
 
         Args:

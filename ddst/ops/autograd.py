@@ -2,7 +2,7 @@
 
 Like ``torch.library.register_autograd``, this puts a Python kernel under the dispatch key Autograd. torch's reads the
 operator's schema at every call, which takes longer than a small layer computes; this one reads it once, and knows
-forward-mode derivatives.
+forward-mode derivatives and the transforms of ``torch.func``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 _library = torch.library.Library("ddst", "IMPL")
 
@@ -50,9 +52,6 @@ def register_autograd(
     def gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*backward(ctx, *grads), None)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-    function: Any = type(f"ddst_{name}", (torch.autograd.Function,), methods)
-
     def forward_keeping(ctx: Any, *args: Any) -> Tensor:
         ctx.arguments = args[:-1]
         return forward(ctx, *args)
@@ -75,17 +74,41 @@ def register_autograd(
         assert total is not None
         return total
 
-    dual_methods = {**methods, "forward": staticmethod(forward_keeping), "jvp": staticmethod(tangent)}
-    dual_function: Any = type(f"ddst_{name}_dual", (torch.autograd.Function,), dual_methods)
+    def made(base: type, forward: Callable[..., Tensor], **more: Any) -> Any:
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients), **more}
+        return type(f"ddst_{name}", (base,), methods)
+
+    jvp = staticmethod(tangent)
+    function = made(torch.autograd.Function, forward)
+    dual_function = made(torch.autograd.Function, forward_keeping, jvp=jvp)
+    lifted_function = made(_SingleLevelFunction, _lifted(forward))
+    lifted_dual_function = made(_SingleLevelFunction, _lifted(forward_keeping), jvp=jvp)
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
         if _any_tangent(args):
-            return dual_function.apply(*args, keyset)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args, keyset)
-        return compute(keyset, args)
+            chosen, lifted = dual_function, lifted_dual_function
+        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            chosen, lifted = function, lifted_function
+        else:
+            return compute(keyset, args)
+        if torch._C._are_functorch_transforms_active():
+            # The levels of torch.func are already taken apart: this is an ordinary derivative within one of them.
+            with enable_single_level_autograd_function():
+                return lifted.apply(*args, keyset)
+        return chosen.apply(*args, keyset)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _lifted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``forward`` of one level of ``torch.func``, below which further levels may differentiate."""
+
+    def lifted(*args: Any) -> Tensor:
+        # An autograd function computes without derivatives, those of the levels below included.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return forward(*args)
+
+    return lifted
 
 
 def _any_tangent(args: Sequence[Any]) -> bool:

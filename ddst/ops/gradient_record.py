@@ -34,6 +34,7 @@ class GradientRecord:
     Attributes:
         accumulated: whether a backward pass has added what is recorded to ``values.grad``.
         norm: L2 norm of ``values.grad`` at the end of that backward pass, float64; None where it has not ended.
+        gradient: a copy of ``values.grad`` as it was then, if the recorder keeps it.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,7 @@ class GradientRecord:
         self.dense: Tensor | None = None
         self.accumulated = False
         self.norm: Tensor | None = None
+        self.gradient: Tensor | None = None
         self._versions: list[tuple[int, int]] = []
         self._spoilt = False
 
@@ -69,6 +71,7 @@ class GradientRecord:
         self.factors = [(g.to(device), x.to(device)) for g, x in self.factors]
         self._versions = [(_version(g), _version(x)) for g, x in self.factors]
         self.dense = None if self.dense is None else self.dense.to(device)
+        self.gradient = None if self.gradient is None else self.gradient.to(device)
 
 
 def _version(tensor: Tensor) -> int:
@@ -87,12 +90,14 @@ class ScoreRecorder:
             :data:`FLIPPED`; never 0, never used twice.
         record: what has come since the last :meth:`take`.
         on_first: called before something comes into an empty record.
+        keep_gradient: whether records hold a copy of ``values.grad``.
     """
 
     def __init__(self) -> None:
         self.key = next(_keys)
         self.record = GradientRecord()
         self.on_first: Callable[[], None] | None = None
+        self.keep_gradient = False
         self._values: Tensor | None = None
         self._hook: Any = None
 
@@ -118,12 +123,13 @@ class ScoreRecorder:
         if self.record.empty:
             return
         record = self.record
-        record.accumulated, record.norm = True, None
+        record.accumulated, record.norm, record.gradient = True, None, None
         engine: Any = torch.autograd.Variable._execution_engine
 
         def measure() -> None:
             if values.grad is not None:
                 record.norm = gradient_norm(values.grad)
+                record.gradient = values.grad.detach().clone() if self.keep_gradient else None
 
         # The callback of a callback runs after all that were there before: DistributedDataParallel's averaging too.
         engine.queue_callback(lambda: engine.queue_callback(measure))
@@ -200,9 +206,16 @@ def values_gradient(
     if not gradient_is_wanted(ctx.next_functions[1][0]):
         return None
     recorder = recorder_of(ctx.record)
-    if recorder is not None:
-        flat = (entry for pair in settings for entry in pair)
-        recorder.add_factors(grad_output, input, (ctx.record & 3, *ctx.weight_shape, *flat))
+    if recorder is None:
+        return compute()
+    call = [*ctx.weight_shape, *(entry for pair in settings for entry in pair)]
+    if torch._C._are_functorch_transforms_active():
+        # Its kernel is given tensors that outlive the levels of torch.func, and each sample of a vmap by itself.
+        gradient = compute()
+        factors = (gradient.detach(), grad_output.detach(), input.detach())
+        torch.ops.ddst.recorded(*factors, ctx.record, call)
+        return gradient
+    recorder.add_factors(grad_output, input, (ctx.record & 3, *call))
     return compute()
 
 

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from ddst.nn import SparseLayer
 from ddst.nn.origin import followers_of
+from ddst.slot_change import SlotChange
 from ddst.sparsity.optimizer import StateChange
-from ddst.topology import SlotChange
 
 
 class LayerChange:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddst._arguments import check_number, check_optimizer, check_tensor, check_type
+from ddst.slot_change import SlotChange
 from ddst.sparsity.second_moment import is_second_moment, is_sum, reached_share, start_of
 from ddst.sparsity.wrapped import check_nothing_hidden, optimizers_of
-from ddst.topology import SlotChange
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _SIMPLE = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type(None))

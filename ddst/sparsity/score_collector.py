@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ddst._arguments import check_state_keys
-from ddst.distributed import average, ranks, sums
+from ddst.distributed import average, gather_numbers, ranks, sums
 from ddst.nn import SparseLayer
 from ddst.ops.gradient_record import GradientRecord, backward_reaches, gradient_norm
 from ddst.ops.reference import block_norms_of
@@ -35,8 +35,6 @@ class _Pending:
     ) -> None:
         self._layer, self._record, self._scores = layer, record, scores
         self._process_group = process_group
-        # What the step saw is averaged over ranks, what was recorded is this rank's: then the averaged scores tell.
-        self._recorded = None if record is None or ranks(process_group) > 1 else record.norm
         self._stepped: Tensor | None = None
         # The layer scores the weight it computes with, W / σ or g · v / ‖v‖; the optimizer steps W or v. σ and ‖v‖ are
         # those of the step.
@@ -67,15 +65,33 @@ class _Pending:
         By the norms of ``values.grad`` then and at the end of the backward pass. A gradient that no backward pass put
         there (``autograd.grad``), or one whose step was made inside of it, is compared with its blocks' scores.
         """
-        one = scores.new_ones((), dtype=torch.float64)
-        if self._stepped is None:
-            return one
-        recorded = self._recorded
+        stepped, recorded = self._norms()
+        if stepped is None:
+            return scores.new_ones((), dtype=torch.float64)
         if recorded is None:
             active = self._slots[self._slots >= 0].long().to(scores.device)
             recorded = gradient_norm(scores.reshape(-1)[active])
         # Where the active blocks got no gradient at all there is nothing to compare.
-        return torch.where((recorded > 0) & (self._stepped > 0), self._stepped / recorded, one)
+        return torch.where((recorded > 0) & (stepped > 0), stepped / recorded, 1.0)
+
+    def _norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """L2 norms of ``values.grad`` in the step and at the end of the backward pass: those of the mean over ranks.
+
+        At the end of the backward pass it may be the mean (DistributedDataParallel) or each rank's own, which is
+        averaged later. Ranks that no gradient reached have none.
+        """
+        record, group = self._record, self._process_group
+        assert record is not None
+        if ranks(group) == 1:
+            return self._stepped, record.norm
+        both = gather_numbers([None if n is None else float(n) for n in (self._stepped, record.norm)], group)
+        of_step, of_record = ([n for n in column if n is not None] for column in zip(*both, strict=True))
+        like = self._layer.values.new_ones((), dtype=torch.float64)
+        stepped = like * of_step[0] if of_step else None
+        if len(set(of_record)) <= 1:
+            return stepped, like * of_record[0] if of_record else None
+        mine = self._layer.values.new_zeros(self._slots.numel(), *self._layer.block)
+        return stepped, gradient_norm(average(mine if record.gradient is None else record.gradient, group))
 
 
 def _averaged_scores(
@@ -101,7 +117,8 @@ class ScoreCollector:
     recorded ones are multiplied by what became of the layer's ``values.grad`` between the end of the backward pass and
     the step. A step that a scaler skipped, or whose gradient is not finite, gives none.
 
-    Memory: while a request is open, the layers' inputs and output gradients of one step, which are let go when the
+    Memory: while a request is open, the layers' inputs and output gradients of one step (with several ranks the packed
+    gradient, too), which are let go when the
     backward pass of the next one begins to record. A backward pass that also reaches the parameters of another
     network's optimizer (:meth:`set_aside_at`) may be that network's: what it records is held in addition until one of
     the two optimizers steps. Freezing the network in the other's backward pass (``requires_grad_(False)``) avoids it.
@@ -180,7 +197,7 @@ class ScoreCollector:
             if other is not None and other is not self:
                 other.close()
             _owners[layer] = self
-            layer.request_scores(self._begin)
+            layer.request_scores(self._begin, keep_gradient=ranks(self.process_group) > 1)
 
     def check_open(self) -> None:
         """Raises RuntimeError after :meth:`close`."""

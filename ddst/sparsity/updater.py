@@ -27,14 +27,15 @@ from ddst._arguments import (
 from ddst.convert import find_candidates
 from ddst.distributed import check_movable, check_same_slots, follow_first_rank
 from ddst.nn import SparseLayer
+from ddst.nn.data_parallel import searched_once
 from ddst.nn.storage import RESIZED
+from ddst.slot_change import SlotChange
 from ddst.sparsity.criterion import check_share, choose_drop, choose_grow, exchange_count, random_scores, relative_keys
 from ddst.sparsity.density import NetworkDensity, flat_mask
 from ddst.sparsity.layer_change import LayerChange, commit_together
 from ddst.sparsity.optimizer import check_state
 from ddst.sparsity.score_collector import ScoreCollector
 from ddst.sparsity.wrapped import optimizers_of
-from ddst.topology import SlotChange
 
 SCOPES = ("layer", "global")
 RANKINGS = ("relative", "raw")
@@ -289,11 +290,12 @@ class TopologyUpdater:
             for name, flat in masks.items()
             if not torch.equal(flat, flat_mask(self.layers[name]))
         }
-        self._check_ranks(masks, changes)
-        for name, layer_change in changes.items():
-            start = self._second_moment(name, layer_change.change) if layer_change.change.grown else None
-            layer_change.prepare_state(self.optimizer, start)
-        commit_together(list(changes.values()))
+        with searched_once():
+            self._check_ranks(masks, changes)
+            for name, layer_change in changes.items():
+                start = self._second_moment(name, layer_change.change) if layer_change.change.grown else None
+                layer_change.prepare_state(self.optimizer, start)
+            commit_together(list(changes.values()))
         dropped = {name: c.change.dropped for name, c in changes.items() if c.change.dropped}
         grown = {name: c.change.grown for name, c in changes.items() if c.change.grown}
         return UpdateReport(step, kind, fraction, dropped, grown, before, self.density)

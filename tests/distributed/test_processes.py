@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from ddst.train import run
 from ddst.train.checkpoint import load_checkpoint
 from ddst.train.log import read_log
 from ddst.train.options import ConfigError, flag
-from ddst.train.processes import share
+from ddst.train.processes import joined, share
 from helpers.runs import TINY
 
+IMPATIENT = Path(__file__).parents[1] / "helpers" / "impatient.py"
 ALWAYS_GROW = (-2000000000, -1000000000)
 SETTINGS = {**TINY, "batch": 12, "d_steps": 1, "method": "ddst-relaxed", "bounds": ALWAYS_GROW, "checkpoint_every": 2}
 
@@ -27,11 +30,11 @@ def started():
     """Starts `python -m ddst train` as so many processes; whatever is left of them at the end is ended."""
     running = []
 
-    def start(count, out, settings):
+    def start(count, out, settings, program=("-m", "ddst")):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        words = [sys.executable, "-m", "ddst", "train", "--out", str(out)]
+        words = [sys.executable, *program, "train", "--out", str(out)]
         for name, value in settings.items():
             words.append(flag(name))
             if value is not True:
@@ -50,7 +53,7 @@ def started():
                     stderr=subprocess.STDOUT,
                 )
             )
-        return running
+        return running[-count:]
 
     yield start
     for process in running:
@@ -59,46 +62,76 @@ def started():
         process.stdout.close()
 
 
-def test_a_killed_process_ends_the_others_and_one_process_goes_on(tmp_path, started):
-    out, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
-    writer, other = started(2, out, {**SETTINGS, "steps": 100000})
-    waited = time.monotonic()
+def wait_for_steps(out, process):
+    """Until some steps are logged, with a checkpoint among them."""
+    log, waited = out / "log.jsonl", time.monotonic()
     while not (log.exists() and log.read_bytes().count(b"\n") > 12):
-        assert writer.poll() is None, writer.stdout.read()
+        assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < waited + 120
         time.sleep(0.05)
-    other.send_signal(signal.SIGKILL)
-    said, _ = writer.communicate(timeout=60)
-    assert writer.returncode == 1
+
+
+def check_ended(process):
+    """That a process said that another one is gone, and ended."""
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, said
     assert said.splitlines()[-1].startswith(
         "ddst train: error: another process of the run has ended, or hangs (after step"
     )
     assert "the last checkpoint stays" in said
+
+
+def check_whole(out):
+    """The step of the checkpoint of a run that broke off, whose folder is free."""
     step = load_checkpoint(out / "checkpoint.pt")["step"]
     assert step >= 2
     assert not (out / "lock").exists()
+    return step
+
+
+def check_steps(out, last):
+    log_steps = [entry["step"] for entry in read_log(out / "log.jsonl") if "event" not in entry]
+    assert log_steps == list(range(1, last + 1))
+    assert load_checkpoint(out / "checkpoint.pt")["step"] == last
+
+
+def test_a_killed_process_ends_the_others_and_one_process_goes_on(tmp_path, started):
+    out = tmp_path / "run"
+    writer, other = started(2, out, {**SETTINGS, "steps": 100000})
+    wait_for_steps(out, writer)
+    other.send_signal(signal.SIGKILL)
+    check_ended(writer)
+    step = check_whole(out)
     # One process continues what two began, from the same indices and noise.
     assert run({"resume": True, "out": str(out), "stop_after": step + 1}) == 0
-    log_steps = [entry["step"] for entry in read_log(log) if "event" not in entry]
-    assert log_steps == list(range(1, step + 2))
-    assert load_checkpoint(out / "checkpoint.pt")["step"] == step + 1
+    check_steps(out, step + 1)
 
 
-def test_two_processes_meet_the_images_and_noise_of_one(tmp_path, started):
-    processes = started(2, tmp_path / "two", {**SETTINGS, "stop_after": 6})
+def test_a_hanging_process_ends_the_others_and_two_processes_go_on(tmp_path, started):
+    out = tmp_path / "run"
+    writer, other = started(2, out, {**SETTINGS, "steps": 100000}, program=(str(IMPATIENT),))
+    wait_for_steps(out, writer)
+    other.send_signal(signal.SIGSTOP)
+    check_ended(writer)
+    step = check_whole(out)
+    assert other.poll() is None
+    other.send_signal(signal.SIGCONT)
+    check_ended(other)
+    processes = started(2, out, {"resume": True, "stop_after": step + 1})
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "stopped after step 6 of 14" in said[0]
+    assert f"stopped after step {step + 1} of 100000" in said[0]
     assert said[1] == ""
-    assert run({**SETTINGS, "stop_after": 6, "out": str(tmp_path / "one")}) == 0
-    two, one = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("two", "one"))
-    assert torch.equal(two["noise"], one["noise"])
-    assert torch.equal(two["sampler"]["generator"], one["sampler"]["generator"])
-    assert two["sampler"]["used"] == one["sampler"]["used"] == 72
-    # D has no batch norm: its first loss is that of one process, though G normalises each share by itself.
-    first = [next(e for e in read_log(tmp_path / name / "log.jsonl") if e.get("step") == 1) for name in ("two", "one")]
-    assert first[0]["loss_d"] == pytest.approx(first[1]["loss_d"], rel=0.2)
-    assert [e["action"] for e in read_log(tmp_path / "two" / "log.jsonl") if e.get("event") == "decision"] == ["grow"]
+    check_steps(out, step + 1)
+
+
+def test_processes_wait_for_each_other_for_ten_minutes_at_most(monkeypatch):
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **settings: asked.append(settings))
+    with joined():
+        pass
+    assert asked == [{"timeout": timedelta(minutes=10)}]
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):

@@ -28,8 +28,10 @@ def _rank(rank: int, count: int, names: list[str], folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    from helpers import train_checks
     from helpers.rank_checks import CHECKS
 
+    train_checks.folder = Path(folder)
     store = dist.FileStore(f"{folder}/store", count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
     said: dict[str, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,3 +340,112 @@ def test_a_copy_does_not_keep_its_origin_alive_nor_the_other_way_round() -> None
     gc.collect()
     assert origin() is None
     average(images())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_overwriting_a_models_slots_in_place_raises_until_followers_are_told(late: bool) -> None:
+    """As code does that writes a best state back entry by entry."""
+    model, saved = net(), net()  # as many blocks, others
+    average = copy.deepcopy(model)
+    ddst.follow(average, model)
+    kept = {name: weight_of(layer).detach() for name, layer in sparse_layers(average).items()}
+    best = copy.deepcopy(model).eval()
+    x = images()
+    expected = best(x)
+    for mine, theirs in zip(model.state_dict().values(), saved.state_dict().values(), strict=True):
+        mine.copy_(theirs)
+    if late:
+        lerp_loop(average, model)  # which would mix blocks of two masks, and nobody could tell
+    with pytest.raises(RuntimeError, match=r"averages follow this layer.*ddst\.follow\(average, model\)"):
+        model(x)
+    assert torch.equal(best(x), expected)  # a snapshot is none
+    ddst.follow(average, model)
+    torch.testing.assert_close(model(x), saved(x))
+    for name, layer in sparse_layers(average).items():
+        assert torch.equal(layer.slot_blocks, sparse_layers(model)[name].slot_blocks)
+        if not late:
+            active = weight_of(sparse_layers(saved)[name]) != 0
+            torch.testing.assert_close(weight_of(layer), kept[name] * active)
+    for _ in training(model, (0, 0)):
+        lerp_loop(average, model)
+        average(images())
+
+
+def test_slots_overwritten_with_nonsense_are_not_followed() -> None:
+    model = net()
+    average = copy.deepcopy(model)
+    slots = average[0].slot_blocks.clone()
+    model[0].slot_blocks.fill_(3)
+    with pytest.raises(RuntimeError, match="slot_blocks was overwritten"):
+        ddst.follow(average, model)
+    assert torch.equal(average[0].slot_blocks, slots)
+
+
+def pickled(module: nn.Module, tmp_path: Path) -> nn.Module:
+    torch.save(module, tmp_path / "average.pt")
+    return torch.load(tmp_path / "average.pt", weights_only=False)
+
+
+@loops
+def test_a_pickled_average_computes_what_it_did_and_can_follow_again(loop: Loop, tmp_path: Path) -> None:
+    model = net()
+    average = copy.deepcopy(model).eval()
+    ddst.follow(average, model)
+    for _ in training(model, (0,)):
+        loop(average, model)
+    x = images()
+    expected = average(x)
+    loaded = pickled(pickled(average, tmp_path), tmp_path)
+    for grow in (0, 4):
+        move(model, grow)
+        assert torch.equal(loaded(x), expected)
+    torch.testing.assert_close(loaded.bfloat16().float()(x), expected, rtol=0.05, atol=0.05)
+    again, wanted = pickled(average, tmp_path), weight_of(average[0])
+    ddst.follow(again, model)
+    assert torch.equal(weight_of(again[0]), wanted)
+    for _ in training(model, (0, 3)):
+        loop(again, model)
+        loop(average, model)
+        torch.testing.assert_close(again(x), average(x))
+
+
+@loops
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_pickled_average_that_is_updated_without_a_model_raises(loop: Loop, moved: bool, tmp_path: Path) -> None:
+    model = net()
+    average = copy.deepcopy(model)
+    ddst.follow(average, model)
+    loaded = pickled(average, tmp_path)
+    if moved:
+        move(model)
+    train(model)
+    loop(loaded, model)
+    with pytest.raises(RuntimeError, match=r"was pickled.*ddst\.follow\(average, model\)"):
+        loaded(images())
+    loaded = pickled(average, tmp_path)
+    train(loaded)  # a model of its own
+    loaded(images())
+
+
+def test_a_pickled_librarys_average_goes_on(tmp_path: Path) -> None:
+    model = net()
+    ema = ddst.EMA(model, decay=DECAY)
+    ema.update()
+    torch.save(ema, tmp_path / "ema.pt")
+    loaded = torch.load(tmp_path / "ema.pt", weights_only=False)
+    move(loaded.model)
+    for _ in training(loaded.model):
+        loaded.update()
+        loaded.module(images())
+
+
+def test_a_snapshot_may_change_its_dtype_after_blocks_have_moved() -> None:
+    model = net()
+    best = copy.deepcopy(model).eval()
+    move(model)
+    x = images()
+    expected = best(x)
+    torch.testing.assert_close(best.double()(x.double()).float(), expected)
+    lerp_loop(best, model.double())
+    with pytest.raises(RuntimeError, match=r"ddst\.follow"):
+        best(x.double())

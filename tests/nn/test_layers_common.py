@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ddst
 from ddst.nn import SparseLayer, sparse_layers
-from ddst.topology import SlotChange
+from ddst.slot_change import SlotChange
 from helpers.dense import active_entries, block_norms, inside, mask_of, pack_blocks, topology_of, unpack_blocks
 from helpers.kinds import dense_of, input_of, make_sparse
 from helpers.layers import block_map, weight_of

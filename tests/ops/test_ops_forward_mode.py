@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of the public functions, and of layers under torch.func."""
+"""Forward-mode derivatives of the public functions and of layers."""
 
 from __future__ import annotations
 
@@ -84,19 +84,6 @@ def test_forward_mode_of_layers_and_over_their_gradients(layer: SparseLayer, sha
     torch.testing.assert_close(derivative(of(layer), x, tangent), derivative(of(twin), x, tangent))
     x.requires_grad_()
     torch.testing.assert_close(derivative(gradient_of(layer), x, tangent), derivative(gradient_of(twin), x, tangent))
-
-
-@LAYERS
-def test_transforms_of_torch_func_raise_and_give_no_zeros(layer: SparseLayer, shape: tuple[int, ...]) -> None:
-    """README's limit."""
-    x = torch.randn(shape, dtype=layer.values.dtype)
-    for transform in (
-        lambda: torch.func.jvp(layer, (x,), (x,)),
-        lambda: torch.func.jacfwd(layer)(x),
-        lambda: torch.func.grad(lambda x: layer(x).sum())(x),
-    ):
-        with pytest.raises(RuntimeError, match="functorch"):
-            transform()
 
 
 def test_outside_of_a_level_inference_tensors_are_computed_with() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from ddst.slot_change import SlotChange
 from ddst.sparsity.optimizer import carry_state, check_state
-from ddst.topology import SlotChange
 
 BLOCKS, BLOCK = 12, (4, 3)
 

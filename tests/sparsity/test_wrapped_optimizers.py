@@ -8,10 +8,10 @@ from torch import nn
 
 import ddst
 from ddst.nn.spectral_norm import spectral_norm
+from ddst.slot_change import SlotChange
 from ddst.sparsity import TopologyUpdater, carry_state
 from ddst.sparsity.optimizer import StateChange, check_state
 from ddst.sparsity.wrapped import optimizers_of
-from ddst.topology import SlotChange
 from helpers.training import ToyGan, make, run
 
 

@@ -51,9 +51,10 @@ def test_allocated_bytes_see_small_blocks() -> None:
     assert 4_000_000 < grown - before < 4_500_000
 
 
-def test_growth_is_judged_from_a_step_on() -> None:
-    samples = [Memory(100, 50, 10), Memory(200, 100, 20), Memory(300, 101, 25), Memory(400, 100, 20)]
-    assert growth(samples, 200) == {"resident": 0.01, "allocated": 0.25}
+def test_growth_is_judged_from_a_step_on_by_the_means_of_quarters() -> None:
+    resident = [50, 100, 102, 90, 110, 101, 101, 100, 106]
+    samples = [Memory(100 * i, value, 2 * value) for i, value in enumerate(resident)]
+    assert growth(samples, 100) == {"resident": 0.019802, "allocated": 0.019802}  # 206 / 202
     assert growth([Memory(1, 100, None), Memory(2, 100, None)], 1) == {"resident": 0.0}
 
 

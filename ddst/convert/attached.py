@@ -70,7 +70,7 @@ def see_uses(
         looked_up = any(place.startswith("embedding ") for place in use.dense)
         if use.failure is not None:
             c.attribute, c.reason = None, f"cannot be packed: {use.failure}"
-        elif not use.packed and (looked_up or c.attribute not in NAMES):
+        elif looked_up or (not use.packed and c.attribute not in NAMES):
             c.attribute, c.reason = None, "looked up, no weight of a product" if looked_up else OWN
         else:
             c.reason, c.note = None, f"unpacked by {places}" if places else ""

@@ -174,7 +174,7 @@ def sparsify(
         plan = plan_within(weights, time_budget, block, distribution, work, measured)
     chosen = plan.chosen
     ranked = {name: c.ranked_weight if mask == "magnitude" else c.weight for name, c in chosen.items()}
-    raw = {name: weight for name, weight in ranked.items() if weight is not None}
+    raw = {name: weight.reshape(chosen[name].shape) for name, weight in ranked.items() if weight is not None}
     densities = None if density is None else plan.densities
     transposed, groups = {n for n, c in chosen.items() if c.transposed}, {n: c.groups for n, c in chosen.items()}
     drafts = initial_masks(

@@ -40,7 +40,7 @@ def plan_within(
     Cost: 10 to 300 plans, each ``O(L²)`` for ``L`` layers.
     """
     able = densities_to_measure(candidates, block, distribution)
-    blocks = {c.name: math.prod(grid(c.shape, block)) for c in candidates if c.name in able}
+    blocks = {c.name: math.prod(grid(c.oriented, block)) for c in candidates if c.name in able}
 
     def plan_at(density: float) -> tuple[float, Plan]:
         plan = make_plan(candidates, density, block, distribution, work, measured)

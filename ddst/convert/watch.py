@@ -58,7 +58,7 @@ def multiply_adds(model: nn.Module, run: Callable[[], object], weights: Sequence
     is not called itself counts in the module around it, which reads its weight. What the pass does not reach has 0.
 
     Args:
-        model: nothing of it is changed. run: calls it once, here without gradients.
+        model: nothing of it is changed. run: calls it once, forward.
         weights: of :func:`~ddst.convert.weights.find_weights`.
 
     Raises:
@@ -107,7 +107,8 @@ def _operations_in(model: nn.Module, run: Callable[[], object], modules: Mapping
     fused = torch.backends.mha.get_fastpath_enabled()  # one operator for all of a layer, which nothing counts
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with undisturbed(model), torch.no_grad(), counter:
+        # With gradients: without, the counter fails at modules that are called with a parameter.
+        with undisturbed(model), torch.enable_grad(), counter:
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

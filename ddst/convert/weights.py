@@ -53,6 +53,8 @@ def find_weights(model: nn.Module, exclude: Iterable[str | nn.Module | type] = (
             found.append(layers[id(module)])
         if id(module) in inside or isinstance(module, SparseLayer):
             continue
+        if _holds_no_weight(module):  # nor do its parametrizations
+            inside |= {id(m) for m in module.modules()}
         for attribute, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen or not _is_weight(module, attribute, parameter):
                 continue
@@ -64,9 +66,13 @@ def find_weights(model: nn.Module, exclude: Iterable[str | nn.Module | type] = (
     return [let_attach(c, owners) for c in found]
 
 
+def _holds_no_weight(module: nn.Module) -> bool:
+    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+    return isinstance(module, kinds) or bool(_NO_WEIGHTS.search(type(module).__name__))
+
+
 def _is_weight(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
-    if isinstance(module, norms) or _NO_WEIGHTS.search(type(module).__name__):
+    if _holds_no_weight(module):
         return False
     if isinstance(parameter, UninitializedParameter) or not (parameter.is_floating_point() or parameter.is_complex()):
         return False

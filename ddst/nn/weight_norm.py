@@ -267,7 +267,7 @@ class WeightNorm(nn.Module):
             layer.register_forward_pre_hook(TorchHook(self.dim))
 
     def _index(self, layer: SparseLayer) -> tp.Index:
-        rows, cols, _ = tp.grid(layer.weight_shape, layer.block)
+        rows, cols, _ = tp.grid(layer.op_shape, layer.block)
         return tp.split_topology(layer.topology, rows, cols)
 
     def _squares(self, layer: SparseLayer) -> Tensor:

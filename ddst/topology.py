@@ -384,6 +384,8 @@ def random_mask(
     rows, cols, taps = grid(weight_shape, block)
     total = check_block_total(weight_shape, block)
     nnz, groups = check_int("nnz", nnz, 0, total), check_int("groups", groups, 1)
+    if rows % groups:
+        raise ValueError(f"groups must divide the {rows} block rows, got {groups}")
     height = rows // groups
     cover = min(nnz, max(height, cols) * groups)
 

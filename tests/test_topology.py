@@ -337,6 +337,7 @@ def test_a_change_between_any_two_maps(problem: Slotted, seed: int, more: int) -
         (lambda: topology.unpack(torch.ones(1, 2, 2), torch.ones(1, 1, dtype=torch.bool), (4, 4)), ValueError, "mask"),
         (lambda: topology.random_mask((4, 4), (2, 2), 5), ValueError, "nnz"),
         (lambda: topology.random_mask((4, 4), (2, 2), -1), ValueError, "nnz"),
+        (lambda: topology.random_mask((4, 4), (2, 2), 1, groups=3), ValueError, "groups must divide the 2 block rows"),
         (lambda: topology.unpack(torch.ones(3, 2, 2), torch.eye(2, dtype=torch.bool), (4, 4)), ValueError, "values"),
         (lambda: topology.topology_of_slots(torch.tensor([1, 1]).int(), (2, 2)), ValueError, "slot_blocks .* once"),
         (lambda: topology.topology_of_slots(torch.tensor([0, 4]).int(), (2, 2)), ValueError, "slot_blocks .* below 4"),

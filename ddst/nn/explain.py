@@ -207,7 +207,7 @@ def cuda_preference(layer: SparseLayer, problem: Problem, device: torch.device) 
             problem.stride,
             tf32=tf32_allowed(linear=problem.linear),
         )
-        found[name] = preferred.is_cuda_preferred(kind, layer.slots / layer.num_blocks)[1]
+        found[name] = preferred.is_cuda_preferred(kind, layer.slots / (layer.num_blocks * layer.groups))[1]
     return "; ".join(f"{name}: {reason}" for name, reason in found.items())
 
 

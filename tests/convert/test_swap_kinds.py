@@ -88,7 +88,7 @@ def test_random_masks_cover_the_rows_and_columns_of_every_group() -> None:
 def test_training_moves_blocks_of_every_layer(method: str) -> None:
     torch.manual_seed(0)
     model, x = Vocoder(), torch.randn(3, 32, 9)
-    ddst.sparsify(model, 0.4, block=8, distribution="uniform")
+    ddst.sparsify(model, 0.4, block=8, distribution="uniform", reserve=0.5)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     training = ddst.SparseTraining(model, optimizer, method=method, total_steps=20, interval=2, scope="layer")
     before = {name: layer.block_mask for name, layer in sparse_layers(model).items()}
@@ -100,6 +100,8 @@ def test_training_moves_blocks_of_every_layer(method: str) -> None:
     for name, layer in sparse_layers(model).items():
         assert not torch.equal(layer.block_mask, before[name]), name
         assert int(layer.block_mask.sum()) == int(before[name].sum())
+        assert layer.slots == round(0.5 * layer.num_blocks)
+        assert layer.storage_version == 0
 
 
 def attach(style: str, layer: nn.Module, **options: Any) -> nn.Module:

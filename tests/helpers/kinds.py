@@ -53,7 +53,7 @@ SETTINGS["Conv2d"] = [
 
 #: Every setting of the kinds that are new, and of all kinds with groups: (name of the class, number, groups).
 UNGROUPED = [(name, i, 1) for name in SETTINGS if name != "Conv2d" for i in range(len(SETTINGS[name]))]
-GROUPED = [(name, i, groups) for name in SETTINGS for i in range(0, len(SETTINGS[name]), 2) for groups in (2, 3)]
+GROUPED = [(name, i, 2 + i // 2 % 2) for name in SETTINGS for i in range(0, len(SETTINGS[name]), 2)]
 Which = tuple[str, int, int]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ddst
 from ddst.nn import SparseLayer
@@ -242,6 +243,19 @@ def test_weights_begin_with_the_output_variance_of_torch(which: Which) -> None:
     assert full.dense_weight().abs().max().item() == pytest.approx(bound, rel=0.01)
     assert full.bias.abs().max().item() <= bound * 1.01
     assert full.bias.shape == (sizes[1],)
+
+
+@first
+def test_torch_counts_the_operations_of_a_full_layer_as_of_the_dense_one(which: Which) -> None:
+    layer = make_sparse(which, density=1.0, block=2)
+    counts = []
+    for module in (layer, dense_of(layer)):
+        with FlopCounterMode(display=False) as counter:
+            y = module(input_of(layer).requires_grad_())
+            if layer.groups == 1:  # torch counts no groups in the weight gradient
+                y.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 @first

@@ -225,6 +225,7 @@ def gan(group: Any, part: slice, wrap: Callable[[nn.Module], nn.Module], reserve
     torch.manual_seed(1)
     g = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 40))
     d = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    nn.utils.parametrizations.spectral_norm(d[2])
     ddst.sparsify(g, 0.4, block=8, process_group=group)
     ddst.sparsify(d, 0.3, block=8, process_group=group, reserve=reserve)
     g_ddp, d_ddp = (DistributedDataParallel(g), wrap(d)) if group is None else (g, d)
@@ -279,7 +280,8 @@ def ddst_whose_density_rises() -> None:
     def wrap(net: nn.Module) -> nn.Module:
         ddp = ddst.watch(DistributedDataParallel(net))
         ddp.register_comm_hook(None, counting)
-        return ddp.eval()
+        ddp.training = False  # of the wrapper alone
+        return ddp
 
     ddp = check_gan(wrap, None)
     assert len(set(seen)) > 1  # the hook is there after the storage has grown, and sees the larger gradient

@@ -156,3 +156,17 @@ def test_a_copy_that_was_called_with_other_parameters_first_is_still_found_to_tr
     with torch.no_grad():
         own[0].values.add_(1)
     own(x)  # a model of its own, no average
+
+
+def test_spectral_norm_in_evaluation_mode() -> None:
+    """README's limit: in training mode it writes its vectors, which torch refuses inside a transform."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))
+    ddst.sparsify(net, 0.5, block=4)
+    x = torch.randn(2, 8)
+    with pytest.raises(RuntimeError, match="in-place"):
+        gradients(net, x)
+    got = gradients(net.eval(), x)
+    net(x).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad)

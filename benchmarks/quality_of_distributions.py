@@ -264,7 +264,7 @@ def parser() -> argparse.ArgumentParser:
     add("--method", nargs="+", choices=METHODS, default=METHODS)
     add("--distribution", nargs="+", choices=DISTRIBUTIONS, default=DISTRIBUTIONS)
     add("--seeds", type=positive, default=5, help="default: 5")
-    add("--steps", type=positive, default=250, help="generator iterations of a run (default: 250)")
+    add("--steps", type=positive, default=200, help="generator iterations of a run (default: 200)")
     add("--density", type=density_of, default=0.1, help="ERK's, which sets the multiply-adds of all (default: 0.1)")
     add("--json", type=Path, metavar="FILE", help="keep every run here, a JSON object a line, and make none twice")
     add("--markdown", type=Path, metavar="FILE", help=f"put the table between {' and '.join(MARKERS)} of this file")

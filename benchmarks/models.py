@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from ddst.benchmarks.network_work import (
 from ddst.benchmarks.runner import Row, Settings
 from ddst.measure import CLOCKS, fastest, paired
 from ddst.models.registry import MODELS, Inputs, outputs_of, train_step
+from ddst.nn import sparse_layers
 
 TOLERANCE = 1e-4  # of the largest output, in float32
 UNSEEN = "weights that sparsify does not look for"
@@ -107,13 +109,15 @@ def measure(
         except ValueError as error:
             row["error"] = str(error)
             continue
-        sizes = {layer.name: layer.size for layer in adopted.layers if layer.reason is None}
-        row |= {"packed": sum(sizes.values()) / total, "dense": why_dense(adopted, total)}
+        packed = sum(layer.size for layer in adopted.layers if layer.reason is None)
+        row |= {"packed": packed / total, "dense": why_dense(adopted, total)}
         error = largest_error(sparse, sample_last)
         if not error <= TOLERANCE:
             row["wrong"] = [f"outputs differ by {error:.1e} of the largest"]
             continue
-        row["with_speed"] = sum(sizes[layer] for layer in layers_on_sparse_operators(sparse, sample_last)) / total
+        layers = sparse_layers(sparse)
+        running = [layers[name] for name in layers_on_sparse_operators(sparse, sample_last)]
+        row["with_speed"] = sum(math.prod(layer.weight_shape) for layer in running) / total
         row["macs_left"] = forward_macs(sparse, sample_last) / macs
         row["floor"] = floor(share, row["macs_left"])
         seconds, ratio = paired(
@@ -194,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     add("--name", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
     add("--density", nargs="+", type=density_of, default=[0.1, 0.2, 0.3], help="default: 0.1 0.2 0.3")
     add("--block", type=block_of, default=(16, 16), help="default: 16x16")
-    add("--distribution", choices=("erk", "uniform"), default="erk", help="default: erk")
+    add("--distribution", choices=("erk", "work", "uniform"), default="erk", help="default: erk")
     add("--repeats", type=positive, default=7, help="pairs of steps, at least six, at first (default: 7)")
     add("--threads", type=positive, default=1)
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread")

@@ -69,7 +69,8 @@ def layers_on_sparse_operators(network: nn.Module, inputs: Inputs) -> set[str]:
 
     with _Called(note, lambda func: None):
         network(*inputs)
-    return {name for name, layer in sparse_layers(network).items() if layer.topology.data_ptr() in topologies}
+    layers = sparse_layers(network).items()
+    return {name for name, layer in layers if topologies & {vector.data_ptr() for vector in layer.topologies}}
 
 
 def multiplying_share(network: nn.Module, inputs: Inputs, repeats: int, clock: Clock = time.perf_counter) -> float:

@@ -228,6 +228,11 @@ class PackedStorage(nn.Module):
             self._turned[transposed, flipped, matrix] = self._turned_topology(transposed, flipped, matrix, held)
         self._slots_seen = self.slot_blocks._version
 
+    @property
+    def topologies(self) -> list[Tensor]:
+        """Every vector that operators have been given so far: the topology, and those of :meth:`topology_as`."""
+        return [self.topology, *self._turned.values()]
+
     def topology_as(
         self, transposed: bool = False, flipped: bool = False, matrix: bool = False
     ) -> tuple[Tensor, tuple[int, ...]]:

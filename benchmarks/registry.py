@@ -181,7 +181,7 @@ def layer_of(name: str) -> Layer:
         ValueError: no such name, or a layer that cannot be.
 
     >>> layer_of("conv3x3-192-320-24")
-    Layer(in_channels=192, out_channels=320, kernel=3, size=24, stride=1)
+    Layer(in_channels=192, out_channels=320, kernel=3, size=24, stride=1, dilation=1, dims=2, transposed=False)
     """
     if name in LAYERS:
         return LAYERS[name]

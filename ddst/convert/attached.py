@@ -49,12 +49,13 @@ def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candida
         return c
     shared = owners.get(id(parameter), [])
     c.attribute, c.weight, c.norm, c.slots = names[0], parameter, None, []
-    c.shape, c.counted = split_shape(parameter.shape)[1], True
+    c.shape = split_shape(parameter.shape)[1]
     c.reason = f"weight is shared: {', '.join(shared)}" if len(shared) > 1 else None
     if c.reason is not None:
         c.attribute = None
     elif c.attribute not in NAMES:  # what it is used for decides
         c.reason = OWN
+    c.counted = c.counted or c.reason is None
     return c
 
 
@@ -74,7 +75,7 @@ def see_uses(
             c.attribute, c.reason = None, "looked up, no weight of a product" if looked_up else OWN
         else:
             c.reason, c.note = None, f"unpacked by {places}" if places else ""
-        c.counted = c.attribute is not None or not looked_up
+        c.counted = c.attribute is not None
 
 
 @dataclass

@@ -133,11 +133,9 @@ def _indices(model: nn.Module) -> Iterator[Tensor]:
     """What says where the active blocks are."""
     for module in model.modules():
         if isinstance(module, SparseLayer):
-            yield module.slot_blocks
-        if isinstance(module, SparseLayer | SpectralNorm):
+            yield from (module.slot_blocks, *module.topologies)
+        elif isinstance(module, SpectralNorm):
             yield module.topology
-        if isinstance(matrix := getattr(module, "matrix_topology", None), Tensor):
-            yield matrix
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -71,15 +71,19 @@ def test_a_single_pixel_runs_as_a_linear_layer_and_agrees_with_torch(case: str, 
 
 def test_the_matrix_follows_the_mask_moves_and_is_counted() -> None:
     layer, x = make("ragged", 0.3)
+    layer(x)
     index = network_stats(layer).memory.index
-    assert index == sum(t.numel() * 4 for t in (layer.topology, layer.matrix_topology, layer.slot_blocks))
+    topology, matrix = layer.topologies
+    assert index == sum(t.numel() * 4 for t in (topology, matrix, layer.slot_blocks))
     layer.set_block_mask(~layer.block_mask)
     with torch.no_grad():
         layer.weight.normal_()
     assert_close(layer(x), dense_of(layer)(x), "after a change")
     moved = layer.to("meta")
-    assert moved.matrix_topology.is_meta
-    assert not hasattr(ddst.SparseConvTranspose2d(8, 8, 4, padding=1), "matrix_topology")
+    assert all(topology.is_meta for topology in moved.topologies)
+    padded = ddst.SparseConvTranspose2d(8, 8, 4, padding=1, block=4)
+    padded(torch.ones(1, 8, 1, 1))
+    assert len(padded.topologies) == 1
 
 
 @pytest.mark.parametrize("settings", [{"padding": 1}, {"output_padding": 1, "stride": 2}, {"dilation": 2}], ids=str)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import topology as tp
+from ..._arguments import check_int
 from ...backends import Problem
 from ..base import SparseLayer
 from .weight import PackedWeight
@@ -106,9 +107,12 @@ def split_shape(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     Raises:
         ValueError: it has fewer dimensions, or more that are no leading ones.
     """
-    leading = max(len(shape) - 4, 0)
-    weight_shape = tuple(int(size) for size in shape[leading:])
-    if len(weight_shape) < 2 or any(size != 1 for size in shape[:leading]):
+    if not isinstance(shape, tuple | list):
+        raise TypeError(f"shape must be a tuple of ints, got {type(shape).__name__}")
+    sizes = [check_int("shape", size, 1) for size in shape]
+    leading = max(len(sizes) - 4, 0)
+    weight_shape = tuple(sizes[leading:])
+    if len(weight_shape) < 2 or any(size != 1 for size in sizes[:leading]):
         raise ValueError(f"shape must have 2 to 4 dimensions, after any of size 1, got {tuple(shape)}")
     return leading, weight_shape
 

@@ -45,11 +45,18 @@ HEAD = f"{'network':<20} density  packed  with speed  mult.-adds     step ms  de
 
 
 def laid_out(network: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
-    """The network, in place, and its images in channels_last, which torch refuses for parameters of five dimensions."""
+    """The network, in place, and its images in channels_last, if it runs so.
+
+    torch refuses it for parameters of five dimensions, and code that takes a ``view`` of its weight fails.
+    """
     if any(p.dim() == 5 for p in network.parameters()):
         return network, inputs
-    last = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs]
-    return network.to(memory_format=torch.channels_last), tuple(last)
+    last = tuple(t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs)
+    try:
+        copy.deepcopy(network).to(memory_format=torch.channels_last)(*last)
+    except RuntimeError:
+        return network, inputs
+    return network.to(memory_format=torch.channels_last), last
 
 
 def largest_error(sparse: nn.Module, inputs: Inputs) -> float:

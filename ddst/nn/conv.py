@@ -12,7 +12,8 @@ from .. import ops, topology
 from .._arguments import check_int, check_ints, check_one_of, check_tensor
 from ..backends import Problem
 from ..ops.conv2d import check_padding, output_is_channels_last, resolve_padding
-from .base import SparseLayer, check_plain, copy_of, mask_for
+from .base import SparseLayer
+from .from_dense import check_plain, copy_of, mask_for
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 

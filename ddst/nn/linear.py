@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .. import ops, topology
 from .._arguments import check_int
 from ..backends import Problem
-from .base import SparseLayer, check_plain, copy_of, mask_for
+from .base import SparseLayer
+from .from_dense import check_plain, copy_of, mask_for
 
 
 class SparseLinear(SparseLayer):

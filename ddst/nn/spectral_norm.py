@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from .. import topology as tp
 from .._arguments import check_device, check_dtype, check_int, check_number, check_one_of, check_weight_shape
-from ..ops.reference import dense_weight
+from .matrix import DenseMatrix, Matrix, PackedMatrix
 from .repeated_calls import RepeatedCalls, may_be_checkpointed
 from .storage import placed_topology
 
@@ -65,72 +65,6 @@ def rename_dense_keys(state_dict: dict[str, Any], prefix: str) -> None:
             for old, new in zip(keys, _SPARSE_KEYS, strict=True):
                 if prefix + old in state_dict:
                     state_dict[prefix + new] = state_dict.pop(prefix + old)
-
-
-class _Matrix(Protocol):
-    """A sparse matrix ``W [M, N]`` given by packed values."""
-
-    def times(self, v: Tensor) -> Tensor:
-        """``W v``, ``[M]``."""
-
-    def transposed_times(self, u: Tensor) -> Tensor:
-        """``Wᵀ u``, ``[N]``."""
-
-    def outer(self, u: Tensor, v: Tensor) -> Tensor:
-        """``u vᵀ`` at the active blocks, ``[slots, b_out, b_in]``, zero outside the weight."""
-
-
-class _Packed:
-    """The matrix on the registered operators."""
-
-    def __init__(self, values: Tensor, topology: Tensor, shape: tuple[int, int]) -> None:
-        self.values, self.topology, self.shape = values, topology, list(shape)
-
-    def times(self, v: Tensor) -> Tensor:
-        return _ops.linear(v[None], self.values, None, self.topology, self.shape)[0]
-
-    def transposed_times(self, u: Tensor) -> Tensor:
-        return _ops.linear_input_grad(u[None], self.values, self.topology, self.shape)[0]
-
-    def outer(self, u: Tensor, v: Tensor) -> Tensor:
-        block = [self.values.shape[1], self.values.shape[2]]
-        return _ops.linear_weight_grad(u[None], v[None], self.topology, self.shape, block)
-
-
-class _Dense:
-    """The matrix on the reference backend: unpacked, dense arithmetic."""
-
-    def __init__(self, values: Tensor, topology: Tensor, shape: tuple[int, int]) -> None:
-        self.weight = dense_weight(values, topology, shape)
-        self.topology, self.block = topology, (values.shape[1], values.shape[2])
-
-    def times(self, v: Tensor) -> Tensor:
-        return (self.weight * v).sum(1)
-
-    def transposed_times(self, u: Tensor) -> Tensor:
-        return (self.weight * u[:, None]).sum(0)
-
-    def outer(self, u: Tensor, v: Tensor) -> Tensor:
-        rows, cols, _ = tp.grid(self.weight.shape, self.block)
-        index = tp.split_topology(self.topology, rows, cols)
-        blocks = F.pad(tp.as_blocks(torch.outer(u, v), self.block), (0, 0, 0, 0, 0, 1, 0, 1))  # free slots: zeros
-        return blocks[index.block_row.long(), index.block_col.long()]
-
-
-class _Transposed:
-    """The transpose of a matrix."""
-
-    def __init__(self, matrix: _Matrix) -> None:
-        self.matrix = matrix
-
-    def times(self, v: Tensor) -> Tensor:
-        return self.matrix.transposed_times(v)
-
-    def transposed_times(self, u: Tensor) -> Tensor:
-        return self.matrix.times(u)
-
-    def outer(self, u: Tensor, v: Tensor) -> Tensor:
-        return self.matrix.outer(v, u)
 
 
 def _unit(vector: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -346,20 +280,20 @@ class SpectralNorm(nn.Module):
         return torch.dot(values.flatten(), direction.flatten())
 
     def _iterate_once(
-        self, matrix: _Matrix, dtype: torch.dtype, iterations: int, version: object
+        self, matrix: Matrix, dtype: torch.dtype, iterations: int, version: object
     ) -> tuple[Tensor, Tensor]:
         """:meth:`_iterate`; where checkpointing repeats a forward call, the vectors of that call and no iteration."""
 
         make, present = (lambda n=n: self._iterate(matrix, dtype, n) for n in (iterations, 0))
         return self._calls.result(make, present, version)
 
-    def _matrix(self, values: Tensor, backend: str) -> _Matrix:
-        kind = _Dense if backend == "reference" else _Packed
+    def _matrix(self, values: Tensor, backend: str) -> Matrix:
+        kind = DenseMatrix if backend == "reference" else PackedMatrix
         if self.dim == 1:
             return _Transposed(kind(values, self.topology, (self._matrix_shape[1], self._matrix_shape[0])))
         return kind(values, self.topology, self._matrix_shape)
 
-    def _iterate(self, matrix: _Matrix, dtype: torch.dtype, iterations: int) -> tuple[Tensor, Tensor]:
+    def _iterate(self, matrix: Matrix, dtype: torch.dtype, iterations: int) -> tuple[Tensor, Tensor]:
         """``(u, v)`` after some iterations, v in the matrix's order; 0 iterations change nothing."""
         if iterations == 0:
             return self.u.to(dtype), self._block_order(self.v.to(dtype))

@@ -64,7 +64,7 @@ class DenseMatrix:
         return blocks[index.block_row.long(), index.block_col.long()]
 
 
-class _Transposed:
+class TransposedMatrix:
     """The transpose of a matrix."""
 
     def __init__(self, matrix: Matrix) -> None:

@@ -23,7 +23,7 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from .. import topology as tp
 from .._arguments import check_device, check_dtype, check_int, check_number, check_one_of, check_weight_shape
-from .matrix import DenseMatrix, Matrix, PackedMatrix
+from .matrix import DenseMatrix, Matrix, PackedMatrix, TransposedMatrix
 from .repeated_calls import RepeatedCalls, may_be_checkpointed
 from .storage import placed_topology
 
@@ -290,7 +290,7 @@ class SpectralNorm(nn.Module):
     def _matrix(self, values: Tensor, backend: str) -> Matrix:
         kind = DenseMatrix if backend == "reference" else PackedMatrix
         if self.dim == 1:
-            return _Transposed(kind(values, self.topology, (self._matrix_shape[1], self._matrix_shape[0])))
+            return TransposedMatrix(kind(values, self.topology, (self._matrix_shape[1], self._matrix_shape[0])))
         return kind(values, self.topology, self._matrix_shape)
 
     def _iterate(self, matrix: Matrix, dtype: torch.dtype, iterations: int) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,8 @@ With --json every finished run is kept, and a run that is kept is not made again
 
 Distributions:
 
-    erk   d_l = min(1, ε (c_out + c_in + k_h + k_w) / n_l), ε by the share of weights
-    work  the same, ε by the share of multiply-adds: at equal multiply-adds ε is equal, too, and so is the network but
-          for the rounding to whole blocks; where no block differs, the run of "erk" counts for both
-    even  d_l = min(1, ε (c_out + c_in + k_h + k_w) / f_l): not the weights left in a layer but its multiply-adds f_l
-          follow ERK's sum, so that a layer is the sparser the more positions it is applied at
+    erk   d_l = min(1, ε (c_out + c_in + k_h + k_w) / n_l): the weights left in a layer follow the sum of its sizes
+    work  d_l = min(1, ε (c_out + c_in + k_h + k_w) / f_l): its multiply-adds do
 """
 
 from __future__ import annotations
@@ -35,14 +32,12 @@ from torch import Tensor, nn
 
 from ddst import sparsify
 from ddst.convert import SparsifyReport
-from ddst.convert.distribution import shared_out
 from ddst.data import load_images
 from ddst.train import Trainer, resolve, train
 from ddst.train.config import TrainConfig
-from ddst.train.players import build_networks
 from ddst.train.report import summarize
 
-DISTRIBUTIONS = ("erk", "work", "even")
+DISTRIBUTIONS = ("erk", "work")
 METHODS = ("static", "ddst-relaxed")
 #: Small enough for a minute a run on one core; three resolutions in each network.
 SETTINGS: dict[str, Any] = {
@@ -103,14 +98,7 @@ def convert(
     assert left is not None
     if distribution == "erk":
         return sparsify(net, density, block=block, sample=sample)
-    if distribution == "work":
-        return sparsify(net, left, block=block, sample=sample, distribution="work")
-    work = {row.name: row.multiply_adds or 0.0 for row in by_erk.layers}
-    narrow = {row.name for row in by_erk.layers if row.shape[0] < block[0] or row.shape[1] < block[1]}
-    shares = shared_out({row.name: sum(row.shape) / work[row.name] for row in by_erk.layers}, work, left, narrow)
-    full = [name for name, share in shares.items() if share == 1.0]
-    named = {name: share for name, share in shares.items() if share < 1.0}
-    return sparsify(net, left, block=block, sample=sample, distribution=named, exclude=full)
+    return sparsify(net, left, block=block, sample=sample, distribution=distribution)
 
 
 def make_sparse(
@@ -122,12 +110,6 @@ def make_sparse(
         convert(net, torch.zeros(shape), config.density, distribution, config.block)
         for net, shape in zip((generator, discriminator), shapes, strict=True)
     ]
-
-
-def blocks(config: TrainConfig, distribution: str) -> list[list[int]]:
-    """Active blocks of every layer of both networks."""
-    reports = make_sparse(config, *build_networks(config, 1), distribution)
-    return [[row.blocks for row in report.layers] for report in reports]
 
 
 def settings_of(method: str, seed: int, steps: int, density: float) -> dict[str, Any]:
@@ -167,10 +149,7 @@ def all_runs(
         for distribution in distributions:
             key = (method, distribution, seed, steps, density)
             if key not in known:
-                config = resolve(settings_of(method, seed, steps, density))
-                twin = known.get((method, "erk", seed, steps, density))
-                same = twin is not None and blocks(config, distribution) == blocks(config, "erk")
-                known[key] = twin._replace(distribution=distribution) if twin and same else train_once(*key)
+                known[key] = train_once(*key)
                 if kept is not None:
                     with kept.open("a") as lines:
                         lines.write(json.dumps(known[key]._asdict()) + "\n")

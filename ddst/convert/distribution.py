@@ -65,16 +65,16 @@ def erk_densities(shapes: Mapping[str, Shape], density: float, dense: Collection
 def work_densities(
     shapes: Mapping[str, Shape], work: Mapping[str, float], density: float, dense: Collection[str] = ()
 ) -> dict[str, float]:
-    """``d_l = min(1, ε (c_out + c_in + k_h + k_w) / (c_out · c_in · k_h · k_w))``, ε such that ``Σ d_l f_l = d Σ f_l``.
+    """``d_l = min(1, ε (c_out + c_in + k_h + k_w) / f_l)``, ε such that ``Σ d_l f_l = d Σ f_l``.
 
-    ERK's rule, with the budget in multiply-adds ``f_l`` instead of weights: where ERK leaves narrow layers at a high
-    resolution dense, which takes most of the time, here all layers together become sparser until ``d`` of the work is
-    left. Layers that would pass 1 become dense and the rest is rescaled.
+    ERK's rule for multiply-adds ``f_l`` in the place of weights: what is left of a layer's *work* follows the sum of
+    its sizes. ERK leaves narrow layers at a high resolution dense, which take most of the time; here a layer is the
+    sparser the more positions it is applied at. Layers that would pass 1 become dense and the rest is rescaled.
 
     Args:
         shapes: weight shape of every layer that counts.
-        work: ``f_l`` of each: weights × output positions × calls. A layer with 0, which no forward pass reaches, has
-            the density that the rule gives it and weighs nothing in the sum.
+        work: ``f_l`` of each: weights × output positions × calls. A layer with 0, which no forward pass reaches, counts
+            as one with a single position, and weighs nothing in the sum.
         density: share ``d`` of the multiply-adds that is left, above 0 and at most 1.
         dense: names of layers that are dense whatever their share; they count with density 1.
 
@@ -89,14 +89,15 @@ def work_densities(
     >>> shapes = {"wide": (256, 256, 3, 3), "narrow": (32, 32, 3, 3)}  # at 8 x 8 and at 64 x 64 pixels
     >>> work = {"wide": 256 * 256 * 9 * 64, "narrow": 32 * 32 * 9 * 4096}
     >>> {name: round(d, 4) for name, d in work_densities(shapes, work, 0.2).items()}
-    {'wide': 0.0415, 'narrow': 0.3585}
+    {'wide': 0.3524, 'narrow': 0.0476}
     >>> {name: round(d, 4) for name, d in erk_densities(shapes, 0.1).items()}
     {'wide': 0.0895, 'narrow': 0.7738}
     """
     if not sum(work[name] for name in shapes) > 0:
         raise ValueError("work must be above 0 for at least one layer: no forward pass reaches any")
     amount = {name: work[name] for name in shapes}
-    return shared_out(_raw(shapes), amount, density, dense, "take {:.4f} of all multiply-adds")
+    raw = {name: sum(shape) / (work[name] or math.prod(shape)) for name, shape in shapes.items()}
+    return shared_out(raw, amount, density, dense, "take {:.4f} of all multiply-adds")
 
 
 def _raw(shapes: Mapping[str, Shape]) -> dict[str, float]:

@@ -76,11 +76,11 @@ def sparsify(
             ``(b_in, b_out)`` afterwards, as its weight has the input channels first.)
         distribution: "erk" (:func:`~ddst.convert.distribution.erk_densities`): small layers stay denser; the density
             is that of all layers of these kinds which are not excluded, those left dense counting as 1. "work"
-            (:func:`~ddst.convert.distribution.work_densities`): spread likewise, but the density is the share of
-            *multiply-adds*, of all weights that are not excluded, met to within one block's work of the coarsest
-            layer; needs ``sample``. "uniform": every swapped layer has the density. ``{name: density}``: these layers
-            have theirs, all other swapped layers ``density``; a layer named here is swapped even if it has fewer
-            channels than the block.
+            (:func:`~ddst.convert.distribution.work_densities`): layers with many output positions are the sparser
+            ones, and the density is the share of *multiply-adds*, of all weights that are not excluded, met to within
+            one block's work of the coarsest layer; needs ``sample``. "uniform": every swapped layer has the density.
+            ``{name: density}``: these layers have theirs, all other swapped layers ``density``; a layer named here is
+            swapped even if it has fewer channels than the block.
         exclude: names, modules or classes to leave alone, with everything inside them.
         backend: of the new layers: "auto", "cpu", "triton", "cuda" or "reference".
         generator: of random masks; torch's default generator by default.

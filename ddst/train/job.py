@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddst.data import load_images
+from ddst.data import DataError, load_images
 from ddst.distributed import sums
 from ddst.sparsity.density import NetworkDensity
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
@@ -95,7 +95,7 @@ def _resume(given: Mapping[str, Any]) -> int:
         config = _continued(settings, given)
         try:
             trainer = _trainer(config)
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be continued here: config: {error}") from None
         trainer.load_state_dict(saved)
         kept = by_first(lambda: kept_log(out / LOG, saved["log"], trainer.step)) or Kept(0, ())

@@ -21,20 +21,18 @@ def test_every_distribution_has_erks_multiply_adds() -> None:
     reports = {}
     for distribution in study.DISTRIBUTIONS:
         reports[distribution] = study.make_sparse(config, *build_networks(config, 1), distribution)
-    for erk, work, even in zip(*(reports[name] for name in ("erk", "work", "even")), strict=True):
+    for erk, work in zip(*(reports[name] for name in ("erk", "work")), strict=True):
         layers = [row.multiply_adds for row in erk.layers]
         one_block = max(256 * row.multiply_adds / row.size for row in erk.layers if row.reason is None) / sum(layers)
-        for other in (work, even):
-            assert [row.multiply_adds for row in other.layers] == layers
-            assert other.multiply_adds_left == pytest.approx(erk.multiply_adds_left, abs=2 * one_block)
-        # ERK and "work" are one network, "even" is none of them: what is left of a layer follows ERK's sum.
-        assert [row.blocks for row in work.layers] == [row.blocks for row in erk.layers]
-        assert [row.blocks for row in even.layers] != [row.blocks for row in erk.layers]
-        left = [row.density * row.multiply_adds / sum(row.shape) for row in even.layers if row.blocks > 20]
+        assert [row.multiply_adds for row in work.layers] == layers
+        assert work.multiply_adds_left == pytest.approx(erk.multiply_adds_left, abs=2 * one_block)
+        # What is left of a layer's multiply-adds follows ERK's sum.
+        assert [row.blocks for row in work.layers] != [row.blocks for row in erk.layers]
+        left = [row.density * row.multiply_adds / sum(row.shape) for row in work.layers if row.blocks > 20]
         assert len(left) > 1 and max(left) < 1.15 * min(left)
 
 
-def test_runs_are_made_once_and_equal_networks_share_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     def train_once(*key: Any) -> Run:
@@ -42,13 +40,12 @@ def test_runs_are_made_once_and_equal_networks_share_one(tmp_path: Path, monkeyp
         return Run(*key, 0.1, 0.1, 0.1, 0.1, 0.1, float(len(made)), 1.0)
 
     monkeypatch.setattr(study, "train_once", train_once)
-    monkeypatch.setattr(study, "blocks", lambda config, distribution: distribution == "even")
     kept = tmp_path / "runs.jsonl"
     arguments = (["static"], study.DISTRIBUTIONS, 2, 10, 0.1, kept)
     runs = list(study.all_runs(*arguments))
-    assert [key[1:3] for key in made] == [("erk", 0), ("even", 0), ("erk", 1), ("even", 1)]
+    assert [key[1:3] for key in made] == [("erk", 0), ("work", 0), ("erk", 1), ("work", 1)]
     assert [(run.distribution, run.seed, run.distance) for run in runs] == [
-        ("erk", 0, 1.0), ("work", 0, 1.0), ("even", 0, 2.0), ("erk", 1, 3.0), ("work", 1, 3.0), ("even", 1, 4.0)
+        ("erk", 0, 1.0), ("work", 0, 2.0), ("erk", 1, 3.0), ("work", 1, 4.0)
     ]  # fmt: skip
     assert list(study.all_runs(*arguments)) == runs and len(made) == 4
     list(study.all_runs(["static"], ["erk"], 1, 11, 0.1, kept))
@@ -62,10 +59,10 @@ def test_differences_are_paired_by_seed() -> None:
     def run(distribution: str, seed: int, distance: float) -> Run:
         return Run("static", distribution, seed, 10, 0.1, 0.05, 0.1, 0.1, 0.2, 0.07, distance, 9.0)
 
-    runs = [run("erk", 0, 50.0), run("even", 0, 51.0), run("erk", 1, 90.0), run("even", 1, 92.0)]
-    runs += [run("erk", 2, 70.0), run("even", 2, 73.0)]
+    runs = [run("erk", 0, 50.0), run("work", 0, 51.0), run("erk", 1, 90.0), run("work", 1, 92.0)]
+    runs += [run("erk", 2, 70.0), run("work", 2, 73.0)]
     text = study.tables(runs)
-    assert "| static | even | 0.0500, 0.1000 | 0.1000, 0.2000 | 0.0700 | 72.00 | +2.00 (-0.48 to +4.48) |" in text
+    assert "| static | work | 0.0500, 0.1000 | 0.1000, 0.2000 | 0.0700 | 72.00 | +2.00 (-0.48 to +4.48) |" in text
     assert "| static | erk | 0.0500, 0.1000 | 0.1000, 0.2000 | 0.0700 | 70.00 | - |" in text
     assert "seeds 0, 1, 2" in text
     assert study.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
@@ -85,8 +82,8 @@ def test_a_run_trains_the_networks_of_its_distribution(monkeypatch: pytest.Monke
     tiny = {**SMALL, "batch": 4, "fd_samples": 100, "resolution": 8, "br_window": 2}
     monkeypatch.setattr(study, "SETTINGS", {**study.SETTINGS, **tiny})
     before = torch.get_num_threads()
-    run = study.train_once("static", "even", 0, 2, 0.3)
+    run = study.train_once("static", "work", 0, 2, 0.3)
     torch.set_num_threads(before)
-    assert run.key == ("static", "even", 0, 2, 0.3)
+    assert run.key == ("static", "work", 0, 2, 0.3)
     assert run.distance > 0 and 0 < run.flops < 1
     assert run.density_g > 0.3 and run.multiply_adds_g < 0.3

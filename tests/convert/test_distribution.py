@@ -81,12 +81,20 @@ def test_density_that_is_no_number() -> None:
 def test_work_equals_the_count_by_hand() -> None:
     # ERK's numerators and sizes as above; the narrow layer "a" is applied at 1024 positions, the others at 16.
     work = {name: math.prod(shape) * (1024 if name == "a" else 16) for name, shape in SHAPES.items()}
-    # Σ f = 36864 · 1024 + (121792 - 36864) · 16 = 39107584. Per ε: 134 · 1024 + (73 + 198 + 194 + 138) · 16 = 146864;
-    # at a fifth, ε = 53.26: "first" (73 ε > 1728), "last" (138 ε > 1280) and "short" (194 ε > 8192) pass 1.
-    dense = (1728 + 8192 + 1280) * 16
-    epsilon = (0.2 * 39107584 - dense) / (134 * 1024 + 198 * 16)
-    expected = {"first": 1.0, "a": 134 * epsilon / 36864, "b": 198 * epsilon / 73728, "short": 1.0, "last": 1.0}
+    # Σ f = 36864 · 1024 + (121792 - 36864) · 16 = 39107584; at a fifth all but "a" are full, which has what they leave of
+    # the budget.
+    others = (121792 - 36864) * 16
+    expected = {"first": 1.0, "a": (0.2 * 39107584 - others) / (36864 * 1024), "b": 1.0, "short": 1.0, "last": 1.0}
     assert work_densities(SHAPES, work, 0.2) == pytest.approx(expected, rel=1e-12)
+    # At a fiftieth none is: ε Σ s = 0.02 Σ f, with Σ s = 73 + 134 + 198 + 194 + 138 = 737.
+    epsilon = 0.02 * 39107584 / 737
+    numerators = {"first": 73, "a": 134, "b": 198, "short": 194, "last": 138}
+    found = work_densities(SHAPES, work, 0.02)
+    full = {name for name, s in numerators.items() if epsilon * s >= work[name]}
+    left = 0.02 * 39107584 - sum(work[name] for name in full)
+    epsilon = left / sum(s for name, s in numerators.items() if name not in full)
+    for name, s in numerators.items():
+        assert found[name] == pytest.approx(1.0 if name in full else epsilon * s / work[name], rel=1e-12)
 
 
 def test_work_counts_forced_layers_as_dense_and_refuses_what_they_exceed() -> None:
@@ -102,10 +110,11 @@ def test_work_counts_forced_layers_as_dense_and_refuses_what_they_exceed() -> No
 
 def test_a_layer_without_work_follows_the_rule_and_weighs_nothing() -> None:
     shapes = {"used": (64, 64), "unused": (64, 32), "thin": (64, 2)}
-    densities = work_densities(shapes, {"used": 7.0, "unused": 0.0, "thin": 0.0}, 0.25)
+    work = {"used": 64.0 * 64, "unused": 0.0, "thin": 0.0}  # as if each were applied at one position
+    densities = work_densities(shapes, work, 0.25)
     assert densities == pytest.approx({"used": 0.25, "unused": 0.25 * 96 / 64, "thin": 1.0})
-    assert work_densities(shapes, {"used": 7.0, "unused": 0.0, "thin": 0.0}, 1.0) == dict.fromkeys(shapes, 1.0)
-    counts = block_counts(shapes, densities, (16, 2), {"used": 7.0, "unused": 0.0, "thin": 0.0})
+    assert work_densities(shapes, work, 1.0) == dict.fromkeys(shapes, 1.0)
+    counts = block_counts(shapes, densities, (16, 2), work)
     assert counts == {"used": 32, "unused": 24, "thin": 4}
 
 
@@ -195,7 +204,7 @@ def test_law_work_meets_the_share_of_multiply_adds_by_erks_rule(layers: list, de
     densities = work_densities(shapes, work, density)
     assert all(0 < d <= 1 for d in densities.values())
     assert sum(densities[n] * work[n] for n in shapes) == pytest.approx(density * sum(work.values()), rel=1e-6)
-    raw = {name: sum(shape) / size[name] for name, shape in shapes.items()}
+    raw = {name: sum(shape) / (work[name] or size[name]) for name, shape in shapes.items()}
     scales = [densities[n] / raw[n] for n in shapes if densities[n] < 1]
     if scales:
         assert max(scales) == pytest.approx(min(scales))
@@ -203,17 +212,11 @@ def test_law_work_meets_the_share_of_multiply_adds_by_erks_rule(layers: list, de
 
 
 @settings(max_examples=100)
-@given(WORKED, st.floats(0.01, 1.0))
-def test_law_at_equal_multiply_adds_work_and_erk_are_one_distribution(layers: list, density: float) -> None:
-    """Both are ``min(1, ε raw)``: they differ in what the density counts, not in how it is spread."""
-    shapes = named([layer[:3] for layer in layers])
-    work = {name: math.prod(shapes[name]) * layer[3] for name, layer in zip(shapes, layers, strict=True)}
-    by_erk = erk_densities(shapes, density)
-    used = [name for name in shapes if work[name]]
-    if not used or all(by_erk[name] == 1 for name in used):
-        return
-    left = sum(by_erk[name] * work[name] for name in shapes) / sum(work.values())
-    assert work_densities(shapes, work, left) == pytest.approx(by_erk, rel=1e-6)
+@given(LAYERS, st.floats(0.01, 1.0))
+def test_law_where_all_layers_have_as_many_positions_work_is_erk(layers: list, density: float) -> None:
+    shapes = named(layers)
+    work = {name: 7.0 * math.prod(shape) for name, shape in shapes.items()}
+    assert work_densities(shapes, work, density) == pytest.approx(erk_densities(shapes, density), rel=1e-6)
 
 
 @settings(max_examples=150)

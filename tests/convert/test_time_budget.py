@@ -28,7 +28,7 @@ def net() -> nn.Sequential:
 def linear_in_density(name: str, seconds: float, fixed: float = 0.0, slope: float = 1.0) -> LayerAdvice:
     """Sparse takes ``(fixed + slope · density)`` of the dense seconds."""
     points = []
-    for density in (0.01, 0.5, 1.0):
+    for density in (0.001, 0.5, 1.0):
         relative = fixed + slope * density
         points.append(Measured(density, seconds, seconds * relative, 1 / relative, 1 / relative))
     return LayerAdvice(name, (64, 64), 1, 0.1, tuple(points))

@@ -81,8 +81,8 @@ def test_density_that_is_no_number() -> None:
 def test_work_equals_the_count_by_hand() -> None:
     # ERK's numerators and sizes as above; the narrow layer "a" is applied at 1024 positions, the others at 16.
     work = {name: math.prod(shape) * (1024 if name == "a" else 16) for name, shape in SHAPES.items()}
-    # Σ f = 36864 · 1024 + (121792 - 36864) · 16 = 39107584; at a fifth all but "a" are full, which has what they leave of
-    # the budget.
+    # Σ f = 36864 · 1024 + (121792 - 36864) · 16 = 39107584; at a fifth all but "a" are full, which has what they leave
+    # of the budget.
     others = (121792 - 36864) * 16
     expected = {"first": 1.0, "a": (0.2 * 39107584 - others) / (36864 * 1024), "b": 1.0, "short": 1.0, "last": 1.0}
     assert work_densities(SHAPES, work, 0.2) == pytest.approx(expected, rel=1e-12)

@@ -24,6 +24,7 @@ from .watch import check_not_lazy, undisturbed
 NAMES = ("weight", "weight_orig")
 
 OWN = "a parameter of its module, which is no convolution or linear layer"
+UNSEEN = f"{OWN}; sample= would show whether it is used as a weight of one"
 
 
 def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candidate:
@@ -54,7 +55,7 @@ def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candida
     if c.reason is not None:
         c.attribute = None
     elif c.attribute not in NAMES:  # what it is used for decides
-        c.reason = OWN
+        c.reason = UNSEEN
     return c
 
 
@@ -70,10 +71,14 @@ def see_uses(
         looked_up = any(place.startswith("embedding ") for place in use.dense)
         if use.failure is not None:
             c.attribute, c.reason = None, f"cannot be packed: {use.failure}"
-        elif looked_up or (not use.packed and c.attribute not in NAMES):
-            c.attribute, c.reason = None, "looked up, no weight of a product" if looked_up else OWN
+        elif looked_up:
+            c.attribute, c.reason = None, "looked up, no weight of a product"
+        elif not use.packed and c.attribute not in NAMES:
+            c.attribute, c.reason = None, f"unpacked by {places}" if places else OWN
         else:
             c.reason, c.note = None, f"unpacked by {places}" if places else ""
+            if c.as_tensor:
+                c.note = "unpacked: its code takes a tensor only"
         c.counted = c.attribute is not None or not looked_up
 
 
@@ -135,14 +140,12 @@ def uses_of(
 
 
 def _blame(error: Exception, packable: list[tuple[nn.Module, str]], uses: dict[tuple[int, str], Use]) -> bool:
-    """Finds whose packed weight an error comes from, and what to try instead; False where it is none's."""
-    running: list[Any] = []
-    trace = error.__traceback__
-    while trace is not None:
-        running.insert(0, trace.tb_frame.f_locals.get("self"))
-        trace = trace.tb_next
-    for owner in [*running, None]:  # None: anybody's
-        suspects = [uses[id(m), name] for m, name in packable if owner is None or m is owner]
+    """Finds whose packed weight an error comes from, and what to try instead; False where it is none's.
+
+    The innermost module that was running and holds one is to blame, or one inside of it, whose weight it may have read.
+    """
+    for inside in [*_running(error), None]:  # None: anybody's
+        suspects = [uses[id(m), name] for m, name in packable if inside is None or m in inside]
         fresh = [use for use in suspects if not use.as_tensor]
         for use in fresh:
             use.as_tensor = True
@@ -153,6 +156,19 @@ def _blame(error: Exception, packable: list[tuple[nn.Module, str]], uses: dict[t
         if suspects:
             return True
     return False
+
+
+def _running(error: Exception) -> list[set[nn.Module]]:
+    """The modules whose methods an error came through, each with all inside of it, the innermost first."""
+    found: list[set[nn.Module]] = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        first = trace.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, nn.Module):
+            found = [{first}, set(first.modules()), *found]
+        trace = trace.tb_next
+    return found
 
 
 @contextmanager

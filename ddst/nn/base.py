@@ -21,7 +21,8 @@ from ..slot_change import SlotChange
 from . import recorded_scores
 from .dense_view import DenseView
 from .origin import Origin, check_followers
-from .packed.weight import PackedWeight, WeightUses
+from .packed.callers import WeightUses
+from .packed.weight import PackedWeight
 from .plain import overridden, plain_kind
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage

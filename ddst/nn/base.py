@@ -41,11 +41,13 @@ class SparseLayer(PackedStorage):
         weight_uses: what has been done with :attr:`weight` outside of compiled graphs.
         spectral_norm: None, or the module that divides ``values`` by an estimate of the largest singular value.
         weight_norm: None, or the module that gives each row of ``values`` a length of its own. At most one of the two.
+        runs: whether it has a forward pass, in which it takes norms.
         transposed: whether the weight's first dimension is that of the input, so that its blocks are ``(b_in, b_out)``.
         dense_kind: the class of :mod:`torch.nn` whose sparse twin this is.
         carried: names of the attributes that :func:`ddst.sparsify` took over from the instance it swapped.
     """
 
+    runs: ClassVar[bool] = True
     transposed: ClassVar[bool] = False
     dense_kind: ClassVar[type[nn.Module]]
     carried: tuple[str, ...] = ()

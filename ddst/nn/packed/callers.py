@@ -37,6 +37,14 @@ def inside_a_function() -> bool:
     return False
 
 
+def raised_here(error: BaseException) -> bool:
+    """Whether an error was raised by code of this package, which says itself what is wrong."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN[0])
+
+
 def calling_place() -> str:
     """``file:line`` of the code outside of torch and this package that is being run."""
     frame = sys._getframe(1)

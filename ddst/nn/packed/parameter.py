@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ... import topology as tp
 from ...backends import Problem
 from ..base import SparseLayer
+from .callers import raised_here
 from .weight import PackedWeight
 
 #: What the child module of a parameter is called: this and the parameter's name.
@@ -38,6 +39,7 @@ class PackedParameter(SparseLayer):
         leading: number of dimensions of size 1 before those of ``weight_shape``.
     """
 
+    runs: ClassVar[bool] = False
     dense_kind: ClassVar[type[nn.Module]] = nn.Module
 
     def __init__(
@@ -136,9 +138,10 @@ class HoldsPackedParameters:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not handed on: a class that keeps a register of its subclasses has no new one."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """``type(module)(...)`` in the module's code makes one with plain parameters, as its class does."""
-        return cls.own_class(*args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # type(module)(...) in the module's own code makes one with plain parameters.
+        self.__class__ = type(self).own_class
+        self.__class__.__init__(self, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call: Any = super().__call__  # type: ignore[misc]
@@ -152,7 +155,7 @@ class HoldsPackedParameters:
             return call(*args, **kwargs)
         except Exception as error:
             unused = [name for name in type(self).packed_attributes if not _packed_at(self, name).has_run]
-            if unused:
+            if unused and not raised_here(error):
                 error.add_note(
                     f"ddst: {' and '.join(unused)} of this {type(self).__name__} is packed and has not run yet. If its "
                     "code takes nothing but a tensor, call ddst.sparsify with sample=, which finds that out, or with "
@@ -166,8 +169,15 @@ class HoldsPackedParameters:
         else:
             super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.removesuffix("_orig") in type(self).packed_attributes:  # as torch's pruning begins
+            raise RuntimeError(_refusal(name.removesuffix("_orig")))
+        super().register_parameter(name, param)  # type: ignore[misc]
+
     def __delattr__(self, name: str) -> None:
-        if name in type(self).packed_attributes:
+        # Where torch removes a norm, "weight" goes first, then what it was computed from.
+        packed = type(self).packed_attributes
+        if any(key in packed for key in (name, f"{name}_orig", f"{name}_v")):
             raise AttributeError(_refusal(name))
         super().__delattr__(name)
 
@@ -207,8 +217,8 @@ class _OtherParameters(dict[str, nn.Parameter | None]):
 
 def _refusal(name: str) -> str:
     return (
-        f"{name} is packed by ddst.sparsify and cannot be taken away or replaced: apply norms, parametrizations and "
-        "pruning before, or leave the module out with exclude=, or call ddst.densify first"
+        f"{name} is packed by ddst.sparsify and cannot be taken away or replaced: apply or remove norms, "
+        "parametrizations and pruning before, leave the module out with exclude=, or call ddst.densify first"
     )
 
 
@@ -253,6 +263,7 @@ def packed_class(base: Any, attributes: tuple[str, ...]) -> type:
 
 def attach(module: nn.Module, name: str, packed: PackedParameter) -> None:
     """Puts packed blocks in the place of a module's parameter."""
+    check_detachable(module)
     kind: Any = type(module)
     attributes: tuple[str, ...] = (name,)
     if isinstance(module, HoldsPackedParameters):
@@ -268,8 +279,19 @@ def attach(module: nn.Module, name: str, packed: PackedParameter) -> None:
     _renew_product(module, name, packed.weight)
 
 
-def detach(module: nn.Module) -> None:
-    """Gives a module its parameters back, dense: the inverse of :func:`attach`."""
+def check_detachable(module: nn.Module) -> None:
+    """Raises if somebody has made a class of their own of that of a module with packed parameters."""
+    kind: Any = type(module)
+    if isinstance(module, HoldsPackedParameters) and HoldsPackedParameters not in kind.__bases__:
+        raise ValueError(
+            f"a {kind.__name__} was made of a {kind.own_class.__name__} after ddst.sparsify had packed its "
+            f"{' and '.join(kind.packed_attributes)}: undo that first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations if it was a parametrization"
+        )
+
+
+def detach(module: nn.Module) -> tuple[str, ...]:
+    """Gives a module its parameters back, dense, and returns their names: the inverse of :func:`attach`."""
     assert isinstance(module, HoldsPackedParameters)
     attributes = type(module).packed_attributes
     module.__class__ = type(module).own_class
@@ -280,6 +302,7 @@ def detach(module: nn.Module) -> None:
         dense = packed.to_dense()
         setattr(module, name, dense)
         _renew_product(module, name, dense.detach())
+    return attributes
 
 
 def _renew_product(module: nn.Module, name: str, value: Any) -> None:

@@ -100,7 +100,8 @@ class PackedWeight:
         if self.with_grad and not torch.is_grad_enabled() and self.requires_grad and inside_a_function():
             raise TypeError(
                 "a packed weight was handed to a torch.autograd.Function, which takes tensors only and would give it "
-                "no gradient: hand over weight.unpacked()"
+                "no gradient: call ddst.sparsify with sample=, which finds that out, or with exclude=, or hand over "
+                "weight.unpacked()"
             )
 
     # --- what code asks of a weight before it uses it -----------------------------------------------------------------

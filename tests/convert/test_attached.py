@@ -244,7 +244,7 @@ class Remembered(Custom):
 class Strict(EqualConv):
     """As einops: asks the type of what it gets."""
 
-    def forward(this, x: Tensor) -> Tensor:  # noqa: N805 - as some people write it
+    def forward(this, x: Tensor) -> Tensor:
         flat = rearranged(this.weight)
         return F.conv2d(x, flat.reshape(32, 32, 3, 3) * this.scale, this.bias, padding=1)
 

@@ -55,7 +55,7 @@ def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candida
     if c.reason is not None:
         c.attribute = None
     elif c.attribute not in NAMES:  # what it is used for decides
-        c.reason = UNSEEN
+        c.reason, c.counted = UNSEEN, False
     return c
 
 
@@ -66,20 +66,22 @@ def see_uses(
     held = [c for c in candidates if c.attribute is not None]
     uses = uses_of(model, [(c.module, c.attribute or "") for c in held], arguments, block)
     for c in held:
-        use = uses[id(c.module), c.attribute or ""]
+        use, named = uses[id(c.module), c.attribute or ""], c.attribute in NAMES
         c.as_tensor, places = use.as_tensor, ", ".join(sorted(use.dense))
         looked_up = any(place.startswith("embedding ") for place in use.dense)
         if use.failure is not None:
             c.attribute, c.reason = None, f"cannot be packed: {use.failure}"
         elif looked_up:
             c.attribute, c.reason = None, "looked up, no weight of a product"
-        elif not use.packed and c.attribute not in NAMES:
+        elif not use.packed and not named:
             c.attribute, c.reason = None, f"unpacked by {places}" if places else OWN
+            if c.as_tensor:
+                c.reason = "its code takes a tensor only, so that its use is not seen"
         else:
             c.reason, c.note = None, f"unpacked by {places}" if places else ""
             if c.as_tensor:
                 c.note = "unpacked: its code takes a tensor only"
-        c.counted = c.attribute is not None or not looked_up
+        c.counted = c.attribute is not None or (named and not looked_up)
 
 
 @dataclass

@@ -22,12 +22,19 @@ from . import recorded_scores
 from .dense_view import DenseView
 from .origin import Origin, check_followers
 from .packed.callers import WeightUses
+from .packed.other_parameters import OtherParameters
 from .packed.weight import PackedWeight
 from .plain import overridden, plain_kind
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage
 from .weight_norm import WeightNorm
 from .weight_norm import rename_dense_keys as rename_weight_norm_keys
+
+
+_WEIGHT = {
+    "weight": "weight is packed and cannot be taken away or replaced: apply torch's norms and pruning before "
+    "ddst.sparsify, or use ddst.nn.spectral_norm(layer) or ddst.nn.weight_norm(layer)"
+}
 
 
 class SparseLayer(PackedStorage):
@@ -81,6 +88,7 @@ class SparseLayer(PackedStorage):
             free = torch.full((reserved,), -1, dtype=torch.int32, device="cpu")
             slot_blocks = SlotChange.to_mask(free, mask, reserved).slot_blocks
         super().__init__(weight_shape, pair, slot_blocks, reserved, groups)
+        self.__dict__["_parameters"] = OtherParameters.beside(_WEIGHT, {})
         self.backend = "auto"
         self.gives_dense_weight = False
         self.weight_uses = WeightUses()

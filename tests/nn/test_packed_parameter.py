@@ -514,3 +514,14 @@ def test_parametrizing_another_parameter_before_works_and_after_must_be_undone()
     assert torch.equal(net(images()), expected)
     parametrize.remove_parametrizations(net.second, "bias")
     assert type(ddst.densify(net).second) is EqualConv
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_sparse_layers_name_their_own_norms(norm: Callable[[nn.Module], Any]) -> None:
+    layer = ddst.SparseLinear(32, 32)
+    with pytest.raises(RuntimeError, match=r"weight is packed.*ddst\.nn\.spectral_norm"):
+        norm(layer)
+    with pytest.raises(KeyError, match="weights"):
+        layer._parameters["weights"]
+    assert set(layer._parameters) == {"values", "bias"} and not layer._forward_pre_hooks

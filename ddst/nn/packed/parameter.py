@@ -19,6 +19,7 @@ from ... import topology as tp
 from ...backends import Problem
 from ..base import SparseLayer
 from .callers import raised_here
+from .other_parameters import OtherParameters
 from .weight import PackedWeight
 
 #: What the child module of a parameter is called: this and the parameter's name.
@@ -196,25 +197,6 @@ class HoldsPackedParameters:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
-class _OtherParameters(dict[str, nn.Parameter | None]):
-    """The plain parameters of a module that has packed ones, which says so where one of these is looked for.
-
-    torch's hooks for spectral and weight norm, and its pruning, take a parameter out of here.
-    """
-
-    packed: tuple[str, ...] = ()
-
-    def __missing__(self, name: str) -> Any:
-        if name in self.packed:
-            raise RuntimeError(_refusal(name))
-        raise KeyError(name)
-
-    def __delitem__(self, name: str) -> None:
-        if name in self.packed:
-            raise RuntimeError(_refusal(name))
-        super().__delitem__(name)
-
-
 def _refusal(name: str) -> str:
     return (
         f"{name} is packed by ddst.sparsify and cannot be taken away or replaced: apply or remove norms, "
@@ -268,9 +250,8 @@ def attach(module: nn.Module, name: str, packed: PackedParameter) -> None:
     attributes: tuple[str, ...] = (name,)
     if isinstance(module, HoldsPackedParameters):
         kind, attributes = kind.own_class, (*kind.packed_attributes, name)
-    others = _OtherParameters((key, value) for key, value in module._parameters.items() if key != name)
-    others.packed = attributes
-    module.__dict__["_parameters"] = others
+    packed_names = {key: _refusal(key) for key in attributes}
+    module.__dict__["_parameters"] = OtherParameters.beside(packed_names, module._parameters)
     children = dict(module._modules)
     module._modules.clear()  # the first of the children, as the parameter came before them
     module.add_module(PREFIX + name, packed)

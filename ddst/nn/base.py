@@ -30,7 +30,6 @@ from .storage import PackedStorage
 from .weight_norm import WeightNorm
 from .weight_norm import rename_dense_keys as rename_weight_norm_keys
 
-
 _WEIGHT = {
     "weight": "weight is packed and cannot be taken away or replaced: apply torch's norms and pruning before "
     "ddst.sparsify, or use ddst.nn.spectral_norm(layer) or ddst.nn.weight_norm(layer)"

@@ -23,6 +23,9 @@ from .watch import check_not_lazy, undisturbed
 #: Names of parameters that are weights whatever the module does with them. torch's spectral norm makes the second.
 NAMES = ("weight", "weight_orig")
 
+#: torch's modules that compute nothing: what is in them is used by the module around them.
+CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+
 OWN = "a parameter of its module, which is no convolution or linear layer"
 UNSEEN = f"{OWN}; sample= would show whether it is used as a weight of one"
 
@@ -46,7 +49,8 @@ def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candida
     parameter = c.module._parameters[names[0]] if names else None
     if parameter is None or (isinstance(c.module, _ConvNd) and parameter.dim() > 4) or not fits(parameter):
         return c
-    if type(c.module).__module__.startswith("torch.nn.modules") and not c.reason.startswith(ITS_OWN):
+    torchs = type(c.module).__module__.startswith("torch.nn.modules") and not isinstance(c.module, CONTAINERS)
+    if torchs and not c.reason.startswith(ITS_OWN):
         return c
     shared = owners.get(id(parameter), [])
     c.attribute, c.weight, c.norm, c.slots = names[0], parameter, None, []

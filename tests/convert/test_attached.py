@@ -135,6 +135,30 @@ def test_parameters_of_other_names_are_packed_if_a_sample_shows_their_use() -> N
     torch.testing.assert_close(model(x), expected)
 
 
+def test_parameters_in_torchs_containers_are_packed_if_seen() -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ParameterList([torch.randn(32, 32), torch.randn(32, 32), torch.randn(32)])
+            self.heads = nn.ParameterDict({"weight": torch.randn(32, 32)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for weight in self.layers[:2]:
+                x = F.linear(x, weight) / 6
+            return F.linear(x, self.heads["weight"], self.layers[2])
+
+    model, x = Stacked(), torch.randn(4, 32)
+    assert reasons(packed_all(copy.deepcopy(model))) == {"layers.0": UNSEEN, "layers.1": UNSEEN, "heads.weight": None}
+    expected, state = model(x), model.state_dict()
+    assert reasons(packed_all(model, x)) == {"layers.0": None, "layers.1": None, "heads.weight": None}
+    torch.testing.assert_close(model(x), expected)
+    model.load_state_dict(state)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    ddst.densify(model)
+    assert type(model.layers) is nn.ParameterList and type(model.heads) is nn.ParameterDict
+    assert torch.equal(model(x), expected) and len(model.layers) == 3 and "weight" in model.heads
+
+
 def test_one_class_with_other_attributes_packed_in_each_module() -> None:
     class Gated(nn.Module):
         def __init__(self, gate: bool) -> None:

@@ -63,12 +63,12 @@ def sparsify(
     swapped once and stays shared. References held outside the module tree (a plain list) keep the old layer.
 
     Modules that compute in their own way (other classes, subclasses and instances with methods of their own) stay where
-    they are, and of what class they are: a plain parameter ``weight`` (or ``weight_orig`` of torch's spectral norm) with
+    they are, and of what class they are: a plain parameter ``weight`` (or ``weight_orig`` of torch's spectral norm) of
     two to four dimensions, after any of size 1, is packed in place, as a child module ``packed_weight``
-    (:mod:`ddst.nn.packed`). With ``sample`` the model is run once with such parameters packed: those of other names are,
-    too, if convolutions or linear functions get them; what is looked up stays dense; code that takes nothing but a tensor
-    is given one (method and memory stay packed), and the report notes which code unpacks a weight. Without, such code
-    raises when it first runs.
+    (:mod:`ddst.nn.packed`). With ``sample`` the model is run with such parameters packed, and those of other names are,
+    too, if convolutions or linear functions get them; what is looked up stays dense; code that takes nothing but a
+    tensor is given one (method and memory stay packed), and the report notes which code unpacks a weight. Without,
+    such code raises when it first runs.
 
     Left as they are, with the reason in the report: excluded layers; 3-D convolutions; grouped ones whose groups have
     channels that are no multiples of the block; layers with fewer channels than the block (they would store several

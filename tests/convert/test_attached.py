@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import ddst
 from ddst import topology as tp
 from ddst.convert.attached import OWN, UNSEEN
+from ddst.convert.watch import multiply_adds
+from ddst.convert.weights import find_weights
 from helpers.own_modules import EqualConv, EqualLinear, EqualNet, Holding, packed_of
 
 
@@ -437,6 +439,32 @@ def test_a_share_of_multiply_adds_counts_them() -> None:
     assert work["second.weight"] == 2 * 8 * 8 * 32 * 32 * 9 and work["mapping.weight"] == 2 * 32 * 64
     left = sum(row.density * row.multiply_adds for row in report.layers if row.multiply_adds is not None)
     assert left / sum(w for w in work.values() if w is not None) == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_multiply_adds_count_where_a_weight_is_read() -> None:
+    """By a module around its own, out of a list, or through a norm: all take the same here."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = EqualConv(32, 32)
+            self.listed = nn.ParameterList([torch.randn(32, 32, 3, 3)])
+            self.blocks = nn.ModuleList([EqualConv(32, 32)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for weight in (self.read.weight, self.listed[0], self.blocks[0].weight):
+                x = F.conv2d(x, weight, padding=1)
+            return x
+
+    norms = (nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm, nn.utils.weight_norm)
+    model = nn.Sequential(Reads(), *(norm(EqualConv(32, 32)) for norm in norms), EqualConv(32, 32))
+    report = ddst.sparsify(model, 0.5, distribution="uniform", sample=images())
+    each = 2 * 6 * 6 * 32 * 32 * 9
+    assert [row.multiply_adds for row in report.layers] == [each] * 7
+    model.eval()  # without the power iteration, which runs on blocks, too, and is counted then
+    again = multiply_adds(model, lambda: model(images()), find_weights(model))
+    assert list(again.values()) == [pytest.approx(each, rel=0.05)] * 7
 
 
 def test_what_cannot_be_measured_is_said() -> None:

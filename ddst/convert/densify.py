@@ -42,8 +42,9 @@ def densify(model: nn.Module) -> nn.Module:
         ValueError: the model is itself a sparse layer, or torch has parametrized a module of it after parameters of
             that were packed.
 
+    >>> import ddst
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
-    >>> report = sparsify(model, 0.5)
+    >>> report = ddst.sparsify(model, 0.5)
     >>> x = torch.randn(4, 64)
     >>> y = model(x)
     >>> torch.allclose(densify(model)(x), y, atol=1e-5), type(model[0]).__name__
@@ -124,9 +125,10 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
         Keys in the dense model's order, but for parameters packed where they are, which come last of their module.
         Entries that are not a sparse layer's weight share memory with the model.
 
+    >>> import ddst
     >>> dense = nn.Sequential(nn.Linear(32, 32))
     >>> model = nn.Sequential(nn.Linear(32, 32))
-    >>> report = sparsify(model, 0.5)
+    >>> report = ddst.sparsify(model, 0.5)
     >>> dense.load_state_dict(dense_state_dict(model))
     <All keys matched successfully>
     """

@@ -27,6 +27,8 @@ NAMES = ("weight", "weight_orig")
 CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 OWN = "a parameter of its module, which is no convolution or linear layer"
+LOOKED_UP = "looked up, no weight of a product"
+UNUSED = "no convolution or linear function gets it"
 UNSEEN = f"{OWN}; sample= would show whether it is used as a weight of one"
 
 
@@ -76,9 +78,9 @@ def see_uses(
         if use.failure is not None:
             c.attribute, c.reason = None, f"cannot be packed: {use.failure}"
         elif looked_up:
-            c.attribute, c.reason = None, "looked up, no weight of a product"
+            c.attribute, c.reason = None, LOOKED_UP
         elif not use.packed and not named:
-            c.attribute, c.reason = None, f"unpacked by {places}" if places else OWN
+            c.attribute, c.reason = None, f"unpacked by {places}" if places else UNUSED
             if c.as_tensor:
                 c.reason = "its code takes a tensor only, so that its use is not seen"
         else:
@@ -86,6 +88,7 @@ def see_uses(
             if c.as_tensor:
                 c.note = "unpacked: its code takes a tensor only"
         c.counted = c.attribute is not None or (named and not looked_up)
+        c.multiplies = c.reason not in (LOOKED_UP, UNUSED)
 
 
 @dataclass

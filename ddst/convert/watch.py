@@ -85,14 +85,14 @@ def multiply_adds(model: nn.Module, run: Callable[[], object], weights: Sequence
                 at[name] = around[id(at[name])]
         done = _operations_in(model, run, {id(module): module for module in at.values()})
     held: dict[int, int] = {}
-    for c in weights:
+    for c in (c for c in weights if c.multiplies):
         held[id(at[c.name])] = held.get(id(at[c.name]), 0) + c.size
     found = {}
     for c in weights:
         operations = done.get(id(at[c.name]), 0.0) / 2
         if isinstance(c.module, SparseLayer):  # its active blocks were counted, whole
             operations *= c.size / max(1, c.module.nnz * c.module.block[0] * c.module.block[1])
-        found[c.name] = operations * c.size / max(1, held[id(at[c.name])])
+        found[c.name] = operations * c.size / max(1, held[id(at[c.name])]) if c.multiplies else 0.0
     return found
 
 

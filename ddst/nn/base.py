@@ -19,7 +19,6 @@ from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..ops.reference import block_norms_of
 from ..slot_change import SlotChange
 from . import recorded_scores
-from .dense_view import DenseView
 from .origin import Origin, check_followers
 from .packed.callers import WeightUses
 from .packed.other_parameters import OtherParameters
@@ -151,7 +150,7 @@ class SparseLayer(PackedStorage):
         return self.values if self.norm is None else self.norm(self)
 
     @property
-    def weight(self) -> PackedWeight | DenseView:
+    def weight(self) -> PackedWeight | Tensor:
         """``W`` as code for the dense layer uses it, under spectral norm divided by σ, under weight norm
         ``g · v / ‖v‖``: a :class:`~ddst.nn.packed.weight.PackedWeight`, or a dense tensor where
         :attr:`gives_dense_weight` says so.
@@ -162,10 +161,9 @@ class SparseLayer(PackedStorage):
         weight = self._packed_weight()
         if not self.gives_dense_weight:
             return weight
-        self.weight_uses.dense.add("read as a tensor")
-        dense = weight.dense()
-        assert isinstance(dense, DenseView)
-        return dense
+        if not torch.compiler.is_compiling():
+            self.weight_uses.dense.add("read as a tensor")
+        return weight.dense()
 
     def _packed_weight(self) -> PackedWeight:
         if not torch.compiler.is_compiling():

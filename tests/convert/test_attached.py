@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ddst
 from ddst import topology as tp
-from ddst.convert.attached import OWN, UNSEEN
+from ddst.convert.attached import LOOKED_UP, UNSEEN, UNUSED
 from ddst.convert.watch import multiply_adds
 from ddst.convert.weights import find_weights
 from helpers.own_modules import EqualConv, EqualLinear, EqualNet, Holding, packed_of
@@ -126,9 +126,12 @@ def test_parameters_of_other_names_are_packed_if_a_sample_shows_their_use() -> N
         "inner.filters": None,
         "inner.first": None,
         "inner.weight": None,
-        "inner.table": "looked up, no weight of a product",
-        "inner.unused": OWN,
+        "inner.table": LOOKED_UP,
+        "inner.unused": UNUSED,
     }
+    work = {row.name: row.multiply_adds for row in report.layers}
+    assert work["inner.table"] == work["inner.unused"] == 0
+    assert sum(filter(None, work.values())) == 2 * (6 * 6 * 32 * 32 * 9 + 2 * 64 * 32)
     assert [row.name for row in report.layers if row.counted] == ["inner.filters", "inner.first", "inner.weight"]
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
@@ -208,7 +211,7 @@ def test_shared_parameters_embeddings_and_norms_stay() -> None:
     report = packed_all(model, images())
     assert reasons(report) == {
         "0.weight": "weight is shared: 0.weight, 4.weight",
-        "3.weight": "looked up, no weight of a product",
+        "3.weight": LOOKED_UP,
         "5": None,
     }
     assert [type(m) for m in model[:5]] == [EqualConv, OwnNorm2d, OwnEmbedding, Codes, EqualConv]
@@ -303,6 +306,24 @@ def test_with_a_sample_it_gets_a_tensor_and_the_report_says_so(kind: type[EqualC
     assert packed.values.numel() == 18 * 256 and packed.values.grad is not None
     expected = tp.pack_slots(dense[1].weight.grad, packed.slot_blocks, packed.block)
     torch.testing.assert_close(packed.values.grad, expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    model[1].weight.requires_grad_(False)
+    assert not packed.values.requires_grad
+    model[1].weight.requires_grad = True
+    assert packed.values.requires_grad
+
+
+@pytest.mark.parametrize("kind", [Checked, Custom, Strict])
+def test_a_module_that_gets_a_tensor_is_compiled_whole(kind: type[EqualConv]) -> None:
+    model, x = nn.Sequential(kind(32, 32)), images()
+    ddst.sparsify(model, 0.5, distribution="uniform", sample=x)
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    for each in (model, compiled):
+        each(x).square().sum().backward()
+    for parameter, other in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", STRICT)

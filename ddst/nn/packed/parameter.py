@@ -3,7 +3,10 @@
 ``attach`` puts a :class:`PackedParameter` in the place of a plain parameter: the module's attribute (``weight``)
 becomes a property that gives a :class:`~ddst.nn.packed.weight.PackedWeight`, and a child module (``packed_weight``)
 holds the blocks. The module is made an instance of a subclass of its own class, of the same name, so that nothing else
-of it changes: methods, hooks, other parameters, what it is an instance of.
+of it changes: methods, hooks, other parameters, what it is an instance of, copies and pickles.
+
+torch.fx takes such a module for a leaf, as it does sparse layers: what the module does to its weight before it uses it
+is done while the graph is traced, and would be a constant there.
 """
 
 from __future__ import annotations

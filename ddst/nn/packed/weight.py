@@ -251,7 +251,7 @@ class PackedWeight:
         return dense.reshape(self.shape).contiguous()
 
     def dense(self) -> Tensor:
-        """What a function that is not known gets: outside of compiled code writable, if it is the layer's own weight."""
+        """What a function that is not known gets: writable, if it is the layer's own weight and the code not compiled."""
         if torch.compiler.is_compiling():
             return self.unpacked()
         return DenseView.of(self.unpacked(), self.layer) if self.bound and self.canonical else self.unpacked()

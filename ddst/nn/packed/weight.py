@@ -251,7 +251,7 @@ class PackedWeight:
         return dense.reshape(self.shape).contiguous()
 
     def dense(self) -> Tensor:
-        """What a function that is not known gets: writable, if it is the layer's own weight and the code not compiled."""
+        """What an unknown function gets: writable, if it is the layer's own weight and the code is not compiled."""
         if torch.compiler.is_compiling():
             return self.unpacked()
         return DenseView.of(self.unpacked(), self.layer) if self.bound and self.canonical else self.unpacked()

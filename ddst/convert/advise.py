@@ -117,7 +117,10 @@ def _on_one_scale(
     """
     layers = {layer.name: layer for block in found for layer in block.layers}
     if not layers:
-        raise ValueError("sample must reach a layer that would be sparse, but running the model with it reached none")
+        raise ValueError(
+            "sample must reach a layer that would be swapped, but running the model with it reached none: weights that "
+            "are packed in modules which compute in their own way cannot be measured"
+        )
     with undisturbed(model), torch.enable_grad():
         twins = [(_dense(c.module, c), seen[c.name]) for c in candidates if c.name in layers]
         model_seconds, ratio = time_model(step, twins, repeats)

@@ -23,7 +23,13 @@ from .watch import check_not_lazy, undisturbed
 #: Names of parameters that are weights whatever the module does with them. torch's spectral norm makes the second.
 NAMES = ("weight", "weight_orig")
 
+#: torch's modules that compute nothing: what is in them is used by the module around them.
+CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+
 OWN = "a parameter of its module, which is no convolution or linear layer"
+LOOKED_UP = "looked up, no weight of a product"
+UNUSED = "no convolution or linear function gets it"
+UNSEEN = f"{OWN}; sample= would show whether it is used as a weight of one"
 
 
 def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candidate:
@@ -45,7 +51,8 @@ def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candida
     parameter = c.module._parameters[names[0]] if names else None
     if parameter is None or (isinstance(c.module, _ConvNd) and parameter.dim() > 4) or not fits(parameter):
         return c
-    if type(c.module).__module__.startswith("torch.nn.modules") and not c.reason.startswith(ITS_OWN):
+    torchs = type(c.module).__module__.startswith("torch.nn.modules") and not isinstance(c.module, CONTAINERS)
+    if torchs and not c.reason.startswith(ITS_OWN):
         return c
     shared = owners.get(id(parameter), [])
     c.attribute, c.weight, c.norm, c.slots = names[0], parameter, None, []
@@ -54,7 +61,7 @@ def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candida
     if c.reason is not None:
         c.attribute = None
     elif c.attribute not in NAMES:  # what it is used for decides
-        c.reason = OWN
+        c.reason = UNSEEN
     c.counted = c.counted or c.reason is None
     return c
 
@@ -66,16 +73,23 @@ def see_uses(
     held = [c for c in candidates if c.attribute is not None]
     uses = uses_of(model, [(c.module, c.attribute or "") for c in held], arguments, block)
     for c in held:
-        use = uses[id(c.module), c.attribute or ""]
+        use, named = uses[id(c.module), c.attribute or ""], c.attribute in NAMES
         c.as_tensor, places = use.as_tensor, ", ".join(sorted(use.dense))
         looked_up = any(place.startswith("embedding ") for place in use.dense)
         if use.failure is not None:
             c.attribute, c.reason = None, f"cannot be packed: {use.failure}"
-        elif looked_up or (not use.packed and c.attribute not in NAMES):
-            c.attribute, c.reason = None, "looked up, no weight of a product" if looked_up else OWN
+        elif looked_up:
+            c.attribute, c.reason = None, LOOKED_UP
+        elif not use.packed and not named:
+            c.attribute, c.reason = None, f"unpacked by {places}" if places else UNUSED
+            if c.as_tensor:
+                c.reason = "its code takes a tensor only, so that its use is not seen"
         else:
             c.reason, c.note = None, f"unpacked by {places}" if places else ""
-        c.counted = c.attribute is not None
+            if c.as_tensor:
+                c.note = "unpacked: its code takes a tensor only"
+        c.counted = c.attribute is not None or (named and not looked_up)
+        c.multiplies = c.reason not in (LOOKED_UP, UNUSED)
 
 
 @dataclass
@@ -136,14 +150,12 @@ def uses_of(
 
 
 def _blame(error: Exception, packable: list[tuple[nn.Module, str]], uses: dict[tuple[int, str], Use]) -> bool:
-    """Finds whose packed weight an error comes from, and what to try instead; False where it is none's."""
-    running: list[Any] = []
-    trace = error.__traceback__
-    while trace is not None:
-        running.insert(0, trace.tb_frame.f_locals.get("self"))
-        trace = trace.tb_next
-    for owner in [*running, None]:  # None: anybody's
-        suspects = [uses[id(m), name] for m, name in packable if owner is None or m is owner]
+    """Finds whose packed weight an error comes from, and what to try instead; False where it is none's.
+
+    The innermost module that was running and holds one is to blame, or one inside of it, whose weight it may have read.
+    """
+    for inside in [*_running(error), None]:  # None: anybody's
+        suspects = [uses[id(m), name] for m, name in packable if inside is None or m in inside]
         fresh = [use for use in suspects if not use.as_tensor]
         for use in fresh:
             use.as_tensor = True
@@ -154,6 +166,19 @@ def _blame(error: Exception, packable: list[tuple[nn.Module, str]], uses: dict[t
         if suspects:
             return True
     return False
+
+
+def _running(error: Exception) -> list[set[nn.Module]]:
+    """The modules whose methods an error came through, each with all inside of it, the innermost first."""
+    found: list[set[nn.Module]] = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        first = trace.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, nn.Module):
+            found = [{first}, set(first.modules()), *found]
+        trace = trace.tb_next
+    return found
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class Candidate:
         attribute: name of the parameter that is packed where it is, in a module that computes in its own way
             (:mod:`ddst.convert.attached`); None for a layer that is swapped.
         as_tensor: whether that module takes its weight as a tensor only. note: what the report says of it.
+        multiplies: False for what a run has shown to be looked up, or not used.
     """
 
     module: nn.Module
@@ -87,6 +88,7 @@ class Candidate:
     plain: type[nn.Module] | None = None
     attribute: str | None = None
     as_tensor: bool = False
+    multiplies: bool = True
     note: str = ""
 
     @property

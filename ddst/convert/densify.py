@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .. import topology as tp
 from .._arguments import check_module
 from ..nn import SparseLayer, sparse_layers
 from ..nn.data_parallel import let_go, whole
-from ..nn.packed.parameter import PREFIX, HoldsPackedParameters, PackedParameter, detach
+from ..nn.packed.parameter import PREFIX, PackedParameter, check_detachable, detach
 from ..nn.spectral_norm import DENSE_KEYS
 from ..nn.weight_norm import DENSE_KEYS as WEIGHT_NORM_KEYS
-from ..nn.weight_norm import dense_parts
+from ..nn.weight_norm import dense_parts, torch_hook
+from .attached import packed_holders
 from .candidates import check_unsharded, places
 from .twins import carry_hooks
 
@@ -35,9 +39,10 @@ def densify(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: the model is itself a sparse layer.
+        ValueError: the model is itself a sparse layer, or torch has parametrized a module of it after parameters of
+            that were packed.
 
-    >>> import torch, ddst
+    >>> import ddst
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
     >>> report = ddst.sparsify(model, 0.5)
     >>> x = torch.randn(4, 64)
@@ -50,11 +55,14 @@ def densify(model: nn.Module) -> nn.Module:
             f"model is itself a {type(model).__name__}, which cannot be swapped in place: use its to_dense()"
         )
     check_unsharded(model, "ddst.densify")
+    holders = packed_holders(model)
+    for holder in holders:
+        check_detachable(holder)
     let_go(sparse_layers(model).values(), "layers are swapped for dense ones")
     twins: dict[int, nn.Module] = {}
-    for holder in [module for module in model.modules() if isinstance(module, HoldsPackedParameters)]:
-        assert isinstance(holder, nn.Module)
-        detach(holder)
+    for holder in holders:
+        for name in detach(holder):
+            _fill_zero_rows(holder, name)
     for _, parent, attribute, module in list(places(model)):
         if isinstance(module, SparseLayer):
             if id(module) not in twins:
@@ -74,6 +82,33 @@ def _dense_twin(layer: SparseLayer) -> nn.Module:
     if layer.norm is not None:
         layer.norm.attach_to_dense(dense)
     return dense
+
+
+def _weight_norm_on(module: nn.Module, attribute: str) -> tuple[str, int] | None:
+    """``(name of g, dim)`` where torch's weight norm, hook or parametrization, divides a parameter by its norms."""
+    hook = torch_hook(module)
+    if hook is not None and attribute == "weight_v":
+        return "weight_g", hook.dim
+    if isinstance(module, ParametrizationList) and attribute == "original1" and isinstance(module[0], _WeightNorm):
+        return "original0", module[0].dim
+    return None
+
+
+def _without_zero_rows(g: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """:func:`~ddst.nn.weight_norm.dense_parts` over any dimension; -1 for a norm over all."""
+    if dim == -1:
+        return dense_parts(g, v, None)
+    g, v = dense_parts(g.transpose(0, dim), v.transpose(0, dim), 0)
+    return g.transpose(0, dim), v.transpose(0, dim).contiguous()
+
+
+@torch.no_grad()
+def _fill_zero_rows(module: nn.Module, attribute: str) -> None:
+    norm = _weight_norm_on(module, attribute)
+    if norm is not None:
+        g, v = module.get_parameter(norm[0]), module.get_parameter(attribute)
+        for parameter, value in zip((g, v), _without_zero_rows(g, v, norm[1]), strict=True):
+            parameter.copy_(value)
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -110,7 +145,11 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
             above, _, child = name.rpartition(".")
             key = ".".join(filter(None, (above, child.removeprefix(PREFIX))))
             renamed |= {prefix + "values": key, prefix + "slot_blocks": None}
-            weights[prefix + "values"] = weight.reshape([1] * layer.leading + list(layer.weight_shape))
+            weights[prefix + "values"] = weight = weight.reshape(layer.shape)
+            norm = _weight_norm_on(model.get_submodule(above), child.removeprefix(PREFIX))
+            if norm is not None:
+                g = f"{above}.{norm[0]}" if above else norm[0]
+                weights[g], weights[prefix + "values"] = _without_zero_rows(whole(state[g]), weight, norm[1])
         elif layer.weight_norm is not None:
             # Here too both come after the bias; g first.
             keys = [prefix + key for key in WEIGHT_NORM_KEYS[layer.weight_norm.style]]

@@ -62,10 +62,18 @@ def sparsify(
     weight is a new Parameter, ``values``, so **create the optimizer afterwards**. A module used in several places is
     swapped once and stays shared. References held outside the module tree (a plain list) keep the old layer.
 
+    Modules that compute in their own way (other classes, subclasses and instances with methods of their own) stay where
+    they are, and of what class they are: a plain parameter ``weight`` (or ``weight_orig`` of torch's spectral norm) of
+    two to four dimensions, after any of size 1, is packed in place, as a child module ``packed_weight``
+    (:mod:`ddst.nn.packed`). With ``sample`` the model is run with such parameters packed, and those of other names are,
+    too, if convolutions or linear functions get them; what is looked up stays dense; code that takes nothing but a
+    tensor is given one (method and memory stay packed), and the report notes which code unpacks a weight. Without,
+    such code raises when it first runs.
+
     Left as they are, with the reason in the report: excluded layers; 3-D convolutions; grouped ones whose groups have
-    channels that are no multiples of the block; subclasses and instances with methods of their own; layers with fewer
-    channels than the block (they would store several times their weight); layers whose ERK density reaches 1; weights
-    shared between modules; parametrizations other than spectral norm and weight norm, and these over other dimensions
+    channels that are no multiples of the block; layers with fewer channels than the block (they would store several
+    times their weight); layers whose ERK density reaches 1; weights shared between modules, of embeddings and of
+    normalisations; parametrizations of layers other than spectral norm and weight norm, and these over other dimensions
     than torch's default (weight norm also over all).
 
     Args:
@@ -95,9 +103,10 @@ def sparsify(
         only_if_faster: True measures every layer here (:func:`ddst.advise`, which needs ``sample``) and leaves those
             dense that were not found to be faster sparse; an :class:`~ddst.Advice` that holds this block is
             used instead of measuring. The other layers keep the density they would have had, so with "erk" the density
-            over all layers comes out higher than asked for.
+            over all layers comes out higher than asked for. Weights packed in place are not measured, and are packed.
         sample: what a training step calls the model with, a tensor or a sequence of arguments. The model is run on it
-            once more, undisturbed, and the report then shows what is left of its multiply-adds.
+            a few times, undisturbed: what its modules do with their weights decides which are packed in place, and the
+            report then shows what is left of its multiply-adds.
         time_budget: in place of ``density``: the share of the dense model's training step that may be left, above 0 and
             at most 1. Every layer is measured here (:func:`ddst.advise`; or ``only_if_faster`` is an Advice that says
             it), and of the distribution's densities the largest is taken whose step fits, layers that are not faster
@@ -114,6 +123,7 @@ def sparsify(
         ValueError: an argument out of range, an unknown name, a model that is itself a layer or has none to swap, or a
             density or time that cannot be met, with the smallest that can. Nothing has been changed then.
         TypeError: an argument of another type.
+        Exception: what the model raises on the sample as it is.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1))
     >>> print(sparsify(model, 0.25))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..nn import PackedParameter, SparseLayer
@@ -54,8 +55,8 @@ def multiply_adds(model: nn.Module, run: Callable[[], object], weights: Sequence
     """``f_l = weights × output positions × calls``: what each weight takes in a forward pass when all of it is active.
 
     Counted by :mod:`torch.utils.flop_counter` while the module that holds the weight runs, without what other modules
-    with weights do inside of it; where a module holds several weights, they share its work by their sizes. A layer that
-    is not called itself counts in the module around it, which reads its weight. What the pass does not reach has 0.
+    with weights do inside of it; where a module holds several weights, they share its work by their sizes. A module
+    that is not called itself counts in the one around it, which reads its weight. What the pass does not reach has 0.
 
     Args:
         model: nothing of it is changed. run: calls it once, forward.
@@ -65,23 +66,33 @@ def multiply_adds(model: nn.Module, run: Callable[[], object], weights: Sequence
         ValueError: the model is lazy.
     """
     check_not_lazy(model)
-    # Blocks inside of somebody's module are computed with by that module.
-    at = {c.name: c.slots[0][0] if isinstance(c.module, PackedParameter) else c.module for c in weights}
+    around = {id(child): module for module in model.modules() for child in module.children()}
+
+    def outside(module: nn.Module) -> nn.Module:
+        # What keeps blocks or makes a weight: the module around it computes with them.
+        while isinstance(module, PackedParameter | ParametrizationList | nn.ModuleDict) and id(module) in around:
+            module = around[id(module)]
+        return module
+
+    at = {c.name: outside(c.module) for c in weights}
     done = _operations_in(model, run, {id(module): module for module in at.values()})
-    # What was not called has a weight that the module around it reads.
-    uncalled = {c.name: c.slots[0][0] for c in weights if c.slots and id(at[c.name]) not in done}
+    # What was not called has a weight that a module around it reads, the innermost that was called.
+    uncalled = [name for name, module in at.items() if id(module) not in done]
     if uncalled:
-        at |= uncalled
+        called = _operations_in(model, run, {id(module): module for module in model.modules()})
+        for name in uncalled:
+            while id(at[name]) not in called and id(at[name]) in around:
+                at[name] = around[id(at[name])]
         done = _operations_in(model, run, {id(module): module for module in at.values()})
     held: dict[int, int] = {}
-    for c in weights:
+    for c in (c for c in weights if c.multiplies):
         held[id(at[c.name])] = held.get(id(at[c.name]), 0) + c.size
     found = {}
     for c in weights:
         operations = done.get(id(at[c.name]), 0.0) / 2
         if isinstance(c.module, SparseLayer):  # its active blocks were counted, whole
             operations *= c.size / max(1, c.module.nnz * c.module.block[0] * c.module.block[1])
-        found[c.name] = operations * c.size / max(1, held[id(at[c.name])])
+        found[c.name] = operations * c.size / max(1, held[id(at[c.name])]) if c.multiplies else 0.0
     return found
 
 

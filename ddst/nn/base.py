@@ -18,14 +18,20 @@ from ..backends import Problem, check_backend
 from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..slot_change import SlotChange
 from . import recorded_scores
-from .dense_view import DenseView
 from .from_dense import copy_of
 from .origin import Origin, check_followers
-from .packed.weight import PackedWeight, WeightUses
+from .packed.callers import WeightUses
+from .packed.other_parameters import OtherParameters
+from .packed.weight import PackedWeight
 from .spectral_norm import SpectralNorm, rename_dense_keys
 from .storage import PackedStorage
 from .weight_norm import WeightNorm
 from .weight_norm import rename_dense_keys as rename_weight_norm_keys
+
+_WEIGHT = {
+    "weight": "weight is packed and cannot be taken away or replaced: apply torch's norms and pruning before "
+    "ddst.sparsify, or use ddst.nn.spectral_norm(layer) or ddst.nn.weight_norm(layer)"
+}
 
 
 class SparseLayer(PackedStorage):
@@ -39,11 +45,13 @@ class SparseLayer(PackedStorage):
         weight_uses: what has been done with :attr:`weight` outside of compiled graphs.
         spectral_norm: None, or the module that divides ``values`` by an estimate of the largest singular value.
         weight_norm: None, or the module that gives each row of ``values`` a length of its own. At most one of the two.
+        runs: whether it has a forward pass, in which it takes norms.
         transposed: whether the weight's first dimension is that of the input, so that its blocks are ``(b_in, b_out)``.
         dense_kind: the class of :mod:`torch.nn` whose sparse twin this is.
         carried: names of the attributes that :func:`ddst.sparsify` took over from the instance it swapped.
     """
 
+    runs: ClassVar[bool] = True
     transposed: ClassVar[bool] = False
     dense_kind: ClassVar[type[nn.Module]]
     carried: tuple[str, ...] = ()
@@ -77,6 +85,7 @@ class SparseLayer(PackedStorage):
             free = torch.full((reserved,), -1, dtype=torch.int32, device="cpu")
             slot_blocks = SlotChange.to_mask(free, mask, reserved).slot_blocks
         super().__init__(weight_shape, pair, slot_blocks, reserved, groups)
+        self.__dict__["_parameters"] = OtherParameters.beside(_WEIGHT, {})
         self.backend = "auto"
         self.gives_dense_weight = False
         self.weight_uses = WeightUses()
@@ -140,7 +149,7 @@ class SparseLayer(PackedStorage):
         return self.values if self.norm is None else self.norm(self)
 
     @property
-    def weight(self) -> PackedWeight | DenseView:
+    def weight(self) -> PackedWeight | Tensor:
         """``W`` as code for the dense layer uses it, under spectral norm divided by σ, under weight norm
         ``g · v / ‖v‖``: a :class:`~ddst.nn.packed.weight.PackedWeight`, or a dense tensor where
         :attr:`gives_dense_weight` says so.
@@ -151,10 +160,9 @@ class SparseLayer(PackedStorage):
         weight = self._packed_weight()
         if not self.gives_dense_weight:
             return weight
-        self.weight_uses.dense.add("read as a tensor")
-        dense = weight.dense()
-        assert isinstance(dense, DenseView)
-        return dense
+        if not torch.compiler.is_compiling():
+            self.weight_uses.dense.add("read as a tensor")
+        return weight.dense()
 
     def _packed_weight(self) -> PackedWeight:
         if not torch.compiler.is_compiling():

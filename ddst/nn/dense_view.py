@@ -57,6 +57,9 @@ class DenseView(Tensor):
                 or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES)
             )
             replaces = func == Tensor.data.__set__  # type: ignore[attr-defined]
+            if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):  # type: ignore[attr-defined]
+                view._layer.values.requires_grad_(*args[1:], **named)
+                return view
             if func is Tensor.__deepcopy__:  # a plain tensor
                 return func(view.as_subclass(Tensor), *args[1:], **named)
             if not writes and not replaces:

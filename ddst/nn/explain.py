@@ -95,7 +95,7 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
             (:func:`ddst.measure.peak`).
 
     Raises:
-        TypeError: not a block-sparse layer.
+        TypeError: not a block-sparse layer, or one that other code computes with (a packed parameter).
         RuntimeError: no backend takes this input; the message holds the reasons.
 
     Cost: with ``measure`` some dozen calls of the layer, and half a second for the machine's peak in the first call.
@@ -106,6 +106,11 @@ def explain(layer: SparseLayer, input: Tensor, *, measure: bool = True) -> Expla
     ('cpu', ('input gradient',))
     """
     check_type("layer", layer, SparseLayer, "a block-sparse layer")
+    if not layer.runs:
+        raise TypeError(
+            f"layer must be a block-sparse layer with a forward pass, got a {type(layer).__name__}, whose weight other "
+            "code computes with: its weight_uses say how"
+        )
     check_tensor("input", input)
     check_bool("measure", measure)
     computed = compute_dtype(input.dtype, input.device.type)

@@ -370,7 +370,7 @@ def spectral_norm(
     >>> layer.spectral_norm.u.shape, layer.spectral_norm.v.shape
     (torch.Size([64]), torch.Size([288]))
     """
-    if not hasattr(layer, "effective_values") or isinstance(layer, type):
+    if isinstance(layer, type) or not getattr(layer, "runs", False):
         raise TypeError(f"layer must be a block-sparse layer, got {type(layer).__name__}")
     if layer.norm is not None:
         raise ValueError(f"layer has a {'weight' if layer.spectral_norm is None else 'spectral'} norm already")

@@ -386,5 +386,5 @@ def _fold(layer: SparseLayer) -> None:
 
 
 def _check_sparse(layer: Any) -> None:
-    if not hasattr(layer, "effective_values") or isinstance(layer, type):
+    if isinstance(layer, type) or not getattr(layer, "runs", False):
         raise TypeError(f"layer must be a SparseConv2d or SparseLinear, got {type(layer).__name__}")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..dense_view import DenseView
-from .weight import PackedWeight, calling_place
+from .callers import calling_place
+from .weight import PackedWeight
 
 Known = Callable[..., Any]
 

@@ -9,9 +9,7 @@ they use it, and unpacks it, differentiably, for anything else. What each functi
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 from ...ops.gradient_record import recorder_of
 from ...topology import unpack_slots
 from ..dense_view import DenseView
+from .callers import inside_a_function
 
 if TYPE_CHECKING:
     from ..base import SparseLayer
@@ -28,19 +27,6 @@ if TYPE_CHECKING:
 ROW, COL, BATCH = "o", "i", "n"
 
 Axes = tuple[tuple[str, ...], ...]
-
-
-class WeightUses:
-    """What has been done with a packed weight.
-
-    Attributes:
-        packed: kinds of functions it ran in as blocks ("conv", "linear").
-        dense: "function at file:line" of those that got the dense weight.
-    """
-
-    def __init__(self) -> None:
-        self.packed: set[str] = set()
-        self.dense: set[str] = set()
 
 
 class PackedWeight:
@@ -71,7 +57,9 @@ class PackedWeight:
         self.layer, self.values, self.axes, self.batch = layer, values, axes, batch
         self.out_scale, self.in_scale, self.flipped, self.bound = out_scale, in_scale, flipped, bound
         # Not looked at in a compiled graph, which would be another one after every exchange.
-        self.version = -1 if torch.compiler.is_compiling() else layer.mask_version
+        compiling = torch.compiler.is_compiling()
+        self.version = -1 if compiling else layer.mask_version
+        self.with_grad = not compiling and torch.is_grad_enabled()
 
     @staticmethod
     def of(layer: SparseLayer, values: Tensor, leading: int = 0, bound: bool = False) -> PackedWeight:
@@ -103,11 +91,17 @@ class PackedWeight:
         return PackedWeight(self.layer, values, self.axes, self.batch, out_scale, in_scale, self.flipped)
 
     def check_current(self) -> None:
-        """Raises if blocks of the layer have moved since this weight was read."""
+        """Raises if blocks of the layer have moved since this weight was read, or no gradient would reach it."""
         if self.version != self.layer.mask_version:
             raise RuntimeError(
                 "blocks of the layer have moved since this packed weight was read from it: read layer.weight anew, or "
                 "keep weight.unpacked()"
+            )
+        if self.with_grad and not torch.is_grad_enabled() and self.requires_grad and inside_a_function():
+            raise TypeError(
+                "a packed weight was handed to a torch.autograd.Function, which takes tensors only and would give it "
+                "no gradient: call ddst.sparsify with sample=, which finds that out, or with exclude=, or hand over "
+                "weight.unpacked()"
             )
 
     # --- what code asks of a weight before it uses it -----------------------------------------------------------------
@@ -169,6 +163,10 @@ class PackedWeight:
     def requires_grad(self) -> bool:
         return any(t.requires_grad for t in (self.values, self.out_scale, self.in_scale) if t is not None)
 
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.call("requires_grad_", value)
+
     @property
     def grad_fn(self) -> Any:
         return None if self.bound else self.values.grad_fn
@@ -185,8 +183,18 @@ class PackedWeight:
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        self.assign(value)
+
+    def assign(self, value: Tensor | PackedWeight) -> None:
+        """Takes the entries of a tensor of this shape at active blocks.
+
+        Raises:
+            ValueError: another shape, which ``copy_`` would spread over this one.
+        """
+        if value.shape != self.shape:
+            raise ValueError(f"a packed weight of shape {tuple(self.shape)} cannot take one of {tuple(value.shape)}")
         with torch.no_grad():
-            self.call("copy_", value)
+            self.call("copy_", value.unpacked() if isinstance(value, PackedWeight) else value)
 
     def is_floating_point(self) -> bool:
         return True
@@ -202,6 +210,12 @@ class PackedWeight:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.unpacked().detach().clone()
+
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        raise TypeError(
+            "torch.fx cannot hold a packed weight in a graph: a module with packed parameters is a leaf where it is "
+            "called, so trace a model that calls it, or ddst.densify a copy first"
+        )
 
     def __repr__(self) -> str:
         return f"PackedWeight(shape={tuple(self.shape)}, density={self.layer.density:.3g}, dtype={self.dtype})"
@@ -237,7 +251,9 @@ class PackedWeight:
         return dense.reshape(self.shape).contiguous()
 
     def dense(self) -> Tensor:
-        """What a function that is not known gets: writable where this is the layer's own weight."""
+        """What an unknown function gets: writable, if it is the layer's own weight and the code is not compiled."""
+        if torch.compiler.is_compiling():
+            return self.unpacked()
         return DenseView.of(self.unpacked(), self.layer) if self.bound and self.canonical else self.unpacked()
 
     @property
@@ -374,17 +390,6 @@ def _record_dense(key: int, gradient: Tensor) -> None:
     recorder = recorder_of(key)
     if recorder is not None:
         recorder.add_dense(gradient)
-
-
-_OWN = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
-
-
-def calling_place() -> str:
-    """``file:line`` of the code outside of torch and this package that is being run."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def regroup(sizes: Sequence[tuple[str, int]], shape: Sequence[int]) -> Axes | None:

@@ -43,6 +43,13 @@ class WeightUses:
         self.dense: set[str] = set()
 
 
+def _method(name: str) -> Any:
+    def method(self: PackedWeight, *args: Any) -> Any:
+        return self.call(name, *args)
+
+    return method
+
+
 class PackedWeight:
     """``W[o, i, t] · out_scale[n, o] · in_scale[n, i]``, its dimensions in any order, merged or not.
 
@@ -271,81 +278,27 @@ class PackedWeight:
 
     H = mH = mT
 
-    def __mul__(self, other: Any) -> Any:
-        return self.call("mul", other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Any:
-        return self.call("div", other)
-
-    def __neg__(self) -> Any:
-        return self.call("neg")
-
-    def __pow__(self, exponent: Any) -> Any:
-        return self.call("pow", exponent)
-
-    def __matmul__(self, other: Any) -> Any:
-        return self.call("matmul", other)
-
     def __rmatmul__(self, other: Any) -> Any:
         return self.__torch_function__(torch.matmul, (PackedWeight,), (other, self), {})
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.call("__getitem__", index)
+    __mul__ = __rmul__ = _method("mul")
+    __add__ = __radd__ = _method("add")
+    __sub__, __rsub__ = _method("sub"), _method("__rsub__")
+    __truediv__, __rtruediv__ = _method("div"), _method("__rtruediv__")
+    __floordiv__, __mod__ = _method("__floordiv__"), _method("__mod__")
+    __pow__, __rpow__ = _method("pow"), _method("__rpow__")
+    __neg__, __pos__, __abs__ = _method("neg"), _method("positive"), _method("abs")
+    __matmul__ = _method("matmul")
+    __getitem__ = _method("__getitem__")
+    __imul__, __iadd__, __isub__, __itruediv__ = _method("mul_"), _method("add_"), _method("sub_"), _method("div_")
+    __eq__, __ne__ = _method("eq"), _method("ne")
+    __lt__, __le__, __gt__, __ge__ = _method("lt"), _method("le"), _method("gt"), _method("ge")
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.call("__setitem__", index, value)
 
     def __iter__(self) -> Any:
         return iter(self.dense())
-
-    def __add__(self, other: Any) -> Any:
-        return self.call("add", other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Any:
-        return self.call("sub", other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self.call("rsub", other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return self.call("__rtruediv__", other)
-
-    def __abs__(self) -> Any:
-        return self.call("abs")
-
-    def __imul__(self, other: Any) -> Any:
-        return self.call("mul_", other)
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.call("add_", other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self.call("sub_", other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.call("div_", other)
-
-    def __eq__(self, other: object) -> Any:
-        return self.call("eq", other)
-
-    def __ne__(self, other: object) -> Any:
-        return self.call("ne", other)
-
-    def __lt__(self, other: Any) -> Any:
-        return self.call("lt", other)
-
-    def __le__(self, other: Any) -> Any:
-        return self.call("le", other)
-
-    def __gt__(self, other: Any) -> Any:
-        return self.call("gt", other)
-
-    def __ge__(self, other: Any) -> Any:
-        return self.call("ge", other)
 
     def __hash__(self) -> int:
         return id(self)

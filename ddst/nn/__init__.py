@@ -9,6 +9,7 @@ from .explain import Explanation, explain
 from .linear import SparseLinear
 from .origin import follow
 from .packed import factors as factors  # each puts its functions into the table
+from .packed import gradients as gradients
 from .packed import products as products
 from .packed import sums as sums
 from .packed import views as views

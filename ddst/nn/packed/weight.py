@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...ops.gradient_record import recorder_of
-from ...topology import unpack_slots
+from ...topology import pack_slots, unpack_slots
 from ..dense_view import DenseView
 
 if TYPE_CHECKING:
@@ -62,7 +62,10 @@ class PackedWeight:
         out_scale, in_scale: ``[n or 1, rows]`` and ``[n or 1, columns]``, factors that differ within the batch.
         flipped: whether taps run backwards.
         bound: whether it is the layer's own weight, so that what is written into it in place goes to the layer.
+        under_grad: whether it was made where gradients are recorded, and has one.
     """
+
+    __array_priority__ = 1000  # a number of numpy's on the left gives way, as to a tensor
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class PackedWeight:
         self.out_scale, self.in_scale, self.flipped, self.bound = out_scale, in_scale, flipped, bound
         # Not looked at in a compiled graph, which would be another one after every exchange.
         self.version = -1 if torch.compiler.is_compiling() else layer.mask_version
+        self.under_grad = torch.is_grad_enabled() and self.requires_grad
 
     @staticmethod
     def of(layer: SparseLayer, values: Tensor, leading: int = 0, bound: bool = False) -> PackedWeight:
@@ -111,7 +115,7 @@ class PackedWeight:
 
     def check_current(self) -> None:
         """Raises if blocks of the layer have moved since this weight was read."""
-        if self.version != self.layer.mask_version:
+        if self.version not in (-1, self.layer.mask_version):
             raise RuntimeError(
                 "blocks of the layer have moved since this packed weight was read from it: read layer.weight anew, or "
                 "keep weight.unpacked()"
@@ -182,9 +186,22 @@ class PackedWeight:
 
     @property
     def grad(self) -> Tensor | None:
-        """The dense gradient of the layer's own weight: zero where there is no block."""
+        """The dense gradient of the layer's own weight, zero where there is no block; to be written to as well."""
         gradient = self.layer.values.grad if self.bound else None
-        return None if gradient is None else self.with_values(gradient).unpacked()
+        if gradient is None:
+            return None
+        dense = self.with_values(gradient).unpacked()
+        return DenseView.of(dense, self.layer, gradient) if self.canonical else dense
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        layer = self.layer
+        if not (self.bound and self.canonical):
+            raise RuntimeError("grad of a product or view of a packed weight: set that of the layer's weight itself")
+        if value is not None and value.shape != self.shape:
+            raise RuntimeError(f"grad must have the shape of the weight, {tuple(self.shape)}, got {tuple(value.shape)}")
+        dense = None if value is None else value.detach().reshape(layer.weight_shape)
+        layer.values.grad = None if dense is None else pack_slots(dense, layer.slot_blocks, layer.block)
 
     @property
     def data(self) -> PackedWeight:
@@ -206,6 +223,12 @@ class PackedWeight:
         in_scale = None if self.in_scale is None else self.in_scale.detach()
         values = self.values.detach()
         return PackedWeight(self.layer, values, self.axes, self.batch, out_scale, in_scale, self.flipped, self.bound)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.call("__array__", dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.unpacked().detach().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.unpacked().detach().clone()
@@ -318,6 +341,23 @@ class PackedWeight:
         return apply(func, args, kwargs or {})
 
 
+def wrapped(dim: int, dims: int) -> int:
+    """A dimension counted from the front."""
+    if not -dims <= dim < dims:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})"  # torch's words
+        )
+    return dim % dims
+
+
+def wrapped_all(dim: int | Sequence[int], dims: int) -> list[int]:
+    """The same for one or several, each once."""
+    found = [wrapped(d, dims) for d in (dim if isinstance(dim, tuple | list) else (dim,))]
+    if len(set(found)) != len(found):
+        raise RuntimeError(f"a dimension appears multiple times in the list of dims {dim}")
+    return found
+
+
 def taps_of(layer: SparseLayer) -> tuple[str, ...]:
     """The names of a layer's spatial dimensions."""
     return tuple(f"t{i}" for i in range(len(layer.weight_shape) - 2))
@@ -363,6 +403,8 @@ def regroup(sizes: Sequence[tuple[str, int]], shape: Sequence[int]) -> Axes | No
         axes.append(tuple(taken))
     if any(size != 1 for _, size in left):
         return None
-    if left and axes:
+    if left and not axes:
+        return None
+    if left:
         axes[-1] = (*axes[-1], *(atom for atom, _ in left))
     return tuple(axes)

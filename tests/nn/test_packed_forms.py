@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,11 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ddst
-from ddst import topology as tp
-from ddst.nn.packed.parameter import detach
-from ddst.nn.packed.weight import PackedWeight
-from helpers.packed_uses import Case, Own, check_compiled, check_equal, pack, packed_in, pair_of
+from helpers.packed_uses import Case, check_compiled, check_equal
 
 
 def per_image(x: Tensor, weight: Any, n: int, **settings: Any) -> Tensor:
@@ -58,8 +51,8 @@ def scaled_for_half(m: Any, x: Tensor, style: Tensor) -> Tensor:
 
 def unit_rows(m: Any, x: Tensor) -> Tensor:
     """Rows of norm 1 and a gain, in the dtype of the input."""
-    norm = torch.linalg.vector_norm(m.weight, dim=list(range(1, m.weight.ndim)), keepdim=True, dtype=torch.float32)
-    norm = torch.add(1e-4, norm.to(x.dtype), alpha=np.sqrt(norm.numel() / m.weight.numel()))
+    norm = torch.linalg.vector_norm(m.weight, dim=list(range(1, m.weight.ndim)), keepdim=True, dtype=torch.float64)
+    norm = torch.add(1e-4, norm.to(x.dtype), alpha=math.sqrt(norm.numel() / m.weight.numel()))
     w = (m.weight / norm) * (m.gain / math.sqrt(m.weight[0].numel()))
     return F.conv2d(x, w.to(x.dtype), padding=(w.shape[-1] // 2,))
 
@@ -68,6 +61,8 @@ def standardised(m: Any, x: Tensor) -> Tensor:
     w = m.weight - m.weight.mean(dim=(1, 2, 3), keepdim=True)
     return F.conv2d(x, w / (w.flatten(1).std(dim=1).view(-1, 1, 1, 1) + 1e-3))
 
+
+CIRCULAR = nn.Conv2d(11, 21, 3, padding=1, padding_mode="circular")
 
 CONV, LINEAR = ("conv",), ("linear",)
 W, V, IMAGE, ROWS = (21, 11, 3, 3), (21, 11), (2, 11, 6, 5), (5, 11)
@@ -81,7 +76,10 @@ FORMS: dict[str, tuple[Case, set[str]]] = {
     "one plus style, one input": (Case((21, 1, 3, 3), ((2, 1, 6, 5), (2, 1)), one_plus_style, CONV), set()),
     "one plus style, one image": (Case(W, ((1, 11, 6, 5), (1, 11)), one_plus_style, CONV), set()),
     "one plus style, as many images as outputs": (Case((2, 11, 3, 3), STYLED, one_plus_style, CONV), set()),
-    "one plus style, as many images as inputs": (Case((21, 2, 3, 3), ((2, 2, 5, 5), (2, 2)), one_plus_style, CONV), set()),
+    "one plus style, as many images as inputs": (
+        Case((21, 2, 3, 3), ((2, 2, 5, 5), (2, 2)), one_plus_style, CONV),
+        set(),
+    ),
     "normed per image": (Case(W, STYLED, normed_per_image, CONV, (("bias", (21,)),)), set()),
     "resampled": (Case((21, 11, 4, 4), STYLED, resampled, CONV), set()),
     "resampled, one input": (Case((21, 1, 4, 4), ((2, 1, 6, 5), (2, 1)), resampled, CONV), set()),
@@ -89,74 +87,151 @@ FORMS: dict[str, tuple[Case, set[str]]] = {
     "resampled, one image": (Case((21, 11, 4, 4), ((1, 11, 6, 5), (1, 11)), resampled, CONV), set()),
     "scaled for half": (Case(W, STYLED, scaled_for_half, CONV), {"norm"}),
     "a gain per image": (
-        Case(W, (IMAGE, (2,)), lambda m, x, g: per_image(x, m.weight * g.view(-1, 1, 1, 1, 1), 2), CONV), set()
+        Case(W, (IMAGE, (2,)), lambda m, x, g: per_image(x, m.weight * g.view(-1, 1, 1, 1, 1), 2), CONV),
+        set(),
     ),
     "rows and columns per image": (
-        Case(W, (IMAGE, (2, 11), (2, 21)),
-             lambda m, x, s, d: per_image(x, m.weight * s[:, None, :, None, None] / (d[:, :, None, None, None] ** 2 + 1), 2),
-             CONV),
+        Case(
+            W,
+            (IMAGE, (2, 11), (2, 21)),
+            lambda m, x, s, d: per_image(
+                x, m.weight * s[:, None, :, None, None] / (d[:, :, None, None, None] ** 2 + 1), 2
+            ),
+            CONV,
+        ),
         set(),
     ),
     "expanded first": (
-        Case(W, STYLED, lambda m, x, s: per_image(x, m.weight.expand(2, -1, -1, -1, -1) * s[:, None, :, None, None], 2), CONV),
+        Case(
+            W,
+            STYLED,
+            lambda m, x, s: per_image(x, m.weight.expand(2, -1, -1, -1, -1) * s[:, None, :, None, None], 2),
+            CONV,
+        ),
         set(),
     ),
     "repeated": (
-        Case(W, (IMAGE,), lambda m, x: F.conv2d(x.reshape(1, -1, 6, 5), m.weight.repeat(2, 1, 1, 1), groups=2), CONV), set()
+        Case(W, (IMAGE,), lambda m, x: F.conv2d(x.reshape(1, -1, 6, 5), m.weight.repeat(2, 1, 1, 1), groups=2), CONV),
+        set(),
     ),
     "a matrix per image": (
-        Case(V, (ROWS, (5, 11)), lambda m, x, s: torch.bmm(m.weight[None] * s[:, None, :], x[:, :, None]), ()), {"bmm"}
+        Case(V, (ROWS, (5, 11)), lambda m, x, s: torch.bmm(m.weight[None] * s[:, None, :], x[:, :, None]), ()),
+        {"bmm"},
     ),
     "every entry per image": (
-        Case(V, (ROWS, (5, 21, 11)), lambda m, x, f: torch.einsum("bi,boi->bo", x, m.weight * f), ()), {"mul"}
+        Case(V, (ROWS, (5, 21, 11)), lambda m, x, f: torch.einsum("bi,boi->bo", x, m.weight * f), ()),
+        {"mul"},
     ),
     # Scaled and normalised.
-    "unit rows": (Case(W, (IMAGE,), unit_rows, CONV, (("gain", ()),)), set()),
-    "a number of numpy's": (Case(V, (ROWS,), lambda m, x: F.linear(x, np.float64(0.3) * m.weight * np.float32(0.5)), LINEAR), set()),
-    "a gate per row": (Case(W, (IMAGE,), lambda m, x: F.conv2d(x, torch.sigmoid(m.gate) * m.weight), CONV, (("gate", (21, 1, 1, 1)),)), set()),
+    "unit rows": (Case(W, (IMAGE,), unit_rows, CONV, (("gain", ()),)), {"__getitem__"}),
+    "a number of numpy's": (
+        Case(V, (ROWS,), lambda m, x: F.linear(x, np.float64(0.3) * m.weight * np.float32(0.5)), LINEAR),
+        set(),
+    ),
+    "a gate per row": (
+        Case(W, (IMAGE,), lambda m, x: F.conv2d(x, torch.sigmoid(m.gate) * m.weight), CONV, (("gate", (21, 1, 1, 1)),)),
+        set(),
+    ),
     "a mask": (Case(V, (ROWS,), lambda m, x: F.linear(x, (torch.ones(21, 11).tril() > 0) * m.weight), LINEAR), set()),
     "a gain per entry": (Case(V, (ROWS,), lambda m, x: F.linear(x, m.weight / m.gain), LINEAR, (("gain", V),)), set()),
-    "integers": (Case(V, (ROWS,), lambda m, x: F.linear(x, m.weight / torch.arange(1, 232).view(21, 11) / 3), LINEAR), set()),
+    "integers": (
+        Case(V, (ROWS,), lambda m, x: F.linear(x, m.weight / torch.arange(1, 232).view(21, 11) / 3), LINEAR),
+        set(),
+    ),
     "cosines": (Case(V, (ROWS,), lambda m, x: F.linear(F.normalize(x), F.normalize(m.weight)), LINEAR), set()),
     "root mean squares": (
-        Case(V, (ROWS,), lambda m, x: F.linear(x, m.weight / (m.weight.pow(2).mean(axis=1, keepdims=True) + 1e-3).sqrt()), LINEAR), set()
+        Case(
+            V,
+            (ROWS,),
+            lambda m, x: F.linear(x, m.weight / (m.weight.pow(2).mean(axis=1, keepdims=True) + 1e-3).sqrt()),
+            LINEAR,
+        ),
+        set(),
     ),
     "columns normed": (
-        Case(V, (ROWS,), lambda m, x: F.linear(x, m.weight / (torch.linalg.norm(m.weight, dim=0, keepdim=True) + 1)), LINEAR), set()
+        Case(
+            V,
+            (ROWS,),
+            lambda m, x: F.linear(x, m.weight / (torch.linalg.norm(m.weight, dim=0, keepdim=True) + 1)),
+            LINEAR,
+        ),
+        set(),
     ),
     "expanded norms": (
-        Case(V, (ROWS,), lambda m, x: F.linear(x, m.weight / m.weight.norm(2, 1, True).add(1).expand_as(m.weight)), LINEAR), set()
+        Case(
+            V,
+            (ROWS,),
+            lambda m, x: F.linear(x, m.weight / m.weight.norm(2, 1, True).add(1).expand_as(m.weight)),
+            LINEAR,
+        ),
+        set(),
     ),
     "standardised": (Case(W, (IMAGE,), standardised, ()), {"sub"}),
     "squares by product": (Case(V, (ROWS,), lambda m, x: x.sum() * (m.weight * m.weight).sum(1), ()), set()),
     "odd power": (Case(V, (ROWS,), lambda m, x: F.linear(x, m.weight**3), LINEAR), set()),
     # Used.
-    "1x1 as a matrix": (Case((21, 11, 1, 1), (IMAGE,), lambda m, x: m.weight.squeeze(3).squeeze(2) @ x.flatten(2), LINEAR), set()),
-    "1x1 by index": (Case((21, 11, 1, 1), (IMAGE,), lambda m, x: torch.matmul(m.weight[:, :, 0, 0], x.flatten(2)), LINEAR), set()),
+    "1x1 as a matrix": (
+        Case((21, 11, 1, 1), (IMAGE,), lambda m, x: m.weight.squeeze(3).squeeze(2) @ x.flatten(2), LINEAR),
+        set(),
+    ),
+    "1x1 by index": (
+        Case((21, 11, 1, 1), (IMAGE,), lambda m, x: torch.matmul(m.weight[:, :, 0, 0], x.flatten(2)), LINEAR),
+        set(),
+    ),
     "1x1 squeezed": (Case((21, 11, 1, 1), (ROWS,), lambda m, x: F.linear(x, m.weight.squeeze((2, 3))), LINEAR), set()),
     "unfolded": (Case(W, (IMAGE,), lambda m, x: m.weight.view(21, -1) @ F.unfold(x, 3, padding=1), LINEAR), set()),
     "there and back": (Case(V, (ROWS,), lambda m, x: F.linear(F.linear(x, m.weight), m.weight.t()), LINEAR), set()),
     "two dilations": (
-        Case(W, (IMAGE,), lambda m, x: F.conv2d(x, m.weight, padding=1) + F.conv2d(x, m.weight, padding=2, dilation=2), CONV), set()
+        Case(
+            W,
+            (IMAGE,),
+            lambda m, x: F.conv2d(x, m.weight, padding=1) + F.conv2d(x, m.weight, padding=2, dilation=2),
+            CONV,
+        ),
+        set(),
     ),
     "by keyword": (Case(W, (IMAGE,), lambda m, x: torch.conv2d(input=x, weight=m.weight, stride=(2, 1)), CONV), set()),
     "linear by keyword": (Case(V, (ROWS,), lambda m, x: F.linear(weight=m.weight, input=x), LINEAR), set()),
     "one image without a batch": (Case(W, ((11, 6, 5),), lambda m, x: F.conv2d(x, m.weight), CONV), set()),
-    "one signal without a batch": (Case((21, 11, 3), ((11, 9),), lambda m, x: F.conv1d(x, m.weight, padding="same"), CONV), set()),
-    "channels last": (Case(W, (IMAGE,), lambda m, x: F.conv2d(x.contiguous(memory_format=torch.channels_last), m.weight.to(memory_format=torch.channels_last)), CONV), set()),
-    "circular padding": (
-        Case(W, (IMAGE,), lambda m, x: nn.Conv2d(11, 21, 3, padding=1, padding_mode="circular")._conv_forward(x, m.weight, None), CONV), set()
+    "one signal without a batch": (
+        Case((21, 11, 3), ((11, 9),), lambda m, x: F.conv1d(x, m.weight, padding="same"), CONV),
+        set(),
     ),
+    "channels last": (
+        Case(
+            W,
+            (IMAGE,),
+            lambda m, x: F.conv2d(
+                x.contiguous(memory_format=torch.channels_last), m.weight.to(memory_format=torch.channels_last)
+            ),
+            CONV,
+        ),
+        set(),
+    ),
+    "circular padding": (Case(W, (IMAGE,), lambda m, x: CIRCULAR._conv_forward(x, m.weight, None), CONV), set()),
     "groups with columns and bias": (
-        Case((32, 4, 3, 3), ((2, 16, 6, 5),), lambda m, x: F.conv2d(x, m.weight * m.c, m.b, 2, 1, 1, 4) + m.weight.sum((0, 2, 3)).sum(), CONV,
-             (("b", (32,)), ("c", (1, 4, 1, 1)))),
+        Case(
+            (32, 4, 3, 3),
+            ((2, 16, 6, 5),),
+            lambda m, x: F.conv2d(x, m.weight * m.c, m.b, 2, 1, 1, 4) + m.weight.sum((0, 2, 3)).sum(),
+            CONV,
+            (("b", (32,)), ("c", (1, 4, 1, 1))),
+        ),
         set(),
     ),
     "torch.convolution": (
-        Case(W, (IMAGE,), lambda m, x: torch.convolution(x, m.weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1), ()), {"convolution"}
+        Case(
+            W, (IMAGE,), lambda m, x: torch.convolution(x, m.weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1), ()
+        ),
+        {"convolution"},
     ),
     "aten.convolution": (
-        Case(W, (IMAGE,), lambda m, x: torch.ops.aten.convolution(x, m.weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1), ()),
+        Case(
+            W,
+            (IMAGE,),
+            lambda m, x: torch.ops.aten.convolution(x, m.weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+            (),
+        ),
         {"convolution"},
     ),
     "einsum": (Case(V, (ROWS,), lambda m, x: torch.einsum("bi,oi->bo", x, m.weight), ()), {"einsum"}),
@@ -165,18 +240,29 @@ FORMS: dict[str, tuple[Case, set[str]]] = {
     "a chunk": (Case(W, (IMAGE,), lambda m, x: F.conv2d(x, m.weight.chunk(2)[1]), ()), {"chunk"}),
     "joined": (Case(V, (ROWS,), lambda m, x: F.linear(x, torch.cat([m.weight, m.weight * 2])), ()), {"cat"}),
     "low rank added": (
-        Case(V, (ROWS,), lambda m, x: F.linear(x, m.weight + m.b @ m.a), (), (("a", (2, 11)), ("b", (21, 2)))), {"add"}
+        Case(V, (ROWS,), lambda m, x: F.linear(x, m.weight + m.b @ m.a), (), (("a", (2, 11)), ("b", (21, 2)))),
+        {"add"},
     ),
-    "taken from": (Case(V, (ROWS,), lambda m, x: F.linear(x, 1 - m.weight), ()), {"__rsub__"}),
+    "taken from": (Case(V, (ROWS,), lambda m, x: F.linear(x, 1 - m.weight), ()), {"rsub"}),
     "divided into": (Case(V, (ROWS,), lambda m, x: F.linear(x, 1 / (m.weight + 9)), ()), {"add"}),
-    "in three dimensions": (Case((21, 11, 3, 3), (IMAGE,), lambda m, x: F.conv3d(x[:, :, None], m.weight[:, :, None]), ()), {"conv3d"}),
-    # Asked.
-    "sums of absolute values": (Case(W, ((2, 2),), lambda m, x: x.sum() * (m.weight.norm(1) + m.weight.norm(math.inf) + m.weight.amax()), ()), {"norm", "amax"}),
-    "spread": (Case(W, ((2, 2),), lambda m, x: x.sum() * (m.weight.std() + m.weight.var((1, 2, 3)).sum()), ()), {"std", "var"}),
-    "squares of rows": (
-        Case(V, ((2, 2),), lambda m, x: x.sum() * ((m.weight @ m.weight.t()) * (1 - torch.eye(21))).pow(2).sum(), ()), {"matmul"}
+    "in three dimensions": (
+        Case((21, 11, 3, 3), (IMAGE,), lambda m, x: F.conv3d(x[:, :, None], m.weight[:, :, None]), ()),
+        {"conv3d"},
     ),
-}  # fmt: skip
+    # Asked.
+    "sums of absolute values": (
+        Case(W, ((2, 2),), lambda m, x: x.sum() * (m.weight.norm(1) + m.weight.norm(math.inf) + m.weight.amax()), ()),
+        {"norm", "amax"},
+    ),
+    "spread": (
+        Case(W, ((2, 2),), lambda m, x: x.sum() * (m.weight.std() + m.weight.var((1, 2, 3)).sum()), ()),
+        {"std", "var"},
+    ),
+    "squares of rows": (
+        Case(V, ((2, 2),), lambda m, x: x.sum() * ((m.weight @ m.weight.t()) * (1 - torch.eye(21))).pow(2).sum(), ()),
+        {"matmul"},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...topology import pack_slots, split_topology
-from .functions import known
+from .functions import known, on_dense
 from .weight import BATCH, COL, ROW, PackedWeight, taps_of
 
 
@@ -73,7 +73,9 @@ def _reflected_div(input: Any, other: Any) -> Any:
 @known("__rsub__", "rsub")
 def _reflected_sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     # Likewise of weight - tensor; torch's own function is one that it cannot trace.
-    return other - alpha * input if isinstance(other, PackedWeight) and isinstance(input, Tensor) else None
+    if not isinstance(other, PackedWeight) or not isinstance(input, Tensor):
+        return None
+    return on_dense(torch.sub, "sub", (other, input), {"alpha": alpha})
 
 
 def times(weight: PackedWeight, factor: Any, divide: bool) -> PackedWeight | None:

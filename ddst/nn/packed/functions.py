@@ -66,7 +66,7 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = function(*args, **named)
             if result is not None:
                 return result
-    return _on_dense(func, name, args, kwargs)
+    return on_dense(func, name, args, kwargs)
 
 
 def _check_not_in_function(weight: PackedWeight, name: str) -> None:
@@ -101,7 +101,8 @@ def _turned_back(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _on_dense(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def on_dense(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls the function with dense weights in place of packed ones, and notes where."""
     if torch.compiler.is_compiling():
         return func(*_dense_in(args, {}), **_dense_in(kwargs, {}))
     initialises = getattr(func, "__module__", "") == "torch.nn.init"

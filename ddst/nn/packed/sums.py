@@ -57,7 +57,11 @@ def _sum_left(weight: PackedWeight, left: list[str]) -> Tensor | None:
 def _sum_of_batch(weight: PackedWeight) -> Tensor | None:
     """``out_scale[n, o] · Σ_{i, t} W[o, i, t] · in_scale[n, i]``: the weight on an image of its kernel's size."""
     layer = weight.layer
-    if layer.groups != 1 or weight.in_scale is None or layer.backend == "reference":
+    if weight.in_scale is None:
+        rows = _sum_left(weight.with_scales(weight.axes, None, None, None), [ROW])
+        assert rows is not None and weight.batch is not None
+        return rows.expand(weight.batch, -1) if weight.out_scale is None else rows * weight.out_scale
+    if layer.groups != 1 or layer.backend == "reference":
         return None
     topology, shape = layer.topology_as()
     x = weight.in_scale.to(weight.dtype)
@@ -116,7 +120,10 @@ def _vector_norm(
     x: Any = None, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, input: Any = None
 ) -> Tensor | None:
     weight = input if x is None else x
-    return None if ord != 2 else _euclidean(weight if dtype is None else cast(weight, dtype), dim, keepdim)
+    wide = weight.dtype if dtype is None else dtype
+    if ord != 2 or torch.promote_types(weight.dtype, wide) != wide:  # which torch refuses
+        return None
+    return _euclidean(cast(weight, wide), dim, keepdim)
 
 
 @known("normalize")

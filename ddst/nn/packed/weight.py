@@ -268,7 +268,8 @@ class PackedWeight:
 
     def dense(self) -> Tensor:
         """What a function that is not known gets: writable where this is the layer's own weight."""
-        return DenseView.of(self.unpacked(), self.layer) if self.bound and self.canonical else self.unpacked()
+        writable = self.bound and self.canonical and not torch.compiler.is_compiling()
+        return DenseView.of(self.unpacked(), self.layer) if writable else self.unpacked()
 
     @property
     def canonical(self) -> bool:
@@ -304,9 +305,12 @@ class PackedWeight:
     def __rmatmul__(self, other: Any) -> Any:
         return self.__torch_function__(torch.matmul, (PackedWeight,), (other, self), {})
 
+    def __rsub__(self, other: Any) -> Any:
+        return self.__torch_function__(torch.rsub, (PackedWeight,), (self, other), {})
+
     __mul__ = __rmul__ = _method("mul")
     __add__ = __radd__ = _method("add")
-    __sub__, __rsub__ = _method("sub"), _method("__rsub__")
+    __sub__ = _method("sub")
     __truediv__, __rtruediv__ = _method("div"), _method("__rtruediv__")
     __floordiv__, __mod__ = _method("__floordiv__"), _method("__mod__")
     __pow__, __rpow__ = _method("pow"), _method("__rpow__")

@@ -131,6 +131,9 @@ SLOTS = torch.tensor([3, -1, 0], dtype=torch.int32)
 
 #: Name -> what makes the function and its right arguments anew for each call.
 CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
+    "PackedParameter": lambda: (
+        sparse_nn.PackedParameter, {"shape": (16, 16), **{k: v for k, v in LAYER.items() if k != "bias"}},
+    ),
     "SparseLinear": lambda: (ddst.SparseLinear, {"in_features": 16, "out_features": 16, **LAYER}),
     "SparseConv2d": lambda: (
         ddst.SparseConv2d,
@@ -170,6 +173,14 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "set_block_mask": lambda: (sparse_model()[0].set_block_mask, {"mask": MASK}),
     "set_backend": with_model(sparse_nn.set_backend, backend="reference"),
     "sparse_layers": with_model(sparse_nn.sparse_layers),
+    "named_weights": with_model(sparse_nn.named_weights),
+    "modulated_conv2d": lambda: (
+        ddst.functional.modulated_conv2d,
+        {
+            "input": torch.ones(1, 16, 4, 4), "weight": ddst.SparseConv2d(16, 16, 3, density=0.5, block=8),
+            "style": torch.ones(1, 16), "demodulate": True, "stride": 1, "padding": 1, "up": 1, "eps": 1e-8,
+        },
+    ),
     "explain": lambda: (
         functools.partial(ddst.explain, measure=False), {"layer": sparse_model()[0], "input": torch.ones(2, 16)},
     ),
@@ -285,6 +296,9 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         packed(1, 1) | {"stride": 2, "padding": 0, "output_padding": 1, "dilation": 1, "backend": "auto"},
     ),
     "linear": lambda: (ops.linear, packed() | {"backend": "auto"}),
+    "linear_transposed": lambda: (
+        ops.linear_transposed, {k: v for k, v in packed().items() if k != "bias"} | {"backend": "auto"},
+    ),
     "conv2d_block_scores": lambda: (
         ops.conv2d_block_scores, conv_scores() | {"stride": 1, "padding": 0, "dilation": 1, "backend": "auto"},
     ),
@@ -364,9 +378,10 @@ def test_every_public_function_is_among_the_cases() -> None:
     results = {
         "Explanation", "SparseLayer", "Advice", "NetworkStats", "UpdateReport", "BalanceSample", "Decision",
         "StepReport", "WindowSummary", "__version__", "build_info",
+        "PackedWeight",  # read from a layer
         "watch",  # of a DistributedDataParallel, which needs processes: tests/distributed
     }  # fmt: skip
-    public = {name for module in (ddst, sparse_nn, sparsity, gan, ops) for name in module.__all__}
+    public = {name for module in (ddst, ddst.functional, sparse_nn, sparsity, gan, ops) for name in module.__all__}
     assert public - results <= set(CASES)
     assert not inspect.signature(ddst.build_info).parameters
 

@@ -249,6 +249,18 @@ def test_hooks_that_would_never_run_are_refused() -> None:
             getattr(layer.weight, name)(*arguments)
 
 
+def test_a_weight_with_hooks_stays_dense_and_says_why() -> None:
+    plain, own = nn.Linear(32, 32), Own((32, 32), lambda m, x: F.linear(x, m.weight))
+    model = nn.Sequential(plain, own.float(), nn.Linear(32, 32))
+    plain.weight.register_hook(torch.zeros_like)
+    own.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
+    report = ddst.sparsify(model, 0.9, sample=torch.ones(2, 32))
+    model(torch.ones(2, 32)).sum().backward()
+    for module in (plain, own):
+        assert module.weight.grad is not None and not module.weight.grad.any()
+    assert [name for name, reason in report.skipped.items() if "hooks are registered" in reason] == ["0", "1"]
+
+
 class Rounded(torch.autograd.Function):
     """Somebody's straight-through estimator."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import topology as tp
+from ..._arguments import check_int, check_type
 from ...backends import Problem
 from ..base import SparseLayer
 from .weight import PackedWeight
@@ -104,10 +105,12 @@ def split_shape(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     ((1, (64, 32, 3, 3)), (0, (1, 64)))
 
     Raises:
-        ValueError: it has fewer dimensions, or more that are no leading ones.
+        ValueError: it has fewer dimensions, or more that are no leading ones, or a size is below 1.
+        TypeError: it is no sequence of ints.
     """
+    shape = tuple(check_int("shape", size, 1) for size in check_type("shape", shape, Sequence, "a sequence of ints"))
     leading = max(len(shape) - 4, 0)
-    weight_shape = tuple(int(size) for size in shape[leading:])
+    weight_shape = shape[leading:]
     if len(weight_shape) < 2 or any(size != 1 for size in shape[:leading]):
         raise ValueError(f"shape must have 2 to 4 dimensions, after any of size 1, got {tuple(shape)}")
     return leading, weight_shape

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import topology as tp
-from ..._arguments import check_int, check_type
+from ..._arguments import check_int
 from ...backends import Problem
 from ..base import SparseLayer
 from .weight import PackedWeight
@@ -108,7 +108,9 @@ def split_shape(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         ValueError: it has fewer dimensions, or more that are no leading ones, or a size is below 1.
         TypeError: it is no sequence of ints.
     """
-    shape = tuple(check_int("shape", size, 1) for size in check_type("shape", shape, Sequence, "a sequence of ints"))
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
+    shape = tuple(check_int("shape", size, 1) for size in shape)
     leading = max(len(shape) - 4, 0)
     weight_shape = shape[leading:]
     if len(weight_shape) < 2 or any(size != 1 for size in shape[:leading]):

@@ -104,7 +104,7 @@ def times(weight: PackedWeight, factor: Any, divide: bool) -> PackedWeight | Non
     f = factor.reshape([view.length(atom) for atom in parts])
     if not parts or BATCH not in parts:
         values = _scaled_by(view, parts, f, divide)
-        return None if values is None else view.with_scales_and(values)
+        return None if values is None else view.with_values(values)
     if len(parts) > 2 or any(atom not in (BATCH, ROW, COL) for atom in parts):
         return None
     dtype = torch.promote_types(view.dtype, f.dtype)
@@ -112,7 +112,7 @@ def times(weight: PackedWeight, factor: Any, divide: bool) -> PackedWeight | Non
     f = f if parts[0] == BATCH else f.transpose(0, 1)
     kind = next((atom for atom in parts if atom != BATCH), ROW)
     f = f.reshape(view.length(BATCH), -1)
-    if f.shape[1] == 1:  # one number for each image
+    if parts == [BATCH]:  # one number for each image
         f = f.expand(-1, view.length(ROW))
     old = view.out_scale if kind == ROW else view.in_scale
     new = (1.0 / f if divide else f) if old is None else _scaled(old, f, divide)

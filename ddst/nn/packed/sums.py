@@ -60,7 +60,8 @@ def _sum_of_batch(weight: PackedWeight) -> Tensor | None:
     if weight.in_scale is None:
         rows = _sum_left(weight.with_scales(weight.axes, None, None, None), [ROW])
         assert rows is not None and weight.batch is not None
-        return rows.expand(weight.batch, -1) if weight.out_scale is None else rows * weight.out_scale
+        rows = rows.reshape(1, -1).expand(weight.batch, -1)
+        return rows if weight.out_scale is None else rows * weight.out_scale
     if layer.groups != 1 or layer.backend == "reference":
         return None
     topology, shape = layer.topology_as()

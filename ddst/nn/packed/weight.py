@@ -108,7 +108,7 @@ class PackedWeight:
         return PackedWeight(self.layer, self.values, axes, batch, out_scale, in_scale, self.flipped)
 
     def with_scales_and(
-        self, values: Tensor, out_scale: Tensor | None = None, in_scale: Tensor | None = None
+        self, values: Tensor, out_scale: Tensor | None, in_scale: Tensor | None
     ) -> PackedWeight:
         """The same with other values and factors."""
         return PackedWeight(self.layer, values, self.axes, self.batch, out_scale, in_scale, self.flipped)

@@ -11,6 +11,7 @@ from . import _extension
 _extension.load()  # before anything that registers derivatives of the compiled operators
 
 from . import distributed as distributed  # noqa: E402
+from . import functional as functional  # noqa: E402
 from ._extension import build_info  # noqa: E402
 from .convert import advise, dense_state_dict, densify, sparsify  # noqa: E402
 from .distributed import synchronize, watch  # noqa: E402
@@ -23,6 +24,7 @@ from .nn import (  # noqa: E402
     SparseLinear,
     explain,
     follow,
+    named_weights,
 )
 from .sparsity import SparseTraining, carry_state  # noqa: E402
 
@@ -50,6 +52,7 @@ __all__ = [
     "densify",
     "explain",
     "follow",
+    "named_weights",
     "sparsify",
     "synchronize",
     "watch",

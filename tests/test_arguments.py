@@ -174,6 +174,14 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "set_block_mask": lambda: (sparse_model()[0].set_block_mask, {"mask": MASK}),
     "set_backend": with_model(sparse_nn.set_backend, backend="reference"),
     "sparse_layers": with_model(sparse_nn.sparse_layers),
+    "named_weights": with_model(sparse_nn.named_weights),
+    "modulated_conv2d": lambda: (
+        ddst.functional.modulated_conv2d,
+        {
+            "input": torch.ones(1, 16, 4, 4), "weight": ddst.SparseConv2d(16, 16, 3, density=0.5, block=8),
+            "style": torch.ones(1, 16), "demodulate": True, "stride": 1, "padding": 1, "up": 1, "eps": 1e-8,
+        },
+    ),
     "explain": lambda: (
         functools.partial(ddst.explain, measure=False), {"layer": sparse_model()[0], "input": torch.ones(2, 16)},
     ),
@@ -374,7 +382,7 @@ def test_every_public_function_is_among_the_cases() -> None:
         "Decision", "StepReport", "WindowSummary", "__version__", "build_info",
         "watch",  # of a DistributedDataParallel, which needs processes: tests/distributed
     }  # fmt: skip
-    public = {name for module in (ddst, sparse_nn, sparsity, gan, ops) for name in module.__all__}
+    public = {name for module in (ddst, ddst.functional, sparse_nn, sparsity, gan, ops) for name in module.__all__}
     assert public - results <= set(CASES)
     assert not inspect.signature(ddst.build_info).parameters
 

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .. import topology as tp
 from ..nn.packed.parameter import HoldsPackedParameters, PackedParameter, attach, split_shape
-from .candidates import DTYPES, ITS_OWN, OWN_CODE, Candidate
+from .candidates import DTYPES, HOOKED, ITS_OWN, OWN_CODE, Candidate, has_hooks
 from .watch import check_not_lazy, undisturbed
 
 #: Names of parameters that are weights whatever the module does with them. torch's spectral norm makes the second.
@@ -58,6 +58,8 @@ def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candida
     c.attribute, c.weight, c.norm, c.slots = names[0], parameter, None, []
     c.shape = split_shape(parameter.shape)[1]
     c.reason = f"weight is shared: {', '.join(shared)}" if len(shared) > 1 else None
+    if has_hooks(parameter):
+        c.reason = HOOKED
     if c.reason is not None:
         c.attribute = None
     elif c.attribute not in NAMES:  # what it is used for decides

@@ -28,6 +28,7 @@ from ..nn.weight_norm import normed as normed_weight
 from ..nn.weight_norm import torch_hook
 
 #: Why a layer cannot be swapped, though its weight could be packed where it is.
+HOOKED = "hooks are registered on its weight, of the dense shape: register them on layer.values afterwards"
 OWN_CODE, ITS_OWN = "a subclass with code of its own", "the instance has its own "
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -275,7 +276,14 @@ def _unfit(weight: Tensor, settings: tuple[int, ...], owners: list[str], plain: 
         return f"weight is {weight.dtype} on {weight.device}"
     if tuple(weight.shape) != settings:
         return f"weight has the shape {tuple(weight.shape)}, the layer's settings say {settings}"
+    if has_hooks(weight):
+        return HOOKED
     return None if weight.numel() else "has no weights"
+
+
+def has_hooks(weight: Tensor) -> bool:
+    """Whether hooks of somebody's hang on the gradient, which has another shape once the weight is packed."""
+    return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
@@ -322,6 +330,8 @@ def _raw_weight(module: nn.Module) -> tuple[Tensor | None, DenseNorm | DenseWeig
     extra += [name for name in module._modules if name != "parametrizations"]
     if "weight_mask" in module._buffers:
         return None, None, "pruned by torch.nn.utils.prune (it has weight_mask): prune.remove(layer, 'weight') first"
+    if weight is None and extra == ["weight_orig"]:  # from which a hook of somebody's computes the weight
+        return None, None, f"{ITS_OWN}weight_orig"
     if extra or weight is None:
         return None, None, f"re-parametrized or extended: has {', '.join(extra) or 'no weight parameter'}"
     if _foreign_state_hooks(module):

@@ -7,8 +7,10 @@ from .conv_transpose1d import SparseConvTranspose1d
 from .conv_transpose2d import SparseConvTranspose2d
 from .explain import Explanation, explain
 from .linear import SparseLinear
+from .named_weights import named_weights
 from .origin import follow
 from .packed import factors as factors  # each puts its functions into the table
+from .packed import gradients as gradients
 from .packed import products as products
 from .packed import sums as sums
 from .packed import views as views
@@ -31,6 +33,7 @@ __all__ = [
     "WeightNorm",
     "explain",
     "follow",
+    "named_weights",
     "remove_weight_norm",
     "set_backend",
     "sparse_layers",

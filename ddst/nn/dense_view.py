@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 #: End with "_", and write nothing.
 _NO_WRITES = {"requires_grad_", "retain_grad_", "share_memory_", "is_shared_"}
 
+#: Reading and setting of a gradient, and what asks for one.
+_GRAD = (Tensor.grad.__get__, Tensor.grad.__set__)  # type: ignore[union-attr]
+_DIFFERENTIATE = (torch.autograd.grad, torch.autograd.backward)
+
+
+def _own(value: Any) -> Any:
+    """The layer's own weight in place of dense ones read from it, which are in no graph but their own."""
+    if isinstance(value, DenseView) and value._gradient is None:
+        return value._layer._packed_weight()
+    return type(value)(map(_own, value)) if type(value) in (list, tuple) else value
+
 
 class DenseView(Tensor):
     """A dense weight that was unpacked for reading; what is written into it in place goes to the active blocks.
@@ -27,12 +38,13 @@ class DenseView(Tensor):
     """
 
     _layer: SparseLayer
+    _gradient: Tensor | None
 
     @staticmethod
-    def of(dense: Tensor, layer: SparseLayer) -> DenseView:
-        """Binds the unpacked weight to its layer."""
+    def of(dense: Tensor, layer: SparseLayer, gradient: Tensor | None = None) -> DenseView:
+        """Binds the unpacked weight to its layer, or its unpacked gradient to the packed one."""
         view = dense.as_subclass(DenseView)
-        view._layer = layer
+        view._layer, view._gradient = layer, gradient
         return view
 
     @classmethod
@@ -46,11 +58,16 @@ class DenseView(Tensor):
         target = named.get("out", first)
         view = target if isinstance(target, DenseView) else None
         name = getattr(func, "__name__", "")
+        if func in _DIFFERENTIATE:
+            return func(*_own(args), **{key: _own(value) for key, value in named.items()})
+        if view is not None and view._gradient is None and func in _GRAD:
+            own = view._layer._packed_weight()
+            return own.grad if func == _GRAD[0] else setattr(own, "grad", args[1])
         with torch._C.DisableTorchFunctionSubclass():
             if view is None:
                 return func(*args, **named)
             if func in (Tensor.detach, Tensor.data.__get__):  # type: ignore[attr-defined]
-                return DenseView.of(func(*args, **named), view._layer)
+                return DenseView.of(func(*args, **named), view._layer, view._gradient)
             writes = (
                 name == "__setitem__"
                 or "out" in named
@@ -73,7 +90,10 @@ class DenseView(Tensor):
             with torch.no_grad():
                 func(*args, **named)
                 dense = view.detach().reshape(layer.weight_shape)
-                layer.values.copy_(pack_slots(dense, layer.slot_blocks, layer.block))
-                if layer.weight_norm is not None:  # what was written is read again, as after torch's assignment
+                target = layer.values if view._gradient is None else view._gradient
+                target.copy_(pack_slots(dense, layer.slot_blocks, layer.block))
+                if (
+                    layer.weight_norm is not None and target is layer.values
+                ):  # what was written is read again, as after torch's assignment
                     layer.weight_norm.reset(layer)
             return None if name == "__setitem__" else view

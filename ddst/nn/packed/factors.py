@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...topology import pack_slots, split_topology
-from .functions import known
+from .functions import known, on_dense
 from .weight import BATCH, COL, ROW, PackedWeight, taps_of
 
 
@@ -41,7 +42,19 @@ def _by_columns(weight: PackedWeight, vector: Tensor) -> Tensor:
 @known("mul", "__mul__", "__rmul__", "multiply")
 def _mul(input: Any, other: Any, *, out: Any = None) -> PackedWeight | None:
     weight, factor = (input, other) if isinstance(input, PackedWeight) else (other, input)
-    return None if out is not None else times(weight, factor, divide=False)
+    if out is not None:
+        return None
+    return raised(weight, 2) if _same(weight, factor) else times(weight, factor, divide=False)
+
+
+def _same(weight: PackedWeight, other: Any) -> bool:
+    """Whether both are one weight, read once or twice."""
+    parts = ("values", "out_scale", "in_scale")
+    return (
+        isinstance(other, PackedWeight)
+        and all(getattr(weight, part) is getattr(other, part) for part in parts)
+        and (weight.axes, weight.batch, weight.flipped) == (other.axes, other.batch, other.flipped)
+    )
 
 
 @known("div", "__truediv__", "true_divide", "divide")
@@ -58,16 +71,20 @@ def _reflected_div(input: Any, other: Any) -> Any:
 
 
 @known("__rsub__", "rsub")
-def _reflected_sub(input: Any, other: Any) -> Any:
+def _reflected_sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     # Likewise of weight - tensor; torch's own function is one that it cannot trace.
-    return other.unpacked() - input if isinstance(other, PackedWeight) and isinstance(input, Tensor) else None
+    if not isinstance(other, PackedWeight) or not isinstance(input, Tensor):
+        return None
+    return on_dense(torch.sub, "sub", (other, input), {"alpha": alpha})
 
 
 def times(weight: PackedWeight, factor: Any, divide: bool) -> PackedWeight | None:
     """``W · factor`` or ``W / factor``, packed; None where it would have another shape or entries of another kind."""
+    if isinstance(factor, Real) and not isinstance(factor, int | float):  # a number of numpy's
+        factor = float(factor)
     if isinstance(factor, int | float) or (isinstance(factor, Tensor) and factor.dim() == 0):
         return weight.with_values(_scaled(weight.values, factor, divide))
-    if not isinstance(factor, Tensor):
+    if not isinstance(factor, Tensor) or factor.is_complex():
         return None
     dims = max(factor.dim(), len(weight.axes))
     axes: list[tuple[str, ...]] = [()] * (dims - len(weight.axes)) + list(weight.axes)
@@ -87,13 +104,15 @@ def times(weight: PackedWeight, factor: Any, divide: bool) -> PackedWeight | Non
     f = factor.reshape([view.length(atom) for atom in parts])
     if not parts or BATCH not in parts:
         values = _scaled_by(view, parts, f, divide)
-        return None if values is None else view.with_scales_and(values)
+        return None if values is None else view.with_values(values)
     if len(parts) > 2 or any(atom not in (BATCH, ROW, COL) for atom in parts):
         return None
+    dtype = torch.promote_types(view.dtype, f.dtype)
+    view, f = cast(view, dtype), f.to(dtype)
     f = f if parts[0] == BATCH else f.transpose(0, 1)
     kind = next((atom for atom in parts if atom != BATCH), ROW)
     f = f.reshape(view.length(BATCH), -1)
-    if f.shape[1] == 1:  # one number for each image
+    if parts == [BATCH]:  # one number for each image
         f = f.expand(-1, view.length(ROW))
     old = view.out_scale if kind == ROW else view.in_scale
     new = (1.0 / f if divide else f) if old is None else _scaled(old, f, divide)
@@ -108,7 +127,7 @@ def _scaled(values: Tensor, factor: Any, divide: bool) -> Tensor:
 def _scaled_by(weight: PackedWeight, parts: list[str], factor: Tensor, divide: bool) -> Tensor | None:
     """The values times a factor over some parts of the dimensions."""
     if not parts:
-        return _scaled(weight.values, factor, divide)
+        return _scaled(weight.values, factor.reshape(1), divide)
     if parts == [ROW]:
         return _scaled(weight.values, _by_rows(weight, factor), divide)
     if parts == [COL]:
@@ -116,7 +135,9 @@ def _scaled_by(weight: PackedWeight, parts: list[str], factor: Tensor, divide: b
     # Any other: entry by entry. Its inactive blocks are not looked at.
     layer = weight.layer
     atoms = [ROW, COL, *taps_of(layer)]
-    f = factor.permute([parts.index(atom) for atom in atoms if atom in parts])
+    f = factor.to(torch.promote_types(weight.dtype, factor.dtype)).permute(
+        [parts.index(atom) for atom in atoms if atom in parts]
+    )
     f = f.reshape([weight.length(atom) if atom in parts else 1 for atom in atoms]).expand(layer.weight_shape)
     f = f.flip(list(range(2, f.dim()))) if weight.flipped else f
     f = 1.0 / f if divide else f
@@ -133,11 +154,12 @@ def _square(input: PackedWeight) -> PackedWeight:
     return raised(input, 2)
 
 
-@known("pow", "__pow__", "float_power")
+@known("pow", "__pow__")
 def _pow(input: Any, exponent: Any) -> PackedWeight | None:
-    if not isinstance(input, PackedWeight) or not isinstance(exponent, int | float) or exponent <= 0:
-        return None
-    return raised(input, exponent)
+    # Others have no derivative at the zeros of free slots, first or second.
+    if isinstance(input, PackedWeight) and isinstance(exponent, int | float) and (exponent == 1 or exponent >= 2):
+        return raised(input, exponent)
+    return None
 
 
 @known("abs", "absolute", "__abs__")
@@ -171,7 +193,7 @@ def _to(input: Any, *args: Any, **kwargs: Any) -> PackedWeight | None:
             dtype = value.dtype
             if value.device != input.device:
                 return None
-        elif isinstance(value, str | torch.device):
+        elif isinstance(value, str | torch.device) or (type(value) is int and value is args[0]):
             device = torch.device(value)
             if device.type != input.device.type or device.index not in (None, input.device.index):
                 return None

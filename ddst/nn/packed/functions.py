@@ -7,6 +7,7 @@ block-sparse operators; factors, powers, norms and views give another packed wei
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +21,27 @@ from .weight import PackedWeight
 Known = Callable[..., Any]
 
 _KNOWN: dict[str, Known] = {}
+#: The arguments that each takes by name, or None for any.
+_NAMES: dict[str, set[str] | None] = {}
+
+#: numpy's names of arguments, which torch takes as well.
+_ALIASES = {"axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1"}
 
 #: Asked of a weight without looking at its entries.
-_HARMLESS = {"requires_grad_", "retain_grad_", "register_hook", "is_shared_", "share_memory_", "clone", "__format__"}
+_HARMLESS = {"requires_grad_", "is_shared_", "share_memory_", "clone", "__format__", "stride", "element_size"}
+
+_HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
 
 
 def known(*names: str) -> Callable[[Known], Known]:
     """Puts a function into the table under torch's names."""
 
     def register(function: Known) -> Known:
+        parameters = inspect.signature(function).parameters.values()
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         for name in names:
             _KNOWN[name] = function
+            _NAMES[name] = None if takes_any else {p.name for p in parameters}
         return function
 
     return register
@@ -42,15 +53,18 @@ def apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling():
         args = _turned_back(func, args)
     else:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, PackedWeight):
-                value.check_current()
+        for weight in _packed_in((*args, *kwargs.values())):
+            weight.check_current()
+    if name in _HOOKS:
+        raise TypeError(f"{name} on a packed weight, which is no tensor of its own: call it on the layer's values")
     function = _KNOWN.get(name)
     if function is not None:
-        result = function(*args, **kwargs)
-        if result is not None:
-            return result
-    return _on_dense(func, name, args, kwargs)
+        taken, named = _NAMES[name], {_ALIASES.get(key, key): value for key, value in kwargs.items()}
+        if taken is None or all(key in taken for key in named):
+            result = function(*args, **named)
+            if result is not None:
+                return result
+    return on_dense(func, name, args, kwargs)
 
 
 def _turned_back(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -71,7 +85,8 @@ def _turned_back(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _on_dense(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def on_dense(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls the function with dense weights in place of packed ones, and notes where."""
     if torch.compiler.is_compiling():
         return func(*_dense_in(args, {}), **_dense_in(kwargs, {}))
     initialises = getattr(func, "__module__", "") == "torch.nn.init"

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import ops
 from ...topology import grid
 from .functions import known
-from .weight import BATCH, COL, ROW, PackedWeight, taps_of
+from .weight import BATCH, COL, ROW, Axes, PackedWeight, taps_of
 
 
 def _scale(weight: PackedWeight, atom: str) -> Tensor | None:
@@ -22,18 +22,25 @@ def _scale(weight: PackedWeight, atom: str) -> Tensor | None:
 def _channels(weight: PackedWeight, groups: int, space: int) -> tuple[str, str] | None:
     """What the first two dimensions run over where the weight is that of a convolution with so many groups."""
     taps = taps_of(weight.layer)
-    if len(taps) != space or weight.axes[2:] != tuple((tap,) for tap in taps) or weight.layer.backend == "reference":
+    if len(taps) != space or weight.layer.backend == "reference":
         return None
-    first, second = weight.axes[0], weight.axes[1]
     if weight.batch is not None:
-        if groups != weight.batch or first[:1] != (BATCH,) or weight.layer.groups != 1:
+        if groups != weight.batch or weight.layer.groups != 1:
             return None
-        first = first[1:]
     elif not weight.layer.use_groups(groups):
         return None
-    if (first, second) in (((ROW,), (COL,)), ((COL,), (ROW,))):
-        return first[0], second[0]
+    batch = () if weight.batch is None else (BATCH,)
+    for order in ((ROW, COL), (COL, ROW)):
+        if _lies_as(weight, ((*batch, order[0]), (order[1],), *((tap,) for tap in taps))):
+            return order
     return None
+
+
+def _lies_as(weight: PackedWeight, axes: Axes) -> bool:
+    """Whether shape and order of the elements are those of these dimensions (one of length 1 may lie in any)."""
+    return [atom for axis in weight.axes for atom in axis] == [atom for axis in axes for atom in axis] and (
+        weight.shape == weight.with_axes(axes).shape
+    )
 
 
 def _gathered(weight: PackedWeight, transposed: bool) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
@@ -88,7 +95,7 @@ def _run_convolution(
         return y
     y = _times_channels(y, _scale(weight, target))
     if bias is not None:
-        y = y + bias.view(weight.batch, -1, *[1] * space)
+        y = y + bias.to(y.dtype).view(weight.batch, -1, *[1] * space)
     return y.reshape(1, -1, *y.shape[2:])
 
 
@@ -154,7 +161,7 @@ def _is_matrix(weight: Any) -> int:
     if weight.flipped or weight.layer.backend == "reference" or weight.layer.groups != 1:
         return 0
     columns = (COL, *taps_of(weight.layer))
-    return {((ROW,), columns): 1, (columns, (ROW,)): -1}.get((weight.axes[0], weight.axes[1]), 0)
+    return 1 if _lies_as(weight, ((ROW,), columns)) else -1 if _lies_as(weight, (columns, (ROW,))) else 0
 
 
 def _by_matrix(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -199,13 +206,22 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     if way > 0:
         return _by_matrix(input, weight, bias)
     y = _by_transposed(input, weight)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
-@known("matmul", "mm", "__matmul__", "mv")
-def _matmul(input: Any, other: Any = None, *, mat2: Any = None, vec: Any = None) -> Tensor | None:
-    right = mat2 if other is None else other
-    return _product(input, vec if right is None else right)
+@known("matmul", "__matmul__")
+def _matmul(input: Any, other: Any) -> Tensor | None:
+    return _product(input, other)
+
+
+@known("mm")
+def _mm(input: Any, mat2: Any) -> Tensor | None:
+    return _product(input, mat2) if input.dim() == mat2.dim() == 2 else None
+
+
+@known("mv")
+def _mv(input: Any, vec: Any) -> Tensor | None:
+    return _product(input, vec) if input.dim() == 2 and vec.dim() == 1 else None
 
 
 def _product(left: Any, right: Any) -> Tensor | None:
@@ -222,7 +238,7 @@ def _product(left: Any, right: Any) -> Tensor | None:
 
 @known("addmm")
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor | None:
-    product = _product(mat1, mat2)
+    product = _mm(mat1, mat2)
     if product is None:
         return None
-    return beta * input + alpha * product
+    return beta * input.to(product.dtype) + alpha * product

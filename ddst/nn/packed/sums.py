@@ -12,7 +12,7 @@ from ... import ops
 from ...topology import inside_slots
 from .factors import cast, places, raised, times
 from .functions import known
-from .weight import BATCH, COL, ROW, PackedWeight
+from .weight import BATCH, COL, ROW, PackedWeight, wrapped_all
 
 
 def _clean(weight: PackedWeight) -> Tensor:
@@ -27,7 +27,7 @@ def _clean(weight: PackedWeight) -> Tensor:
 def _dims(weight: PackedWeight, dim: Any) -> list[int]:
     if dim is None or (isinstance(dim, tuple | list) and not dim):
         return list(range(len(weight.axes)))
-    return sorted({d % len(weight.axes) for d in (dim if isinstance(dim, tuple | list) else (dim,))})
+    return sorted(wrapped_all(dim, len(weight.axes)))
 
 
 def _summed(weight: PackedWeight, dim: Any, keepdim: bool) -> Tensor | None:
@@ -42,6 +42,7 @@ def _summed(weight: PackedWeight, dim: Any, keepdim: bool) -> Tensor | None:
 def _sum_left(weight: PackedWeight, left: list[str]) -> Tensor | None:
     if weight.batch is not None:
         return _sum_of_batch(weight) if left == [BATCH, ROW] else None
+    left = [atom for atom in left if weight.length(atom) != 1]
     if not left:
         return _clean(weight).sum()
     if left not in ([ROW], [COL]):
@@ -56,15 +57,22 @@ def _sum_left(weight: PackedWeight, left: list[str]) -> Tensor | None:
 def _sum_of_batch(weight: PackedWeight) -> Tensor | None:
     """``out_scale[n, o] · Σ_{i, t} W[o, i, t] · in_scale[n, i]``: the weight on an image of its kernel's size."""
     layer = weight.layer
-    if layer.groups != 1 or weight.in_scale is None or layer.backend == "reference":
+    if weight.in_scale is None:
+        rows = _sum_left(weight.with_scales(weight.axes, None, None, None), [ROW])
+        assert rows is not None and weight.batch is not None
+        rows = rows.reshape(1, -1).expand(weight.batch, -1)
+        return rows if weight.out_scale is None else rows * weight.out_scale
+    if layer.groups != 1 or layer.backend == "reference":
         return None
     topology, shape = layer.topology_as()
     x = weight.in_scale.to(weight.dtype)
-    if len(shape) == 4:
-        x = x[:, :, None, None].expand(-1, -1, *shape[2:])
-        total = ops.conv2d(x, _clean(weight), None, topology, shape, backend=layer.backend).flatten(1)
-    else:
-        total = ops.linear(x, _clean(weight), None, topology, shape, backend=layer.backend)
+    # A sum keeps its dtype where a convolution would be computed in a narrower one.
+    with torch.autocast(x.device.type, enabled=False):
+        if len(shape) == 4:
+            x = x[:, :, None, None].expand(-1, -1, *shape[2:])
+            total = ops.conv2d(x, _clean(weight), None, topology, shape, backend=layer.backend).flatten(1)
+        else:
+            total = ops.linear(x, _clean(weight), None, topology, shape, backend=layer.backend)
     return total if weight.out_scale is None else total * weight.out_scale
 
 
@@ -80,19 +88,30 @@ def _mean(input: PackedWeight, dim: Any = None, keepdim: bool = False, *, dtype:
 
 
 def _euclidean(weight: PackedWeight, dim: Any, keepdim: bool) -> Tensor | None:
-    """The L2 norm, whose gradient at 0 is 0, as torch's."""
-    total = _summed(raised(weight, 2), dim, keepdim)
+    """The L2 norm, whose gradient at 0 is 0, as torch's; squares of 16-bit weights are float32, as torch's."""
+    wide = cast(weight, torch.float32) if weight.dtype.itemsize < 4 else weight
+    total = _summed(raised(wide, 2), dim, keepdim)
     if total is None:
         return None
     positive = total > 0
-    return torch.where(positive, torch.where(positive, total, 1.0).sqrt(), 0.0)
+    return torch.where(positive, torch.where(positive, total, 1.0).sqrt(), 0.0).to(weight.dtype)
 
 
 @known("norm")
 def _norm(
     input: PackedWeight, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
 ) -> Tensor | None:
-    if p not in ("fro", 2, None) or out is not None:
+    matrices = isinstance(dim, tuple | list) and len(dim) > 2  # of which torch has a 2-norm and no Frobenius norm
+    if p not in ("fro", 2, None) or (matrices and p != 2) or out is not None:
+        return None
+    return _euclidean(input if dtype is None else cast(input, dtype), dim, keepdim)
+
+
+@known("linalg_norm")
+def _linalg_norm(
+    input: PackedWeight, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor | None:
+    if ord is not None or (isinstance(dim, tuple | list) and len(dim) > 2):
         return None
     return _euclidean(input if dtype is None else cast(input, dtype), dim, keepdim)
 
@@ -102,7 +121,10 @@ def _vector_norm(
     x: Any = None, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, input: Any = None
 ) -> Tensor | None:
     weight = input if x is None else x
-    return None if ord != 2 else _euclidean(weight if dtype is None else cast(weight, dtype), dim, keepdim)
+    wide = weight.dtype if dtype is None else dtype
+    if ord != 2 or torch.promote_types(weight.dtype, wide) != wide:  # which torch refuses
+        return None
+    return _euclidean(cast(weight, wide), dim, keepdim)
 
 
 @known("normalize")

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from .functions import known
-from .weight import BATCH, PackedWeight, regroup, taps_of
+from .weight import BATCH, PackedWeight, regroup, taps_of, wrapped, wrapped_all
+
+
+def _one_list(given: tuple[Any, ...], named: Any) -> list[Any]:
+    """Sizes or dimensions, which torch takes one by one, in a list, or by name."""
+    if named is not None:
+        given = (named,)
+    return list(given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given)
 
 
 def _reshaped(weight: PackedWeight, shape: Sequence[int]) -> PackedWeight | None:
@@ -39,43 +46,60 @@ def _view_as(input: Any, other: Any) -> PackedWeight | None:
 
 
 @known("flatten")
-def _flatten(input: PackedWeight, start_dim: int = 0, end_dim: int = -1) -> PackedWeight:
+def _flatten(input: PackedWeight, start_dim: int = 0, end_dim: int = -1) -> PackedWeight | None:
     axes = list(input.axes)
-    start, end = start_dim % len(axes), end_dim % len(axes)
+    start, end = wrapped(start_dim, len(axes)), wrapped(end_dim, len(axes))
+    if not axes or start > end:
+        return None
     merged = tuple(atom for axis in axes[start : end + 1] for atom in axis)
     return input.with_axes((*axes[:start], merged, *axes[end + 1 :]))
 
 
 @known("unsqueeze")
 def _unsqueeze(input: PackedWeight, dim: int) -> PackedWeight:
-    at = dim % (len(input.axes) + 1)
+    at = wrapped(dim, len(input.axes) + 1)
     return input.with_axes((*input.axes[:at], (), *input.axes[at:]))
 
 
 @known("squeeze")
-def _squeeze(input: PackedWeight, dim: int | None = None) -> PackedWeight | None:
-    gone = [i for i, axis in enumerate(input.axes) if not axis]
-    ones = [i for i, size in enumerate(input.shape) if size == 1]
-    wanted = ones if dim is None else [i for i in ones if i == dim % len(input.axes)]
-    if any(i not in gone for i in wanted):
+def _squeeze(input: PackedWeight, dim: Any = None) -> PackedWeight | None:
+    shape = input.shape
+    asked = range(len(shape)) if dim is None else wrapped_all(dim, len(shape))
+    return _without(input, [i for i in asked if shape[i] == 1])
+
+
+def _without(weight: PackedWeight, dims: Sequence[int]) -> PackedWeight | None:
+    """The weight without some dimensions of size 1: rows, columns or taps of length 1 join a dimension beside."""
+    axes: list[tuple[str, ...]] = []
+    waiting: tuple[str, ...] = ()
+    for i, axis in enumerate(weight.axes):
+        if i not in dims:
+            axes.append((*waiting, *axis))
+            waiting = ()
+        elif axes:
+            axes[-1] = (*axes[-1], *axis)
+        else:
+            waiting = (*waiting, *axis)
+    return None if waiting else weight.with_axes(tuple(axes))
+
+
+def _permuted(weight: PackedWeight, dims: Sequence[int]) -> PackedWeight | None:
+    order = [wrapped(d, len(weight.axes)) for d in dims]
+    if sorted(order) != list(range(len(weight.axes))):
         return None
-    return input.with_axes(tuple(axis for i, axis in enumerate(input.axes) if i not in wanted))
-
-
-def _permuted(weight: PackedWeight, dims: Sequence[int]) -> PackedWeight:
-    return weight.with_axes(tuple(weight.axes[d] for d in dims))
+    return weight.with_axes(tuple(weight.axes[d] for d in order))
 
 
 @known("permute")
-def _permute(input: PackedWeight, *dims: Any, **kwargs: Any) -> PackedWeight:
-    order = kwargs.get("dims", dims[0] if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims)
-    return _permuted(input, order)
+def _permute(input: PackedWeight, *dims: Any, **kwargs: Any) -> PackedWeight | None:
+    return _permuted(input, _one_list(dims, kwargs.get("dims")))
 
 
 @known("transpose", "swapaxes", "swapdims")
-def _transpose(input: PackedWeight, dim0: int, dim1: int) -> PackedWeight:
+def _transpose(input: PackedWeight, dim0: int, dim1: int) -> PackedWeight | None:
     order = list(range(len(input.axes)))
-    order[dim0], order[dim1] = order[dim1], order[dim0]
+    a, b = wrapped(dim0, len(order)), wrapped(dim1, len(order))
+    order[a], order[b] = b, a
     return _permuted(input, order)
 
 
@@ -89,17 +113,20 @@ def _same(input: PackedWeight, **kwargs: Any) -> PackedWeight:
     return input
 
 
-@known("expand", "repeat")
+@known("expand")
 def _expand(input: Any, *sizes: Any, **kwargs: Any) -> PackedWeight | None:
-    if not isinstance(input, PackedWeight) or kwargs:
+    return _expanded(input, _one_list(sizes, kwargs.get("size"))) if isinstance(input, PackedWeight) else None
+
+
+def _expanded(input: PackedWeight, wanted: list[Any]) -> PackedWeight | None:
+    new = len(wanted) - len(input.axes)
+    if new < 0:
         return None
-    wanted = list(sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes)
-    axes = [()] * (len(wanted) - len(input.axes)) + list(input.axes)
-    batch = input.batch
+    axes, shape, batch = [()] * new + list(input.axes), [1] * new + list(input.shape), input.batch
     for i, size in enumerate(wanted):
-        if size in (-1, 1) or (axes[i] and size == math.prod([input.length(atom) for atom in axes[i]])):
+        if size == shape[i] or (size == -1 and i >= new):
             continue
-        if axes[i] or batch is not None:
+        if size < 1 or axes[i] or batch is not None:
             return None
         batch, axes[i] = size, (BATCH,)
     if batch == input.batch:
@@ -107,9 +134,33 @@ def _expand(input: Any, *sizes: Any, **kwargs: Any) -> PackedWeight | None:
     return input.with_scales(tuple(axes), batch, input.out_scale, input.in_scale)
 
 
+@known("expand_as")
+def _expand_as(input: Any, other: Any) -> Tensor | PackedWeight | None:
+    if not isinstance(input, PackedWeight):
+        expanded: Tensor = input.expand(other.shape)
+        return expanded
+    return _expanded(input, list(other.shape))
+
+
+@known("repeat")
+def _repeat(input: PackedWeight, *repeats: Any, **kwargs: Any) -> PackedWeight | None:
+    times = _one_list(repeats, kwargs.get("repeats"))
+    repeated = [i for i, count in enumerate(times) if count != 1]
+    axes = [()] * (len(times) - len(input.axes)) + list(input.axes)
+    if len(times) != len(axes) or len(repeated) > 1:
+        return None
+    if not repeated:
+        return input.with_axes(tuple(axes))
+    at = repeated[0]
+    if input.batch is not None or times[at] < 1:
+        return None
+    axes[at] = (BATCH, *axes[at])
+    return input.with_scales(tuple(axes), times[at], input.out_scale, input.in_scale)
+
+
 @known("flip")
-def _flip(input: PackedWeight, *dims: Any) -> PackedWeight | None:
-    turned = list(dims[0] if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims)
+def _flip(input: PackedWeight, *dims: Any, **kwargs: Any) -> PackedWeight | None:
+    turned = [wrapped(d, len(input.axes)) for d in _one_list(dims, kwargs.get("dims"))]
     parts = sorted(atom for d in turned for atom in input.axes[d])
     return input.with_axes(input.axes, not input.flipped) if parts == sorted(taps_of(input.layer)) else None
 
@@ -126,7 +177,7 @@ def _getitem(input: Any, index: Any) -> PackedWeight | None:
         missing = len(input.axes) - sum(step is not None and step is not Ellipsis for step in steps)
         steps[at : at + 1] = [slice(None)] * missing
     axes: list[tuple[str, ...]] = []
-    left = list(input.axes)
+    left, gone = list(input.axes), []
     for step in steps:
         if step is None:
             axes.append(())
@@ -134,8 +185,9 @@ def _getitem(input: Any, index: Any) -> PackedWeight | None:
             return None
         elif isinstance(step, slice) and step == slice(None):
             axes.append(left.pop(0))
-        elif isinstance(step, int) and step in (0, -1) and not left[0]:
-            left.pop(0)
+        elif type(step) is int and step in (0, -1) and input.shape[len(input.axes) - len(left)] == 1:
+            gone.append(len(axes))
+            axes.append(left.pop(0))
         else:
             return None
-    return input.with_axes((*axes, *left))
+    return _without(input.with_axes((*axes, *left)), gone)

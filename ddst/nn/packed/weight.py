@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...ops.gradient_record import recorder_of
-from ...topology import unpack_slots
+from ...topology import pack_slots, unpack_slots
 from ..dense_view import DenseView
 from .callers import inside_a_function
 
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 ROW, COL, BATCH = "o", "i", "n"
 
 Axes = tuple[tuple[str, ...], ...]
+
+
+def _method(name: str) -> Any:
+    def method(self: PackedWeight, *args: Any) -> Any:
+        return self.call(name, *args)
+
+    return method
 
 
 class PackedWeight:
@@ -41,7 +48,10 @@ class PackedWeight:
         out_scale, in_scale: ``[n or 1, rows]`` and ``[n or 1, columns]``, factors that differ within the batch.
         flipped: whether taps run backwards.
         bound: whether it is the layer's own weight, so that what is written into it in place goes to the layer.
+        with_grad: whether it was made where gradients are recorded.
     """
+
+    __array_priority__ = 1000  # a number of numpy's on the left gives way, as to a tensor
 
     def __init__(
         self,
@@ -84,15 +94,13 @@ class PackedWeight:
         """The same with other factors within a batch."""
         return PackedWeight(self.layer, self.values, axes, batch, out_scale, in_scale, self.flipped)
 
-    def with_scales_and(
-        self, values: Tensor, out_scale: Tensor | None = None, in_scale: Tensor | None = None
-    ) -> PackedWeight:
+    def with_scales_and(self, values: Tensor, out_scale: Tensor | None, in_scale: Tensor | None) -> PackedWeight:
         """The same with other values and factors."""
         return PackedWeight(self.layer, values, self.axes, self.batch, out_scale, in_scale, self.flipped)
 
     def check_current(self) -> None:
         """Raises if blocks of the layer have moved since this weight was read, or no gradient would reach it."""
-        if self.version != self.layer.mask_version:
+        if self.version not in (-1, self.layer.mask_version):
             raise RuntimeError(
                 "blocks of the layer have moved since this packed weight was read from it: read layer.weight anew, or "
                 "keep weight.unpacked()"
@@ -173,9 +181,22 @@ class PackedWeight:
 
     @property
     def grad(self) -> Tensor | None:
-        """The dense gradient of the layer's own weight: zero where there is no block."""
+        """The dense gradient of the layer's own weight, zero where there is no block; to be written to as well."""
         gradient = self.layer.values.grad if self.bound else None
-        return None if gradient is None else self.with_values(gradient).unpacked()
+        if gradient is None:
+            return None
+        dense = self.with_values(gradient).unpacked()
+        return DenseView.of(dense, self.layer, gradient) if self.canonical else dense
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        layer = self.layer
+        if not (self.bound and self.canonical):
+            raise RuntimeError("grad of a product or view of a packed weight: set that of the layer's weight itself")
+        if value is not None and value.shape != self.shape:
+            raise RuntimeError(f"grad must have the shape of the weight, {tuple(self.shape)}, got {tuple(value.shape)}")
+        dense = None if value is None else value.detach().reshape(layer.weight_shape)
+        layer.values.grad = None if dense is None else pack_slots(dense, layer.slot_blocks, layer.block)
 
     @property
     def data(self) -> PackedWeight:
@@ -207,6 +228,12 @@ class PackedWeight:
         in_scale = None if self.in_scale is None else self.in_scale.detach()
         values = self.values.detach()
         return PackedWeight(self.layer, values, self.axes, self.batch, out_scale, in_scale, self.flipped, self.bound)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.call("__array__", dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.unpacked().detach().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.unpacked().detach().clone()
@@ -287,81 +314,30 @@ class PackedWeight:
 
     H = mH = mT
 
-    def __mul__(self, other: Any) -> Any:
-        return self.call("mul", other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Any:
-        return self.call("div", other)
-
-    def __neg__(self) -> Any:
-        return self.call("neg")
-
-    def __pow__(self, exponent: Any) -> Any:
-        return self.call("pow", exponent)
-
-    def __matmul__(self, other: Any) -> Any:
-        return self.call("matmul", other)
-
     def __rmatmul__(self, other: Any) -> Any:
         return self.__torch_function__(torch.matmul, (PackedWeight,), (other, self), {})
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.call("__getitem__", index)
+    def __rsub__(self, other: Any) -> Any:
+        return self.__torch_function__(torch.rsub, (PackedWeight,), (self, other), {})
+
+    __mul__ = __rmul__ = _method("mul")
+    __add__ = __radd__ = _method("add")
+    __sub__ = _method("sub")
+    __truediv__, __rtruediv__ = _method("div"), _method("__rtruediv__")
+    __floordiv__, __mod__ = _method("__floordiv__"), _method("__mod__")
+    __pow__, __rpow__ = _method("pow"), _method("__rpow__")
+    __neg__, __pos__, __abs__ = _method("neg"), _method("positive"), _method("abs")
+    __matmul__ = _method("matmul")
+    __getitem__ = _method("__getitem__")
+    __imul__, __iadd__, __isub__, __itruediv__ = _method("mul_"), _method("add_"), _method("sub_"), _method("div_")
+    __eq__, __ne__ = _method("eq"), _method("ne")
+    __lt__, __le__, __gt__, __ge__ = _method("lt"), _method("le"), _method("gt"), _method("ge")
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.call("__setitem__", index, value)
 
     def __iter__(self) -> Any:
         return iter(self.dense())
-
-    def __add__(self, other: Any) -> Any:
-        return self.call("add", other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Any:
-        return self.call("sub", other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self.call("rsub", other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return self.call("__rtruediv__", other)
-
-    def __abs__(self) -> Any:
-        return self.call("abs")
-
-    def __imul__(self, other: Any) -> Any:
-        return self.call("mul_", other)
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.call("add_", other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self.call("sub_", other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.call("div_", other)
-
-    def __eq__(self, other: object) -> Any:
-        return self.call("eq", other)
-
-    def __ne__(self, other: object) -> Any:
-        return self.call("ne", other)
-
-    def __lt__(self, other: Any) -> Any:
-        return self.call("lt", other)
-
-    def __le__(self, other: Any) -> Any:
-        return self.call("le", other)
-
-    def __gt__(self, other: Any) -> Any:
-        return self.call("gt", other)
-
-    def __ge__(self, other: Any) -> Any:
-        return self.call("ge", other)
 
     def __hash__(self) -> int:
         return id(self)
@@ -379,6 +355,23 @@ class PackedWeight:
         from .functions import apply
 
         return apply(func, args, kwargs or {})
+
+
+def wrapped(dim: int, dims: int) -> int:
+    """A dimension counted from the front."""
+    if not -dims <= dim < dims:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})"  # torch's words
+        )
+    return dim % dims
+
+
+def wrapped_all(dim: int | Sequence[int], dims: int) -> list[int]:
+    """The same for one or several, each once."""
+    found = [wrapped(d, dims) for d in (dim if isinstance(dim, tuple | list) else (dim,))]
+    if len(set(found)) != len(found):
+        raise RuntimeError(f"a dimension appears multiple times in the list of dims {dim}")
+    return found
 
 
 def taps_of(layer: SparseLayer) -> tuple[str, ...]:
@@ -415,6 +408,8 @@ def regroup(sizes: Sequence[tuple[str, int]], shape: Sequence[int]) -> Axes | No
         axes.append(tuple(taken))
     if any(size != 1 for _, size in left):
         return None
-    if left and axes:
+    if left and not axes:
+        return None
+    if left:
         axes[-1] = (*axes[-1], *(atom for atom, _ in left))
     return tuple(axes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ _NOTHING_SEEN = "every pixel is wholly transparent"
 _SIGNED, _WHITE_IS_ZERO = 2, 0
 
 
-def read_pixels(file: Path, resolution: int) -> tuple[NDArray[np.uint8], bool]:
+def read_pixels(file: Path | IO[bytes], resolution: int) -> tuple[NDArray[np.uint8], bool]:
     """The central square of an image, turned upright, resized: `[resolution, resolution, 3]` and whether it was
     transparent anywhere.
 
@@ -55,9 +55,9 @@ def read_pixels(file: Path, resolution: int) -> tuple[NDArray[np.uint8], bool]:
                 white = 1.0 if upright.mode == "F" else 4095.0 if bits[0] == 12 else 65535.0
                 inverted = opened.format == "TIFF" and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
                 grey, transparent = _grey(upright, white, inverted, stated=bits[0] < 32)
-                return np.repeat(_resized(grey, resolution)[:, :, None], 3, axis=2), transparent
+                return np.repeat(resized(grey, resolution)[:, :, None], 3, axis=2), transparent
             image, transparent = _over_white(upright)
-    return _resized(image, resolution), transparent
+    return resized(image, resolution), transparent
 
 
 @functools.cache
@@ -100,7 +100,13 @@ def _over_white(image: Image.Image) -> tuple[Image.Image, bool]:
     return Image.alpha_composite(white, layered).convert("RGB"), bool((opacity < 255).any())
 
 
-def _resized(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
+def resized(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
+    """The central square, resized: what every data set of bytes goes through, and nothing else resizes one.
+
+    Pillow's bicubic (a = −0.5), its support widened by the scale when it shrinks (antialiasing). Images of bytes are
+    rounded to bytes after each of the two directions, images of floats (`F`) once at the end. At the square's own size
+    the pixels stay what they are.
+    """
     side = min(image.size)
     left, upper = (image.width - side) // 2, (image.height - side) // 2
     square = (left, upper, left + side, upper + side)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 from pathlib import Path
 
 import PIL
@@ -71,7 +72,7 @@ def write(file: Path, pixels: Pixels) -> None:
         OSError, SafetensorError: it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
+    part = file.with_suffix(f".{secrets.token_hex(8)}.part")
     tensors = {"stored": pixels.stored} | ({} if pixels.labels is None else {"labels": pixels.labels})
     try:
         save_file(tensors, part, {"over_white": str(pixels.over_white), "sha256": _digest(pixels)})

@@ -97,7 +97,7 @@ def _source(form: _Form, path: Path, names: Sequence[str]) -> Source:
 
     def read(resolution: int) -> Pixels:
         batches = [_batch(form, path / name) for name in names]
-        planes = np.concatenate([values for values, _ in batches]).reshape(-1, 3, _SIDE, _SIDE)
+        planes = [values.reshape(-1, 3, _SIDE, _SIDE) for values, _ in batches]
         return Pixels(resized_planes(planes, resolution), as_labels(np.concatenate([labels for _, labels in batches])))
 
     return Source(f"{form.name} {listed(names)}, {form.classes} classes", [path / name for name in names], read)

@@ -48,14 +48,18 @@ class Source:
     left_out: ImageFiles = field(default_factory=ImageFiles)
 
 
-def resized_planes(planes: NDArray[np.uint8], resolution: int) -> Tensor:
-    """`[N, 3, side, side]` -> `[N, 3, resolution, resolution]`, by the resizer of image files."""
-    if planes.shape[-1] == resolution:
-        return torch.from_numpy(np.ascontiguousarray(planes))
-    stored = torch.empty(len(planes), 3, resolution, resolution, dtype=torch.uint8)
-    for i, image in enumerate(planes):
-        picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-        stored[i] = torch.from_numpy(resized(picture, resolution)).permute(2, 0, 1)
+def resized_planes(parts: Sequence[NDArray[np.uint8]], resolution: int) -> Tensor:
+    """Arrays `[N, 3, side, side]`, one after the other, at `resolution`, resized as image files are."""
+    stored = torch.empty(sum(map(len, parts)), 3, resolution, resolution, dtype=torch.uint8)
+    into, start = stored.numpy(), 0
+    for planes in parts:
+        if planes.shape[-1] == resolution:
+            into[start : start + len(planes)] = planes
+        else:
+            for i, image in enumerate(planes, start):
+                picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+                into[i] = resized(picture, resolution).transpose(2, 0, 1)
+        start += len(planes)
     return stored
 
 

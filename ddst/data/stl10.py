@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ddst.data.files import shown
@@ -45,8 +44,7 @@ def stl10(path: Path, held_out: bool) -> Source | None:
             labels = _labels(labels_of, len(parts[0])) if labelled else None
         except OSError as error:
             raise DataError(f"cannot read STL-10: {shown(error.filename)}: {error.strerror}") from error
-        stored = [resized_planes(part, resolution) for part in parts]
-        return Pixels(torch.cat(stored), None if labels is None else as_labels(labels))
+        return Pixels(resized_planes(parts, resolution), None if labels is None else as_labels(labels))
 
     classes = f", {_CLASSES} classes" if labelled else ", without labels"
     return Source(f"STL-10, binary {' and '.join(names)}{classes}", [path / name for name in names], read)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ddst.data.files import shown
 from ddst.data.image_set import DataError
-from ddst.data.pickled import Array, BatchReader
+from ddst.data.pickled import Array, read_batch
 from ddst.data.source import Pixels, Source, as_labels, listed, resized_planes
 
 _SIDE = 32
@@ -37,8 +37,7 @@ def _pickled(key: bytes) -> Callable[[Path], Batch]:
     """A reader of pickled dicts with the images in ``data`` and their labels in `key`."""
 
     def read(file: Path) -> Batch:
-        with file.open("rb") as opened:
-            batch = BatchReader(opened).load()
+        batch = read_batch(file.read_bytes())
         data, labels = (batch.get(name) if isinstance(batch, dict) else None for name in (b"data", key))
         if not isinstance(data, Array) or not isinstance(labels, list) or any(type(i) is not int for i in labels):
             raise ValueError(f"expected a dict with an array 'data' and a list of whole numbers '{key.decode()}'")
@@ -78,8 +77,8 @@ def cifar(path: Path, held_out: bool) -> Source | None:
 
     A folder holds the files of one form under the names in the published archives: ``data_batch_1`` to
     ``data_batch_5`` and ``test_batch``, with or without ``.bin``; or ``train`` and ``test``, likewise (of these two,
-    or one of them and ``meta`` or ``fine_label_names.txt``). Python batches are read by :class:`BatchReader`, which
-    runs nothing of what they name.
+    or one of them and ``meta`` or ``fine_label_names.txt``). Python batches are read by
+    :class:`ddst.data.pickled.BatchReader`, which runs nothing of what they name.
 
     Raises:
         DataError: a file is missing; when it is read: it is damaged.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -43,6 +45,20 @@ class Kind:
 
     def __setstate__(self, state: Any) -> None:
         """Byte order and the like, of which bytes have none."""
+
+
+def read_batch(data: bytes) -> Any:
+    """What a python batch holds, by :class:`BatchReader`.
+
+    Before, its instructions are gone through: pickle makes room for as many objects as one of them says there are.
+
+    Raises:
+        pickle.UnpicklingError, ValueError, and what else pickle raises on damaged files.
+    """
+    for number, (instruction, argument, _) in enumerate(pickletools.genops(data)):
+        if instruction.name.endswith("PUT") and (argument or 0) > number:
+            raise pickle.UnpicklingError(f"it counts {argument:,} objects after {number:,} instructions")
+    return BatchReader(io.BytesIO(data)).load()
 
 
 class BatchReader(pickle.Unpickler):

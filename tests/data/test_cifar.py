@@ -114,8 +114,9 @@ def damaged_python(change):
         ("data_batch_2.bin", b"", r"it has 0 bytes, expected a multiple of 3,073"),
         ("data_batch_2.bin", bytes(3072), r"it has 3,072 bytes, expected a multiple of 3,073"),
         ("data_batch_2.bin", b"\x0a" + bytes(3072), r"it has labels from 10 to 10, expected 0 to 9"),
-        ("data_batch_2", b"", r"EOF|[Rr]an out"),
-        ("data_batch_2", by_python_2(python_batch(images(2), [1, 2]))[:4000], r"truncated"),
+        ("data_batch_2", b"", r"exhausted|EOF|[Rr]an out"),
+        ("data_batch_2", b"\x80\x02}r\xff\xff\xff\x3f.", r"it counts 1,073,741,823 objects after 2 instructions"),
+        ("data_batch_2", by_python_2(python_batch(images(2), [1, 2]))[:4000], r"truncated|but only"),
         ("data_batch_2", damaged_python({"labels": [1]}), r"shape \(2, 3072\) beside 1 labels, expected \[N, 3,072\]"),
         ("data_batch_2", damaged_python({"labels": [1, -1]}), r"labels from -1 to 1, expected 0 to 9"),
         ("data_batch_2", damaged_python({"data": b"text"}), r"expected a dict with an array 'data' and a list"),
@@ -135,6 +136,25 @@ def test_damaged_batches_are_one_line_that_names_the_file(tmp_path, name, conten
     with pytest.raises(DataError, match=message) as caught:
         load_images(str(data), 32)
     assert str(data / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_bits_that_flipped_are_read_or_refused_by_name(tmp_path_factory, data):
+    """Anywhere, but mostly where the instructions are."""
+    batch = bytearray(by_python_2(python_batch(images(1), [1])))
+    pixels = batch.index(images(1).tobytes())
+    places = st.one_of(*[st.integers(0, pixels - 1)] * 3, st.integers(pixels, len(batch) - 1))
+    for place in data.draw(st.lists(places, min_size=1, max_size=3)):
+        batch[place] ^= 1 << data.draw(st.integers(0, 7))
+    root = tmp_path_factory.mktemp("cifar")
+    write(root, {name: by_python_2(python_batch(images(1), [1])) for name in CIFAR_10} | {"data_batch_4": bytes(batch)})
+    try:
+        said = str(tuple(load_images(str(root), 32).stored.shape))
+    except DataError as error:
+        said = str(error)
+    assert said == "(5, 3, 32, 32)" or said.startswith(f"cannot read {root}/data_batch_4 as CIFAR-10, python batches: ")
+    assert "\n" not in said
 
 
 class Foreign:

@@ -35,6 +35,13 @@ class ImageFiles:
         self.left_out[reason] += 1
         self.examples.setdefault(reason, shown(name) + (f": {why}" if why else ""))
 
+    def put_back(self, name: str) -> None:
+        """Takes back a file that was left out by its ending and is read after all, for something else."""
+        ending = os.path.splitext(name)[1].lower()
+        self.left_out[ending] -= 1
+        if not self.left_out[ending]:
+            del self.left_out[ending], self.examples[ending]
+
     def __str__(self) -> str:
         """One line, empty where nothing was left out.
 

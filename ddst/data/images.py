@@ -1,91 +1,67 @@
-"""`digits` (scikit-learn's 1,797 real images) or a folder of image files, as one tensor at the model's resolution."""
+"""`digits` (scikit-learn's 1,797 real images) or a data set on disk, as one tensor at the model's resolution."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
-from ddst.data.files import IMAGE_SUFFIXES, find_images, shown
-from ddst.data.pixels import read_pixels
+from ddst.data import cache as kept
+from ddst.data.cifar import cifar
+from ddst.data.files import shown
+from ddst.data.folders import image_folder, image_zip, tiny_imagenet
+from ddst.data.image_set import DataError, ImageSet
+from ddst.data.source import Pixels, Source
+from ddst.data.stl10 import stl10
+
+_EXPECTED = "give a folder of image files, a .zip of them, a folder of CIFAR, STL-10 or TinyImageNet, or 'digits'"
 
 
-class DataError(ValueError):
-    """The images asked for cannot be had; the message is one line that says which and why."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """x = 2 · stored / top − 1: N images of one size, kept as they were stored (a byte a channel for files).
-
-    Attributes:
-        name: "digits" or the folder's path.
-        stored: `[N, channels, resolution, resolution]`, uint8 for files, float32 for digits.
-        top: the stored value that stands for white (255, or 16 for digits).
-        labels: `[N]` int64 class of every image, or None where there are no classes.
-        left_out: reason -> number of files and folders that were not read (:func:`ddst.data.files.find_images`).
-        note: one line on what was left out and what was laid over white; empty where there is nothing to say.
-    """
-
-    name: str
-    stored: Tensor
-    top: float
-    labels: Tensor | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    note: str = ""
-
-    def __len__(self) -> int:
-        return self.stored.shape[0]
-
-    @property
-    def channels(self) -> int:
-        return self.stored.shape[1]
-
-    @property
-    def resolution(self) -> int:
-        return self.stored.shape[2]
-
-    def batch(self, indices: Tensor | slice) -> Tensor:
-        """Images at `indices` in torch's default dtype (float32), in [-1, 1], laid out channels_last."""
-        images = self.stored[indices].to(torch.get_default_dtype()) * (2.0 / self.top) - 1.0
-        return images.contiguous(memory_format=torch.channels_last)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over shape and contents: tells a resumed run whether it sees the same images."""
-        digest = hashlib.sha256(repr((tuple(self.stored.shape), str(self.stored.dtype), self.top)).encode())
-        digest.update(self.stored.numpy().data)
-        return digest.hexdigest()
-
-
-def load_images(data: str, resolution: int) -> ImageSet:
+def load_images(data: str, resolution: int, *, held_out: bool = False, cache: Path | None = None) -> ImageSet:
     """The images named by `data`, at `resolution` x `resolution`.
 
     Args:
-        data: "digits", or the path of a folder, which is searched for image files at every depth and through links:
-            :func:`ddst.data.files.find_images` says which files count.
-        resolution: side in pixels. Digits (8x8) are enlarged bilinearly; files are cropped to their central square and
-            resized with antialiasing, their values read as :func:`ddst.data.pixels.read_pixels` says.
+        data: "digits", or a path, by what lies there:
+
+            * CIFAR-10 or CIFAR-100, python batches or binary (:func:`ddst.data.cifar.cifar`);
+            * STL-10, binary (:func:`ddst.data.stl10.stl10`);
+            * TinyImageNet (:func:`ddst.data.folders.tiny_imagenet`);
+            * a zip of image files, with StyleGAN's ``dataset.json`` or not (:func:`ddst.data.folders.image_zip`);
+            * a folder of image files, which is searched at every depth and through links; class folders, or
+              ``dataset.json``, give labels (:func:`ddst.data.folders.image_folder`,
+              :func:`ddst.data.files.find_images`).
+        resolution: side in pixels. Digits (8x8) are enlarged bilinearly; everything else is cropped to its central
+            square and resized by :func:`ddst.data.pixels.resized`, the values of image files read as
+            :func:`ddst.data.pixels.read_pixels` says.
+        held_out: the images that the data set sets aside for tests (TinyImageNet's ``val``), not those to train on.
+        cache: folder in which the resized images are kept and found again (:mod:`ddst.data.cache`); None keeps none.
 
     Returns:
-        An `ImageSet` with one channel and labels for digits, three channels and no labels for a folder; its `left_out`
-        counts what was not read.
+        An `ImageSet` with one channel for digits, three channels for others; its `left_out` counts what was not read.
 
     Raises:
-        DataError: the folder is missing, is no folder, cannot be read, holds no image, or holds an image file that
-            cannot be read.
+        DataError: the data is missing, damaged, of no form above, or has no images set aside.
 
     Example:
         >>> images = load_images("digits", 16)
         >>> len(images), images.channels, float(images.batch(slice(None)).min())
         (1797, 1, -1.0)
     """
-    return digits(resolution) if data == "digits" else folder(Path(data), resolution)
+    if data == "digits":
+        if held_out:
+            raise DataError("digits sets no images aside, only CIFAR, STL-10 and TinyImageNet do")
+        return digits(resolution)
+    path = Path(data)
+    source = _recognised(path, held_out)
+    pixels, where = _read(source, path, resolution, cache)
+    notes = [f"left out: {source.left_out}"] if source.left_out.left_out else []
+    notes += [f"{pixels.over_white} with transparent pixels laid over white"] if pixels.over_white else []
+    note = f"images of {shown(path)}: {'; '.join(notes)}" if notes else ""
+    left_out = dict(source.left_out.left_out)
+    return ImageSet(str(path), pixels.stored, 255.0, pixels.labels, left_out, note, source.took + where)
 
 
 def digits(resolution: int) -> ImageSet:
@@ -96,33 +72,39 @@ def digits(resolution: int) -> ImageSet:
     images = torch.from_numpy(np.asarray(raw.images, dtype=np.float32)).unsqueeze(1)
     if resolution != images.shape[-1]:
         images = F.interpolate(images, size=(resolution, resolution), mode="bilinear", antialias=True)
-    return ImageSet("digits", images.contiguous(), 16.0, torch.from_numpy(np.asarray(raw.target, dtype=np.int64)))
+    labels = torch.from_numpy(np.asarray(raw.target, dtype=np.int64))
+    return ImageSet("digits", images.contiguous(), 16.0, labels, took="scikit-learn's digits, 10 classes")
 
 
-def folder(path: Path, resolution: int) -> ImageSet:
-    """Every image file under `path`, in the order of their paths."""
-    named = shown(path)
-    if not path.exists():
-        raise DataError(f"data folder {named} does not exist (give a folder of image files, or 'digits')")
-    if not path.is_dir():
-        raise DataError(f"data {named} is not a folder (give a folder of image files, or 'digits')")
+def _recognised(path: Path, held_out: bool) -> Source:
     try:
-        found = find_images(path)
+        if not path.exists():
+            raise DataError(f"data folder {shown(path)} does not exist ({_EXPECTED})")
+        if path.is_dir():
+            for form in (cifar, stl10, tiny_imagenet):
+                if (source := form(path, held_out)) is not None:
+                    return source
+            return image_folder(path, held_out)
     except OSError as error:
-        raise DataError(f"data folder {named} cannot be read: {error.strerror or error}") from error
-    if not found.files:
-        there = f"; there is: {found}" if found.left_out else ""
-        raise DataError(f"data folder {named} holds no image file ({', '.join(sorted(IMAGE_SUFFIXES))}){there}")
-    stored = torch.empty(len(found.files), 3, resolution, resolution, dtype=torch.uint8)
-    over_white = 0
-    for i, file in enumerate(found.files):
-        try:
-            pixels, transparent = read_pixels(file, resolution)
-        except Exception as error:  # Pillow's decoders raise many types on damaged files, the same to the user.
-            raise DataError(f"cannot read image {shown(file)}: {shown(' '.join(str(error).split()))}") from error
-        stored[i] = torch.from_numpy(pixels).permute(2, 0, 1)
-        over_white += transparent
-    notes = [f"left out: {found}"] if found.left_out else []
-    notes += [f"{over_white} with transparent pixels laid over white"] if over_white else []
-    note = f"images of {named}: {'; '.join(notes)}" if notes else ""
-    return ImageSet(str(path), stored, 255.0, None, dict(found.left_out), note)
+        raise DataError(f"data {shown(path)} cannot be read: {error.strerror or error}") from error
+    if path.suffix.lower() == ".zip":
+        return image_zip(path, held_out)
+    raise DataError(f"data {shown(path)} is not a folder ({_EXPECTED})")
+
+
+def _read(source: Source, path: Path, resolution: int, cache: Path | None) -> tuple[Pixels, str]:
+    """The pixels, from where they are kept or else from the data set itself; and what is said of that."""
+    if cache is None:
+        return source.read(resolution), ""
+    try:
+        file = kept.kept_file(cache, source, path, resolution)
+    except OSError as error:
+        raise DataError(f"cannot read {shown(error.filename)}: {error.strerror}") from error
+    if (pixels := kept.read(file)) is not None:
+        return pixels, f"; resized before, in {shown(file)}"
+    pixels = source.read(resolution)
+    try:
+        kept.write(file, pixels)
+    except (OSError, SafetensorError) as error:
+        return pixels, f"; resized images not kept: {shown(error)}"
+    return pixels, f"; resized images kept in {shown(file)}"

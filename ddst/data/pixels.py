@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ _NOTHING_SEEN = "every pixel is wholly transparent"
 _SIGNED, _WHITE_IS_ZERO = 2, 0
 
 
-def read_pixels(file: Path, resolution: int) -> tuple[NDArray[np.uint8], bool]:
+def read_pixels(file: Path | IO[bytes], resolution: int) -> tuple[NDArray[np.uint8], bool]:
     """The central square of an image, turned upright, resized: `[resolution, resolution, 3]` and whether it was
     transparent anywhere.
 
@@ -41,7 +41,7 @@ def read_pixels(file: Path, resolution: int) -> tuple[NDArray[np.uint8], bool]:
         ValueError: refused, as above, or more pixels than Pillow takes for an attack. OSError, SyntaxError, and what
             else Pillow's decoders raise: the file is damaged, or of no format that is read.
 
-    Numerics: values of 8 bits are resized in 8 bits, others in float32 and then rounded. Bicubic, with antialiasing.
+    Numerics: :func:`resized`, in float32 whatever the file holds.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -55,9 +55,9 @@ def read_pixels(file: Path, resolution: int) -> tuple[NDArray[np.uint8], bool]:
                 white = 1.0 if upright.mode == "F" else 4095.0 if bits[0] == 12 else 65535.0
                 inverted = opened.format == "TIFF" and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
                 grey, transparent = _grey(upright, white, inverted, stated=bits[0] < 32)
-                return np.repeat(_resized(grey, resolution)[:, :, None], 3, axis=2), transparent
+                return np.repeat(resized(grey, resolution), 3, axis=2), transparent
             image, transparent = _over_white(upright)
-    return _resized(image, resolution), transparent
+    return resized(image, resolution), transparent
 
 
 @functools.cache
@@ -100,9 +100,20 @@ def _over_white(image: Image.Image) -> tuple[Image.Image, bool]:
     return Image.alpha_composite(white, layered).convert("RGB"), bool((opacity < 255).any())
 
 
-def _resized(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
+def resized(image: Image.Image, resolution: int) -> NDArray[np.uint8]:
+    """The central square, resized, `[resolution, resolution, bands]`: what every data set but digits goes through.
+
+    Pillow's bicubic (a = −0.5) in float32, its support widened by the scale when it shrinks (antialiasing); clipped to
+    0 ... 255 and rounded once, at the end. Pillow's own resize of bytes would clip and round between its two directions
+    as well, which moves pixels beside hard edges by up to 22 of 255 (docs/metrics.md). At the square's own size the
+    pixels stay what they are.
+
+    Args:
+        image: of bytes (`L`, `RGB`) or of floats (`F`) with white at 255.
+        resolution: side in pixels.
+    """
     side = min(image.size)
     left, upper = (image.width - side) // 2, (image.height - side) // 2
-    square = (left, upper, left + side, upper + side)
-    pixels = np.array(image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=square))
-    return pixels if pixels.dtype == np.uint8 else np.rint(pixels.clip(0, 255)).astype(np.uint8)
+    square, size = (left, upper, left + side, upper + side), (resolution, resolution)
+    bands = [band.convert("F").resize(size, Image.Resampling.BICUBIC, box=square) for band in image.split()]
+    return np.rint(np.stack([np.asarray(band) for band in bands], axis=2).clip(0, 255)).astype(np.uint8)

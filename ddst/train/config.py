@@ -39,7 +39,7 @@ PRESETS = ("demo", "sngan32", "sngan48")
 EXEMPT = ("none", "ends")
 
 # Settings of where and how long a process runs: a resumed run may be given others and is still the same run.
-NOT_SAVED = ("out", "resume", "stop_after")
+NOT_SAVED = ("out", "resume", "stop_after", "data_cache")
 FREE_ON_RESUME = (*NOT_SAVED, "checkpoint_every", "sample_every", "compare_steps", "fd_samples")
 
 
@@ -68,8 +68,11 @@ class TrainConfig:
     preset: str = option("demo", str, "sizes, lengths and rates: 'demo' is minutes on two cores, 'sngan32' and "
                          "'sngan48' are the published runs (100,000 steps)", choices=PRESETS)
     method: str = option("ddst-relaxed", str, "training method", choices=METHODS)
-    data: str = option("digits", str, "'digits' (1,797 real images, part of scikit-learn) or a folder of image files",
-                       metavar="{digits,FOLDER}")
+    data: str = option("digits", str, "'digits' (1,797 real images, part of scikit-learn), a folder or .zip of image "
+                       "files, or a folder of CIFAR, STL-10 or TinyImageNet", metavar="{digits,PATH}")
+    data_cache: str | None = option(None, str, "folder where resized images are kept for the next run, or 'none'",
+                                    shown="ddst/images in the user's cache folder", metavar="DIR")
+    flips: bool = option(False, bool, "train on the images' mirror images, too")
     out: str = option(None, str, "folder for everything the run writes; required", metavar="DIR")
     steps: int = option(_published(800, 100_000), int, "generator iterations", shown="demo 800, published 100000",
                         range=COUNT, metavar="N")

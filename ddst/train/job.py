@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddst.data import DataError, load_images
+from ddst.data.cache import default_folder
 from ddst.distributed import sums
 from ddst.sparsity.density import NetworkDensity
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
@@ -115,14 +116,22 @@ def _other_versions(before: Mapping[str, str]) -> list[str]:
 
 def _trainer(config: TrainConfig) -> Trainer:
     with fitting("images of this --resolution"):
-        images = load_images(config.data, config.resolution)
+        images = load_images(config.data, config.resolution, cache=_cache(config))
     return Trainer(config, images)
+
+
+def _cache(config: TrainConfig) -> Path | None:
+    if config.data == "digits" or config.data_cache == "none":
+        return None
+    return default_folder() if config.data_cache is None else Path(config.data_cache)
 
 
 def _train(trainer: Trainer, kept: Kept | None, warnings: Sequence[str]) -> int:
     config = trainer.config
     if first():
         print(_heading(config, trainer, kept is not None))
+        if trainer.images.took:
+            print(one_line(f"data {trainer.images.name}: {trainer.images.took}"))
         if trainer.images.note:
             print(one_line(trainer.images.note))
         for warning in [*warnings, *trainer.warnings]:

@@ -124,7 +124,7 @@ class Trainer:
             self.players = with_optimizers(config, generator.to(self.device), discriminator.to(self.device))
             self.ema = EMA(generator, decay=config.ema, start=config.ema_start)
             self.scheduler = self._make_scheduler()
-        self.sampler = Sampler(len(images), config.batch, config.seed)
+        self.sampler = Sampler(len(images) * (2 if config.flips else 1), config.batch, config.seed)
         self._noise = torch.Generator().manual_seed(config.seed + 1)
         self.grid_noise = torch.randn(GRID, config.latent, generator=torch.Generator().manual_seed(config.seed + 2))
         one_noise = torch.zeros(1, config.latent, device=self.device)

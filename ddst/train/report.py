@@ -93,7 +93,7 @@ def summarize(trainer: Trainer) -> Summary:
 
 
 def _quality(trainer: Trainer) -> Quality | None:
-    if trainer.images.labels is None:
+    if trainer.config.data != "digits" or trainer.images.labels is None:
         return None
     noise = torch.Generator().manual_seed(trainer.config.seed + 3)
     z = torch.randn(trainer.config.fd_samples, trainer.config.latent, generator=noise)

@@ -72,7 +72,7 @@ def _description(state: Mapping[str, Any], trainer: Trainer) -> dict[str, Rule]:
         "optimizer_d": adam(players.discriminator, state.get("discriminator"), taken),
         "ema": record({"module": average(trainer.ema.module, state.get("generator")), "updates": whole(step, step)}),
         "scheduler": scheduler(trainer.scheduler, step),
-        "sampler": sampler(len(trainer.images), taken * trainer.config.batch),
+        "sampler": sampler(trainer.sampler.size, taken * trainer.config.batch),
         "noise": random_state,
         "torch": random_state,
         "cuda": nothing if trainer.device.type == "cpu" else tensor(torch.uint8, torch.cuda.get_rng_state().shape),

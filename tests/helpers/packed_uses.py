@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ddst import topology as tp
-from ddst.nn.packed.parameter import PackedParameter, attach, detach, split_shape
 from ddst.nn.packed.callers import WeightUses
+from ddst.nn.packed.parameter import PackedParameter, attach, detach, split_shape
 
 
 class Own(nn.Module):

@@ -12,6 +12,7 @@ from ddst.train.log import read_log
 # The smallest run in which everything happens: 8x8 digits, layers of 2x2 blocks and nine taps, topology updates at 4, 8
 # and 12, decisions at 5 and 10, a window of 3.
 TINY: dict[str, Any] = {
+    "data_cache": "none",
     "resolution": 8,
     "width_g": 16,
     "width_d": 16,

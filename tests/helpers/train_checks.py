@@ -61,7 +61,7 @@ def small() -> Iterator[None]:
     """
     torch.set_default_dtype(torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddst.train.job.load_images", lambda *_: images())
+        patch.setattr("ddst.train.job.load_images", lambda *_, **__: images())
         try:
             yield
         finally:

@@ -138,7 +138,7 @@ def test_changed_images_are_refused(tmp_path):
     before = (out / "log.jsonl").read_bytes()
     Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "3.png")
     with pytest.raises(CheckpointError, match=r"the images of --data .* have changed"):
-        run({"out": str(out), "resume": True})
+        run({"out": str(out), "resume": True, "data_cache": "none"})
     assert (out / "log.jsonl").read_bytes() == before
 
 

@@ -1,0 +1,242 @@
+"""Image files in folders and in a zip: their pixels, and the classes that folders, ``dataset.json`` or a list give."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import torch
+from PIL import UnidentifiedImageError
+from torch import Tensor
+
+from ddst.data.files import HIDDEN, IMAGE_SUFFIXES, ImageFiles, find_images, shown
+from ddst.data.image_set import DataError
+from ddst.data.pixels import read_pixels
+from ddst.data.source import Pixels, Source, as_labels
+
+#: Where StyleGAN's data sets keep their labels, in a folder or a zip.
+STATED = "dataset.json"
+_LARGEST_MEMBER = 2**30  # bytes of an image unpacked from a zip
+_STATED_FORM = '{"labels": [["00000/img00000000.png", 0], ...]} or {"labels": null}'
+
+
+def image_folder(path: Path, held_out: bool) -> Source:
+    """Every image file under `path`, in the order of their paths.
+
+    Labels are, by what lies there:
+
+    * those of ``dataset.json``, as in StyleGAN's data sets: ``{"labels": [["00000/img00000000.png", 0], ...]}``;
+    * where every image lies in a folder in `path`, and those are two or more: the number of the folder in the order of
+      their names, as in torchvision's ``ImageFolder``;
+    * else none.
+
+    Raises:
+        DataError: the folder cannot be read, holds no image, or ``dataset.json`` does not fit; when it is read: an
+            image cannot be.
+    """
+    _no_held_out(held_out, path)
+    try:
+        found = find_images(path)
+    except OSError as error:
+        raise DataError(f"data folder {shown(path)} cannot be read: {error.strerror or error}") from error
+    if not found.files:
+        raise _no_images(f"data folder {shown(path)}", found)
+    names = [file.relative_to(path).as_posix() for file in found.files]
+    labels, classes, made_of = None, "without labels", found.files
+    stated = path / STATED
+    if stated.is_file():
+        found.put_back(STATED)
+        labels, classes = _stated(_bytes_of(stated), names, shown(stated))
+        made_of = [*made_of, stated]
+    else:
+        tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
+        if None not in tops and len(folders := sorted({str(top) for top in tops})) > 1:
+            labels = as_labels([folders.index(str(top)) for top in tops])
+            classes = f"{len(folders)} class folders, {shown(folders[0])} to {shown(folders[-1])}"
+    return Source(f"folder of image files, {classes}", made_of, _reader(found.files, labels), found)
+
+
+def image_zip(path: Path, held_out: bool) -> Source:
+    """Every image in a zip, in the order of their names, with the labels of its ``dataset.json`` where it has one.
+
+    Which names count is as in folders: :func:`ddst.data.files.find_images`. Nothing is unpacked to the disk.
+
+    Raises:
+        DataError: it is no zip, holds no image, or ``dataset.json`` does not fit; when it is read: an image cannot be.
+    """
+    _no_held_out(held_out, path)
+    found = ImageFiles()
+    names = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(info.filename for info in archive.infolist() if not info.is_dir()):
+                ending = PurePosixPath(name).suffix.lower()
+                if any(part.startswith(".") for part in name.split("/")):
+                    found.leave_out(HIDDEN, name)
+                elif ending in IMAGE_SUFFIXES:
+                    names.append(name)
+                elif name != STATED:
+                    found.leave_out(ending or "without an ending", name)
+            stated = archive.read(STATED) if STATED in archive.namelist() else None
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # RuntimeError: a password
+        raise DataError(f"cannot read {shown(path)} as a zip of images: {shown(error)}") from error
+    if not names:
+        raise _no_images(f"data {shown(path)}", found)
+    labels, classes = None, "without labels"
+    if stated is not None:
+        labels, classes = _stated(stated, names, f"{STATED} in {shown(path)}")
+
+    def read(resolution: int) -> Pixels:
+        with zipfile.ZipFile(path) as archive:
+            members = ((f"{shown(name)} in {shown(path)}", functools.partial(_member, archive, name)) for name in names)
+            return _pixels(members, len(names), labels, resolution)
+
+    return Source(f"zip of image files, {classes}", [path], read, found)
+
+
+def tiny_imagenet(path: Path, held_out: bool) -> Source | None:
+    """The TinyImageNet that lies in a folder (by its ``wnids.txt``); None where none does.
+
+    Read are ``train/<wnid>/images``; held out are ``val/images``, with the labels of ``val/val_annotations.txt``. A
+    label is the number of the wnid in sorted order, as ``ImageFolder`` gives it. Grey files become grey RGB.
+
+    Raises:
+        DataError: a folder or list is missing or does not fit; when it is read: an image cannot be.
+    """
+    wnids_file = path / "wnids.txt"
+    if not wnids_file.is_file():
+        return None
+    wnids = sorted(set(_lines(wnids_file)))
+    for wnid in wnids:
+        if not re.fullmatch(r"\w+", wnid):  # It becomes part of a path.
+            raise DataError(f"{shown(wnids_file)} is damaged: expected a line like n01443537 each, got {shown(wnid)}")
+    if not wnids:
+        raise DataError(f"{shown(wnids_file)} is damaged: expected a line like n01443537 for each class, got none")
+    found = ImageFiles()
+    made_of = [wnids_file]
+    if held_out:
+        annotations = path / "val" / "val_annotations.txt"
+        classes = _annotated(annotations, {wnid: i for i, wnid in enumerate(wnids)})
+        _add_images(found, path / "val" / "images")
+        unlisted = next((file for file in found.files if file.name not in classes), None)
+        if unlisted is not None:
+            raise DataError(f"{shown(annotations)} is damaged: it has no line for {shown(unlisted.name)}")
+        if len(found.files) != len(classes):
+            there = {file.name for file in found.files}
+            missing = next(name for name in classes if name not in there)
+            raise DataError(f"data {shown(path)} is TinyImageNet, without val/images/{shown(missing)}")
+        labels = as_labels([classes[file.name] for file in found.files])
+        made_of.append(annotations)
+    else:
+        counts = [_add_images(found, path / "train" / wnid / "images") for wnid in wnids]
+        labels = as_labels([i for i, count in enumerate(counts) for _ in range(count)])
+    took = f"TinyImageNet {'val' if held_out else 'train'}, {len(wnids)} classes"
+    return Source(took, [*made_of, *found.files], _reader(found.files, labels), found)
+
+
+def _add_images(found: ImageFiles, folder: Path) -> int:
+    """Adds the images of a folder of TinyImageNet, which must be there; how many there are."""
+    try:
+        inside = find_images(folder)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise DataError(f"TinyImageNet cannot be read: {shown(folder)}: {why}; expected image files there") from error
+    if not inside.files:
+        raise _no_images(f"folder {shown(folder)} of TinyImageNet", inside)
+    found.files += inside.files
+    for reason, count in inside.left_out.items():
+        found.left_out[reason] += count
+        found.examples.setdefault(reason, inside.examples[reason])
+    return len(inside.files)
+
+
+def _annotated(file: Path, classes: dict[str, int]) -> dict[str, int]:
+    """Name of an image -> its class; the lines are name, wnid and four numbers, separated by tabs."""
+    labels: dict[str, int] = {}
+    for number, line in enumerate(_lines(file), 1):
+        name, wnid, *_ = [*line.split("\t"), ""]
+        if wnid not in classes or name in labels:
+            raise DataError(
+                f"{shown(file)} is damaged: line {number}: expected the name of an image, a tab and its wnid, "
+                f"got {shown(line[:80])}"
+            )
+        labels[name] = classes[wnid]
+    return labels
+
+
+def _lines(file: Path) -> list[str]:
+    return [line for line in _bytes_of(file).decode(errors="replace").splitlines() if line.strip()]
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {shown(file)}: {error.strerror or error}") from error
+
+
+def _stated(text: bytes, names: Sequence[str], where: str) -> tuple[Tensor | None, str]:
+    """The labels that a ``dataset.json`` states for these images, and what is said of them."""
+    try:
+        stated: Any = json.loads(text)
+        pairs = stated["labels"]
+        if pairs is None:
+            return None, f"without labels ({STATED} says null)"
+        classes = dict(pairs)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{where} is damaged: expected {_STATED_FORM}") from error
+    for name in names:
+        label = classes.get(name)
+        if type(label) is not int or not 0 <= label < 2**31:
+            got = "none" if label is None else shown(repr(label)[:80])
+            raise DataError(f"{where} must give {shown(name)} a class, a whole number from 0 on, got {got}")
+    labels = as_labels([classes[name] for name in names])
+    return labels, f"{len(labels.unique())} classes by {STATED}"
+
+
+def _reader(files: Sequence[Path], labels: Tensor | None) -> Callable[[int], Pixels]:
+    def read(resolution: int) -> Pixels:
+        return _pixels(((shown(file), functools.partial(Path, file)) for file in files), len(files), labels, resolution)
+
+    return read
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A file of a zip, unpacked and its checksum compared."""
+    size = archive.getinfo(name).file_size
+    if size > _LARGEST_MEMBER:
+        raise ValueError(f"unpacked it has {size:,} bytes, expected at most {_LARGEST_MEMBER:,}")
+    return io.BytesIO(archive.read(name))
+
+
+def _pixels(
+    images: Iterable[tuple[str, Callable[[], Path | IO[bytes]]]], count: int, labels: Tensor | None, resolution: int
+) -> Pixels:
+    stored = torch.empty(count, 3, resolution, resolution, dtype=torch.uint8)
+    over_white = 0
+    for i, (name, file) in enumerate(images):
+        try:
+            pixels, transparent = read_pixels(file(), resolution)
+        except UnidentifiedImageError as error:
+            raise DataError(f"cannot read image {name}: cannot identify image file by its contents") from error
+        except Exception as error:  # Pillow's decoders raise many types on damaged files, the same to the user.
+            raise DataError(f"cannot read image {name}: {shown(' '.join(str(error).split()))}") from error
+        stored[i] = torch.from_numpy(pixels).permute(2, 0, 1)
+        over_white += transparent
+    return Pixels(stored, labels, over_white)
+
+
+def _no_held_out(held_out: bool, path: Path) -> None:
+    if held_out:
+        raise DataError(f"data {shown(path)} sets no images aside, only CIFAR, STL-10 and TinyImageNet do")
+
+
+def _no_images(where: str, found: ImageFiles) -> DataError:
+    there = f"; there is: {found}" if found.left_out else ""
+    return DataError(f"{where} holds no image file ({', '.join(sorted(IMAGE_SUFFIXES))}){there}")

@@ -1,0 +1,108 @@
+"""Labels of image files: class folders, and StyleGAN's dataset.json in a folder or a zip."""
+
+import numpy as np
+import pytest
+
+from ddst.data import DataError, load_images
+from helpers.datasets import png, write, zipped
+
+LEVELS = [10, 60, 110, 160]
+PNGS = [png(np.full((8, 8, 3), level, np.uint8)) for level in LEVELS]
+NAMES = ["00000/img00000000.png", "00000/img00000001.png", "00001/img00000002.png", "00001/img00000003.png"]
+FILES = dict(zip(NAMES, PNGS, strict=True))
+LABELS = [[name, label] for name, label in zip(NAMES, [3, 0, 0, 7], strict=True)]
+
+
+def levels(images):
+    return images.stored[:, 0, 0, 0].tolist()
+
+
+def test_class_folders_are_numbered_by_name(tmp_path):
+    data = write(
+        tmp_path, {"dog/b.png": PNGS[0], "cat/deep/a.png": PNGS[1], "ant/z.png": PNGS[2], "dog/a.png": PNGS[3]}
+    )
+    images = load_images(str(data), 8)
+    assert levels(images) == [LEVELS[i] for i in (2, 1, 3, 0)]
+    assert images.labels.tolist() == [0, 1, 2, 2]
+    assert images.took == "folder of image files, 3 class folders, ant to dog"
+
+
+@pytest.mark.parametrize("names", [["a.png", "b.png"], ["x/a.png", "b.png"], ["x/y/a.png", "x/z/b.png"]])
+def test_no_labels_where_folders_are_no_classes(tmp_path, names):
+    images = load_images(str(write(tmp_path, dict(zip(names, PNGS, strict=False)))), 8)
+    assert images.labels is None
+    assert images.took == "folder of image files, without labels"
+
+
+def test_stylegans_zip_is_its_images_and_labels(tmp_path):
+    extra = {"readme.txt": b"x", "__MACOSX/._a.png": b"x", "00000/.hidden.png": b"x"}
+    images = load_images(str(zipped(tmp_path / "set.ZIP", {**FILES, **extra}, LABELS[::-1])), 8)
+    assert levels(images) == LEVELS and images.labels.tolist() == [3, 0, 0, 7]
+    assert images.took == "zip of image files, 3 classes by dataset.json"
+    assert images.left_out == {"hidden": 2, ".txt": 1}
+
+
+def test_a_zip_without_labels(tmp_path):
+    for name, labels in (("null.zip", None), ("none.zip", ...)):
+        images = load_images(str(zipped(tmp_path / name, FILES, labels)), 8)
+        assert levels(images) == LEVELS and images.labels is None
+        assert "without labels" in images.took and images.note == ""
+
+
+def test_a_zip_and_its_folder_are_the_same(tmp_path):
+    a = load_images(str(zipped(tmp_path / "a.zip", FILES, LABELS)), 6)
+    listed = '{"labels": [' + ", ".join(f'["{name}", {label}]' for name, label in LABELS) + "]}"
+    b = load_images(str(write(tmp_path / "b", {**FILES, "dataset.json": listed})), 6)
+    assert a.fingerprint() == b.fingerprint() and a.labels.tolist() == b.labels.tolist()
+    assert b.note == "" and b.left_out == {}
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ("{", r"dataset\.json in .*a\.zip is damaged: expected \{\"labels\": "),
+        ("[1]", r"is damaged: expected"),
+        ('{"classes": []}', r"is damaged: expected"),
+        ("[" * 100_000, r"is damaged: expected"),
+        ([1, 2], r"is damaged: expected"),
+        (LABELS[:3], r"must give 00001/img00000003\.png a class, a whole number from 0 on, got none"),
+        ([*LABELS[:3], [NAMES[3], [0.5, 1.0]]], r"from 0 on, got \[0\.5, 1\.0\]"),
+        ([*LABELS[:3], [NAMES[3], True]], r"from 0 on, got True"),
+        ([*LABELS[:3], [NAMES[3], -1]], r"from 0 on, got -1"),
+    ],
+)
+def test_a_wrong_list_of_labels_is_one_line(tmp_path, labels, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load_images(str(zipped(tmp_path / "a.zip", FILES, labels)), 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_zips_are_one_line(tmp_path):
+    good = zipped(tmp_path / "good.zip", FILES).read_bytes()
+    flipped = bytearray(good)
+    flipped[good.index(b"IDAT") + 6] ^= 0xFF
+    empty = zipped(tmp_path / "empty.zip", {"a.txt": b"x"}).read_bytes()
+    text = zipped(tmp_path / "text.zip", {"a.png": b"no image"}).read_bytes()
+    for contents, message in (
+        (good[: len(good) // 2], r"cannot read .*bad\.zip as a zip of images"),
+        (b"", r"cannot read .*bad\.zip as a zip of images"),
+        (bytes(flipped), r"cannot read image 00000/img00000000\.png in .*bad\.zip: .*CRC"),
+        (empty, r"bad\.zip holds no image file \(.*\); there is: 1 \.txt \(a\.txt\)"),
+        (text, r"cannot read image a\.png in .*bad\.zip: cannot identify image file"),
+    ):
+        (tmp_path / "bad.zip").write_bytes(contents)
+        with pytest.raises(DataError, match=message) as caught:
+            load_images(str(tmp_path / "bad.zip"), 8)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddst.data.folders._LARGEST_MEMBER", len(PNGS[0]) - 1)
+    with pytest.raises(DataError, match=r"unpacked it has \d+ bytes, expected at most"):
+        load_images(str(zipped(tmp_path / "a.zip", FILES)), 8)
+
+
+def test_only_published_splits_are_set_aside(tmp_path):
+    for data in ("digits", write(tmp_path / "files", FILES), zipped(tmp_path / "a.zip", FILES)):
+        with pytest.raises(DataError, match=r"sets no images aside, only CIFAR, STL-10 and TinyImageNet do"):
+            load_images(str(data), 8, held_out=True)

@@ -1,0 +1,119 @@
+"""STL-10 and TinyImageNet: which files count, orientation, labels, grey images; one line for what is missing."""
+
+import numpy as np
+import pytest
+import torch
+
+from ddst.data import DataError, load_images
+from helpers.datasets import images, png, write
+
+
+def stl_10(root, *, unlabelled=False, count=3):
+    """Planes are stored by columns. Returns folder and images by split."""
+    splits = {"train": images(count, 96), "test": images(2, 96, seed=1)}
+    labels = {"train": [10, 1, 5][:count], "test": [2, 3]}
+    if unlabelled:
+        splits["unlabeled"] = images(2, 96, seed=2)
+    files = {f"{name}_X.bin": planes.transpose(0, 1, 3, 2).tobytes() for name, planes in splits.items()}
+    files |= {f"{name}_y.bin": bytes(classes) for name, classes in labels.items()}
+    return write(root, {**files, "class_names.txt": "airplane\n", "fold_indices.txt": "0 1\n"}), splits
+
+
+def test_stl_10_is_upright_with_labels_from_0(tmp_path):
+    data, splits = stl_10(tmp_path)
+    train, test = load_images(str(data), 96), load_images(str(data), 96, held_out=True)
+    assert np.array_equal(train.stored, splits["train"]) and train.labels.tolist() == [9, 0, 4]
+    assert np.array_equal(test.stored, splits["test"]) and test.labels.tolist() == [1, 2]
+    assert train.took == "STL-10, binary train_X.bin and train_y.bin, 10 classes"
+    assert load_images(str(data), 48).stored.shape == (3, 3, 48, 48)
+
+
+def test_stl_10_takes_the_unlabelled_images_where_they_are(tmp_path):
+    data, splits = stl_10(tmp_path, unlabelled=True)
+    train = load_images(str(data), 96)
+    assert np.array_equal(train.stored, np.concatenate([splits["train"], splits["unlabeled"]]))
+    assert train.labels is None
+    assert train.took == "STL-10, binary train_X.bin and unlabeled_X.bin, without labels"
+    assert load_images(str(data), 96, held_out=True).labels.tolist() == [1, 2]
+
+
+def test_wrong_stl_10_is_one_line(tmp_path):
+    data, _ = stl_10(tmp_path)
+    (data / "test_X.bin").write_bytes(bytes(27647))
+    (data / "train_y.bin").write_bytes(bytes([1, 2, 11]))
+    for held_out, message in (
+        (False, r"train_y.bin .*expected 3 bytes from 1 to 10"),
+        (True, "27,647 bytes, expected"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_images(str(data), 96, held_out=held_out)
+    (data / "train_y.bin").unlink()
+    with pytest.raises(DataError, match=r"without train_y\.bin: expected train_X\.bin and train_y\.bin there"):
+        load_images(str(data), 96)
+    (data / "train_X.bin").unlink()
+    with pytest.raises(DataError, match=r"without train_X\.bin"):
+        load_images(str(data), 96)
+
+
+WNIDS = ["n03", "n01", "n02"]
+
+
+def tiny(root):
+    """Class i holds pictures of the grey value 40·i + j; n02 is stored in grey."""
+    files = {"wnids.txt": "\n".join(WNIDS) + "\n", "words.txt": "n01\tgoldfish\n"}
+    for i, wnid in enumerate(sorted(WNIDS)):
+        for j in range(2):
+            level = np.full((64, 64) if wnid == "n02" else (64, 64, 3), 40 * i + j, np.uint8)
+            files[f"train/{wnid}/images/{wnid}_{j}.JPEG"] = png(level, "JPEG")
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = f"{wnid}_0.JPEG\t0\t0\t3\t3\n"
+    for j in range(3):
+        files[f"val/images/val_{j}.JPEG"] = png(np.full((64, 64, 3), 100 + j, np.uint8), "JPEG")
+    files["val/val_annotations.txt"] = "".join(
+        f"val_{j}.JPEG\t{wnid}\t0\t0\t62\t62\n" for j, wnid in enumerate(("n02", "n03", "n01"))
+    )
+    files["test/images/test_0.JPEG"] = png(np.zeros((64, 64), np.uint8), "JPEG")
+    return write(root, files)
+
+
+def test_tiny_imagenet_has_labels_in_sorted_order_and_grey_images(tmp_path):
+    train = load_images(str(tiny(tmp_path)), 64)
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert train.stored.float().mean(dim=(1, 2, 3)).round().tolist() == [0, 1, 40, 41, 80, 81]
+    assert torch.equal(train.stored[2, 0], train.stored[2, 2])
+    assert train.took == "TinyImageNet train, 3 classes" and train.note == ""
+
+
+def test_tiny_imagenets_validation_images_have_the_labels_of_their_list(tmp_path):
+    held = load_images(str(tiny(tmp_path)), 64, held_out=True)
+    assert held.labels.tolist() == [1, 2, 0]
+    assert held.stored[:, 0, 5, 5].tolist() == [100, 101, 102]
+    assert held.took == "TinyImageNet val, 3 classes"
+
+
+@pytest.mark.parametrize(
+    "name, contents, message",
+    [
+        ("wnids.txt", "", r"wnids\.txt is damaged: expected a line like n01443537 for each class, got none"),
+        ("wnids.txt", "n01\n../../etc\n", r"wnids\.txt is damaged: .* got \.\./\.\./etc"),
+        ("wnids.txt", "n01\nn07\n", r"train/n07/images: No such file or directory; expected image files there"),
+        (
+            "val/val_annotations.txt",
+            "val_0.JPEG\tn09\t1\n",
+            r"line 1: expected the name of an image, a tab and its wnid",
+        ),
+        ("val/val_annotations.txt", "val_0.JPEG\n", r"line 1: expected"),
+        ("val/val_annotations.txt", "val_0.JPEG\tn01\nval_0.JPEG\tn02\n", r"line 2: expected"),
+        ("val/val_annotations.txt", "val_0.JPEG\tn01\n", r"it has no line for val_1\.JPEG"),
+        ("val/images/val_1.JPEG", None, r"is TinyImageNet, without val/images/val_1\.JPEG"),
+        ("val/val_annotations.txt", None, r"cannot read .*val_annotations\.txt: No such file"),
+    ],
+)
+def test_wrong_tiny_imagenet_is_one_line(tmp_path, name, contents, message):
+    data = tiny(tmp_path)
+    if contents is None:
+        (data / name).unlink()
+    else:
+        (data / name).write_text(contents)
+    with pytest.raises(DataError, match=message) as caught:
+        load_images(str(data), 16, held_out=name.startswith("val"))
+    assert "\n" not in str(caught.value)

@@ -40,11 +40,12 @@ def test_finished_run_writes_what_it_says(tmp_path, capsys):
     assert sum(summary["quality"]["shares"]) == pytest.approx(1)
 
 
-def test_folder_run_says_that_there_is_no_distance(tmp_path, capsys):
+@pytest.mark.parametrize("names", [["0", "1", "2"], ["a/0", "a/1", "b/2"]], ids=["without labels", "with labels"])
+def test_folder_run_says_that_there_is_no_distance(tmp_path, capsys, names):
     folder = tmp_path / "images"
-    folder.mkdir()
-    for i in range(3):
-        Image.new("RGB", (20, 10), (80 * i, 10, 200)).save(folder / f"{i}.png")
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10), (80 * i, 10, 200)).save(folder / f"{name}.png")
     assert run({**TINY, "steps": 2, "data": str(folder), "out": str(tmp_path / "run")}) == 0
     said = capsys.readouterr().out
     assert "3 images of" in said

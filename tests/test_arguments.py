@@ -132,7 +132,8 @@ SLOTS = torch.tensor([3, -1, 0], dtype=torch.int32)
 #: Name -> what makes the function and its right arguments anew for each call.
 CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "PackedParameter": lambda: (
-        sparse_nn.PackedParameter, {"shape": (16, 16), **{k: v for k, v in LAYER.items() if k != "bias"}},
+        sparse_nn.PackedParameter,
+        {"shape": (16, 16, 3, 3), **{name: value for name, value in LAYER.items() if name != "bias"}},
     ),
     "SparseLinear": lambda: (ddst.SparseLinear, {"in_features": 16, "out_features": 16, **LAYER}),
     "SparseConv2d": lambda: (
@@ -297,7 +298,8 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     ),
     "linear": lambda: (ops.linear, packed() | {"backend": "auto"}),
     "linear_transposed": lambda: (
-        ops.linear_transposed, {k: v for k, v in packed().items() if k != "bias"} | {"backend": "auto"},
+        ops.linear_transposed,
+        {name: value for name, value in packed().items() if name != "bias"} | {"backend": "auto"},
     ),
     "conv2d_block_scores": lambda: (
         ops.conv2d_block_scores, conv_scores() | {"stride": 1, "padding": 0, "dilation": 1, "backend": "auto"},
@@ -376,9 +378,8 @@ def test_a_wrong_argument_works_or_is_named(case: str) -> None:
 
 def test_every_public_function_is_among_the_cases() -> None:
     results = {
-        "Explanation", "SparseLayer", "Advice", "NetworkStats", "UpdateReport", "BalanceSample", "Decision",
-        "StepReport", "WindowSummary", "__version__", "build_info",
-        "PackedWeight",  # read from a layer
+        "Explanation", "SparseLayer", "PackedWeight", "Advice", "NetworkStats", "UpdateReport", "BalanceSample",
+        "Decision", "StepReport", "WindowSummary", "__version__", "build_info",
         "watch",  # of a DistributedDataParallel, which needs processes: tests/distributed
     }  # fmt: skip
     public = {name for module in (ddst, ddst.functional, sparse_nn, sparsity, gan, ops) for name in module.__all__}

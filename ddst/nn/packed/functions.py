@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dense_view import DenseView
-from .weight import PackedWeight, calling_place
+from .weight import PackedWeight
 
 Known = Callable[..., Any]
 
@@ -123,6 +124,17 @@ def on_dense(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     handed: dict[int, Any] = {}
     result = func(*_dense_in(args, handed), **{key: _dense_in(value, handed) for key, value in kwargs.items()})
     return target if writes and isinstance(result, DenseView) else result
+
+
+_OWN = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
+
+
+def calling_place() -> str:
+    """``file:line`` of the code outside of torch and this package that is being run."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def _packed_in(value: Any) -> list[PackedWeight]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ... import topology as tp
-from ..._arguments import check_int
 from ...backends import Problem
 from ..base import SparseLayer
 from .weight import PackedWeight
@@ -105,14 +104,10 @@ def split_shape(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     ((1, (64, 32, 3, 3)), (0, (1, 64)))
 
     Raises:
-        ValueError: it has fewer dimensions, or more that are no leading ones, or a size is below 1.
-        TypeError: it is no sequence of ints.
+        ValueError: it has fewer dimensions, or more that are no leading ones.
     """
-    if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
-    shape = tuple(check_int("shape", size, 1) for size in shape)
     leading = max(len(shape) - 4, 0)
-    weight_shape = shape[leading:]
+    weight_shape = tuple(int(size) for size in shape[leading:])
     if len(weight_shape) < 2 or any(size != 1 for size in shape[:leading]):
         raise ValueError(f"shape must have 2 to 4 dimensions, after any of size 1, got {tuple(shape)}")
     return leading, weight_shape

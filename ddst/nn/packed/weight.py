@@ -9,9 +9,7 @@ they use it, and unpacks it, differentiably, for anything else. What each functi
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,9 +105,7 @@ class PackedWeight:
         """The same with other factors within a batch."""
         return PackedWeight(self.layer, self.values, axes, batch, out_scale, in_scale, self.flipped)
 
-    def with_scales_and(
-        self, values: Tensor, out_scale: Tensor | None, in_scale: Tensor | None
-    ) -> PackedWeight:
+    def with_scales_and(self, values: Tensor, out_scale: Tensor | None, in_scale: Tensor | None) -> PackedWeight:
         """The same with other values and factors."""
         return PackedWeight(self.layer, values, self.axes, self.batch, out_scale, in_scale, self.flipped)
 
@@ -371,17 +367,6 @@ def _record_dense(key: int, gradient: Tensor) -> None:
     recorder = recorder_of(key)
     if recorder is not None:
         recorder.add_dense(gradient)
-
-
-_OWN = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
-
-
-def calling_place() -> str:
-    """``file:line`` of the code outside of torch and this package that is being run."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def regroup(sizes: Sequence[tuple[str, int]], shape: Sequence[int]) -> Axes | None:

@@ -76,11 +76,12 @@ def _check_not_in_function(weight: PackedWeight, name: str) -> None:
     while frame.f_back is not None:
         code = frame.f_code
         if code.co_name == "apply" and code.co_filename == torch.autograd.function.__file__:
-            kind = frame.f_locals.get("cls")
-            raise TypeError(
-                f"{name} in {getattr(kind, '__name__', 'an autograd.Function')}, which takes a packed weight for a "
-                "constant: give its apply weight.unpacked(), or set gives_dense_weight on the layer"
-            )
+            kind = frame.f_locals.get("cls")  # there is none where backward is running
+            if kind is not None and not kind.__module__.startswith("torch."):  # a checkpoint computes it again
+                raise TypeError(
+                    f"{name} in {kind.__name__}, which takes a packed weight for a constant: give its apply "
+                    "weight.unpacked(), or set gives_dense_weight on the layer"
+                )
         frame = frame.f_back
 
 

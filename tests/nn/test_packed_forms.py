@@ -66,7 +66,7 @@ CIRCULAR = nn.Conv2d(11, 21, 3, padding=1, padding_mode="circular")
 
 CONV, LINEAR = ("conv",), ("linear",)
 W, V, IMAGE, ROWS = (21, 11, 3, 3), (21, 11), (2, 11, 6, 5), (5, 11)
-STYLED = (IMAGE, (2, 11))
+IMAGE_8, STYLED = (2, 8, 6, 5), (IMAGE, (2, 11))
 
 #: The form, and the functions that got the dense weight.
 FORMS: dict[str, tuple[Case, set[str]]] = {
@@ -218,6 +218,10 @@ FORMS: dict[str, tuple[Case, set[str]]] = {
             (("b", (32,)), ("c", (1, 4, 1, 1))),
         ),
         set(),
+    ),
+    "turned, in groups": (
+        Case((16, 8, 3, 3), (IMAGE_8,), lambda m, x: F.conv_transpose2d(x, m.weight.transpose(0, 1), groups=2), ()),
+        {"conv_transpose2d"},
     ),
     "torch.convolution": (
         Case(

@@ -120,8 +120,7 @@ def split_shape(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     ((1, (64, 32, 3, 3)), (0, (1, 64)))
 
     Raises:
-        ValueError: it has fewer dimensions, or more that are no leading ones, or a size is below 1.
-        TypeError: it is no sequence of ints.
+        ValueError: it has fewer dimensions, or more that are no leading ones.
     """
     if not isinstance(shape, tuple | list):
         raise TypeError(f"shape must be a tuple of ints, got {type(shape).__name__}")

@@ -24,16 +24,17 @@ def _channels(weight: PackedWeight, groups: int, space: int) -> tuple[str, str] 
     taps = taps_of(weight.layer)
     if len(taps) != space or weight.layer.backend == "reference":
         return None
-    if weight.batch is not None:
-        if groups != weight.batch or weight.layer.groups != 1:
-            return None
-    elif not weight.layer.use_groups(groups):
-        return None
     batch = () if weight.batch is None else (BATCH,)
     for order in ((ROW, COL), (COL, ROW)):
         if _lies_as(weight, ((*batch, order[0]), (order[1],), *((tap,) for tap in taps))):
-            return order
-    return None
+            break
+    else:
+        return None
+    if weight.batch is not None:
+        return order if groups == weight.batch and weight.layer.groups == 1 else None
+    # Groups of columns are no groups of the stored weight.
+    fits = (groups == 1 or order[0] == ROW) and weight.layer.use_groups(groups)
+    return order if fits else None
 
 
 def _lies_as(weight: PackedWeight, axes: Axes) -> bool:

@@ -278,7 +278,7 @@ def test_an_autograd_function_does_not_take_it_for_a_constant() -> None:
     module = Own((21, 11), lambda m, x: F.linear(x, Rounded.apply(m.weight)))
     x = torch.randn(3, 11, dtype=torch.float64)
     pack(module, "weight")
-    with pytest.raises(TypeError, match="handed to a torch.autograd.Function, which takes tensors only"):
+    with pytest.raises(TypeError, match=r"handed to a torch\.autograd\.Function, which takes tensors only"):
         module(x)
     packed_in(module).gives_dense_weight = True
     module(x).sum().backward()

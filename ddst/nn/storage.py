@@ -360,6 +360,8 @@ def slots_fault(slot_blocks: Any, slots: int, blocks: int) -> str:
     if not isinstance(slot_blocks, Tensor) or slot_blocks.dtype not in (torch.int32, torch.int64):
         got = slot_blocks.dtype if isinstance(slot_blocks, Tensor) else type(slot_blocks).__name__
         return f"expected an int32 tensor, got {got}"
+    if slot_blocks.layout != torch.strided:
+        return f"expected a dense tensor, got one of layout {slot_blocks.layout}"
     if tuple(slot_blocks.shape) != (slots,):
         return f"expected one entry for each of {slots} slots, got the shape {tuple(slot_blocks.shape)}"
     ranks = slot_blocks[slot_blocks >= 0]

@@ -31,6 +31,7 @@ from scipy.stats import t
 from torch import Tensor, nn
 
 from ddst import sparsify
+from ddst.benchmarks import report
 from ddst.convert import SparsifyReport
 from ddst.data import load_images
 from ddst.train import Trainer, resolve, train
@@ -132,8 +133,8 @@ def train_once(method: str, distribution: str, seed: int, steps: int, density: f
             raise KeyboardInterrupt
         summary = summarize(trainer)
     assert summary.quality is not None
-    shares = [report.multiply_adds_left or 0.0 for report in reports]
-    shares += [report.model_density for report in reports]
+    shares = [adopted.multiply_adds_left or 0.0 for adopted in reports]
+    shares += [adopted.model_density for adopted in reports]
     seconds = time.perf_counter() - begun
     return Run(
         method, distribution, seed, steps, density, *shares, summary.flops_ratio, summary.quality.distance, seconds
@@ -214,22 +215,6 @@ def tables(runs: Iterable[Run]) -> str:
     return "\n".join(lines)
 
 
-MARKERS = "<!-- quality of distributions: begin -->", "<!-- quality of distributions: end -->"
-
-
-def insert(path: Path, text: str) -> None:
-    """Puts a text between the markers of a file.
-
-    Raises:
-        ValueError: the file lacks them.
-    """
-    whole = path.read_text()
-    if not all(marker in whole for marker in MARKERS):
-        raise ValueError(f"{path} has no lines {' and '.join(MARKERS)}")
-    before, rest = whole.split(MARKERS[0])
-    path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of `quality-of-distributions`."""
     from ddst.benchmarks.__main__ import density_of, positive
@@ -246,7 +231,12 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=positive, default=200, help="generator iterations of a run (default: 200)")
     add("--density", type=density_of, default=0.1, help="ERK's, which sets the multiply-adds of all (default: 0.1)")
     add("--json", type=Path, metavar="FILE", help="keep every run here, a JSON object a line, and make none twice")
-    add("--markdown", type=Path, metavar="FILE", help=f"put the table between {' and '.join(MARKERS)} of this file")
+    add(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help=f"put the table between {' and '.join(report.MARKERS)} of this file",
+    )
     return command
 
 
@@ -266,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
         if arguments.markdown:
-            insert(arguments.markdown, tables(runs))
+            report.insert(arguments.markdown, tables(runs))
     except (OSError, ValueError) as error:
         command.error(str(error))
     print(tables(runs))

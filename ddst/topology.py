@@ -27,7 +27,7 @@ A weight ``[C_out, C_in, kH, kW]`` is cut into blocks of ``b_out × b_in`` chann
 A weight here is any weight, its rows what its first dimension counts: a transposed convolution's is
 ``[C_in, C_out, kH, kW]``, and its blocks are ``b_in × b_out``. A grouped one, ``[C_out, C_in / groups, kH, kW]``, has
 blocks within the groups only; kernels are given the block-diagonal weight ``[C_out, C_in, kH, kW]`` that it stands for
-(:func:`operator_shape`, :func:`block_diagonal_slots`).
+(:mod:`ddst.operator_view`).
 """
 
 from __future__ import annotations
@@ -202,54 +202,6 @@ def _topology_by_operators(slot_blocks: Tensor, rows: int, cols: int, taps: int)
     row_ptr = _starts(row[row_order], rows)
     col_ptr = _starts(col[col_order], cols)
     return torch.cat([row_ptr, col_ptr, row, col, tap, row_order, col_order]).to(torch.int32)
-
-
-def operator_shape(weight_shape: Sequence[int], groups: int = 1) -> tuple[int, ...]:
-    """What the operators are told of a weight: ``(C_out, C_in, kH, kW)``, of all groups together; one row if it is 1-D.
-
-    >>> operator_shape((32, 8, 3), 4), operator_shape((32, 8))
-    ((32, 32, 1, 3), (32, 8))
-    """
-    rows, cols, *space = weight_shape
-    return (rows, cols * groups, *([1, *space] if len(space) == 1 else space))
-
-
-def block_diagonal_slots(slot_blocks: Tensor, shape: Sequence[int], groups: int) -> Tensor:
-    """``slot_blocks`` of the block-diagonal weight that a grouped convolution's weight stands for.
-
-    A block of group ``g`` (its row divided by ``R / groups``) lies ``g · C`` columns further right there.
-
-    Args:
-        slot_blocks: of the grouped weight. shape: of its block mask, ``[R, C, …]``; ``groups`` divides ``R``.
-
-    >>> block_diagonal_slots(torch.tensor([1, 3, -1]), (2, 2), 2).tolist()
-    [1, 7, -1]
-    """
-    if groups == 1:
-        return slot_blocks
-    width = math.prod(shape[1:])
-    row = slot_blocks // width
-    moved = slot_blocks + (row * (groups - 1) + row // (shape[0] // groups)) * width
-    return torch.where(slot_blocks < 0, slot_blocks, moved)
-
-
-def turned_slots(
-    slot_blocks: Tensor, shape: Sequence[int], transposed: bool = False, flipped: bool = False, matrix: bool = False
-) -> tuple[Tensor, tuple[int, ...]]:
-    """``(slot_blocks, mask shape)`` of a weight with its taps backwards, as a matrix of all taps, or transposed.
-
-    >>> turned_slots(torch.tensor([1, -1]), (2, 2, 3), transposed=True, flipped=True)
-    (tensor([ 1, -1]), (2, 2, 3))
-    """
-    rows, cols, *space = shape
-    taps = math.prod(space)
-    row, col, tap = slot_blocks // (cols * taps), slot_blocks // taps % cols, slot_blocks % taps
-    tap = taps - 1 - tap if flipped else tap
-    if matrix:
-        col, cols, tap, taps, space = col * taps + tap, cols * taps, torch.zeros_like(tap), 1, []
-    if transposed:
-        row, col, rows, cols = col, row, cols, rows
-    return torch.where(slot_blocks < 0, slot_blocks, (row * cols + col) * taps + tap), (rows, cols, *space)
 
 
 def _starts(sorted_keys: Tensor, count: int) -> Tensor:

@@ -73,6 +73,8 @@ def see_uses(
 ) -> None:
     """Decides by a run of the model which weights are packed where they are, and notes what unpacks them."""
     held = [c for c in candidates if c.attribute is not None]
+    if not held:
+        return
     uses = uses_of(model, [(c.module, c.attribute or "") for c in held], arguments, block)
     for c in held:
         use, named = uses[id(c.module), c.attribute or ""], c.attribute in NAMES

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from .. import topology as tp
 from .._arguments import check_bool, check_device, check_dtype, check_module, check_number
 from ..backends import Problem, check_backend
+from ..operator_view import operator_shape
 from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..slot_change import SlotChange
 from . import recorded_scores
@@ -73,7 +74,7 @@ class SparseLayer(PackedStorage):
         pair, weight_shape = tp.check_block(block), tuple(weight_shape)
         # Everything is checked, and the values have their memory, before a mask of that many blocks is drawn.
         tp.check_groups(weight_shape, pair, groups)
-        tp.check_block_total(tp.operator_shape(weight_shape, groups), pair)
+        tp.check_block_total(operator_shape(weight_shape, groups), pair)
         total = tp.check_block_total(weight_shape, pair)
         nnz = tp.block_count(density, total)
         reserved = 0 if reserve is None else tp.block_count(check_number("reserve", reserve, most=1, above=0), total)

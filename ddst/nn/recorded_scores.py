@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from .. import ops
+from ..operator_view import from_block_order
 from ..ops.gradient_record import FLIPPED, TRANSPOSED, Call, GradientRecord
 from ..ops.reference import block_norms_of
 
@@ -72,10 +73,9 @@ def _product(layer: SparseLayer, call: Call, grad_output: Tensor, input: Tensor)
     gradient = grad_output.t() @ input
     if len(layer.weight_shape) == 2:
         return gradient
-    # Columns are (input block, tap, channel within the block).
     _, channels, *space = layer.op_shape
-    blocks = gradient.view(shape[0], -1, math.prod(space), layer.block[1]).transpose(2, 3)
-    return _of_weight(layer, blocks.reshape(shape[0], -1, *space)[:, :channels])
+    gradient = from_block_order(gradient, channels, math.prod(space), layer.block[1])
+    return _of_weight(layer, gradient.reshape(shape[0], channels, *space))
 
 
 def _turned(weight: Tensor, way: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 from .. import topology as tp
 from .._arguments import check_device, check_dtype, check_int, check_number, check_one_of, check_weight_shape
+from ..operator_view import to_block_order
 from .matrix import DenseMatrix, Matrix, PackedMatrix, TransposedMatrix
 from .repeated_calls import RepeatedCalls, may_be_checkpointed
 from .storage import placed_topology
@@ -199,14 +200,9 @@ class SpectralNorm(nn.Module):
         Args:
             layer: the layer this belongs to.
         """
-        values = layer.values
-        wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-        if self.training and may_be_checkpointed():
-            sigma = self._sigma(wide, layer.backend, self.n_power_iterations, (values._version, values.shape))
-        else:
-            sigma = self._sigma(wide, layer.backend, self.n_power_iterations if self.training else 0)
-        # All blocks may be zero, as new ones are: then nothing is to be divided, and 0 / 0 must not come out.
-        return (wide / (sigma + (sigma == 0))).to(values.dtype)
+        iterations = self.n_power_iterations if self.training else 0
+        version = (layer.values._version, layer.values.shape) if self.training and may_be_checkpointed() else None
+        return self._divided(layer, iterations, version)
 
     def look(self, layer: SparseLayer) -> Tensor:
         """``values / σ`` for code that reads the layer's weight.
@@ -214,11 +210,13 @@ class SpectralNorm(nn.Module):
         As with torch's two kinds, the parametrization iterates in training mode at every look, the hook only before
         the layer's own forward pass.
         """
-        if self.style == "parametrization":
-            return self(layer)
+        return self(layer) if self.style == "parametrization" else self._divided(layer, 0)
+
+    def _divided(self, layer: SparseLayer, iterations: int, version: object = None) -> Tensor:
         values = layer.values
         wide = values.to(self._wide_dtype(values))
-        sigma = self._sigma(wide, layer.backend, 0)
+        sigma = self._sigma(wide, layer.backend, iterations, version)
+        # All blocks may be zero, as new ones are: then nothing is to be divided, and 0 / 0 must not come out.
         return (wide / (sigma + (sigma == 0))).to(values.dtype)
 
     @torch.no_grad()
@@ -338,10 +336,8 @@ class SpectralNorm(nn.Module):
 
     def _block_order(self, v: Tensor) -> Tensor:
         """``[C_in · T]`` in the dense weight's order to ``[C · T · b_in]``; channels beyond the last are zero."""
-        cols, taps, width = self._blocks
-        if cols * width != self._in_channels:
-            v = F.pad(v, (0, (cols * width - self._in_channels) * taps))
-        return v if taps == 1 else v.view(cols, width, taps).transpose(1, 2).reshape(-1)
+        _, taps, width = self._blocks
+        return to_block_order(v, taps, width)
 
     def extra_repr(self) -> str:
         return f"n_power_iterations={self.n_power_iterations}, eps={self.eps}, noise={self.noise}, style={self.style!r}"

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .. import index_cache
 from .. import topology as tp
+from ..operator_view import block_diagonal_slots, operator_shape, turned_slots
 from ..slot_change import SlotChange
 from .data_parallel import is_sharded, let_go, resize_fault, whole
 
@@ -37,7 +38,7 @@ class PackedStorage(nn.Module):
         topology: int32 vector built from it, on the device of the values.
         block: ``(b_out, b_in)``. weight_shape: shape of the dense weight.
         groups: of a grouped convolution; the weight, the mask and the slots know no blocks outside of its groups.
-        op_shape: what the operators, and ``topology``, take the weight for (:func:`ddst.topology.operator_shape`).
+        op_shape: what the operators, and ``topology``, take the weight for (:func:`ddst.operator_view.operator_shape`).
         reserve: number of slots that are never given back.
         mask_version: grows by one with every change of the mask.
         storage_version: grows by one whenever the number of slots changes: then ``values`` has another shape and
@@ -53,7 +54,7 @@ class PackedStorage(nn.Module):
     ) -> None:
         super().__init__()
         self.weight_shape, self.block, self.reserve = tuple(weight_shape), block, reserve
-        self.groups, self.op_shape = groups, tp.operator_shape(weight_shape, groups)
+        self.groups, self.op_shape = groups, operator_shape(weight_shape, groups)
         self._turned: dict[tuple[bool, bool, bool], Tensor] = {}
         self.mask_version = self.storage_version = 0
         self.slot_blocks = slot_blocks
@@ -109,6 +110,30 @@ class PackedStorage(nn.Module):
         """``W`` with zeros at inactive blocks, differentiable; the raw weight, before any norm."""
         return tp.unpack_slots(whole(self.values), self.slot_blocks, self.weight_shape)
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Block row and block column of each slot, on the device of the values; those of free slots lie beyond."""
+        rows, cols = self.mask_shape[:2]
+        index = tp.split_topology(self.topology, rows, cols * self.groups)
+        row, col = index.block_row.long(), index.block_col.long()
+        return row, col if self.groups == 1 else torch.where(row == rows, cols, col % cols)
+
+    def within(self, stored: Tensor) -> Tensor:
+        """``[slots, b_out, b_in]`` with zeros where edge blocks reach beyond the weight: ``nn.init`` on values fills
+        these. Differentiable.
+        """
+        for side, place in enumerate(self.places()):
+            width, size = self.block[side], self.weight_shape[side]
+            if size % width:
+                inside = place[:, None] * width + torch.arange(width, device=place.device) < size
+                stored = torch.where(inside.unsqueeze(2 - side), stored, 0)
+        return stored
+
+    def sums(self, stored: Tensor, side: int) -> Tensor:
+        """Sums of ``[slots, b_out, b_in]`` over each row of the weight (side 0) or each column (1). Differentiable."""
+        parts = self.within(stored).sum(2 - side)
+        total = parts.new_zeros(self.mask_shape[side] + 1, self.block[side]).index_add(0, self.places()[side], parts)
+        return total[:-1].reshape(-1)[: self.weight_shape[side]]
+
     @torch.no_grad()
     def block_norms(self) -> Tensor:
         """L2 norm of every block, in the shape of the block mask; 0 where it is inactive.
@@ -117,11 +142,7 @@ class PackedStorage(nn.Module):
         ``values`` as a whole (``nn.init``) fills them too. Under weight norm the blocks of the weight that the layer
         computes with, as the length of a row of ``values`` says nothing then.
         """
-        values = self._ranked_values()
-        if any(size % width for size, width in zip(self.weight_shape, self.block, strict=False)):
-            within = tp.inside_slots(self.slot_blocks, self.weight_shape, self.block)
-            values = values * within.to(values.device)
-        norms = torch.linalg.vector_norm(values, dim=(1, 2))
+        norms = torch.linalg.vector_norm(self.within(self._ranked_values()), dim=(1, 2))
         ranks = self.slot_blocks.to(norms.device).long()
         return norms.new_zeros(self.num_blocks + 1).index_put_((ranks,), norms)[:-1].view(self.mask_shape)
 
@@ -260,8 +281,8 @@ class PackedStorage(nn.Module):
 
     def _turned_topology(self, transposed: bool, flipped: bool, matrix: bool, held: Tensor | None) -> Tensor:
         whole_shape = (self.mask_shape[0], self.mask_shape[1] * self.groups, *self.mask_shape[2:])
-        slots = tp.block_diagonal_slots(self.slot_blocks, self.mask_shape, self.groups)
-        slots, shape = tp.turned_slots(slots, whole_shape, transposed, flipped, matrix)
+        slots = block_diagonal_slots(self.slot_blocks, self.mask_shape, self.groups)
+        slots, shape = turned_slots(slots, whole_shape, transposed, flipped, matrix)
         if torch.compiler.is_compiling():
             rows, cols, *space = shape
             return tp._topology_by_operators(slots, rows, cols, math.prod(space)).to(self.values.device)
@@ -347,7 +368,7 @@ def placed_topology(
     if values.is_meta or isinstance(values, FakeTensor):
         return values.new_empty(whole_shape[0] + whole_shape[1] + 2 + 5 * slot_blocks.numel(), dtype=torch.int32)
     with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
-        vector = tp.topology_of_slots(tp.block_diagonal_slots(slot_blocks, shape, groups), whole_shape)
+        vector = tp.topology_of_slots(block_diagonal_slots(slot_blocks, shape, groups), whole_shape)
         if held is None or held.is_inference() or held.device != values.device or held.shape != vector.shape:
             return vector.to(values.device)
         held.copy_(vector)

@@ -193,7 +193,7 @@ class WeightNorm(nn.Module):
             # One block row more, for the free slots.
             rows = layer.mask_shape[0] + 1
             scale = F.pad(scale, (0, rows * layer.block[0] - scale.numel())).view(rows, layer.block[0])
-            scale = scale.index_select(0, self._index(layer).block_row)[:, :, None]
+            scale = scale.index_select(0, layer.places()[0])[:, :, None]
         return (_wide(layer.values) * scale).to(layer.values.dtype)
 
     def scale(self, layer: SparseLayer) -> Tensor:
@@ -266,25 +266,10 @@ class WeightNorm(nn.Module):
         if self.style == "hook":
             layer.register_forward_pre_hook(TorchHook(self.dim))
 
-    def _index(self, layer: SparseLayer) -> tp.Index:
-        rows, cols, _ = tp.grid(layer.op_shape, layer.block)
-        return tp.split_topology(layer.topology, rows, cols)
-
     def _squares(self, layer: SparseLayer) -> Tensor:
         """``‖v‖²``, ``[C_out]`` or a scalar."""
-        squares, index = _wide(layer.values).square(), self._index(layer)
-        places = [(index.block_row, layer.weight_shape[0], 0), (index.block_col, layer.weight_shape[1], 1)]
-        # Stored parts of edge blocks outside the weight count for nothing: nn.init on values fills them.
-        for start, size, side in places[0 if self.dim is None else 1 :]:
-            width = layer.block[side]
-            if size % width:
-                within = start[:, None] * width + torch.arange(width, device=start.device) < size
-                squares = torch.where(within.unsqueeze(2 - side), squares, 0)
-        if self.dim is None:
-            return squares.sum()
-        rows = layer.mask_shape[0]
-        sums = squares.new_zeros(rows + 1, layer.block[0]).index_add(0, index.block_row, squares.sum(2))
-        return sums[:rows].reshape(-1)[: layer.weight_shape[0]]
+        squares = _wide(layer.values).square()
+        return layer.within(squares).sum() if self.dim is None else layer.sums(squares, 0)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, style={self.style!r}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import backends
 from .._arguments import MAX_INT, check_operands, check_weight_shape
+from ..operator_view import from_block_order
 from . import reference
 from .conv2d import output_is_channels_last, pair
 from .precision import in_compute_dtype
@@ -199,11 +200,11 @@ def conv_transpose2d_of_pixels(
 def as_images(rows: Tensor, weight_shape: Sequence[int], width: int, channels_last: bool = False) -> Tensor:
     """``[N, C_out, kH, kW]`` of rows ``[N, C · kH · kW · b_out]`` in the order (block, tap, channel in the block)."""
     _, channels, height, wide = weight_shape
-    blocks = rows.view(rows.shape[0], -(-channels // width), height, wide, width)
-    if channels_last:
+    if channels_last:  # in one copy
+        blocks = rows.view(rows.shape[0], -(-channels // width), height, wide, width)
         images = blocks.permute(0, 2, 3, 1, 4).flatten(3)[..., :channels].permute(0, 3, 1, 2)
         return images.contiguous(memory_format=torch.channels_last)
-    return blocks.permute(0, 1, 4, 2, 3).flatten(1, 2)[:, :channels].contiguous()
+    return from_block_order(rows, channels, height * wide, width).unflatten(-1, (height, wide)).contiguous()
 
 
 def _check_bias(bias: Tensor | None, channels: int) -> None:

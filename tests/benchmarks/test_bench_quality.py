@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ddst.benchmarks import quality_of_distributions as study
 from ddst.benchmarks.quality_of_distributions import Run
+from ddst.benchmarks.report import MARKERS
 from ddst.train import resolve
 from ddst.train.players import build_networks
 
@@ -68,14 +70,19 @@ def test_differences_are_paired_by_seed() -> None:
     assert study.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
 
 
-def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{study.MARKERS[0]}\nold\n{study.MARKERS[1]}\nafter\n")
-    study.insert(page, "new")
-    assert page.read_text() == f"before\n{study.MARKERS[0]}\nnew\n{study.MARKERS[1]}\nafter\n"
+def test_the_command_puts_the_table_of_kept_runs_between_markers(tmp_path: Path) -> None:
+    kept, page = tmp_path / "runs.jsonl", tmp_path / "page.md"
+    runs = [Run("static", name, seed, 10, 0.1, 0.05, 0.1, 0.1, 0.2, 0.07, 50.0 + seed, 9.0) for seed in (0, 1)
+            for name in study.DISTRIBUTIONS]  # fmt: skip
+    kept.write_text("".join(json.dumps(run._asdict()) + "\n" for run in runs))
+    page.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    line = ["--method", "static", "--seeds", "2", "--steps", "10", "--json", str(kept), "--markdown", str(page)]
+    assert study.main(line) == 0
+    assert page.read_text() == f"before\n{MARKERS[0]}\n{study.tables(runs)}\n{MARKERS[1]}\nafter\n"
     page.write_text("nothing")
-    with pytest.raises(ValueError, match="has no lines"):
-        study.insert(page, "new")
+    with pytest.raises(SystemExit) as ended:
+        study.main(line)
+    assert ended.value.code == 2 and page.read_text() == "nothing"
 
 
 def test_a_run_trains_the_networks_of_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...topology import pack_slots, split_topology
+from ...topology import pack_slots
 from .functions import known, on_dense
 from .weight import BATCH, COL, ROW, PackedWeight, taps_of
-
-
-def places(weight: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Block row and block column of each slot, those of free slots one beyond the last."""
-    layer = weight.layer
-    rows, cols = layer.mask_shape[0], layer.mask_shape[1]
-    index = split_topology(layer.topology, rows, cols * layer.groups)
-    row, col = index.block_row.long(), index.block_col.long()
-    return row, col if layer.groups == 1 else torch.where(row == rows, cols, col % cols)
 
 
 def _spread(vector: Tensor, width: int, blocks: int, place: Tensor) -> Tensor:
@@ -30,12 +21,12 @@ def _spread(vector: Tensor, width: int, blocks: int, place: Tensor) -> Tensor:
 
 
 def _by_rows(weight: PackedWeight, vector: Tensor) -> Tensor:
-    row, _ = places(weight)
+    row, _ = weight.layer.places()
     return _spread(vector, weight.layer.block[0], weight.layer.mask_shape[0], row)[:, :, None]
 
 
 def _by_columns(weight: PackedWeight, vector: Tensor) -> Tensor:
-    _, col = places(weight)
+    _, col = weight.layer.places()
     return _spread(vector, weight.layer.block[1], weight.layer.mask_shape[1], col)[:, None, :]
 
 

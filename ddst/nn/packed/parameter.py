@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ... import topology as tp
 from ..._arguments import check_int
 from ...backends import Problem
+from ...operator_view import operator_shape
 from ..base import SparseLayer
 from .callers import raised_here
 from .other_parameters import OtherParameters
@@ -96,7 +96,7 @@ class PackedParameter(SparseLayer):
         rows, cols = self.weight_shape[:2]
         if rows % groups or (rows // groups) % self.block[0] or cols % self.block[1]:
             return False
-        self.groups, self.op_shape = groups, tp.operator_shape(self.weight_shape, groups)
+        self.groups, self.op_shape = groups, operator_shape(self.weight_shape, groups)
         self.__dict__.pop("topology")
         self._place()
         return True

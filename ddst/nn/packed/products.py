@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
-from ...topology import grid
+from ...operator_view import from_block_order, to_block_order
 from .functions import known
 from .weight import BATCH, COL, ROW, Axes, PackedWeight, taps_of
 
@@ -170,7 +170,8 @@ def _by_matrix(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> T
     layer = weight.layer
     _note_use(weight, "linear")
     topology, shape = layer.topology_as(matrix=True)
-    x = _to_packed_columns(x, weight) if len(layer.weight_shape) > 2 else x
+    taps = math.prod(layer.weight_shape[2:])
+    x = to_block_order(x, taps, layer.block[1]) if taps_of(layer) else x
     return ops.linear(x, weight.values, bias, topology, shape, backend=layer.backend, record=layer._record)
 
 
@@ -180,23 +181,8 @@ def _by_transposed(x: Tensor, weight: PackedWeight) -> Tensor:
     _note_use(weight, "linear")
     topology, shape = layer.topology_as(matrix=True)
     y = ops.linear_transposed(x, weight.values, topology, shape, backend=layer.backend, record=layer._record)
-    return _from_packed_columns(y, weight) if len(layer.weight_shape) > 2 else y
-
-
-def _to_packed_columns(x: Tensor, weight: PackedWeight) -> Tensor:
-    """Columns (channel, tap) in the order of the blocks: (input block, tap, channel within the block)."""
-    _, cols, taps = grid(weight.layer.weight_shape, weight.layer.block)
-    width = weight.layer.block[1]
-    x = x.reshape(*x.shape[:-1], weight.layer.weight_shape[1], taps)
-    x = F.pad(x, (0, 0, 0, cols * width - x.shape[-2]))
-    return x.reshape(*x.shape[:-2], cols, width, taps).transpose(-1, -2).reshape(*x.shape[:-2], cols * width * taps)
-
-
-def _from_packed_columns(y: Tensor, weight: PackedWeight) -> Tensor:
-    _, cols, taps = grid(weight.layer.weight_shape, weight.layer.block)
-    width, channels = weight.layer.block[1], weight.layer.weight_shape[1]
-    y = y.reshape(*y.shape[:-1], cols, taps, width).transpose(-1, -2).reshape(*y.shape[:-1], cols * width, taps)
-    return y[..., :channels, :].reshape(*y.shape[:-2], channels * taps)
+    taps = math.prod(layer.weight_shape[2:])
+    return from_block_order(y, layer.weight_shape[1], taps, layer.block[1]).flatten(-2) if taps_of(layer) else y
 
 
 @known("linear")

@@ -9,19 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...topology import inside_slots
-from .factors import cast, places, raised, times
+from .factors import cast, raised, times
 from .functions import known
 from .weight import BATCH, COL, ROW, PackedWeight, wrapped_all
-
-
-def _clean(weight: PackedWeight) -> Tensor:
-    """The values without what edge blocks hold beyond the weight."""
-    layer = weight.layer
-    if all(size % width == 0 for size, width in zip(layer.weight_shape, layer.block, strict=False)):
-        return weight.values
-    inside = inside_slots(layer.slot_blocks, layer.weight_shape, layer.block)
-    return weight.values * inside.to(weight.values.device)
 
 
 def _dims(weight: PackedWeight, dim: Any) -> list[int]:
@@ -44,14 +34,10 @@ def _sum_left(weight: PackedWeight, left: list[str]) -> Tensor | None:
         return _sum_of_batch(weight) if left == [BATCH, ROW] else None
     left = [atom for atom in left if weight.length(atom) != 1]
     if not left:
-        return _clean(weight).sum()
+        return weight.layer.within(weight.values).sum()
     if left not in ([ROW], [COL]):
         return None
-    (rows, cols), side = weight.layer.mask_shape[:2], left == [COL]
-    place, blocks, width = places(weight)[side], (rows, cols)[side], weight.layer.block[side]
-    parts = _clean(weight).sum(1 if side else 2)
-    total = parts.new_zeros(blocks + 1, width).index_add(0, place, parts)
-    return total[:blocks].reshape(-1)[: weight.layer.weight_shape[side]]
+    return weight.layer.sums(weight.values, int(left == [COL]))
 
 
 def _sum_of_batch(weight: PackedWeight) -> Tensor | None:
@@ -65,14 +51,14 @@ def _sum_of_batch(weight: PackedWeight) -> Tensor | None:
     if layer.groups != 1 or layer.backend == "reference":
         return None
     topology, shape = layer.topology_as()
-    x = weight.in_scale.to(weight.dtype)
+    x, values = weight.in_scale.to(weight.dtype), layer.within(weight.values)
     # A sum keeps its dtype where a convolution would be computed in a narrower one.
     with torch.autocast(x.device.type, enabled=False):
         if len(shape) == 4:
             x = x[:, :, None, None].expand(-1, -1, *shape[2:])
-            total = ops.conv2d(x, _clean(weight), None, topology, shape, backend=layer.backend).flatten(1)
+            total = ops.conv2d(x, values, None, topology, shape, backend=layer.backend).flatten(1)
         else:
-            total = ops.linear(x, _clean(weight), None, topology, shape, backend=layer.backend)
+            total = ops.linear(x, values, None, topology, shape, backend=layer.backend)
     return total if weight.out_scale is None else total * weight.out_scale
 
 

@@ -50,6 +50,21 @@ STABLE_TORCH_LIBRARY(ddst, m) {
       "linear_weight_grad(Tensor grad_output, Tensor input, Tensor topology, int[] weight_shape, int[] block, "
       "int backend=0) -> Tensor");
   m.def("linear_block_scores(Tensor grad_output, Tensor input, int[] weight_shape, int[] block) -> Tensor");
+  m.def("channel_moments(Tensor input) -> Tensor");
+  m.def(
+      "norm_act_conv2d(Tensor input, Tensor values, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, "
+      "Tensor? gamma, Tensor? beta, Tensor topology, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
+      "float eps, float negative_slope, int upsample, int pool, int residual_upsample, bool batch_stats, bool moments, "
+      "bool channels_last, int backend=0, int record=0) -> (Tensor, Tensor)");
+  m.def(
+      "norm_act_conv2d_input_grad(Tensor grad_output, Tensor input, Tensor values, Tensor? mean, Tensor? var, "
+      "Tensor? gamma, Tensor? beta, Tensor topology, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
+      "float eps, float negative_slope, int upsample, int pool, bool batch_stats, bool channels_last, int backend=0) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_act_conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor? mean, Tensor? var, Tensor? gamma, "
+      "Tensor? beta, Tensor topology, int[] weight_shape, int[] block, int[] stride, int[] padding, int[] dilation, "
+      "float eps, float negative_slope, int upsample, int pool, int backend=0) -> (Tensor, Tensor)");
   m.def("cpu_capability() -> int");
 }
 

@@ -6,12 +6,16 @@ from .conv2d import conv2d, conv2d_block_scores
 from .conv_transpose2d import conv_transpose2d
 from .cuda import dispatch as dispatch  # and serves the operators on CUDA devices
 from .linear import linear, linear_block_scores, linear_transposed
+from .norm_act_conv2d import Norm, channel_moments, norm_act_conv2d
 
 __all__ = [
+    "Norm",
+    "channel_moments",
     "conv2d",
     "conv2d_block_scores",
     "conv_transpose2d",
     "linear",
     "linear_block_scores",
     "linear_transposed",
+    "norm_act_conv2d",
 ]

@@ -85,7 +85,7 @@ def register_autograd(
     lifted_dual_function = made(_SingleLevelFunction, _lifted(forward_keeping), jvp=jvp)
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
-        if _any_tangent(args):
+        if has_tangent(args):
             chosen, lifted = dual_function, lifted_dual_function
         elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             chosen, lifted = function, lifted_function
@@ -111,7 +111,7 @@ def _lifted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lifted
 
 
-def _any_tangent(args: Sequence[Any]) -> bool:
+def has_tangent(args: Sequence[Any]) -> bool:
     """Whether an argument is a dual tensor, of ``torch.autograd.forward_ad`` or ``torch.func.jvp``."""
     # torch._C._is_fwd_grad_enabled says yes outside of any level, too, where inference tensors cannot be asked.
     if forward_ad._current_level < 0:

@@ -273,7 +273,7 @@ void run_tiles(const GatherJob<T>& job, const TileTable<T>& table, int64_t tile_
   GroupWalk<T> walk{job, tile_begin, tile_end, group_tiles};
   constexpr int64_t kElement = sizeof(T);
   Prefetcher<0> read{reinterpret_cast<const char*>(job.ahead), job.ahead_image * kElement, job.ahead_bytes};
-  Prefetcher<1> write{reinterpret_cast<const char*>(job.out), job.out_image * kElement, kOutLead};
+  Prefetcher<1> write{reinterpret_cast<const char*>(job.beside), job.beside_image * kElement, kOutLead};
   const bool whole = block_end - block_begin == job.out_blocks;  // else other threads are at the same pixels
   const PixelClass* const classes_end = job.classes + job.n_classes;
   read.start(class_of(job.classes, classes_end, tile_begin), tile_begin,

@@ -170,7 +170,16 @@ class GatherPass {
   }
   GatherPass(const GatherPass&) = delete;  // parts of it point to others
 
-  void run(const T* source, T* out) const {
+  // What else is fetched while a pass computes, in step with its images: what is read next in place of a source that is
+  // there already, and what its output is finished with. Elements of an image.
+  struct Fetch {
+    const T* ahead = nullptr;
+    int64_t ahead_image = 0;
+    const T* beside = nullptr;
+    int64_t beside_image = 0;
+  };
+
+  void run(const T* source, T* out, const Fetch& fetch = {}) const {
     if (over_pixels_) {
       const auto pass = shape_.block_out < kernels_.plane_slices[0].width ? &plane_pass<T> : &plane_gather_pass<T>;
       return pass(kernels_, shape_, lists_, rows_, cols_, transposed_, values_, bias_, source, out);
@@ -178,6 +187,17 @@ class GatherPass {
     GatherJob<T> job = job_;
     job.source = job.ahead = source;
     job.out = out;
+    job.beside = out;
+    job.beside_image = job.out_image;
+    if (fetch.ahead != nullptr && !padded_) {
+      job.ahead = fetch.ahead;
+      job.ahead_image = fetch.ahead_image;
+      job.ahead_bytes = 0;
+    }
+    if (fetch.beside != nullptr) {
+      job.beside = fetch.beside;
+      job.beside_image = fetch.beside_image;
+    }
     job.stream = shape_.block_out % job.slice == 0 && streams(out, job.slice, shape_.out);
     if (padded_) return run_on_planes(kernels_, job, plan_, shape_.source, rows_, *padded_, plane_);
     const int64_t packed_size = lists_.nnz * weights_->block_size;

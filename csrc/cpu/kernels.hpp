@@ -44,8 +44,10 @@ struct GatherJob {
       source_pixel;  // strides in elements; channels have stride 1 (in planes: see entries)
   int64_t out_image, out_row, out_pixel;
   const T* ahead;       // what is fetched in step with the tiles, from so many bytes behind them on: the source, or ...
-  int64_t ahead_image;  // ... what will become planes next; elements of an image
+  int64_t ahead_image;  // ... what will be read next; elements of an image
   int64_t ahead_bytes;
+  const T* beside;          // what is fetched beside it: the output, or what is needed when it is finished ...
+  int64_t beside_image;     // ... elements of an image
   const int64_t* row_base;  // [out rows]: source row of shift 0 (may lie outside the image; then no entry uses it)
   const int64_t* col_base;  // [out columns]
   const PixelClass* classes;

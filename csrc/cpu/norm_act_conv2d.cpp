@@ -143,57 +143,177 @@ struct Unpooled {
   }
 };
 
-// Images a few at a time. Where there are images for every thread, each thread works through batches of its own.
-struct Batches {
-  int64_t images, count;
-  int64_t tasks;    // over the batches
-  int64_t threads;  // within one
+// What is computed together: some whole images, or a strip of rows of one. Rows of the pass' source and output.
+struct Part {
+  int64_t image, images;
+  int64_t row, rows;
+  int64_t source_row, source_rows;
+  int64_t padding;  // of the strip's axis: what its first row lacks above the source rows that it has
 
-  Batches(int64_t images_of_all, int64_t image_bytes, int64_t multiply_adds) : images(images_of_all) {
-    const int64_t most = task_count(multiply_adds);
-    tasks = images >= most ? most : 1;
-    threads = images >= most ? 1 : most;
-    count = std::max(tasks, ceil_div(images, std::max<int64_t>(1, kBatchBytes / image_bytes)));
+  bool same_shape(const Part& o) const {
+    return images == o.images && rows == o.rows && source_rows == o.source_rows && padding == o.padding;
   }
-  int64_t begin(int64_t batch) const { return images * batch / count; }
-  int64_t size(int64_t batch) const { return begin(batch + 1) - begin(batch); }
-  int64_t largest() const { return ceil_div(images, count); }
 };
 
-// Runs a pass of the convolution batch by batch: make(images) gives it, before(image, to) writes what it reads of an
-// image, after(batch, first image, images, from) takes what it wrote. in_size, out_size: elements of an image in the
-// workspace, 0 where the pass reads `source` or writes `out` itself.
+// The parts of a pass, of equal size as far as images and rows divide, whose source and output stay in L2. Strips begin
+// at multiples of `step` rows. Where there are parts for every thread, each thread takes parts of its own.
+struct Parts {
+  Array<Part> parts;
+  int64_t tasks;    // over the parts
+  int64_t threads;  // within one
+
+  // whole: one of all images. source_rows(part): fills in what a strip reads.
+  template <typename SourceRows>
+  Parts(const Part& whole, int64_t step, int64_t image_bytes, int64_t multiply_adds, const SourceRows& source_rows) {
+    const int64_t images = whole.images, rows = whole.rows;
+    constexpr int64_t kPartBytes = 256 * 1024;
+    const int64_t most = task_count(multiply_adds);
+    const int64_t strips = std::clamp<int64_t>(image_bytes / kPartBytes, 1, std::max<int64_t>(1, rows / step));
+    const int64_t wanted = ceil_div(images, std::max<int64_t>(1, kPartBytes / image_bytes));
+    const int64_t groups = std::max(wanted, std::min(images, ceil_div(most, strips)));
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t image = images * group / groups, next = images * (group + 1) / groups;
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        const int64_t row = rows / step * strip / strips * step;
+        const int64_t end = strip + 1 == strips ? rows : rows / step * (strip + 1) / strips * step;
+        Part part{image, next - image, row, end - row, 0, whole.source_rows, whole.padding};
+        if (strips > 1) source_rows(part);
+        parts.push_back(part);
+      }
+    }
+    const int64_t count = static_cast<int64_t>(parts.size());
+    tasks = count >= most ? most : 1;
+    threads = count >= most ? 1 : most;
+  }
+};
+
+// The parts of a forward pass: strips of its output.
+Parts forward_parts(const Half& half, int64_t image_bytes) {
+  const ConvGeometry& g = half.geometry;
+  const Part whole{0, half.images, 0, g.out_h, 0, g.in_h, g.pad_h};
+  return {whole, half.pool, image_bytes, half.multiply_adds(), [&](Part& part) {
+            const int64_t top = part.row * g.stride_h - g.pad_h;
+            const int64_t end = (part.row + part.rows - 1) * g.stride_h - g.pad_h + (g.kernel_h - 1) * g.dilation_h + 1;
+            part.source_row = std::clamp<int64_t>(top, 0, g.in_h - 1);
+            part.source_rows = std::max<int64_t>(1, std::min(end, g.in_h) - part.source_row);
+            part.padding = part.source_row - top;
+          }};
+}
+
+// The parts of an input gradient: strips of the enlarged map.
+Parts input_grad_parts(const Half& half, int64_t image_bytes) {
+  const ConvGeometry& g = half.geometry;
+  const Part whole{0, half.images, 0, g.in_h, 0, g.out_h, g.pad_h};
+  return {whole, half.upsample, image_bytes, half.multiply_adds(), [&](Part& part) {
+            const int64_t least = part.row + g.pad_h - (g.kernel_h - 1) * g.dilation_h;
+            const int64_t last = (part.row + part.rows - 1 + g.pad_h) / g.stride_h;
+            part.source_row = std::clamp<int64_t>(least > 0 ? ceil_div(least, g.stride_h) : 0, 0, g.out_h - 1);
+            part.source_rows = std::max<int64_t>(1, std::min(last + 1, g.out_h) - part.source_row);
+            part.padding = part.row + g.pad_h - part.source_row * g.stride_h;
+          }};
+}
+
+// Runs a pass of the convolution part by part. before(part, to) writes the rows that it reads, after(index, part, from)
+// takes those that it wrote; without staging the pass reads `source` or writes `out` itself.
 template <typename T>
-struct BatchedPass {
-  Batches batches;
-  int64_t in_image, out_image;  // elements
+struct PartedPass {
+  const Parts& parts;
+  ImageShape source_shape, out_shape;  // of all of it
   bool stage_in, stage_out;
   const T* source;
   T* out;
+  // What before() and after() read: fetched in time. Elements that a row of source or output stands for.
+  const T *raw, *finishing;
+  int64_t raw_image, finishing_image;
 
+  // make(part): its pass.
   template <typename Make, typename Before, typename After>
   void run(const Tensor& like, const Make& make, const Before& before, const After& after) const {
-    using Pass = std::unique_ptr<GatherPass<T>>;
-    const int64_t largest = batches.largest();
-    const std::array<Pass, 2> passes{make(largest), batches.images % batches.count == 0 ? Pass() : make(largest - 1)};
+    Array<const GatherPass<T>*> pass_of;
+    Array<std::unique_ptr<GatherPass<T>>> passes;
+    Array<const Part*> made_for;
+    int64_t most_in = 0, most_out = 0;
+    for (const Part& part : parts.parts) {
+      size_t i = 0;
+      while (i < made_for.size() && !made_for[i]->same_shape(part)) ++i;
+      if (i == made_for.size()) {
+        made_for.push_back(&part);
+        passes.push_back(make(part));
+      }
+      pass_of.push_back(passes[i].get());
+      most_in = std::max(most_in, part.images * part.source_rows * source_shape.w * source_shape.channels);
+      most_out = std::max(most_out, part.images * part.rows * out_shape.w * out_shape.channels);
+    }
     constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t in_size = stage_in ? ceil_div(largest * in_image, kLine) * kLine : 0;
-    const int64_t out_size = stage_out ? ceil_div(largest * out_image, kLine) * kLine : 0;
-    const Tensor memory = empty_tensor("a workspace", {batches.tasks, in_size + out_size}, like);
-    run_tasks(batches.tasks, [&](int64_t task) {
+    const int64_t in_size = stage_in ? ceil_div(most_in, kLine) * kLine : 0;
+    const int64_t out_size = stage_out ? ceil_div(most_out, kLine) * kLine : 0;
+    const Tensor memory = empty_tensor("a workspace", {parts.tasks, in_size + out_size}, like);
+    const int64_t count = static_cast<int64_t>(parts.parts.size());
+    run_tasks(parts.tasks, [&](int64_t task) {
       T* const staged_in = memory.mutable_data_ptr<T>() + task * (in_size + out_size);
       T* const staged_out = staged_in + in_size;
-      const int64_t end = batches.count * (task + 1) / batches.tasks;
-      for (int64_t batch = batches.count * task / batches.tasks; batch < end; ++batch) {
-        const int64_t first = batches.begin(batch), images = batches.size(batch);
-        for (int64_t i = 0; stage_in && i < images; ++i) before(first + i, staged_in + i * in_image);
-        T* const to = stage_out ? staged_out : out + first * out_image;
-        passes[images == largest ? 0 : 1]->run(stage_in ? staged_in : source + first * in_image, to);
-        after(batch, first, images, to);
+      const int64_t end = count * (task + 1) / parts.tasks;
+      for (int64_t i = count * task / parts.tasks; i < end; ++i) {
+        const Part& part = parts.parts[i];
+        if (stage_in) before(part, staged_in);
+        const T* const from = stage_in ? staged_in : row(source, source_shape, part.image, part.source_row);
+        T* const to = stage_out ? staged_out : const_cast<T*>(row(out, out_shape, part.image, part.row));
+        pass_of[i]->run(from, to, fetch(part, i + 1 < end ? &parts.parts[i + 1] : nullptr));
+        after(i, part, to);
       }
     });
   }
+
+ private:
+  static const T* row(const T* base, const ImageShape& shape, int64_t image, int64_t row) {
+    return base + (image * shape.h + row) * shape.w * shape.channels;
+  }
+  typename GatherPass<T>::Fetch fetch(const Part& part, const Part* next) const {
+    typename GatherPass<T>::Fetch fetch;
+    if (stage_in && next != nullptr) {
+      fetch.ahead = raw + (next->image * source_shape.h + next->source_row) * raw_image / source_shape.h;
+      fetch.ahead_image = raw_image * next->source_rows / source_shape.h;
+    }
+    if (stage_out && finishing != nullptr) {
+      fetch.beside = finishing + (part.image * out_shape.h + part.row) * finishing_image / out_shape.h;
+      fetch.beside_image = finishing_image * part.rows / out_shape.h;
+    }
+    return fetch;
+  }
 };
+
+// The pass of one part. Its columns are those of the whole.
+template <typename T>
+std::unique_ptr<GatherPass<T>> part_pass(const Kernels<T>& kernels, const Half& half, const Part& part, bool forward,
+                                         const T* values, const T* bias, int64_t threads) {
+  const ConvGeometry& g = half.geometry;
+  const WeightGrid& grid = half.grid;
+  const Topology& t = half.topology;
+  if (forward) {
+    return std::make_unique<GatherPass<T>>(
+        kernels,
+        GatherShape{{part.images, g.in_channels, part.source_rows, g.in_w},
+                    {part.images, g.out_channels, part.rows, g.out_w},
+                    g.kernel_w,
+                    grid.block_out,
+                    grid.block_in},
+        BlockLists{grid.rows, t.nnz, t.row_ptr, t.row_order, t.block_col, t.block_tap},
+        forward_axis(part.rows, part.source_rows, g.kernel_h, g.stride_h, part.padding, g.dilation_h),
+        forward_axis(g.out_w, g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), true, values, bias, threads,
+        true);
+  }
+  return std::make_unique<GatherPass<T>>(
+      kernels,
+      GatherShape{{part.images, g.out_channels, part.source_rows, g.out_w},
+                  {part.images, g.in_channels, part.rows, g.in_w},
+                  g.kernel_w,
+                  grid.block_in,
+                  grid.block_out},
+      BlockLists{grid.cols, t.nnz, t.col_ptr, t.col_order, t.block_row, t.block_tap},
+      input_grad_axis(part.rows, part.source_rows, g.kernel_h, g.stride_h, part.padding, g.dilation_h),
+      input_grad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), false, values, nullptr, threads,
+      true);
+}
 
 template <typename T>
 std::tuple<Tensor, Tensor> forward(const Half& half, const Tensor& input, const Tensor& values, const T* bias,
@@ -217,36 +337,47 @@ std::tuple<Tensor, Tensor> forward(const Half& half, const Tensor& input, const 
   const RowSource<T> map = activated_map(kernels, half, norm, x.data());
   const int64_t in_image = map.image_size(), out_image = g.out_h * g.out_w * channels;
   const bool finishes = half.pool == 2 || residual;
-  const Batches batches(half.images, std::max(in_image, out_image) * static_cast<int64_t>(sizeof(T)),
-                        half.multiply_adds());
-  Array<Moments> parts;
-  for (int64_t i = 0; with_moments && i < batches.count; ++i) parts.emplace_back(channels);
-  const BatchedPass<T> pass{batches, in_image, out_image, !map.identity(), finishes, x.data(), out.data()};
+  const Parts parts = forward_parts(half, std::max(in_image, out_image) * static_cast<int64_t>(sizeof(T)));
+  Array<Moments> moments_of;
+  for (size_t i = 0; with_moments && i < parts.parts.size(); ++i) moments_of.emplace_back(channels);
+  const PartedPass<T> pass{parts,
+                           {half.images, g.in_channels, g.in_h, g.in_w},
+                           {half.images, channels, g.out_h, g.out_w},
+                           !map.identity(),
+                           finishes,
+                           x.data(),
+                           out.data(),
+                           x.data(),
+                           plus,
+                           half.h * half.w * g.in_channels,
+                           out_h / side * (out_w / side) * channels};
   pass.run(
       input,
-      [&](int64_t images) {
-        ConvGeometry part = g;
-        part.images = images;
-        return forward_pass<T>(kernels, half.topology, half.grid, part, packed.const_data_ptr<T>(), bias,
-                               batches.threads, true);
+      [&](const Part& part) {
+        return part_pass<T>(kernels, half, part, true, packed.const_data_ptr<T>(), bias, parts.threads);
       },
-      [&](int64_t image, T* to) { map.write(image, 0, g.in_h, to); },
-      [&](int64_t batch, int64_t first, int64_t images, const T* from) {
-        const int64_t image_size = out_h * out_w * channels;
-        for (int64_t n = 0; finishes && n < images; ++n) {
-          for (int64_t r = 0; r < out_h; ++r) {
-            const T* const row = from + (n * g.out_h + half.pool * r) * g.out_w * channels;
-            const int64_t residual_row = ((first + n) * (out_h / side) + r / side) * (out_w / side);
-            kernels.rows.finish(row, half.pool == 2 ? row + g.out_w * channels : nullptr, out_w, channels,
+      [&](const Part& part, T* to) {
+        for (int64_t n = 0; n < part.images; ++n)
+          map.write(part.image + n, part.source_row, part.source_rows, to + n * part.source_rows * map.row_size());
+      },
+      [&](int64_t index, const Part& part, const T* from) {
+        const int64_t first = part.row / half.pool, end = std::min((part.row + part.rows) / half.pool, out_h);
+        const int64_t line = g.out_w * channels;
+        for (int64_t n = part.image; n < part.image + part.images; ++n) {
+          T* const rows = out.data() + n * out_h * out_w * channels;
+          for (int64_t r = first; finishes && r < end; ++r) {
+            const T* const row = from + ((n - part.image) * part.rows + half.pool * r - part.row) * line;
+            const int64_t residual_row = (n * (out_h / side) + r / side) * (out_w / side);
+            kernels.rows.finish(row, half.pool == 2 ? row + line : nullptr, out_w, channels,
                                 plus == nullptr ? nullptr : plus + residual_row * channels, side,
-                                out.data() + (first + n) * image_size + r * out_w * channels);
+                                rows + r * out_w * channels);
           }
+          if (with_moments) moments_of[index].add(kernels, rows + first * out_w * channels, (end - first) * out_w);
         }
-        if (with_moments) parts[batch].add(kernels, out.data() + first * image_size, images * out_h * out_w);
       });
   if (with_moments) {
     Moments all(channels);
-    for (const Moments& part : parts) all.add(part);
+    for (const Moments& part : moments_of) all.add(part);
     all.write(moments.mutable_data_ptr<T>());
   }
   return {out.finish(kernels), moments};
@@ -259,25 +390,25 @@ struct GradSums {
   GradSums(int64_t images, int64_t c) : channels(c), sums(images * c, 0.0), products(images * c, 0.0) {}
 };
 
-// grad_z of one image: rows are gradients of the enlarged map.
+// grad_z of some rows of one image, made of the gradients of the enlarged map's rows; totals of the rows are added.
 template <typename T>
-void activation_grad(const Kernels<T>& kernels, const Half& half, const NormTerms<T>& norm, int64_t image,
-                     const T* rows, const T* x, T* grad, GradSums& totals) {
+void activation_grad(const Kernels<T>& kernels, const Half& half, const NormTerms<T>& norm, int64_t image, int64_t rows,
+                     const T* from, const T* x, T* grad, double* sums_of_rows, double* products_of_rows) {
   constexpr int64_t kPiece = 512;  // pixels that are summed in T
   const int64_t channels = half.geometry.in_channels, line = half.w * channels;
   const int64_t from_line = half.geometry.in_w * channels;
   Array<T> sums(channels, T(0)), products(channels, T(0));
   int64_t pixels = 0;
   const RowForm<T> form = norm.form(image, half.slope);
-  for (int64_t r = 0; r < half.h; ++r) {
-    const T* const row = rows + half.upsample * r * from_line;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const row = from + half.upsample * r * from_line;
     kernels.rows.activate_grad(row, half.upsample == 2 ? row + from_line : nullptr, x + r * line, half.w, channels,
                                form, grad + r * line, sums.data(), products.data());
     pixels += half.w;
-    if (!norm.present || (pixels < kPiece && r + 1 < half.h)) continue;
+    if (!norm.present || (pixels < kPiece && r + 1 < rows)) continue;
     for (int64_t c = 0; c < channels; ++c) {
-      totals.sums[image * channels + c] += static_cast<double>(sums[c]);
-      totals.products[image * channels + c] += static_cast<double>(products[c]);
+      sums_of_rows[c] += static_cast<double>(sums[c]);
+      products_of_rows[c] += static_cast<double>(products[c]);
     }
     std::fill(sums.begin(), sums.end(), T(0));
     std::fill(products.begin(), products.end(), T(0));
@@ -343,32 +474,58 @@ Tensor input_grad(const Half& half, const Tensor& grad_output, const Tensor& inp
     const Unpooled<T> unpooled(kernels, half, grad.data());
     const bool finishes = norm.present || half.slope != 1 || half.upsample == 2;
     const int64_t in_image = unpooled.source.image_size(), out_image = g.in_h * g.in_w * g.in_channels;
-    const int64_t image_size = half.h * half.w * g.in_channels;
-    const Batches batches(half.images, std::max(in_image, out_image) * static_cast<int64_t>(sizeof(T)),
-                          half.multiply_adds());
-    const BatchedPass<T> pass{batches,  in_image,    out_image, !unpooled.source.identity(),
-                              finishes, grad.data(), out.data()};
+    const int64_t line = half.w * g.in_channels, image_size = half.h * line;
+    const Parts parts = input_grad_parts(half, std::max(in_image, out_image) * static_cast<int64_t>(sizeof(T)));
+    // Strips of one image add to the same sums: each has its own, which are added in their order.
+    const int64_t sums_size = norm.present ? g.in_channels : 0;
+    Array<double> sums(parts.parts.size() * sums_size, 0.0), products(parts.parts.size() * sums_size, 0.0);
+    const PartedPass<T> pass{parts,
+                             {half.images, g.out_channels, g.out_h, g.out_w},
+                             {half.images, g.in_channels, g.in_h, g.in_w},
+                             !unpooled.source.identity(),
+                             finishes,
+                             grad.data(),
+                             out.data(),
+                             grad.data(),
+                             x.data(),
+                             half.out_h() * half.out_w() * g.out_channels,
+                             image_size};
     pass.run(
         input,
-        [&](int64_t images) {
-          ConvGeometry part = g;
-          part.images = images;
-          return input_grad_pass<T>(kernels, half.topology, half.grid, part, packed.const_data_ptr<T>(),
-                                    batches.threads, true);
+        [&](const Part& part) {
+          return part_pass<T>(kernels, half, part, false, packed.const_data_ptr<T>(), nullptr, parts.threads);
         },
-        [&](int64_t image, T* to) { unpooled.source.write(image, 0, g.out_h, to); },
-        [&](int64_t, int64_t first, int64_t images, const T* from) {
-          for (int64_t n = 0; finishes && n < images; ++n) {
-            const int64_t image = first + n;
-            T* const to = out.data() + image * image_size;
-            activation_grad(kernels, half, norm, image, from + n * out_image, x.data() + image * image_size, to,
-                            totals);
+        [&](const Part& part, T* to) {
+          for (int64_t n = 0; n < part.images; ++n) {
+            unpooled.source.write(part.image + n, part.source_row, part.source_rows,
+                                  to + n * part.source_rows * unpooled.source.row_size());
+          }
+        },
+        [&](int64_t index, const Part& part, const T* from) {
+          const int64_t first = part.row / half.upsample, rows = part.rows / half.upsample;
+          for (int64_t n = 0; finishes && n < part.images; ++n) {
+            const int64_t image = part.image + n, begin = image * image_size + first * line;
+            T* const to = out.data() + begin;
+            // Of several images, each has its sums; of strips, their part.
+            double* const image_sums =
+                part.images > 1 ? totals.sums.data() + image * sums_size : sums.data() + index * sums_size;
+            double* const image_products =
+                part.images > 1 ? totals.products.data() + image * sums_size : products.data() + index * sums_size;
+            activation_grad(kernels, half, norm, image, rows, from + n * part.rows * g.in_w * g.in_channels,
+                            x.data() + begin, to, image_sums, image_products);
             if (norm.present && !batch_stats) {
-              kernels.rows.norm_grad(to, nullptr, half.h * half.w, g.in_channels, nullptr, norm.form(image, 1).scale,
+              kernels.rows.norm_grad(to, nullptr, rows * half.w, g.in_channels, nullptr, norm.form(image, 1).scale,
                                      nullptr, nullptr);
             }
           }
         });
+    for (size_t i = 0; i < parts.parts.size(); ++i) {
+      if (parts.parts[i].images > 1) continue;
+      for (int64_t c = 0; c < sums_size; ++c) {
+        totals.sums[parts.parts[i].image * sums_size + c] += sums[i * sums_size + c];
+        totals.products[parts.parts[i].image * sums_size + c] += products[i * sums_size + c];
+      }
+    }
     if (norm.present && batch_stats) batch_norm_grad(kernels, half, norm, totals, x.data(), out.data());
   }
   if (grad_gamma != nullptr) affine_grads(norm, half.images, totals, grad_gamma, grad_beta);

@@ -119,19 +119,48 @@ void finish_row(const T* row, const T* next_row, int64_t pixels, int64_t channel
   }
 }
 
+// f(Lines<K>(), channel) for K lines of channels at a time, then for single ones, then for single channels. Sums over
+// pixels stay in registers; the more lines at a time, the fewer pixels compete for one set of the cache.
+template <int kCount>
+struct Lines {
+  static constexpr int value = kCount;
+};
+template <typename T, int kMost, typename F>
+DDST_INLINE void for_lines(int64_t channels, const F& f) {
+  constexpr int64_t kLanes = Line<T>::kLanes;
+  int64_t c = 0;
+  for (; c + kMost * kLanes <= channels; c += kMost * kLanes) f(Lines<kMost>(), Whole(), c);
+  for (; c + kLanes <= channels; c += kLanes) f(Lines<1>(), Whole(), c);
+  for (; c < channels; ++c) f(Lines<1>(), Single(), c);
+}
+
 // sums += sum of (x - shift), squares += sum of (x - shift)^2.
 template <typename T>
 void sum_rows(const T* x, int64_t pixels, int64_t channels, const T* shift, T* sums, T* squares) {
-  for_channels<T>(channels, [&](auto lanes, int64_t c) {
-    const auto from = load(lanes, shift + c);
-    auto sum = load(lanes, sums + c), square = load(lanes, squares + c);
-    for (int64_t p = 0; p < pixels; ++p) {
-      const auto d = load(lanes, x + p * channels + c) - from;
-      sum += d;
-      square += d * d;
+  for_lines<T, 8>(channels, [&](auto lines, auto lanes, int64_t c) {
+    constexpr int kCount = decltype(lines)::value;
+    constexpr int64_t kLanes = Line<T>::kLanes;
+    using V = decltype(load(lanes, x));
+    V from[kCount], sum[kCount], square[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      from[i] = load(lanes, shift + c + i * kLanes);
+      sum[i] = load(lanes, sums + c + i * kLanes);
+      square[i] = load(lanes, squares + c + i * kLanes);
     }
-    store(lanes, sums + c, sum);
-    store(lanes, squares + c, square);
+    for (int64_t p = 0; p < pixels; ++p) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) {
+        const V d = load(lanes, x + p * channels + c + i * kLanes) - from[i];
+        sum[i] += d;
+        square[i] += d * d;
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      store(lanes, sums + c + i * kLanes, sum[i]);
+      store(lanes, squares + c + i * kLanes, square[i]);
+    }
   });
 }
 
@@ -142,33 +171,44 @@ void activate_grad_row(const T* row, const T* next_row, const T* x, int64_t pixe
                        const RowForm<T>& form, T* out, T* sums, T* products) {
   const bool doubled = next_row != nullptr;
   with_form(form, [&](auto act_flag, auto norm_flag) {
-    for_channels<T>(channels, [&](auto lanes, int64_t c) {
-      decltype(load(lanes, x)) sum{}, product{}, mean{}, scale{}, shift{};
-      if constexpr (norm_flag.value) {
-        sum = load(lanes, sums + c), product = load(lanes, products + c);
-        mean = load(lanes, form.mean + c), scale = load(lanes, form.scale + c), shift = load(lanes, form.shift + c);
+    constexpr bool kNorm = decltype(norm_flag)::value;
+    for_lines<T, 4>(channels, [&](auto lines, auto lanes, int64_t first) {
+      constexpr int kCount = decltype(lines)::value;
+      constexpr int64_t kLanes = Line<T>::kLanes;
+      using V = decltype(load(lanes, x));
+      V sum[kCount], product[kCount], mean[kCount], scale[kCount], shift[kCount];
+#pragma GCC unroll 4
+      for (int i = 0; kNorm && i < kCount; ++i) {
+        const int64_t c = first + i * kLanes;
+        sum[i] = load(lanes, sums + c), product[i] = load(lanes, products + c), mean[i] = load(lanes, form.mean + c);
+        scale[i] = load(lanes, form.scale + c), shift[i] = load(lanes, form.shift + c);
       }
       for (int64_t p = 0; p < pixels; ++p) {
-        const T* const a = row + (doubled ? 2 : 1) * p * channels + c;
-        auto grad = load(lanes, a);
-        if (doubled) {
-          const T* const b = next_row + 2 * p * channels + c;
-          grad += load(lanes, a + channels) + load(lanes, b) + load(lanes, b + channels);
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) {
+          const int64_t c = first + i * kLanes;
+          const T* const a = row + (doubled ? 2 : 1) * p * channels + c;
+          V grad = load(lanes, a);
+          if (doubled) {
+            const T* const b = next_row + 2 * p * channels + c;
+            grad += load(lanes, a + channels) + load(lanes, b) + load(lanes, b + channels);
+          }
+          const V from = load(lanes, x + p * channels + c);
+          if constexpr (kNorm) {
+            const V d = from - mean[i];
+            grad = act_grad<decltype(act_flag)::value>(d * scale[i] + shift[i], grad, form.slope);
+            sum[i] += grad;
+            product[i] += grad * d;
+          } else {
+            grad = act_grad<decltype(act_flag)::value>(from, grad, form.slope);
+          }
+          store(lanes, out + p * channels + c, grad);
         }
-        auto z = load(lanes, x + p * channels + c);
-        if constexpr (norm_flag.value) {
-          const auto d = z - mean;
-          grad = act_grad<act_flag.value>(d * scale + shift, grad, form.slope);
-          sum += grad;
-          product += grad * d;
-        } else {
-          grad = act_grad<act_flag.value>(z, grad, form.slope);
-        }
-        store(lanes, out + p * channels + c, grad);
       }
-      if constexpr (norm_flag.value) {
-        store(lanes, sums + c, sum);
-        store(lanes, products + c, product);
+#pragma GCC unroll 4
+      for (int i = 0; kNorm && i < kCount; ++i) {
+        store(lanes, sums + first + i * kLanes, sum[i]);
+        store(lanes, products + first + i * kLanes, product[i]);
       }
     });
   });

@@ -104,18 +104,14 @@ __attribute__((noinline)) void row_tile(const char* const* pixels, T* const* out
   compiler_barrier();
   typename S::V acc[P][NV];
 #pragma GCC unroll 16
-  for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[p][v] = S::load(work.init + v * N);
-  }
+  for (int p = 0; p < P; ++p) load_row<T, N, NV>(acc[p], reinterpret_cast<const char*>(work.init));
   const char* const row = pixels[0];
   const char* const weights = work.weights;
   const Entry* const end = work.end;
 #pragma GCC unroll 1
   for (const Entry* entry = work.begin; entry != end; ++entry) {
     typename S::V w[NV];
-    w[0] = S::template load_at<0>(weights + entry->weight);
-    if constexpr (NV > 1) w[1] = S::template load_at<S::kBytes>(weights + entry->weight);
+    load_row<T, N, NV>(w, weights + entry->weight);
     outer_step<T, N, NV, P>(acc, w, row + entry->source);
   }
   store_tile<T, N, NV, P>(acc, outs, work);

@@ -33,8 +33,9 @@ const KernelSet& choose() {
 #endif
   if (name.empty()) return kernels_portable();
   const bool known = name == "avx2" || name == "avx512" || name == "neon";
-  throw std::invalid_argument("ddst: environment variable DDST_CPU_CAPABILITY is '" + name + "', " +
-                              (known ? "which this processor does not support" : "expected portable, avx2, avx512 or neon"));
+  throw std::invalid_argument(
+      "ddst: environment variable DDST_CPU_CAPABILITY is '" + name + "', " +
+      (known ? "which this processor does not support" : "expected portable, avx2, avx512 or neon"));
 }
 
 int64_t read_shares() {

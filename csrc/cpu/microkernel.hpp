@@ -40,9 +40,9 @@ struct Simd {
   }
 
   // The loads are written in assembly: on x86 GCC otherwise folds each weight load into the multiply-adds that use
-  // it, which doubles the loads and halves the speed, and with NEON it computes an address for each of them. The kernels
-  // start with a compiler barrier, so that these loads (whose memory the compiler does not see) cannot move above
-  // earlier stores.
+  // it, which doubles the loads and halves the speed, and with NEON it computes an address for each of them. The
+  // kernels start with a compiler barrier, so that these loads (whose memory the compiler does not see) cannot move
+  // above earlier stores.
   template <int kDisp>
   static DDST_INLINE V load_at(const char* p) {
 #if defined(__AVX2__)

@@ -75,7 +75,8 @@ __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end,
     }
     if constexpr (kTogether > 1) {
 #pragma GCC unroll 1
-      for (; i > 0; --i, y += y_step, offset += sizeof(T)) gather_outer_steps<T, N, J, 1>(acc, y, y_step, scalar, offset);
+      for (; i > 0; --i, y += y_step, offset += sizeof(T))
+        gather_outer_steps<T, N, J, 1>(acc, y, y_step, scalar, offset);
     }
   }
   compiler_barrier();  // grads is read again: kept over the loop it would lie in vector registers

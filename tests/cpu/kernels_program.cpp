@@ -217,8 +217,8 @@ Shape conv(int64_t images, int64_t h, int64_t w, int64_t in, int64_t out, int64_
 // What each form of the kernels is for, and the sizes at which the glue changes from one to another.
 std::vector<Shape> chosen_shapes(bool all) {
   std::vector<Shape> shapes;
-  const int64_t sides[][2] = {{16, 16}, {8, 8}, {4, 4}, {1, 1},  {2, 2}, {16, 1},  {16, 4}, {1, 16},
-                              {4, 16},  {8, 1}, {4, 1}, {2, 16}, {3, 5}, {12, 20}, {7, 8}};
+  const int64_t sides[][2] = {{16, 16}, {8, 8}, {4, 4},  {1, 1}, {2, 2},  {16, 1}, {16, 4},  {1, 16},
+                              {4, 16},  {8, 1}, {32, 1}, {4, 1}, {2, 16}, {3, 5},  {12, 20}, {7, 8}};
   for (const auto& [out, in] : sides) {
     shapes.push_back(conv(2, 7, 9, 2 * in + 3, 2 * out + 1, 3, 1, 1, 1, out, in, 0.4));     // cut blocks, few pixels
     shapes.push_back(conv(2, 17, 19, in + in / 2 + 1, out + 2, 3, 1, 1, 1, out, in, 0.3));  // over 512 pixels

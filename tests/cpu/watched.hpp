@@ -40,11 +40,12 @@ struct Watched {
       for (bool stream : {false, true}) all.insert(plane_gather_form(s->width, stream));
     }
     for (const int* width = kernels.weight_grad_slices; *width != 0; ++width) {
-      for (bool direct : {false, true}) {
-        all.insert(weight_grad_form("input", *width, direct));
-        if (!direct || *width * sizeof(T) % 64 == 0) all.insert(weight_grad_form("output", *width, direct));
-      }
+      all.insert(weight_grad_form("input", *width, false));
+      all.insert(weight_grad_form("output", *width, false));
+      if (*width * sizeof(T) % 64 == 0) all.insert(weight_grad_form("output", *width, true));
     }
+    // Blocks of whole cache lines are cut into the widest.
+    all.insert(weight_grad_form("input", kernels.weight_grad_slices[0], true));
     return all;
   }
 

@@ -102,9 +102,13 @@ template <typename T, int N, int NV, int P>
 __attribute__((noinline)) void row_tile(const char* const* pixels, T* const* outs, const TileWork<T>& work) {
   using S = Simd<T, N>;
   compiler_barrier();
-  typename S::V acc[P][NV];
+  typename S::V acc[P][NV], init[NV];
+  load_row<T, N, NV>(init, reinterpret_cast<const char*>(work.init));
 #pragma GCC unroll 16
-  for (int p = 0; p < P; ++p) load_row<T, N, NV>(acc[p], reinterpret_cast<const char*>(work.init));
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[p][v] = init[v];
+  }
   const char* const row = pixels[0];
   const char* const weights = work.weights;
   const Entry* const end = work.end;

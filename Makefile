@@ -5,6 +5,7 @@
 #   make bench   measure against dense    make clean    remove builds and caches (not .venv, not runs)
 #   make record-kernels  compile what changed since tests/**/{compiled,resources,recorded}.json were written, and write them
 #   make test-newest     the tests that need no compiled kernels with the newest torch and Triton, in a venv of their own
+#   make test-arm        cross-compile for Arm (aarch64), try the CPU kernels on an emulated processor: part of test-all
 #   make gpu     prove and measure the library on a GPU: with any python3 that has torch and CMake, no network, no .venv
 #                (make gpu PYTHON=… ARGS='--only correctness --budget 120 --out DIR')
 
@@ -20,13 +21,13 @@ BUILD_FILES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 # Threads that wait go to sleep. OpenMP's default, waiting busily, costs several times the time where other programs want
 # the cores too (measured: 0.70 s a step instead of 0.13 s on a busy machine of two cores).
-demo test test-all: export OMP_WAIT_POLICY ?= passive
+demo test test-all test-arm: export OMP_WAIT_POLICY ?= passive
 
 # Set up for tests, nvcc compiles for one architecture: what it makes for the others is recorded in
 # tests/cuda/resources.json, and compiled by the tests where that no longer holds. Elsewhere it compiles for all.
-test test-all test-newest record-kernels lint check-format check-lint check-types: export DDST_CUDA_ARCHS ?= 90-real
+test test-all test-arm test-newest record-kernels lint check-format check-lint check-types: export DDST_CUDA_ARCHS ?= 90-real
 
-.PHONY: demo test test-all test-newest record-kernels lint check-format check-lint check-types format wheel bench gpu clean
+.PHONY: demo test test-all test-arm arm-tools test-newest record-kernels lint check-format check-lint check-types format wheel bench gpu clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the second demo goes to runs/demo-2.
@@ -39,8 +40,16 @@ test: lint
 
 # Every kernel is compiled, every randomised test tries all it has, and the torture suite runs.
 test-all: export DDST_TEST_ALL = 1
-test-all: lint
+test-all: lint arm-tools
 	$(BIN)/pytest -q -n 2 --dist loadfile --durations=20
+
+test-arm: export DDST_TEST_ALL = 1
+test-arm: $(VENV)/built arm-tools
+	$(BIN)/pytest -q -rs tests/cpu tests/benchmarks/test_bench_neoverse.py
+
+arm-tools:
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64 llvm-mca-19; do command -v $$tool > /dev/null || \
+	echo "make: no $$tool, so tests for Arm are skipped: apt-get install g++-aarch64-linux-gnu qemu-user llvm-19"; done
 
 test-newest: $(VENV)/built
 	$(BIN)/python -P tests/newest.py --write

@@ -20,7 +20,7 @@ LIBRARY = Path(__file__).resolve().parent / "_lib" / "libddst.so"
 CUDA_LIBRARY = LIBRARY.with_name("libddst_cuda.so")
 OLDEST_TORCH = (2, 11)
 #: By the code that the library gives them (``csrc/cpu/kernels.hpp``).
-CPU_CAPABILITIES = ("portable", "avx2", "avx512")
+CPU_CAPABILITIES = ("portable", "avx2", "avx512", "neon")
 
 
 def check_torch(version: str) -> None:
@@ -63,7 +63,7 @@ def cuda_kernels_loaded() -> bool:
 
 
 def cpu_capability() -> str:
-    """The instruction set that the CPU kernels use on this machine: "avx512", "avx2" or "portable".
+    """The instruction set that the CPU kernels use on this machine: "avx512", "avx2", "neon" or "portable".
 
     Raises:
         ValueError: the environment variable ``DDST_CPU_CAPABILITY`` asks for another.
@@ -82,8 +82,8 @@ def build_info() -> dict[str, str]:
         ``torch_abi_target`` (the stable ABI it asks for, ``0x020a…`` is 2.10), ``cuda`` (``yes``: the library of CUDA
         C++ kernels was built and lies beside it, else ``no``), ``cuda_architectures`` (what that library holds code
         for and which compiler made it, or ``none``), ``cuda_loaded`` (``yes`` or ``no``), ``cpu_capability`` (the
-        instruction set its CPU kernels use on this machine: ``avx512``, ``avx2`` or ``portable``), ``torch`` (the
-        version that runs) and ``host`` (``pybind11`` or ``python``: which implementation of the host-side helpers
+        instruction set its CPU kernels use on this machine: ``avx512``, ``avx2``, ``neon`` or ``portable``), ``torch``
+        (the version that runs) and ``host`` (``pybind11`` or ``python``: which implementation of the host-side helpers
         runs).
 
     >>> build_info()["cuda"] in ("yes", "no")

@@ -148,7 +148,7 @@ def test_explain_says_what_runs_and_why_not_the_others(asked: str, chosen: str, 
     assert f"runs on {chosen}" in text
     assert f"not {refused}" in text
     assert bool(found.capability) == (chosen == "cpu")
-    assert found.capability in ("", "portable", "avx2", "avx512")
+    assert found.capability in ("", "portable", "avx2", "avx512", "neon")
 
 
 def test_explain_refuses_dense_layers_and_unsupported_inputs() -> None:

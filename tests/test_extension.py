@@ -29,7 +29,7 @@ def test_build_info_describes_the_loaded_library() -> None:
     assert facts["build_type"] == "Release"
     assert facts["torch_abi_target"] == "0x020a000000000000"
     assert tuple(map(int, facts["torch_headers"].split(".")[:2])) >= (2, 11)
-    assert facts["cpu_capability"] in ("portable", "avx2", "avx512")
+    assert facts["cpu_capability"] in ("portable", "avx2", "avx512", "neon")
     assert facts["cuda"] == ("yes" if _extension.CUDA_LIBRARY.is_file() else "no")
     assert (facts["cuda"] == "no") == (facts["cuda_architectures"] == "none")
     assert facts["cuda_loaded"] == ("yes" if facts["cuda"] == "yes" and torch.version.cuda else "no")

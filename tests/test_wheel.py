@@ -155,6 +155,8 @@ def test_source_distribution_holds_what_a_build_reads(tmp_path: Path) -> None:
         ("benchmarks", "*.py"),
         ("kernels", "*.py"),
         ("tests", "*.py"),
+        ("cmake", "*.cmake"),
+        ("tests/cpu", "*.[ch]*"),
         ("tests/cuda", "*.[ch]*"),
     ]
     expected = {str(path.relative_to(ROOT)) for folder, files in folders for path in (ROOT / folder).rglob(files)}

@@ -8,22 +8,14 @@
 namespace ddst::cpu {
 namespace {
 
-bool supports_avx2() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
+bool supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 bool supports_avx512() {
-#if defined(__x86_64__)
   return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-#else
-  return false;
-#endif
 }
+#endif
 
 const KernelSet& choose() {
   const char* forced = std::getenv("DDST_CPU_CAPABILITY");
@@ -36,11 +28,14 @@ const KernelSet& choose() {
     if (supports_avx512()) return kernels_avx512();
     if (supports_avx2()) return kernels_avx2();
   }
+#elif defined(__aarch64__)
+  if (name == "neon" || name.empty()) return kernels_neon();  // part of the architecture
 #endif
   if (name.empty()) return kernels_portable();
-  const bool known = name == "avx2" || name == "avx512";
-  throw std::invalid_argument("ddst: environment variable DDST_CPU_CAPABILITY is '" + name + "', " +
-                              (known ? "which this processor does not support" : "expected portable, avx2 or avx512"));
+  const bool known = name == "avx2" || name == "avx512" || name == "neon";
+  throw std::invalid_argument(
+      "ddst: environment variable DDST_CPU_CAPABILITY is '" + name + "', " +
+      (known ? "which this processor does not support" : "expected portable, avx2, avx512 or neon"));
 }
 
 int64_t read_shares() {

@@ -8,7 +8,11 @@
 namespace ddst::cpu {
 namespace {
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(DDST_NEON)
+#if defined(DDST_NEON)
+DDST_INLINE float sum_lanes(Simd<float, 4>::V v) { return vaddvq_f32(reinterpret_cast<float32x4_t>(v)); }
+DDST_INLINE double sum_lanes(Simd<double, 2>::V v) { return vaddvq_f64(reinterpret_cast<float64x2_t>(v)); }
+#else
 DDST_INLINE float sum_lanes(__m128 v) {
   v = _mm_add_ps(v, _mm_movehl_ps(v, v));
   return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
@@ -27,6 +31,7 @@ DDST_INLINE float sum_lanes(__m512 v) {
 DDST_INLINE double sum_lanes(__m512d v) {
   return sum_lanes(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)));
 }
+#endif
 #endif
 
 // P pixels x Q channels; weights are [block][channel][k]. N lanes of the reduction at a time.

@@ -102,11 +102,12 @@ template <typename T, int N, int NV, int P>
 __attribute__((noinline)) void row_tile(const char* const* pixels, T* const* outs, const TileWork<T>& work) {
   using S = Simd<T, N>;
   compiler_barrier();
-  typename S::V acc[P][NV];
+  typename S::V acc[P][NV], init[NV];
+  load_row<T, N, NV>(init, reinterpret_cast<const char*>(work.init));
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[p][v] = S::load(work.init + v * N);
+    for (int v = 0; v < NV; ++v) acc[p][v] = init[v];
   }
   const char* const row = pixels[0];
   const char* const weights = work.weights;
@@ -114,8 +115,7 @@ __attribute__((noinline)) void row_tile(const char* const* pixels, T* const* out
 #pragma GCC unroll 1
   for (const Entry* entry = work.begin; entry != end; ++entry) {
     typename S::V w[NV];
-    w[0] = S::template load_at<0>(weights + entry->weight);
-    if constexpr (NV > 1) w[1] = S::template load_at<S::kBytes>(weights + entry->weight);
+    load_row<T, N, NV>(w, weights + entry->weight);
     outer_step<T, N, NV, P>(acc, w, row + entry->source);
   }
   store_tile<T, N, NV, P>(acc, outs, work);

@@ -242,7 +242,7 @@ struct Kernels {
 };
 
 struct KernelSet {
-  int code;  // 0 portable, 1 avx2, 2 avx512
+  int code;  // 0 portable, 1 avx2, 2 avx512, 3 neon
   Kernels<float> f32;
   Kernels<double> f64;
 };
@@ -251,6 +251,8 @@ const KernelSet& kernels_portable();
 #if defined(__x86_64__)
 const KernelSet& kernels_avx2();
 const KernelSet& kernels_avx512();
+#elif defined(__aarch64__)
+const KernelSet& kernels_neon();
 #endif
 
 // The set chosen for this machine, or forced by the environment variable DDST_CPU_CAPABILITY.

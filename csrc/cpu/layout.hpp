@@ -106,6 +106,35 @@ DDST_INLINE void transpose_square<8>(const double* src, int64_t src_stride, doub
 }
 #endif
 
+#if defined(DDST_NEON)
+template <>
+DDST_INLINE void transpose_square<4>(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  const float32x4_t a = vld1q_f32(src), b = vld1q_f32(src + src_stride);
+  const float32x4_t c = vld1q_f32(src + 2 * src_stride), d = vld1q_f32(src + 3 * src_stride);
+  const float64x2_t ab_even = vreinterpretq_f64_f32(vtrn1q_f32(a, b)), ab_odd = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+  const float64x2_t cd_even = vreinterpretq_f64_f32(vtrn1q_f32(c, d)), cd_odd = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+  vst1q_f32(dst, vreinterpretq_f32_f64(vtrn1q_f64(ab_even, cd_even)));
+  vst1q_f32(dst + dst_stride, vreinterpretq_f32_f64(vtrn1q_f64(ab_odd, cd_odd)));
+  vst1q_f32(dst + 2 * dst_stride, vreinterpretq_f32_f64(vtrn2q_f64(ab_even, cd_even)));
+  vst1q_f32(dst + 3 * dst_stride, vreinterpretq_f32_f64(vtrn2q_f64(ab_odd, cd_odd)));
+}
+
+template <>
+DDST_INLINE void transpose_square<4>(const double* src, int64_t src_stride, double* dst, int64_t dst_stride) {
+#pragma GCC unroll 2
+  for (int r = 0; r < 4; r += 2) {
+#pragma GCC unroll 2
+    for (int c = 0; c < 4; c += 2) {
+      const double* p = src + r * src_stride + c;
+      const float64x2_t a = vld1q_f64(p), b = vld1q_f64(p + src_stride);
+      double* const out = dst + c * dst_stride + r;
+      vst1q_f64(out, vtrn1q_f64(a, b));
+      vst1q_f64(out + dst_stride, vtrn2q_f64(a, b));
+    }
+  }
+}
+#endif
+
 // dst[c * dst_stride + r] = src[r * src_stride + c], in squares of kSide, and what is left over in smaller ones.
 template <typename T, int kSide = TransposeSide<T>::value>
 void transpose(const T* src, int64_t rows, int64_t cols, int64_t src_stride, T* dst, int64_t dst_stride) {

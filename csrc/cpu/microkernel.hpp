@@ -7,6 +7,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(DDST_NEON)
+#include <arm_neon.h>
 #endif
 
 #define DDST_INLINE inline __attribute__((always_inline))
@@ -37,14 +39,19 @@ struct Simd {
     store(p, v);
   }
 
-  // The loads are written in assembly on x86: GCC otherwise folds each weight load into the multiply-adds that use
-  // it, which doubles the loads and halves the speed. The kernels start with a compiler barrier, so that these
-  // loads (whose memory the compiler does not see) cannot move above earlier stores.
+  // The loads are written in assembly: on x86 GCC otherwise folds each weight load into the multiply-adds that use
+  // it, which doubles the loads and halves the speed, and with NEON it computes an address for each of them. The
+  // kernels start with a compiler barrier, so that these loads (whose memory the compiler does not see) cannot move
+  // above earlier stores.
   template <int kDisp>
   static DDST_INLINE V load_at(const char* p) {
 #if defined(__AVX2__)
     V v;
     asm volatile("vmovups %c2(%1), %0" : "=v"(v) : "r"(p), "i"(kDisp));
+    return v;
+#elif defined(DDST_NEON)
+    V v;
+    asm volatile("ldr %q0, [%1, %2]" : "=w"(v) : "r"(p), "i"(kDisp));
     return v;
 #else
     V v;
@@ -57,6 +64,10 @@ struct Simd {
 #if defined(__AVX2__)
     V v;
     asm volatile("vmovups (%1,%2), %0" : "=v"(v) : "r"(base), "r"(offset));
+    return v;
+#elif defined(DDST_NEON)
+    V v;
+    asm volatile("ldr %q0, [%1, %2]" : "=w"(v) : "r"(base), "r"(offset));
     return v;
 #else
     V v;
@@ -126,6 +137,38 @@ struct Simd {
     fma(acc, broadcast_at<kDisp>(base, offset), w);
 #endif
   }
+
+#if defined(DDST_NEON)
+  // kLanes numbers (1, 2 or 4; as many as fit a register at most) in the lowest lanes.
+  template <int kLanes>
+  static DDST_INLINE V load_lanes(const char* base, int64_t offset) {
+    V v;
+    if constexpr (kLanes * sizeof(T) == 4) asm volatile("ldr %s0, [%1, %2]" : "=w"(v) : "r"(base), "r"(offset));
+    if constexpr (kLanes * sizeof(T) == 8) asm volatile("ldr %d0, [%1, %2]" : "=w"(v) : "r"(base), "r"(offset));
+    if constexpr (kLanes * sizeof(T) == 16) asm volatile("ldr %q0, [%1, %2]" : "=w"(v) : "r"(base), "r"(offset));
+    return v;
+  }
+  template <int kLanes, int kDisp>
+  static DDST_INLINE V load_lanes_at(const char* p) {
+    V v;
+    if constexpr (kLanes * sizeof(T) == 4) asm volatile("ldr %s0, [%1, %2]" : "=w"(v) : "r"(p), "i"(kDisp));
+    if constexpr (kLanes * sizeof(T) == 8) asm volatile("ldr %d0, [%1, %2]" : "=w"(v) : "r"(p), "i"(kDisp));
+    if constexpr (kLanes * sizeof(T) == 16) asm volatile("ldr %q0, [%1, %2]" : "=w"(v) : "r"(p), "i"(kDisp));
+    return v;
+  }
+
+  // acc += w * x[kLane]: multiply by element.
+  template <int kLane>
+  static DDST_INLINE void fma_lane(V& acc, V w, V x) {
+    if constexpr (sizeof(T) == 4) {
+      acc = reinterpret_cast<V>(vfmaq_laneq_f32(reinterpret_cast<float32x4_t>(acc), reinterpret_cast<float32x4_t>(w),
+                                                reinterpret_cast<float32x4_t>(x), kLane));
+    } else {
+      acc = reinterpret_cast<V>(vfmaq_laneq_f64(reinterpret_cast<float64x2_t>(acc), reinterpret_cast<float64x2_t>(w),
+                                                reinterpret_cast<float64x2_t>(x), kLane));
+    }
+  }
+#endif
 };
 
 DDST_INLINE void compiler_barrier() { asm volatile("" ::: "memory"); }
@@ -162,6 +205,22 @@ struct LineStream {
     return from;
   }
 };
+
+// row[v] = NV vectors that follow each other in memory, kDisp bytes from p.
+template <typename T, int N, int NV, int kDisp = 0, int kFirst = 0>
+DDST_INLINE void load_row(typename Simd<T, N>::V (&row)[NV], const char* p) {
+  row[kFirst] = Simd<T, N>::template load_at<kDisp + kFirst * Simd<T, N>::kBytes>(p);
+  if constexpr (kFirst + 1 < NV) load_row<T, N, NV, kDisp, kFirst + 1>(row, p);
+}
+
+}  // namespace
+}  // namespace ddst::cpu
+
+#if defined(DDST_NEON)
+#include "steps_by_element.hpp"
+#else
+namespace ddst::cpu {
+namespace {
 
 // acc[p][v] += w[v] * source of pixel p, for one step of the reduction.
 template <typename T, int N, int NV, int P, int kStep>
@@ -219,5 +278,21 @@ DDST_INLINE void plane_step(typename Simd<T, N>::V (&acc)[J][V], const typename 
   if constexpr (kFirst + 1 < J) plane_step<T, N, J, V, kFirst + 1>(acc, x, w);
 }
 
+// Neighbouring pixels that gather_outer_steps takes at a time.
+template <int N>
+constexpr int kPixelsTogether = 1;
+
+// acc[j] += vector of a pixel * scalars[j] of it, for kPixels neighbouring pixels.
+template <typename T, int N, int J, int kPixels>
+DDST_INLINE void gather_outer_steps(typename Simd<T, N>::V (&acc)[J][1], const char* vector, int64_t /*vector_step*/,
+                                    const char* const (&scalars)[J], int64_t offset) {
+  using S = Simd<T, N>;
+  static_assert(kPixels == 1, "one pixel");
+  const typename S::V v = S::template load_at<0>(vector);
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j) S::template fma_broadcast<0>(acc[j][0], v, scalars[j], offset);
+}
+
 }  // namespace
 }  // namespace ddst::cpu
+#endif

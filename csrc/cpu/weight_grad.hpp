@@ -54,30 +54,34 @@ __attribute__((noinline)) void gather_outer_tile(const Run* run, const Run* end,
                                                  const T* const* planes, T* const* grads, const char* next) {
   using S = Simd<T, N>;
   compiler_barrier();
-  typename S::V acc[J];
+  constexpr int kTogether = kPixelsTogether<N>;
+  typename S::V acc[J][1];
   const char* scalar[J];
 #pragma GCC unroll 16
   for (int j = 0; j < J; ++j) {
-    acc[j] = S::load(grads[j]);
+    acc[j][0] = S::load(grads[j]);
     scalar[j] = reinterpret_cast<const char*>(planes[j]);
   }
   const int64_t y_step = vectors.pixel_bytes();
   for (; run != end; ++run) {
     const char* y = reinterpret_cast<const char*>(vectors.first) + run->out * y_step;
-    int64_t offset = run->in * static_cast<int64_t>(sizeof(T));
-    for (int64_t i = run->length; i > 0; --i) {
-      const typename S::V yv = S::template load_at<0>(y);
-#pragma GCC unroll 16
-      for (int j = 0; j < J; ++j) S::template fma_broadcast<0>(acc[j], yv, scalar[j], offset);
-      y += y_step;
-      offset += sizeof(T);
-      __builtin_prefetch(next, 0, 2);
-      next += 64;
+    int64_t offset = run->in * static_cast<int64_t>(sizeof(T)), i = run->length;
+    for (; i >= kTogether; i -= kTogether) {
+      gather_outer_steps<T, N, J, kTogether>(acc, y, y_step, scalar, offset);
+      y += kTogether * y_step;
+      offset += kTogether * static_cast<int64_t>(sizeof(T));
+#pragma GCC unroll 4
+      for (int line = 0; line < kTogether; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+    }
+    if constexpr (kTogether > 1) {
+#pragma GCC unroll 1
+      for (; i > 0; --i, y += y_step, offset += sizeof(T))
+        gather_outer_steps<T, N, J, 1>(acc, y, y_step, scalar, offset);
     }
   }
   compiler_barrier();  // grads is read again: kept over the loop it would lie in vector registers
 #pragma GCC unroll 16
-  for (int j = 0; j < J; ++j) S::store(grads[j], acc[j]);
+  for (int j = 0; j < J; ++j) S::store(grads[j], acc[j][0]);
 }
 
 template <typename T>

@@ -57,8 +57,8 @@ class Explanation:
 
     Attributes:
         backend: the backend that runs.
-        capability: the instruction set of its kernels ("portable", "avx2", "avx512", on a GPU for example "sm_90"), or
-            "" where it has none.
+        capability: the instruction set of its kernels ("portable", "avx2", "avx512", "neon", on a GPU for example
+            "sm_90"), or "" where it has none.
         reason: why it runs.
         refused: every other backend and why it was not taken.
         forms: pass -> which kernel form the shape of the block leads to; with Triton, which configuration runs and

@@ -15,6 +15,7 @@ CAPABILITIES = {
     "portable": set[str](),
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "neon": {"asimd"},
 }
 
 
@@ -24,7 +25,7 @@ def machine_flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
 
 
 def skip_without(capability: str) -> None:

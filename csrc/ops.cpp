@@ -1,8 +1,8 @@
-// Schemas of every registered op. The tensor ops' CPU kernels are registered in cpu/conv2d.cpp and cpu/linear.cpp,
-// those for CUDA devices in ddst/ops/cuda; fake kernels and autograd are in ddst/ops. The argument backend, a code of
-// ddst/backends.py, is the one asked for, so that derivatives run on it too; record is the key of a recorder of
-// ddst/ops/gradient_record.py, which only derivatives look at. No schema has a string: torch 2.11 to 2.13 keep the
-// memory of every string that passes the stable ABI.
+// Schemas of every registered op. The tensor ops' CPU kernels are registered in
+// cpu/{conv2d,linear,power_iteration}.cpp, those for CUDA devices in ddst/ops/cuda; fake kernels and autograd are in
+// ddst/ops. The argument backend, a code of ddst/backends.py, is the one asked for, so that derivatives run on it too;
+// record is the key of a recorder of ddst/ops/gradient_record.py, which only derivatives look at. No schema has a
+// string: torch 2.11 to 2.13 keep the memory of every string that passes the stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -65,6 +65,10 @@ STABLE_TORCH_LIBRARY(ddst, m) {
       "norm_act_conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor? mean, Tensor? var, Tensor? gamma, "
       "Tensor? beta, Tensor topology, int[] weight_shape, int[] block, int[] stride, int[] padding, int[] dilation, "
       "float eps, float negative_slope, int upsample, int pool, int backend=0) -> (Tensor, Tensor)");
+  // u and v are written; returns u vᵀ at the active blocks.
+  m.def(
+      "power_iteration(Tensor values, Tensor topology, Tensor(a!) u, Tensor(b!) v, int[] matrix_shape, int channels, "
+      "int taps, int iterations, int transposed, int parametrization, float eps, float noise) -> Tensor");
   m.def("cpu_capability() -> int");
 }
 

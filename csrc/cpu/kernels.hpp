@@ -151,6 +151,33 @@ struct PlaneGatherJob {
   bool stream;                                         // whole panels of channels are stored past the caches
 };
 
+// Forward or input gradient of pixels that know no neighbours, as panels (panel.hpp).
+template <typename T>
+struct PanelJob {
+  const T* source;  // [pixels][source_channels]
+  T* out;           // [pixels][out_channels]
+  int64_t pixels, source_channels, out_channels;
+  const int32_t *ptr, *ids, *k_block;  // as in BlockLists: the blocks of output block r are ids[ptr[r]] ..
+  const T* weights;                    // [slots][...], blocks of block_out x block_k ...
+  int64_t out_step, k_step;            // ... elements from one output channel, one channel of the reduction to the next
+  const T* init;                       // of each output channel, init_step apart: the bias, or one zero
+  int64_t init_step;
+  int64_t group_vectors;  // vectors of pixels whose panels are packed, and stay in the caches, together
+  int block_out, block_k;
+};
+
+// The product of a packed matrix with one vector (block_vector.hpp).
+template <typename T>
+struct BlockVectorJob {
+  const T* values;  // [slots][block_out][block_k] if row_major, else [slots][block_k][block_out]
+  const T* source;
+  T* out;
+  int64_t source_size, out_size;
+  const int32_t *ptr, *ids, *k_block;  // as in BlockLists
+  int64_t block_out, block_k;
+  bool row_major;
+};
+
 // ---- weight gradient and block scores -----------------------------------------------------------------------------
 // dW[block][o][i] = sum over output pixels of grad_output[pixel, o] * input[pixel * stride + tap, i].
 
@@ -231,6 +258,13 @@ struct Kernels {
   // positions of a chunk.
   void (*plane_gather)(const PlaneGatherJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* planes, T* spare,
                        const char** pixels, T** outs);
+  int panel_vectors;  // of a tile of panels, at most
+  // Computes vectors [vector_begin, vector_end) of pixels of output blocks [block_begin, block_end). panels holds a
+  // group of vectors.
+  void (*panels)(const PanelJob<T>& job, int64_t vector_begin, int64_t vector_end, int64_t block_begin,
+                 int64_t block_end, T* panels);
+  // Computes output blocks [block_begin, block_end).
+  void (*block_vector)(const BlockVectorJob<T>& job, int64_t block_begin, int64_t block_end);
   // One block as packed[slice][k][width]: transposed (vector over b_out) or straight (vector over b_in).
   void (*pack_weights)(const T* block, int block_out, int block_in, int width, bool transposed, T* packed);
   // dst[c * dst_stride + r] = src[r * src_stride + c].

@@ -5,9 +5,11 @@
 #if !defined(__AVX2__) || !defined(__FMA__)
 #error "compile this file with -mavx2 -mfma"
 #endif
+#include "block_vector.hpp"
 #include "dot.hpp"
 #include "gather.hpp"
 #include "layout.hpp"
+#include "panel.hpp"
 #include "plane_gather.hpp"
 #include "planes.hpp"
 #include "rows.hpp"
@@ -56,13 +58,14 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 }  // namespace
 
 const KernelSet& kernels_avx2() {
-  static constexpr KernelSet set{1,
-                                 {kSlicesFloat, kDotsFloat, kPlaneSlices, 4, kWeightGradFloat, 8, &gather_float,
-                                  &run_planes<float, 8, 3>, &run_plane_gather<float, 8, 4, 3>, &pack_weights<float>,
-                                  &transpose<float>, &weight_grad<float, 8>, row_kernels<float>()},
-                                 {kSlicesDouble, kDotsDouble, kPlaneSlices, 4, kWeightGradDouble, 4, &gather_double,
-                                  &run_planes<double, 4, 3>, &run_plane_gather<double, 4, 4, 3>, &pack_weights<double>,
-                                  &transpose<double>, &weight_grad<double, 4>, row_kernels<double>()}};
+  static constexpr KernelSet set{
+      1,
+      {kSlicesFloat, kDotsFloat, kPlaneSlices, 4, kWeightGradFloat, 8, &gather_float, &run_planes<float, 8, 3>,
+       &run_plane_gather<float, 8, 4, 3>, 3, &run_panels<float, 8, 4, 3>, &block_vector<float, 8>, &pack_weights<float>,
+       &transpose<float>, &weight_grad<float, 8>, row_kernels<float>()},
+      {kSlicesDouble, kDotsDouble, kPlaneSlices, 4, kWeightGradDouble, 4, &gather_double, &run_planes<double, 4, 3>,
+       &run_plane_gather<double, 4, 4, 3>, 3, &run_panels<double, 4, 4, 3>, &block_vector<double, 4>,
+       &pack_weights<double>, &transpose<double>, &weight_grad<double, 4>, row_kernels<double>()}};
   return set;
 }
 

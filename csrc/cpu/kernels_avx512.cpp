@@ -7,9 +7,11 @@
 #endif
 // GCC's own AVX-512 headers pass undefined registers to masked forms, and warn of it where they are inlined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include "block_vector.hpp"
 #include "dot.hpp"
 #include "gather.hpp"
 #include "layout.hpp"
+#include "panel.hpp"
 #include "plane_gather.hpp"
 #include "planes.hpp"
 #include "rows.hpp"
@@ -75,13 +77,14 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 }  // namespace
 
 const KernelSet& kernels_avx512() {
-  static constexpr KernelSet set{2,
-                                 {kSlicesFloat, kDotsFloat, kPlaneSlices, 12, kWeightGradFloat, 16, &gather_float,
-                                  &run_planes<float, 16, 4>, &plane_gather<float, 16>, &pack_weights<float>,
-                                  &transpose<float>, &weight_grad<float, 16>, row_kernels<float>()},
-                                 {kSlicesDouble, kDotsDouble, kPlaneSlices, 7, kWeightGradDouble, 8, &gather_double,
-                                  &run_planes<double, 8, 4>, &plane_gather<double, 8>, &pack_weights<double>,
-                                  &transpose<double>, &weight_grad<double, 8>, row_kernels<double>()}};
+  static constexpr KernelSet set{
+      2,
+      {kSlicesFloat, kDotsFloat, kPlaneSlices, 12, kWeightGradFloat, 16, &gather_float, &run_planes<float, 16, 4>,
+       &plane_gather<float, 16>, 3, &run_panels<float, 16, 8, 3>, &block_vector<float, 8>, &pack_weights<float>,
+       &transpose<float>, &weight_grad<float, 16>, row_kernels<float>()},
+      {kSlicesDouble, kDotsDouble, kPlaneSlices, 7, kWeightGradDouble, 8, &gather_double, &run_planes<double, 8, 4>,
+       &plane_gather<double, 8>, 3, &run_panels<double, 8, 8, 3>, &block_vector<double, 4>, &pack_weights<double>,
+       &transpose<double>, &weight_grad<double, 8>, row_kernels<double>()}};
   return set;
 }
 

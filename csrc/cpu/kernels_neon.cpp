@@ -6,8 +6,10 @@
 #include "dot.hpp"
 #include "gather.hpp"
 #include "layout.hpp"
+#include "panel.hpp"
 #include "plane_gather.hpp"
 #include "planes.hpp"
+#include "rows.hpp"
 #include "weight_grad.hpp"
 
 namespace ddst::cpu {
@@ -46,9 +48,11 @@ const KernelSet& kernels_neon() {
   static constexpr KernelSet set{
       3,
       {kSlicesFloat, kDotsFloat, kPlaneSlices, 4, kWeightGradFloat, 4, &gather<float, 4>, &run_planes<float, 4, 6>,
-       &run_plane_gather<float, 4, 4, 6>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 4>},
+       &run_plane_gather<float, 4, 4, 6>, 3, &run_panels<float, 4, 8, 3>, &block_vector<float, 4>, &pack_weights<float>,
+       &transpose<float>, &weight_grad<float, 4>, row_kernels<float>()},
       {kSlicesDouble, kDotsDouble, kPlaneSlices, 4, kWeightGradDouble, 2, &gather<double, 2>, &run_planes<double, 2, 6>,
-       &run_plane_gather<double, 2, 4, 6>, &pack_weights<double>, &transpose<double>, &weight_grad<double, 2>}};
+       &run_plane_gather<double, 2, 4, 6>, 3, &run_panels<double, 2, 8, 3>, &block_vector<double, 2>,
+       &pack_weights<double>, &transpose<double>, &weight_grad<double, 2>, row_kernels<double>()}};
   return set;
 }
 

@@ -8,6 +8,7 @@
 #include "../topology.hpp"
 #include "activation.hpp"
 #include "gather_pass.hpp"
+#include "panel_pass.hpp"
 #include "weight_grad_pass.hpp"
 
 namespace ddst::cpu {
@@ -44,12 +45,17 @@ Tensor product(const Tensor& source, const Tensor& values, const T* bias, const 
   if (batch == 0) return out;
   const Tensor dense_source = as_contiguous(source);
   const Tensor packed = as_contiguous(values);
-  const AxisPlan axis = forward_axis(1, 1, 1, 1, 0, 1);
   const GatherShape shape{{batch, from, 1, 1},
                           {batch, to, 1, 1},
                           1,
                           transposed ? grid.block_out : grid.block_in,
                           transposed ? grid.block_in : grid.block_out};
+  if (uses_panels<T>(kernels, shape, lists.nnz, transposed)) {
+    panel_pass<T>(kernels, shape, lists, transposed, packed.const_data_ptr<T>(), bias, dense_source.const_data_ptr<T>(),
+                  out.mutable_data_ptr<T>());
+    return out;
+  }
+  const AxisPlan axis = forward_axis(1, 1, 1, 1, 0, 1);
   const GatherPass<T> pass(kernels, shape, lists, axis, axis, transposed, packed.const_data_ptr<T>(), bias, 0, false);
   pass.run(dense_source.const_data_ptr<T>(), out.mutable_data_ptr<T>());
   return out;

@@ -96,6 +96,23 @@ struct Simd {
 #endif
   }
 
+  // From an address that the compiler forms as it likes.
+  static DDST_INLINE V broadcast_from(const T* p) {
+#if defined(__AVX2__)
+    V v;
+    if constexpr (sizeof(T) == 4) {
+      asm volatile("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
+    } else {
+      asm volatile("vbroadcastsd %1, %0" : "=v"(v) : "m"(*p));
+    }
+    return v;
+#else
+    V v;
+    for (int i = 0; i < N; ++i) v[i] = *p;
+    return v;
+#endif
+  }
+
   static DDST_INLINE void fma(V& acc, V a, V b) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {

@@ -233,7 +233,10 @@ class SpectralNorm(nn.Module):
     def settle(self, values: Tensor, backend: str = "auto", iterations: int = SETTLING_ITERATIONS) -> None:
         """Power iterations without a forward pass, for packed values that have changed at once."""
         values = values.detach().to(self._wide_dtype(values))
-        self._iterate(self._matrix(values, backend), values.dtype, iterations)
+        if self._in_one_call(values, backend):
+            self._iterate_in_one_call(values, self.u, self.v, iterations)
+        else:
+            self._iterate(self._matrix(values, backend), values.dtype, iterations)
 
     @torch.no_grad()
     def settle_loaded(self, state_dict: dict[str, Any], prefix: str, values: Tensor, backend: str) -> None:
@@ -268,14 +271,55 @@ class SpectralNorm(nn.Module):
         With the version of the weights it is that of a call which may be repeated.
         """
         with torch.no_grad():
-            matrix = self._matrix(values.detach(), backend)
+            # Fresh memory, so that several forward calls before one backward do not disturb each other.
+            direction = self._direction(values.detach(), backend, iterations, version)
+        return torch.dot(values.flatten(), direction.flatten())
+
+    def _direction(self, values: Tensor, backend: str, iterations: int, version: object) -> Tensor:
+        """``u vᵀ`` at the active blocks, after some iterations."""
+        if not self._in_one_call(values, backend):
+            matrix = self._matrix(values, backend)
             if version is None:
                 u, v = self._iterate(matrix, values.dtype, iterations)
             else:
                 u, v = self._iterate_once(matrix, values.dtype, iterations, version)
-            # Fresh memory, so that several forward calls before one backward do not disturb each other.
-            direction = matrix.outer(u, v)
-        return torch.dot(values.flatten(), direction.flatten())
+            return matrix.outer(u, v)
+        if version is None:
+            return self._iterate_in_one_call(values, self.u, self.v, iterations)
+
+        def make(iterations: int = iterations) -> tuple[Tensor, Tensor]:
+            self._iterate_in_one_call(values, self.u, self.v, iterations)
+            return self.u.clone(), self.v.clone()
+
+        u, v = self._calls.result(make, lambda: make(0), version)
+        return self._iterate_in_one_call(values, u, v, 0)
+
+    def _in_one_call(self, values: Tensor, backend: str) -> bool:
+        """Whether all that is done for the values is one operator's call; tracers and ``torch.func`` see it in parts.
+
+        A dozen small operators take longer than the products of most layers.
+        """
+        return (
+            backend in ("auto", "cpu")
+            and type(values) is Tensor
+            and values.device.type == "cpu"
+            and self.u.dtype == self.v.dtype == values.dtype
+            and self.u.is_contiguous()
+            and self.v.is_contiguous()
+            and not torch.compiler.is_compiling()
+            and not torch._C._is_tracing()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    def _iterate_in_one_call(self, values: Tensor, u: Tensor, v: Tensor, iterations: int) -> Tensor:
+        """:meth:`_direction` of the given vectors, which it changes in place."""
+        shape = [self._matrix_shape[1], self._matrix_shape[0]] if self.dim == 1 else [*self._matrix_shape]
+        parametrization = int(self.style == "parametrization")
+        sizes = (self._in_channels, self._blocks[1], iterations, self.dim, parametrization)
+        direction: Tensor = _ops.power_iteration(values, self.topology, u, v, shape, *sizes, self.eps, self.noise)
+        if iterations and not u.is_inference():
+            torch.autograd.graph.increment_version((u, v))
+        return direction
 
     def _iterate_once(
         self, matrix: Matrix, dtype: torch.dtype, iterations: int, version: object

@@ -89,10 +89,16 @@ def make_sparse(config: TrainConfig, generator: Generator, discriminator: Discri
 
 
 def with_optimizers(config: TrainConfig, generator: Generator, discriminator: Discriminator) -> Players:
-    """The networks with an Adam each. Call it after `make_sparse`, which replaces parameters."""
+    """The networks with an Adam each. Call it after `make_sparse`, which replaces parameters.
+
+    On the CPU Adam is torch's fused one: a single pass over parameter, gradient and moments, a third to a quarter of
+    the time, and no temporaries. It counts on gradients that have the strides of their parameters, as `backward` makes
+    them. Elsewhere torch chooses. The last bits differ between the two.
+    """
 
     def adam(net: nn.Module, lr: float) -> Adam:
-        return Adam(net.parameters(), lr=lr, betas=config.betas)
+        on_cpu = all(parameter.device.type == "cpu" for parameter in net.parameters())
+        return Adam(net.parameters(), lr=lr, betas=config.betas, fused=True if on_cpu else None)
 
     return Players(generator, discriminator, adam(generator, config.lr), adam(discriminator, config.lr_d))
 

@@ -101,8 +101,10 @@ class Case {
                            blocks_.row_order.data(),
                            blocks_.block_col.data(),
                            blocks_.block_tap.data()};
-    gather_pass<T>(kernels_, {from, to, g_.kernel_w, s_.block_out, s_.block_in}, lists, rows, cols, true, values_.get(),
-                   s_.bias ? bias_.get() : nullptr, input_.get(), out.get());
+    const T* const bias = s_.bias ? bias_.get() : nullptr;
+    const GatherPass<T> pass(kernels_, {from, to, g_.kernel_w, s_.block_out, s_.block_in}, lists, rows, cols, true,
+                             values_.get(), bias, 0, false);
+    pass.run(input_.get(), out.get());
     Sums expected(out.size());
     for (int64_t i = 0; s_.bias && i < out.size(); ++i) expected.add(i, bias_[i % g_.out_channels]);
     for (int32_t slot : blocks_.row_order)
@@ -126,8 +128,9 @@ class Case {
                            blocks_.col_order.data(),
                            blocks_.block_row.data(),
                            blocks_.block_tap.data()};
-    gather_pass<T>(kernels_, {from, to, g_.kernel_w, s_.block_in, s_.block_out}, lists, rows, cols, false,
-                   values_.get(), nullptr, output_.get(), out.get());
+    const GatherPass<T> pass(kernels_, {from, to, g_.kernel_w, s_.block_in, s_.block_out}, lists, rows, cols, false,
+                             values_.get(), nullptr, 0, false);
+    pass.run(output_.get(), out.get());
     Sums expected(out.size());
     for (int32_t slot : blocks_.row_order)
       for_pixels(g_, blocks_.block_tap[slot], [&](int64_t in, int64_t at) {

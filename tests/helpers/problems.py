@@ -444,6 +444,13 @@ def large_problems() -> Iterator[ConvProblem | LinearProblem]:
     for i, problem in enumerate(problems):
         yield replace(problem, layout=LAYOUTS[i % 4], grad_layout=LAYOUTS[i // 4 % 4])
     yield LinearProblem((700,), (300, 18), (2, 4), "0.3")
+    # Linear layers whose pixels are packed into panels, with any of the instruction sets: less than a vector of pixels
+    # and several tiles of them; some blocks to a cache line of the output, and several lines to a block.
+    yield LinearProblem((6,), (100, 120), (16, 16), "0.5")
+    yield LinearProblem((50,), (250, 261), (4, 4), "0.5")
+    yield LinearProblem((33,), (200, 130), (8, 12), "0.9", bias=False)
+    yield LinearProblem((100,), (256, 256), (12, 20), "0.7", "transposed", "strided")
+    yield LinearProblem((16,), (160, 200), (64, 16), "heavy0.9")
 
 
 def between_guards(t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddst.nn import SparseConv2d, SparseLayer, SparseLinear
+from ddst.nn import SparseConv2d, SparseConvTranspose2d, SparseLayer, SparseLinear
 from ddst.nn.spectral_norm import spectral_norm
 from helpers.dense import active_entries
 
@@ -151,6 +151,73 @@ def test_gradients_of_first_and_second_order(kind: str, style: str, backend: str
     assert torch.autograd.gradcheck(normalised, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(normalised, inputs, fast_mode=True)
     assert not norm.u.requires_grad
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("poison_outputs")
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", [*KINDS, "transposed", "uneven transposed"])
+def test_one_call_of_an_operator_does_what_its_parts_do(kind: str, style: str, noise: float) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        torch.manual_seed(0)
+        layer: SparseLayer
+        if kind.endswith("transposed"):
+            sizes = (16, 24, 3) if kind == "transposed" else (11, 21, (2, 3))
+            layer = SparseConvTranspose2d(*sizes, dtype=dtype, density=0.4, block=(8, 4))
+        else:
+            layer = make_layer(kind, dtype)
+        layer = spectral_norm(layer, 2, noise=noise, style=style)
+        layer.set_block_mask(torch.rand(layer.block_mask.shape) < 0.3)  # slots in another order, some free
+        with torch.no_grad():
+            layer.values[layer.slot_blocks >= 0] = torch.randn((layer.nnz, *layer.block), dtype=dtype)
+        parts = copy.deepcopy(layer)
+        for _ in range(3):
+            with Operators() as whole:
+                got = layer.spectral_norm(layer)
+            with Operators() as several, pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(layer.spectral_norm), "_in_one_call", lambda *_: False)
+                expected = parts.spectral_norm(parts)
+            assert whole.names.count("power_iteration.default") == 1
+            assert len(whole.names) < 12 < len(several.names)
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+            for name in ("u", "v"):
+                vectors = [getattr(one.spectral_norm, name) for one in (layer, parts)]
+                torch.testing.assert_close(*vectors, rtol=tolerance, atol=tolerance)
+            weights = torch.randn_like(got)
+            gradients = [torch.autograd.grad(y, one.values, weights) for y, one in ((got, layer), (expected, parts))]
+            torch.testing.assert_close(*gradients, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_the_operator_of_the_iteration_names_what_does_not_fit() -> None:
+    layer = spectral_norm(make_layer("uneven conv", torch.float32))
+    norm = layer.spectral_norm
+    # values, topology, u, v, matrix shape, channels, taps, iterations, transposed, parametrization, eps, noise
+    given = [layer.values.detach(), norm.topology, norm.u, norm.v, [21, 72], 11, 6, 1, 0, 1, 1e-12, 0.05]
+    torch.library.opcheck(torch.ops.ddst.power_iteration.default, given)
+    for index, value, message in (
+        (0, layer.values.detach().double(), r"u has dtype Float, expected Double like values"),
+        (0, layer.values.detach()[:-1], r"values has \d+ slots, expected \d+ as in topology"),
+        (2, norm.u[:-1].clone(), r"u has shape \[20\], expected \[21\], contiguous"),
+        (3, norm.v.repeat_interleave(2)[::2], r"v has shape \[66\], expected \[66\], contiguous"),
+        (4, [21, 64], r"topology .*expected"),
+        (5, 13, r"channels is 13 and taps is 6, expected such that 72 columns are blocks of 4 of them"),
+    ):
+        before = [norm.u.clone(), norm.v.clone()]
+        with pytest.raises(ValueError, match=message):
+            torch.ops.ddst.power_iteration(*given[:index], value, *given[index + 1 :])
+        assert torch.equal(before[0], norm.u) and torch.equal(before[1], norm.v)
 
 
 def test_eval_mode_changes_nothing_and_repeats_itself() -> None:

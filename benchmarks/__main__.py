@@ -8,6 +8,7 @@
     python -m ddst.benchmarks --list --layer all                         what there is to measure
     python -m ddst.benchmarks table RUN.json [--readme README.md]        a kept run as a Markdown table
     python -m ddst.benchmarks tune --help                                the fastest configurations of a GPU's kernels
+    python -m ddst.benchmarks freed-memory                               what it gains that freed memory is kept
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
     python -m ddst.benchmarks quality-of-distributions                   Fréchet distances at equal multiply-adds
     python -m ddst.benchmarks models                                     the table of docs/models.md
@@ -33,7 +34,6 @@ import torch
 
 import ddst
 from ddst.benchmarks import against, registry, report
-from ddst.benchmarks.memory import keep_freed_memory
 from ddst.benchmarks.problem import LAYOUTS
 from ddst.benchmarks.runner import Row, Settings, measure
 
@@ -210,6 +210,10 @@ def main(argv: list[str] | None = None) -> int:
         from ddst.benchmarks import prefer
 
         return prefer.main(argv[1:])
+    if argv[:1] == ["freed-memory"]:
+        from ddst.benchmarks import freed_memory
+
+        return freed_memory.main(argv[1:])
     if argv[:1] == ["memory-over-time"]:
         from ddst.benchmarks import memory_over_time
 
@@ -234,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.list:
             print(*cases, sep="\n")
             return 0
-        allocator = keep_freed_memory()
+        allocator = report.keep_freed_memory()
         known = {**report.facts(settings, arguments.device), "allocator": allocator}
         print(
             f"ddst {ddst.__version__} at {known['commit']} ({known['machine']['capability']}), torch "

@@ -96,7 +96,7 @@ class Worker:
 
     def __init__(self, build: Build, threads: int, clock: str) -> None:
         self.build = build
-        # Freed memory stays in the process: memory.py says why.
+        # What ddst.keep_freed_memory sets, which the other build may not have.
         environment = {**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
         if build.folder is not None:
             paths = [str(build.folder), *filter(None, [os.environ.get("PYTHONPATH")])]

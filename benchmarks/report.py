@@ -46,6 +46,11 @@ def facts(settings: Settings, device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def keep_freed_memory() -> str:
+    """`ddst.keep_freed_memory`, which treats all programs that are compared alike; what it did, for the record."""
+    return "freed memory is kept (M_MMAP_MAX=0, M_TRIM_THRESHOLD=2^31-1)" if ddst.keep_freed_memory() else "default"
+
+
 def cpu_model() -> str:
     """The processor's name: of /proc/cpuinfo the model, with family and model number, which cloud names leave out."""
     try:

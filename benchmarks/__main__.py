@@ -6,8 +6,9 @@
     python -m ddst.benchmarks --layer conv3x3-192-320-24 linear-512-2048 layers of one's own shape
     python -m ddst.benchmarks --layer targets sngan32 --against main     this build beside that of another commit
     python -m ddst.benchmarks --list --layer all                         what there is to measure
-    python -m ddst.benchmarks table RUN.json [--readme README.md]        a kept run as a Markdown table
+    python -m ddst.benchmarks table RUN.json [--readme README.md]        kept runs as a Markdown table
     python -m ddst.benchmarks tune --help                                the fastest configurations of a GPU's kernels
+    python -m ddst.benchmarks --memory                                   peak memory and time of a GAN iteration
     python -m ddst.benchmarks freed-memory                               what it gains that freed memory is kept
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
     python -m ddst.benchmarks quality-of-distributions                   Fréchet distances at equal multiply-adds
@@ -29,6 +30,7 @@ import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,11 +107,9 @@ def parser() -> argparse.ArgumentParser:
 
 def table_parser() -> argparse.ArgumentParser:
     """The command line of `table`."""
-    command = argparse.ArgumentParser(prog="python -m ddst.benchmarks table", description="A kept run as Markdown.")
-    command.add_argument("run", type=Path, metavar="RUN.json")
-    command.add_argument(
-        "--readme", type=Path, metavar="FILE", help=f"put it between {' and '.join(report.MARKERS)} of this file"
-    )
+    command = argparse.ArgumentParser(prog="python -m ddst.benchmarks table", description="Kept runs as Markdown.")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="one; of --memory any number")
+    command.add_argument("--readme", type=Path, metavar="FILE", help="put it between its markers in this file")
     return command
 
 
@@ -118,14 +118,31 @@ def table(argv: list[str]) -> int:
     command = table_parser()
     arguments = command.parse_args(argv)
     try:
-        text = report.markdown(report.load(arguments.run))
+        runs = [report.load(file) for file in arguments.runs]
+        text, markers = table_of(runs)
         if arguments.readme:
-            report.insert(arguments.readme, text)
+            report.insert(arguments.readme, text, markers)
         else:
             print(text)
     except (OSError, ValueError) as error:
         command.error(str(error))
     return 0
+
+
+def table_of(runs: list[dict[str, Any]]) -> tuple[str, tuple[str, str]]:
+    """The table of some runs, and between which markers it stands.
+
+    Raises:
+        ValueError: runs that make no table together.
+    """
+    kinds = {run.get("kind", "layers") for run in runs}
+    if kinds == {"memory"}:
+        from ddst.benchmarks import memory_table
+
+        return memory_table.markdown(runs), memory_table.MARKERS
+    if kinds != {"layers"} or len(runs) > 1:
+        raise ValueError(f"one run of layers, or several of --memory make a table, got {len(runs)} of {sorted(kinds)}")
+    return report.markdown(runs[0]), report.MARKERS
 
 
 def chosen_cases(arguments: argparse.Namespace) -> list[registry.Case]:
@@ -210,6 +227,10 @@ def main(argv: list[str] | None = None) -> int:
         from ddst.benchmarks import prefer
 
         return prefer.main(argv[1:])
+    if "--memory" in argv:
+        from ddst.benchmarks import memory
+
+        return memory.main([argument for argument in argv if argument != "--memory"])
     if argv[:1] == ["freed-memory"]:
         from ddst.benchmarks import freed_memory
 

@@ -5,8 +5,8 @@
 
 A plain script's step: three 3×3 convolutions with ReLU, forward and backward, sparse beside dense in one process. Each
 setting has a process of its own, as it holds for a whole process. Printed: ms of a sparse and a dense step, the median
-of their paired ratios, page faults of a sparse step, the resident memory that the steps added, and by how much a further
-sparse step adds to it if its loss is kept, as scripts do in a list. Exit code 1: a result was wrong.
+of their paired ratios, page faults of a sparse step, the resident memory that the steps added, and what a further step
+adds to it if its loss is kept, as scripts do in a list. Exit code 1: a result was wrong.
 """
 
 from __future__ import annotations
@@ -149,9 +149,10 @@ def text_of(row: dict[str, Any]) -> str:
     if row["wrong"]:
         return f"{row['setting']:<54} WRONG, not timed: {', '.join(row['wrong'])}"
     said = " (without effect here)" if row["kept"] is False else ""
+    kept = row["resident_a_loss"] / 2**20
     return (
         f"{row['setting']:<54} {1e3 * row['seconds']:9.1f} {1e3 * row['dense_seconds']:9.1f} {row['speedup']:6.2f} "
-        f"{row['page_faults']:7.0f} {row['resident'] / 2**20:6.0f} MiB {row['resident_a_loss'] / 2**20:+10.2f} MiB{said}"
+        f"{row['page_faults']:7.0f} {row['resident'] / 2**20:6.0f} MiB {kept:+10.2f} MiB{said}"
     )
 
 

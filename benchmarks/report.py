@@ -178,25 +178,25 @@ def _cell(row: Row) -> str:
     return f"{ratio:.2f}×" + (f" ({ceiling:.1f})" if ceiling else "")
 
 
-def check_markers(readme: Path) -> str:
+def check_markers(readme: Path, markers: tuple[str, str] = MARKERS) -> str:
     """The text of a file that a table can be put into.
 
     Raises:
         ValueError: the file does not hold the two markers, once each and in order.
     """
     text = readme.read_text()
-    first, second = (text.find(marker) for marker in MARKERS)
-    if not 0 <= first < second or any(text.count(marker) != 1 for marker in MARKERS):
-        raise ValueError(f"{readme} must hold the lines {MARKERS[0]} and {MARKERS[1]}, once each")
+    first, second = (text.find(marker) for marker in markers)
+    if not 0 <= first < second or any(text.count(marker) != 1 for marker in markers):
+        raise ValueError(f"{readme} must hold the lines {markers[0]} and {markers[1]}, once each")
     return text
 
 
-def insert(readme: Path, table: str) -> None:
+def insert(readme: Path, table: str, markers: tuple[str, str] = MARKERS) -> None:
     """Replaces what stands between the two markers of a file.
 
     Raises:
         ValueError: the file does not hold the two markers, once each and in order.
     """
-    text = check_markers(readme)
-    before, after = text.partition(MARKERS[0])[0], text.partition(MARKERS[1])[2]
-    readme.write_text(f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}")
+    text = check_markers(readme, markers)
+    before, after = text.partition(markers[0])[0], text.partition(markers[1])[2]
+    readme.write_text(f"{before}{markers[0]}\n{table}\n{markers[1]}{after}")

@@ -53,8 +53,8 @@ def peak_memory(
     """The most bytes that torch holds while `work` runs the way it always does: state, saved tensors, temporaries.
 
     On the CPU these are the allocator's own events (torch.profiler), so that what an operator takes inside of itself
-    counts, and workspaces of libraries that torch gives them; memory that an extension takes by malloc does not. On CUDA
-    they are the statistics of torch's allocator. Inputs that `work` finds ready do not count.
+    counts, and workspaces that torch gives to libraries; memory that an extension takes by malloc does not. On CUDA
+    (not run yet) they are the statistics of torch's allocator. Inputs that `work` finds ready do not count.
 
     Args:
         work: what is repeated, such as a training iteration. It is called three times, and the last one counts. It sets
@@ -110,9 +110,7 @@ def _peak(state: dict[int, int], events: Sequence[Any]) -> PeakMemory:
     return PeakMemory(sum(state.values()), older + peak)
 
 
-def _on_cuda(
-    work: Callable[[], object], modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]
-) -> PeakMemory:
+def _on_cuda(work: Callable[[], object], modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> PeakMemory:
     work()
     torch.cuda.synchronize()
     gc.collect()

@@ -5,9 +5,9 @@
     python -m ddst.benchmarks table FILE ... --readme README.md
 
 The peak counts weights, gradients, Adam's state, the generator's average, saved tensors and workspaces: on the CPU by
-the allocator's own events, on CUDA (not run yet) by its statistics. Each row is checked against the plain networks, then
-timed in turn with the dense eager one in this process. Rows that compile need a C++ compiler and minutes. They
-compile whole (fullgraph=True). Exit code 1: a row was wrong.
+the allocator's own events, on CUDA (not run yet) by its statistics. Each row is checked against the plain networks and
+timed in turn with the dense eager one in this process. Rows that compile need a C++ compiler and minutes; they compile
+whole (fullgraph=True). Exit code 1: a row was wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from ddst.measure import CLOCKS, Clock, Spread, clock_of, seconds
 from ddst.peak_memory import PeakMemory, peak_memory
 from ddst.train.checkpointing import checkpoint_blocks
 from ddst.train.players import Players, discriminator_backward, gan_iteration, generator_backward
-
 
 #: Of a gradient's largest entry. Spectral norm that is computed a second time, as compiled networks do under a small
 #: budget, starts from vectors of an iteration more.

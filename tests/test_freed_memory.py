@@ -7,12 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import run_ddst
 
 import ddst
-from ddst import freed_memory
+from ddst import cli, freed_memory
+from ddst.train import job
 
 GLIBC = freed_memory.given_out() is not None
 needs_glibc = pytest.mark.skipif(not GLIBC, reason="no glibc 2.33")
@@ -78,6 +81,25 @@ def test_with_it_a_tensor_that_is_made_again_needs_no_new_pages() -> None:
 @needs_glibc
 def test_pages_as_alignment_keep_a_list_of_losses_from_growing_the_process() -> None:
     assert run(KEPT_LOSSES, THP_MEM_ALLOC_ENABLE="1") < 40
+
+
+def test_ddst_train_aligns_to_pages_where_nothing_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "main", lambda: seen.append(os.environ["THP_MEM_ALLOC_ENABLE"]) or 0)
+    for asked in ("0", None):
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", asked)
+        assert run_ddst.main() == 0
+    assert seen == ["0", "1"]
+
+
+def test_ddst_train_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(job, "run", lambda given: called.append("ran") or 0)
+    assert cli.main(["train", "--out", str(tmp_path)]) == 0
+    assert called == ["kept", "ran"]
 
 
 def test_without_glibc_or_with_another_allocator_it_says_false(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,9 +91,9 @@ def test_the_command_prints_keeps_and_tabulates(tmp_path: Path, capsys: pytest.C
     cells = line.split("|")[2:-1]
     assert [cell.strip() for cell in cells[:2]] == ["", ""]  # not measured at batch 2
     assert cells[2].strip().startswith("**")  # the smallest dense row at batch 4
+    layers = tmp_path / "c.json"
+    layers.write_text(json.dumps({**run, "kind": "layers"}))
     with pytest.raises(SystemExit):
-        layers = tmp_path / "c.json"
-        layers.write_text(json.dumps({**run, "kind": "layers"}))
         command.main(["table", str(first), str(layers)])
 
 

@@ -9,6 +9,9 @@
     python -m ddst.benchmarks table RUN.json [--readme README.md]        kept runs as a Markdown table
     python -m ddst.benchmarks tune --help                                the fastest configurations of a GPU's kernels
     python -m ddst.benchmarks --memory                                   peak memory and time of a GAN iteration
+    python -m ddst.benchmarks goals                                      what a training step shall reach, and reaches
+    python -m ddst.benchmarks operator-share                             time of an iteration outside sparse operators
+    python -m ddst.benchmarks biggan                                     an iteration of BigGAN at 64 pixels
     python -m ddst.benchmarks freed-memory                               what it gains that freed memory is kept
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
     python -m ddst.benchmarks quality-of-distributions                   Fréchet distances at equal multiply-adds
@@ -87,7 +90,10 @@ def parser() -> argparse.ArgumentParser:
     add("--mask", nargs="+", choices=registry.MASKS, default=["random"], help="skewed: rows unequal 1:4")
     add("--dtype", choices=("float32", "float64"), default="float32")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--baseline", nargs="+", choices=sorted({b for bs in registry.BASELINES.values() for b in bs}))
+    baselines = {b for table in (registry.BASELINES, registry.PEERS) for names in table.values() for b in names}
+    add(
+        "--baseline", nargs="+", choices=sorted(baselines), help="default: all but other packages (benchmarks/peers.py)"
+    )
     add("--threads", type=positive, default=1)
     add("--repeats", type=positive, default=15, help="rounds, each measures every program once (default: 15)")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread")
@@ -99,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         "a wheel, or a folder that ddst is installed into",
     )
     add("--exchanges", type=int, default=0, metavar="N", help="with --against: N random exchanges of every mask first")
+    add("--allocator", choices=("kept", "default"), default="kept", help="freed memory stays in the process (default)")
     add("--json", type=Path, metavar="FILE", help="also keep the run in this file")
     add("--picture", type=Path, metavar="FILE", help="also draw speed-up over density")
     add("--list", action="store_true", help="print the cases, measure nothing")
@@ -231,6 +238,18 @@ def main(argv: list[str] | None = None) -> int:
         from ddst.benchmarks import memory
 
         return memory.main([argument for argument in argv if argument != "--memory"])
+    if argv[:1] == ["operator-share"]:
+        from ddst.benchmarks import operator_share
+
+        return operator_share.main(argv[1:])
+    if argv[:1] == ["biggan"]:
+        from ddst.benchmarks import biggan_iteration
+
+        return biggan_iteration.main(argv[1:])
+    if argv[:1] == ["goals"]:
+        from ddst.benchmarks import goals
+
+        return goals.main(argv[1:])
     if argv[:1] == ["freed-memory"]:
         from ddst.benchmarks import freed_memory
 
@@ -251,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     if arguments.exchanges < 0 or (arguments.exchanges and not arguments.against):
         command.error(f"--exchanges must be at least 0, and needs --against, got {arguments.exchanges}")
+    if arguments.against and arguments.allocator != "kept":
+        command.error("--allocator default: both builds of --against keep freed memory")
     if arguments.against and arguments.picture:
         command.error("--picture draws speed-ups over dense, which --against does not measure")
     settings = Settings(arguments.threads, arguments.repeats, arguments.clock, arguments.layout)
@@ -259,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.list:
             print(*cases, sep="\n")
             return 0
-        allocator = report.keep_freed_memory()
+        allocator = report.keep_freed_memory() if arguments.allocator == "kept" else "default"
         known = {**report.facts(settings, arguments.device), "allocator": allocator}
         print(
             f"ddst {ddst.__version__} at {known['commit']} ({known['machine']['capability']}), torch "

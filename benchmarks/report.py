@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ddst._extension import cpu_capability
 from ddst.benchmarks.runner import Row, Settings
 from ddst.measure import peak
 
+PACKAGES = {"sparseprop": "SparseProp", "sparselab": "SparseLab"}
 MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 ROOT = Path(ddst.__file__).resolve().parents[1]
 HEAD = (
@@ -136,8 +137,16 @@ def _figures(name: str, figures: dict[str, Any]) -> str:
             cells += f" of {figures['ceiling']:.1f}x"
     if "update_iterations" in figures:
         cells += f", a topology update adds {figures['update_iterations']['median']:.2f} iterations"
-    others = [f"{k} {b['speedup']['median']:.2f}x" if "speedup" in b else f"{k} none" for k, b in baselines.items()]
+    others = [_other(k, b) for k, b in baselines.items()]
     return f"{cells} | {', '.join(others)}" if others else cells
+
+
+def _other(name: str, figures: dict[str, Any]) -> str:
+    """A baseline that is not dense torch: our speed-up over it, and of another package that over dense."""
+    if "speedup" not in figures:
+        return f"{name} none" + (f" ({figures['missing']})" if name in PACKAGES else "")
+    text = f"{name} {figures['speedup']['median']:.2f}x"
+    return text + (f" (itself {figures['of_dense']['median']:.2f}x dense)" if "of_dense" in figures else "")
 
 
 def markdown(run: dict[str, Any]) -> str:
@@ -151,6 +160,8 @@ def markdown(run: dict[str, Any]) -> str:
     for row in run["rows"]:
         key = (row["layer"], row["batch"], f"{row['block'][0]}x{row['block'][1]}", row["mask"])
         table.setdefault(key, {})[row["density"]] = _cell(row)
+        for name, cell in _package_cells(row):
+            table.setdefault((f"{row['layer']}, {name}", *key[1:]), {})[row["density"]] = cell
     for key, cells in table.items():
         lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells.get(d, '') for d in densities)} |")
     machine, settings = run["machine"], run["settings"]
@@ -165,6 +176,13 @@ def markdown(run: dict[str, Any]) -> str:
         f"{run['versions']['torch']}, commit {run['commit']}, {run['date']}.",
     ]
     return "\n".join(lines)
+
+
+def _package_cells(row: Row) -> Iterator[tuple[str, str]]:
+    """Other packages in a row: name with version, and its step's speed-up over dense torch."""
+    for name, figures in row.get("step", {}).get("baselines", {}).items():
+        if "of_dense" in figures:
+            yield f"{PACKAGES[name]} {figures['version']}", f"{figures['of_dense']['median']:.2f}×"
 
 
 def _cell(row: Row) -> str:

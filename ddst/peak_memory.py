@@ -81,7 +81,7 @@ def peak_memory(
         for parameter in module.parameters():
             parameter.grad = None
     gc.collect()
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
         with record_function(_SECOND_CALL):
             work()
@@ -137,7 +137,7 @@ def _walk(events: Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_profiler() -> Iterator[None]:
     """Without the profiler's lines about starting and stopping on standard error."""
     name = "KINETO_LOG_LEVEL"
     before = os.environ.get(name)

@@ -6,8 +6,13 @@
     python -m ddst.benchmarks --layer conv3x3-192-320-24 linear-512-2048 layers of one's own shape
     python -m ddst.benchmarks --layer targets sngan32 --against main     this build beside that of another commit
     python -m ddst.benchmarks --list --layer all                         what there is to measure
-    python -m ddst.benchmarks table RUN.json [--readme README.md]        a kept run as a Markdown table
+    python -m ddst.benchmarks table RUN.json [--readme README.md]        kept runs as a Markdown table
     python -m ddst.benchmarks tune --help                                the fastest configurations of a GPU's kernels
+    python -m ddst.benchmarks --memory                                   peak memory and time of a GAN iteration
+    python -m ddst.benchmarks goals                                      what a training step shall reach, and reaches
+    python -m ddst.benchmarks operator-share                             time of an iteration outside sparse operators
+    python -m ddst.benchmarks biggan                                     an iteration of BigGAN at 64 pixels
+    python -m ddst.benchmarks freed-memory                               what it gains that freed memory is kept
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
     python -m ddst.benchmarks quality-of-distributions                   Fréchet distances at equal multiply-adds
     python -m ddst.benchmarks models                                     the table of docs/models.md
@@ -28,12 +33,12 @@ import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import ddst
 from ddst.benchmarks import against, registry, report
-from ddst.benchmarks.memory import keep_freed_memory
 from ddst.benchmarks.problem import LAYOUTS
 from ddst.benchmarks.runner import Row, Settings, measure
 
@@ -85,7 +90,10 @@ def parser() -> argparse.ArgumentParser:
     add("--mask", nargs="+", choices=registry.MASKS, default=["random"], help="skewed: rows unequal 1:4")
     add("--dtype", choices=("float32", "float64"), default="float32")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--baseline", nargs="+", choices=sorted({b for bs in registry.BASELINES.values() for b in bs}))
+    baselines = {b for table in (registry.BASELINES, registry.PEERS) for names in table.values() for b in names}
+    add(
+        "--baseline", nargs="+", choices=sorted(baselines), help="default: all but other packages (benchmarks/peers.py)"
+    )
     add("--threads", type=positive, default=1)
     add("--repeats", type=positive, default=15, help="rounds, each measures every program once (default: 15)")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread")
@@ -97,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         "a wheel, or a folder that ddst is installed into",
     )
     add("--exchanges", type=int, default=0, metavar="N", help="with --against: N random exchanges of every mask first")
+    add("--allocator", choices=("kept", "default"), default="kept", help="freed memory stays in the process (default)")
     add("--json", type=Path, metavar="FILE", help="also keep the run in this file")
     add("--picture", type=Path, metavar="FILE", help="also draw speed-up over density")
     add("--list", action="store_true", help="print the cases, measure nothing")
@@ -105,11 +114,9 @@ def parser() -> argparse.ArgumentParser:
 
 def table_parser() -> argparse.ArgumentParser:
     """The command line of `table`."""
-    command = argparse.ArgumentParser(prog="python -m ddst.benchmarks table", description="A kept run as Markdown.")
-    command.add_argument("run", type=Path, metavar="RUN.json")
-    command.add_argument(
-        "--readme", type=Path, metavar="FILE", help=f"put it between {' and '.join(report.MARKERS)} of this file"
-    )
+    command = argparse.ArgumentParser(prog="python -m ddst.benchmarks table", description="Kept runs as Markdown.")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="one; of --memory any number")
+    command.add_argument("--readme", type=Path, metavar="FILE", help="put it between its markers in this file")
     return command
 
 
@@ -118,14 +125,31 @@ def table(argv: list[str]) -> int:
     command = table_parser()
     arguments = command.parse_args(argv)
     try:
-        text = report.markdown(report.load(arguments.run))
+        runs = [report.load(file) for file in arguments.runs]
+        text, markers = table_of(runs)
         if arguments.readme:
-            report.insert(arguments.readme, text)
+            report.insert(arguments.readme, text, markers)
         else:
             print(text)
     except (OSError, ValueError) as error:
         command.error(str(error))
     return 0
+
+
+def table_of(runs: list[dict[str, Any]]) -> tuple[str, tuple[str, str]]:
+    """The table of some runs, and between which markers it stands.
+
+    Raises:
+        ValueError: runs that make no table together.
+    """
+    kinds = {run.get("kind", "layers") for run in runs}
+    if kinds == {"memory"}:
+        from ddst.benchmarks import memory_table
+
+        return memory_table.markdown(runs), memory_table.MARKERS
+    if kinds != {"layers"} or len(runs) > 1:
+        raise ValueError(f"one run of layers, or several of --memory make a table, got {len(runs)} of {sorted(kinds)}")
+    return report.markdown(runs[0]), report.MARKERS
 
 
 def chosen_cases(arguments: argparse.Namespace) -> list[registry.Case]:
@@ -210,6 +234,26 @@ def main(argv: list[str] | None = None) -> int:
         from ddst.benchmarks import prefer
 
         return prefer.main(argv[1:])
+    if "--memory" in argv:
+        from ddst.benchmarks import memory
+
+        return memory.main([argument for argument in argv if argument != "--memory"])
+    if argv[:1] == ["operator-share"]:
+        from ddst.benchmarks import operator_share
+
+        return operator_share.main(argv[1:])
+    if argv[:1] == ["biggan"]:
+        from ddst.benchmarks import biggan_iteration
+
+        return biggan_iteration.main(argv[1:])
+    if argv[:1] == ["goals"]:
+        from ddst.benchmarks import goals
+
+        return goals.main(argv[1:])
+    if argv[:1] == ["freed-memory"]:
+        from ddst.benchmarks import freed_memory
+
+        return freed_memory.main(argv[1:])
     if argv[:1] == ["memory-over-time"]:
         from ddst.benchmarks import memory_over_time
 
@@ -226,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     if arguments.exchanges < 0 or (arguments.exchanges and not arguments.against):
         command.error(f"--exchanges must be at least 0, and needs --against, got {arguments.exchanges}")
+    if arguments.against and arguments.allocator != "kept":
+        command.error("--allocator default: both builds of --against keep freed memory")
     if arguments.against and arguments.picture:
         command.error("--picture draws speed-ups over dense, which --against does not measure")
     settings = Settings(arguments.threads, arguments.repeats, arguments.clock, arguments.layout)
@@ -234,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.list:
             print(*cases, sep="\n")
             return 0
-        allocator = keep_freed_memory()
+        allocator = report.keep_freed_memory() if arguments.allocator == "kept" else "default"
         known = {**report.facts(settings, arguments.device), "allocator": allocator}
         print(
             f"ddst {ddst.__version__} at {known['commit']} ({known['machine']['capability']}), torch "

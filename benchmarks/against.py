@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import torch
 
+from ddst import peak_memory
 from ddst.benchmarks.gan_iteration import D_STEPS
 from ddst.benchmarks.problem import mask_of
 from ddst.benchmarks.registry import GANS, Case, layer_of
@@ -96,7 +97,7 @@ class Worker:
 
     def __init__(self, build: Build, threads: int, clock: str) -> None:
         self.build = build
-        # Freed memory stays in the process: memory.py says why.
+        # What ddst.keep_freed_memory sets, which the other build may not have.
         environment = {**os.environ, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
         if build.folder is not None:
             paths = [str(build.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -192,8 +193,19 @@ class Comparison:
                     times[program][side].append(self._seconds(side, program, calls[program]))
         figures = {program: _figures(*samples) for program, samples in times.items()}
         row["step"] = figures.pop("step")
+        if case.op == "gan":
+            row["peak"] = self._peaks()
         row["passes"] = figures
         return row
+
+    def _peaks(self) -> Row:
+        """Bytes that an iteration holds at its peak, in both builds, and the ratio this / other."""
+        answers = [worker.ask(do="peak", file=peak_memory.__file__) for worker in self.workers]
+        for worker, answer in zip(self.workers, answers, strict=True):
+            if "error" in answer:
+                raise ValueError(f"--against: {worker.build.name}: peak memory: {answer['error']}")
+        ours, theirs = (answer["peak"] for answer in answers)
+        return {"bytes": ours, "other": theirs, "ratio": ours / theirs}
 
     def _seconds(self, side: int, program: str, calls: int) -> float:
         answer = self.workers[side].ask(do="time", program=program, calls=calls)
@@ -250,6 +262,10 @@ def text_of(row: Row) -> str:
         other = figures["baselines"]["build"]
         times = f"{name:<8} {1e3 * figures['seconds']:8.3f}  {1e3 * other['seconds']:8.3f}  "
         lines.append(f"{head if not lines else ' ' * len(head)} {times}{ratio_text(other['ratio'])}")
+    if "peak" in row:
+        peak = row["peak"]
+        mib = f"{'peak MiB':<8} {peak['bytes'] / 2**20:8.1f}  {peak['other'] / 2**20:8.1f}"
+        lines.append(f"{' ' * len(head)} {mib}  x{peak['ratio']:.3f}")
     return "\n".join(lines)
 
 

@@ -7,12 +7,15 @@ CLOCK``. A request is a line of JSON on standard input, its answer a line on the
 * ``{"do": "hello"}``: where the build lies.
 * ``{"do": "layer", ...}`` and ``{"do": "gan", ...}`` make what is to be measured, check it against dense arithmetic or
   the reference backend, and answer with what is wrong and the names of the programs.
+* ``{"do": "peak", "file": ...}``: the most bytes that a GAN iteration holds; the file is this build's
+  ``ddst/peak_memory.py``, which the other may not have, and which imports torch only.
 * ``{"do": "time", "program": NAME, "calls": N}``: seconds per call, of N in a row.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import sys
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 import ddst
 
+PEAK: dict[str, Callable[[str], int]] = {}  # of the GAN that was asked for last
 Programs = dict[str, Callable[[], object]]
 
 EXCHANGED = 0.3  # share of the active blocks that one exchange moves
@@ -124,6 +128,16 @@ def gan_programs(request: dict[str, Any]) -> tuple[list[str], Programs]:
         adam_g.step()
         discriminator.requires_grad_(True)
 
+    def peak(file: str) -> int:
+        spec = importlib.util.spec_from_file_location("peak_memory", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["peak_memory"] = module  # where its dataclass looks itself up
+        spec.loader.exec_module(module)
+        found = module.peak_memory(iteration, [generator, discriminator], [adam_g, adam_d], torch.device(device).type)
+        return int(found.peak)
+
+    PEAK["gan"] = peak
     return wrong_gradients(nn.Sequential(generator, discriminator), noise()[:2]), {"step": iteration}
 
 
@@ -192,6 +206,8 @@ def main() -> None:
         try:
             if request["do"] == "time":
                 answer: dict[str, Any] = {"seconds": timed(request["program"], request["calls"])}
+            elif request["do"] == "peak":
+                answer = {"peak": PEAK["gan"](request["file"])}
             elif request["do"] == "hello":
                 answer = {"file": ddst.__file__, "version": ddst.__version__, "torch": torch.__version__}
             else:

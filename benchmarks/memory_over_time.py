@@ -10,7 +10,6 @@ both is on average within 1 % of the first, from a step on. Exit code 0: flat; 1
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,16 +19,9 @@ import torch
 
 from ddst.benchmarks import registry
 from ddst.benchmarks.gan_iteration import D_STEPS, players_of
+from ddst.freed_memory import given_out
 
 FLAT = 0.01
-
-
-class _MallInfo2(ctypes.Structure):
-    # From malloc.h of glibc 2.33 and later.
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()  # noqa: SIM905
-    ]
 
 
 @dataclass(frozen=True)
@@ -57,13 +49,8 @@ def memory_now(step: int) -> Memory:
 
 def allocated_bytes() -> int | None:
     """Bytes that malloc has given out and not got back, in all arenas and mapped blocks."""
-    try:
-        mallinfo2 = ctypes.CDLL(None).mallinfo2
-    except AttributeError:
-        return None
-    mallinfo2.restype = _MallInfo2
-    found = mallinfo2()
-    return int(found.uordblks + found.hblkhd)
+    found = given_out()
+    return None if found is None else sum(found)
 
 
 def growth(samples: list[Memory], from_step: int) -> dict[str, float]:

@@ -26,7 +26,6 @@ from torch import nn
 
 import ddst
 from ddst.benchmarks import report
-from ddst.benchmarks.memory import keep_freed_memory
 from ddst.benchmarks.network_work import (
     floor,
     forward_macs,
@@ -224,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
             report.check_markers(arguments.write)
         except (OSError, ValueError) as error:
             command.error(f"--write: {error}")
-    known = {**report.facts(settings), "allocator": keep_freed_memory()}
+    known = {**report.facts(settings), "allocator": report.keep_freed_memory()}
     known |= {"block": list(arguments.block), "distribution": arguments.distribution}
     known["command"] = shlex.join(["python", "-m", "ddst.benchmarks", "models", *(argv or [])])
     rows: list[Row] = []

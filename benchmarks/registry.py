@@ -14,6 +14,8 @@ BLOCKS = ((8, 8), (16, 16), (32, 32), (64, 64), (16, 4), (16, 1))
 MASKS = ("random", "skewed")
 #: What each operator is compared with; "dense" is always the faster of NCHW and channels_last for every pass.
 BASELINES = {"conv2d": ("dense", "masked"), "linear": ("dense", "masked", "bsr", "csr"), "gan": ("dense",)}
+#: Other packages, measured where --baseline names them and they are installed (`peers.py`): a step, no single passes.
+PEERS = {"conv2d": ("sparseprop",), "linear": ("sparseprop", "sparselab"), "gan": ()}
 SKEW = 4.0  # in a skewed mask, the fullest block row has so many times the blocks of the emptiest
 
 
@@ -290,6 +292,7 @@ def cases(
         if op not in ops or (mask == "skewed" and density == 1.0):
             continue
         against = tuple(b for b in BASELINES[op] if baselines is None or b in baselines)
+        against += tuple(peer for peer in PEERS[op] if baselines is not None and peer in baselines)
         found.append(Case(op, name, batch, density, block, mask, dtype, device, against))
     return found
 

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ddst._extension import cpu_capability
 from ddst.benchmarks.runner import Row, Settings
 from ddst.measure import peak
 
+PACKAGES = {"sparseprop": "SparseProp", "sparselab": "SparseLab"}
 MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 ROOT = Path(ddst.__file__).resolve().parents[1]
 HEAD = (
@@ -44,6 +45,11 @@ def facts(settings: Settings, device: str = "cpu") -> dict[str, Any]:
         "versions": {"ddst": ddst.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "settings": vars(settings),
     }
+
+
+def keep_freed_memory() -> str:
+    """`ddst.keep_freed_memory`, which treats all programs that are compared alike; what it did, for the record."""
+    return "freed memory is kept (M_MMAP_MAX=0, M_TRIM_THRESHOLD=2^31-1)" if ddst.keep_freed_memory() else "default"
 
 
 def cpu_model() -> str:
@@ -131,8 +137,16 @@ def _figures(name: str, figures: dict[str, Any]) -> str:
             cells += f" of {figures['ceiling']:.1f}x"
     if "update_iterations" in figures:
         cells += f", a topology update adds {figures['update_iterations']['median']:.2f} iterations"
-    others = [f"{k} {b['speedup']['median']:.2f}x" if "speedup" in b else f"{k} none" for k, b in baselines.items()]
+    others = [_other(k, b) for k, b in baselines.items()]
     return f"{cells} | {', '.join(others)}" if others else cells
+
+
+def _other(name: str, figures: dict[str, Any]) -> str:
+    """A baseline that is not dense torch: our speed-up over it, and of another package that over dense."""
+    if "speedup" not in figures:
+        return f"{name} none" + (f" ({figures['missing']})" if name in PACKAGES else "")
+    text = f"{name} {figures['speedup']['median']:.2f}x"
+    return text + (f" (itself {figures['of_dense']['median']:.2f}x dense)" if "of_dense" in figures else "")
 
 
 def markdown(run: dict[str, Any]) -> str:
@@ -146,6 +160,8 @@ def markdown(run: dict[str, Any]) -> str:
     for row in run["rows"]:
         key = (row["layer"], row["batch"], f"{row['block'][0]}x{row['block'][1]}", row["mask"])
         table.setdefault(key, {})[row["density"]] = _cell(row)
+        for name, cell in _package_cells(row):
+            table.setdefault((f"{row['layer']}, {name}", *key[1:]), {})[row["density"]] = cell
     for key, cells in table.items():
         lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells.get(d, '') for d in densities)} |")
     machine, settings = run["machine"], run["settings"]
@@ -162,6 +178,13 @@ def markdown(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _package_cells(row: Row) -> Iterator[tuple[str, str]]:
+    """Other packages in a row: name with version, and its step's speed-up over dense torch."""
+    for name, figures in row.get("step", {}).get("baselines", {}).items():
+        if "of_dense" in figures:
+            yield f"{PACKAGES[name]} {figures['version']}", f"{figures['of_dense']['median']:.2f}×"
+
+
 def _cell(row: Row) -> str:
     if row["wrong"]:
         return "wrong"
@@ -173,25 +196,25 @@ def _cell(row: Row) -> str:
     return f"{ratio:.2f}×" + (f" ({ceiling:.1f})" if ceiling else "")
 
 
-def check_markers(readme: Path) -> str:
+def check_markers(readme: Path, markers: tuple[str, str] = MARKERS) -> str:
     """The text of a file that a table can be put into.
 
     Raises:
         ValueError: the file does not hold the two markers, once each and in order.
     """
     text = readme.read_text()
-    first, second = (text.find(marker) for marker in MARKERS)
-    if not 0 <= first < second or any(text.count(marker) != 1 for marker in MARKERS):
-        raise ValueError(f"{readme} must hold the lines {MARKERS[0]} and {MARKERS[1]}, once each")
+    first, second = (text.find(marker) for marker in markers)
+    if not 0 <= first < second or any(text.count(marker) != 1 for marker in markers):
+        raise ValueError(f"{readme} must hold the lines {markers[0]} and {markers[1]}, once each")
     return text
 
 
-def insert(readme: Path, table: str) -> None:
+def insert(readme: Path, table: str, markers: tuple[str, str] = MARKERS) -> None:
     """Replaces what stands between the two markers of a file.
 
     Raises:
         ValueError: the file does not hold the two markers, once each and in order.
     """
-    text = check_markers(readme)
-    before, after = text.partition(MARKERS[0])[0], text.partition(MARKERS[1])[2]
-    readme.write_text(f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}")
+    text = check_markers(readme, markers)
+    before, after = text.partition(markers[0])[0], text.partition(markers[1])[2]
+    readme.write_text(f"{before}{markers[0]}\n{table}\n{markers[1]}{after}")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ddst.benchmarks import peers
 from ddst.benchmarks.problem import LAYOUTS, PASSES, Problem, Work
-from ddst.benchmarks.registry import Case
+from ddst.benchmarks.registry import PEERS, Case
 from ddst.measure import CLOCKS, Peak, Spread, clock_of, fastest, interleaved, peak
 
 Row = dict[str, Any]
@@ -60,6 +61,8 @@ def measure(case: Case, settings: Settings) -> Row:
             return row
         clock = CLOCKS[settings.clock] if case.device == "cpu" else clock_of(case.device)
         best = peak(case.device, getattr(torch, case.dtype))
+        others = [name for name in row["baselines"] if name in PEERS[case.op]]
+        row["baselines"] = [name for name in row["baselines"] if name not in others]
         rivals = _rivals(row["baselines"], problem, expected, clock)
         row["passes"], samples = {}, []
         for i, name in enumerate(PASSES):
@@ -69,6 +72,13 @@ def measure(case: Case, settings: Settings) -> Row:
             row["passes"][name] = _pass_figures(problem, best, samples[-1], rivals[i])
         row["step"] = _step_figures(row, samples, problem, best)
         row["dense_flops"] = problem.flops(dense=True)
+        for name in others:
+            dense = peers.dense_passes(rivals)
+            figures = {"missing": "needs the baseline dense"}
+            if dense is not None:
+                figures = peers.measure(name, problem, expected, dense, settings.repeats, clock)
+            row["step"]["baselines"][name] = figures
+        row["baselines"] += others
     return row
 
 

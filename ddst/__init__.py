@@ -15,6 +15,7 @@ from . import functional as functional  # noqa: E402
 from ._extension import build_info  # noqa: E402
 from .convert import advise, dense_state_dict, densify, sparsify  # noqa: E402
 from .distributed import synchronize, watch  # noqa: E402
+from .freed_memory import keep_freed_memory  # noqa: E402
 from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
 from .nn import (  # noqa: E402
     SparseConv1d,
@@ -52,6 +53,7 @@ __all__ = [
     "densify",
     "explain",
     "follow",
+    "keep_freed_memory",
     "named_weights",
     "sparsify",
     "synchronize",

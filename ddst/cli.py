@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ddst import __version__, build_info
+from ddst import __version__, build_info, keep_freed_memory
 from ddst.train.config import OPTIONS
 from ddst.train.options import flag, shown_value
 from ddst.train.terminal import lenient_streams, one_line
@@ -92,6 +92,7 @@ def _train(given: dict[str, Any]) -> int:
         from ddst.train.options import ConfigError
         from ddst.train.processes import ProcessError
 
+        keep_freed_memory()  # The process is this command's alone.
         try:
             return run(given)
         except (ConfigError, DataError, CheckpointError) as error:

@@ -17,6 +17,8 @@ def main() -> int:
     caught = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if caught:
         signal.signal(signal.SIGINT, _leave)
+    # torch reads it once, while it is imported: ddst.keep_freed_memory says what it mends.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         from ddst.cli import main as command
     finally:

@@ -1,4 +1,4 @@
-"""Seconds per training iteration of the run's networks beside a dense twin, measured alternately in this process."""
+"""Time and memory of a training iteration of the run's networks beside a dense twin, measured in this process."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddst.gan import EMA
 from ddst.measure import clock_of
+from ddst.peak_memory import peak_memory
+from ddst.train.checkpointing import checkpoint_blocks
 from ddst.train.loop import Trainer
 from ddst.train.players import Players, build_networks, gan_iteration, with_optimizers
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of iterations timed in turn.
+    """Medians of iterations timed in turn, and the most bytes that torch holds during one.
 
     Attributes:
         seconds: of the run's networks, with their present masks. dense: of the dense twin. pairs: iterations of each.
+        peak_bytes: weights, gradients, Adam's state, the average, saved tensors and workspaces at their peak.
+        dense_peak_bytes, checkpointed_peak_bytes: of the dense twin, plain and with activation checkpointing of its
+            residual blocks.
     """
 
     seconds: float
     dense: float
     pairs: int
+    peak_bytes: int
+    dense_peak_bytes: int
+    checkpointed_peak_bytes: int
 
     @property
     def speedup(self) -> float:
@@ -33,6 +42,8 @@ class Timing:
 
 def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Timing:
     """Time `pairs` GAN iterations (D steps and G step) of copies of the run's networks and of dense ones, alternately.
+
+    Then the peak of memory of each, in iterations of one D step: further ones need no more.
 
     Args:
         trainer: the run; nothing of it is changed, the random state included.
@@ -62,5 +73,20 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
         times: list[tuple[float, float]] = []
         while len(times) < pairs and (not times or clock() - begun < limit):
             times.append((timed(mine), timed(twin)))
+
+        def peak(who: Players) -> int:
+            average = EMA(who.generator)
+
+            def iteration() -> None:
+                gan_iteration(who, reals[:1], draw_noise)
+                average.update()
+
+            networks = [who.generator, who.discriminator, average.module]
+            return peak_memory(iteration, networks, [who.optimizer_g, who.optimizer_d], device.type).peak
+
+        peaks = [peak(mine), peak(twin)]
+        for network in (twin.generator, twin.discriminator):
+            checkpoint_blocks(network)
+        peaks.append(peak(twin))
     sparse, dense = zip(*times, strict=True)
-    return Timing(statistics.median(sparse), statistics.median(dense), len(times))
+    return Timing(statistics.median(sparse), statistics.median(dense), len(times), *peaks)

@@ -132,6 +132,14 @@ def table(summary: Summary) -> str:
             f"measured beside a dense twin (median of {timing.pairs} iterations each, final masks): "
             f"{timing.seconds:.4f} s, dense {timing.dense:.4f} s: {timing.speedup:.2f}x as fast"
         )
+        ratio, checkpointed = (
+            timing.peak_bytes / dense for dense in (timing.dense_peak_bytes, timing.checkpointed_peak_bytes)
+        )
+        lines.append(
+            f"memory of an iteration at its peak, weight state included: {megabytes(timing.peak_bytes)}, dense "
+            f"{megabytes(timing.dense_peak_bytes)}: {ratio:.2f} of it (dense with activation checkpointing "
+            f"{megabytes(timing.checkpointed_peak_bytes)}: {checkpointed:.2f} of it)"
+        )
     quality = summary.quality
     if quality is None:
         lines.append("Fréchet distance: only for digits (its classifier knows nothing else)")

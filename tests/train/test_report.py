@@ -1,5 +1,6 @@
 """The end of a run: its files, its counted costs, and that judging a run changes nothing of it."""
 
+import copy
 import json
 import math
 
@@ -106,7 +107,23 @@ def test_timing_is_of_as_many_pairs_as_asked_within_the_limit(tmp_path):
     assert timing.pairs == 3
     assert timing.seconds > 0 < timing.dense
     assert compare_with_dense(trainer, pairs=50, limit=0.0).pairs == 1
-    assert Timing(0.5, 2.0, 3).speedup == 4
+    assert Timing(0.5, 2.0, 3, 1, 2, 3).speedup == 4
+
+
+def test_memory_of_an_iteration_holds_the_weight_state_and_more(tmp_path):
+    trainer = trainer_for(tmp_path, compare_steps=1)
+    before = copy.deepcopy(trainer.state_dict())
+    summary = summarize(trainer)
+    assert not differences(before, trainer.state_dict())
+    timing = summary.timing
+    assert timing is not None
+    sparse, dense = (
+        sum(getattr(cost, name) for cost in (summary.generator, summary.discriminator))
+        for name in ("state_bytes", "dense_state_bytes")
+    )
+    assert sparse < timing.peak_bytes < timing.dense_peak_bytes
+    assert dense < timing.checkpointed_peak_bytes < timing.dense_peak_bytes
+    assert "memory of an iteration at its peak, weight state included" in table(summary)
 
 
 def test_grid_repeats_pixels_and_keeps_colours():

@@ -1,0 +1,61 @@
+"""Activation checkpointing of a network's residual blocks, with the numbers of a network without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def as_before(module: nn.Module) -> Iterator[None]:
+    """Repeats a forward pass in here without a second update: of batch norm's statistics, of spectral norm's vectors.
+
+    Sparse layers see to theirs themselves.
+    """
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, _BatchNorm)]
+    spectral = [m for m in module.modules() if isinstance(m, _SpectralNorm) and m.training]
+    for norm, _, _ in norms:
+        # A share of 0 leaves the statistics as they are; saved are the same tensors as in the first pass.
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for vectors in spectral:
+        vectors.eval()
+    try:
+        yield
+    finally:
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+        for vectors in spectral:
+            vectors.train()
+
+
+class Checkpointed(nn.Module):
+    """``block(x)``, of which only ``x`` is saved for the backward pass; the rest is computed a second time there.
+
+    Outputs, gradients, running statistics and spectral norm's vectors are those of the block alone.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.block, x, use_reentrant=False, context_fn=partial(_contexts, self.block))
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), as_before(block)
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    """Puts each module of the network's `blocks` (a Sequential) into a :class:`Checkpointed`, in place."""
+    blocks = network.get_submodule("blocks")
+    assert isinstance(blocks, nn.Sequential)
+    for i, block in enumerate(blocks):
+        blocks[i] = Checkpointed(block)

@@ -5,6 +5,7 @@ from .conv1d import SparseConv1d
 from .conv2d import SparseConv2d
 from .conv_transpose1d import SparseConvTranspose1d
 from .conv_transpose2d import SparseConvTranspose2d
+from .deferred import functions as functions  # puts what torch's functions do into a table
 from .explain import Explanation, explain
 from .linear import SparseLinear
 from .named_weights import named_weights

@@ -64,7 +64,7 @@ void run_tasks(int64_t count, const F& f) {
 
 // f(T()) for the T of dtype, Float or Double.
 template <typename F>
-Tensor in_dtype(const char* op, ScalarType dtype, const F& f) {
+auto in_dtype(const char* op, ScalarType dtype, const F& f) -> decltype(f(float())) {
   return naming_operator(op, [&] { return dtype == ScalarType::Float ? f(float()) : f(double()); });
 }
 

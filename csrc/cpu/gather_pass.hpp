@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "plane_gather_pass.hpp"
 #include "plane_pass.hpp"
@@ -148,89 +149,129 @@ inline int64_t tile_pixels_of(const SliceShape& slice, int64_t pixel_bytes) {
   return pixel_bytes % kWayBytes == 0 ? std::min<int64_t>(slice.tile_pixels, kWays) : slice.tile_pixels;
 }
 
-// out = bias + gathered products. transposed: the vector runs over b_out (forward), else over b_in (input gradient).
+// Forward or input gradient: out = bias + gathered products. Its lists and weights are made once and serve any number
+// of sources of its shape. transposed: the vector runs over b_out (forward), else over b_in (input gradient).
 template <typename T>
-void gather_pass(const Kernels<T>& kernels, const GatherShape& shape, const BlockLists& lists, const AxisPlan& rows,
-                 const AxisPlan& cols, bool transposed, const T* values, const T* bias, const T* source, T* out) {
-  if (runs_over_pixels(kernels, shape, rows, cols)) {
-    if (shape.block_out < kernels.plane_slices[0].width)
-      return plane_pass(kernels, shape, lists, rows, cols, transposed, values, bias, source, out);
-    return plane_gather_pass(kernels, shape, lists, rows, cols, transposed, values, bias, source, out);
+class GatherPass {
+ public:
+  // most_tasks: threads to use, 0 for all of torch's. reused: it runs more than once.
+  GatherPass(const Kernels<T>& kernels, const GatherShape& shape, const BlockLists& lists, AxisPlan rows, AxisPlan cols,
+             bool transposed, const T* values, const T* bias, int64_t most_tasks, bool reused)
+      : kernels_(kernels),
+        shape_(shape),
+        lists_(lists),
+        rows_(std::move(rows)),
+        cols_(std::move(cols)),
+        transposed_(transposed),
+        values_(values),
+        bias_(bias),
+        over_pixels_(runs_over_pixels(kernels, shape, rows_, cols_)) {
+    if (!over_pixels_) plan(most_tasks, reused);
   }
-  const DotShape* dot = choose_dot(kernels.gather_dots, shape.block_out, shape.block_k);
-  SliceShape slice = choose_slice(kernels.gather_slices, shape.block_out);
-  if (dot != nullptr) slice = {static_cast<int>(shape.block_out), dot->tile_pixels, 0, 0};
-  const BlockWeights<T> weights(kernels, shape, lists, slice.width, dot != nullptr, transposed, values);
-  const Array<T> init = sliced_bias(shape, lists.out_blocks, slice.width, bias);
-  const bool planes = dot == nullptr && reads_planes(shape, rows, cols);
-  const std::optional<PaddedAxis> padded =
-      planes ? std::optional<PaddedAxis>(PaddedAxis(cols, shape.out.w, shape.source.w)) : std::nullopt;
-  SourceLayout layout{shape.source.w * shape.source.channels, shape.source.channels, 1};
-  if (planes) {
-    layout = {padded->pitch, 1, 0};
-    const int64_t pixels = batch_rows(shape, rows, sizeof(T)) * padded->pitch + padded->before;
-    layout.channel = plane_size<T>(pixels);
-  }
-  const int64_t tile_pixels =
-      planes ? slice.row_pixels : tile_pixels_of(slice, shape.source.channels * static_cast<int64_t>(sizeof(T)));
-  const GatherPlan plan = plan_gather(shape, layout, lists, rows, planes ? padded->plan : cols, tile_pixels, sizeof(T),
-                                      weights.block_size * sizeof(T), slice.width * sizeof(T), !weights.direct);
-  const Split split = choose_split(plan, shape, lists, !weights.direct, task_count(plan.multiply_adds));
-  // Small weights are packed by each task for itself: what another core has packed comes slower than it is packed.
-  constexpr int64_t kMostOwnBytes = 512 * 1024;
-  const int64_t packed_size = lists.nnz * weights.block_size;
-  const bool own = !weights.direct && !planes &&
-                   (split.tile_shares == 1 || packed_size * static_cast<int64_t>(sizeof(T)) <= kMostOwnBytes);
-  const Buffer<T> packed = own ? Buffer<T>(split.tile_shares * packed_size) : weights.pack_all();
+  GatherPass(const GatherPass&) = delete;  // parts of it point to others
 
-  GatherJob<T> job;
-  job.source = source;
-  job.out = out;
-  job.source_pixel = shape.source.channels;
-  job.source_row = shape.source.w * job.source_pixel;
-  job.source_image = shape.source.h * job.source_row;
-  job.ahead = source;
-  job.ahead_image = job.source_image;
-  job.ahead_bytes = kSourceLead;
-  job.out_pixel = shape.out.channels;
-  job.out_row = shape.out.w * job.out_pixel;
-  job.out_image = shape.out.h * job.out_row;
-  job.row_base = rows.base.data();
-  job.col_base = cols.base.data();
-  job.classes = plan.classes.data();
-  job.n_classes = static_cast<int64_t>(plan.classes.size());
-  job.entries = plan.entries.data();
-  job.weights = weights.direct ? values : packed.get();
-  job.weights_slice = weights.slice_size;
-  job.init = init.data();
-  job.out_blocks = lists.out_blocks;
-  job.out_channels = shape.out.channels;
-  job.source_channels = shape.source.channels;
-  job.block_out = static_cast<int>(shape.block_out);
-  job.slice = slice.width;
-  job.slices = static_cast<int>(weights.slices);
-  job.planes = planes;
-  job.block_k = planes ? 1 : static_cast<int>(shape.block_k);
-  job.block_k_cut = static_cast<int>(shape.source.channels % shape.block_k);
-  job.dot_lanes = dot == nullptr ? 0 : dot->lanes;
-  job.stream = shape.block_out % slice.width == 0 && streams(out, slice.width, shape.out);
-
-  if (planes) return run_on_planes(kernels, job, plan, shape.source, rows, *padded, layout.channel);
-  run_tasks(split.tasks(), [&](int64_t task) {
-    const int64_t t = task / split.block_shares, b = task % split.block_shares;
-    const int64_t tile_begin = plan.first_tile(t, split.tile_shares);
-    const int64_t tile_end = plan.first_tile(t + 1, split.tile_shares);
-    const int64_t block_begin = lists.first_block(b, split.block_shares);
-    const int64_t block_end = lists.first_block(b + 1, split.block_shares);
-    if (tile_begin == tile_end || block_begin == block_end) return;
-    GatherJob<T> mine = job;
-    if (own) {
-      T* const copy = packed.get() + t * packed_size;
-      weights.pack(lists.ptr[block_begin], lists.ptr[block_end], copy);
-      mine.weights = copy;
+  void run(const T* source, T* out) const {
+    if (over_pixels_) {
+      const auto pass = shape_.block_out < kernels_.plane_slices[0].width ? &plane_pass<T> : &plane_gather_pass<T>;
+      return pass(kernels_, shape_, lists_, rows_, cols_, transposed_, values_, bias_, source, out);
     }
-    kernels.gather(mine, tile_begin, tile_end, block_begin, block_end);
-  });
-}
+    GatherJob<T> job = job_;
+    job.source = job.ahead = source;
+    job.out = out;
+    job.stream = shape_.block_out % job.slice == 0 && streams(out, job.slice, shape_.out);
+    if (padded_) return run_on_planes(kernels_, job, plan_, shape_.source, rows_, *padded_, plane_);
+    const int64_t packed_size = lists_.nnz * weights_->block_size;
+    const Buffer<T> copies = own_ ? Buffer<T>(split_.tile_shares * packed_size) : Buffer<T>();
+    run_tasks(split_.tasks(), [&](int64_t task) {
+      const int64_t t = task / split_.block_shares, b = task % split_.block_shares;
+      const int64_t tile_begin = plan_.first_tile(t, split_.tile_shares);
+      const int64_t tile_end = plan_.first_tile(t + 1, split_.tile_shares);
+      const int64_t block_begin = lists_.first_block(b, split_.block_shares);
+      const int64_t block_end = lists_.first_block(b + 1, split_.block_shares);
+      if (tile_begin == tile_end || block_begin == block_end) return;
+      GatherJob<T> mine = job;
+      if (own_) {
+        T* const copy = copies.get() + t * packed_size;
+        weights_->pack(lists_.ptr[block_begin], lists_.ptr[block_end], copy);
+        mine.weights = copy;
+      }
+      kernels_.gather(mine, tile_begin, tile_end, block_begin, block_end);
+    });
+  }
+
+ private:
+  void plan(int64_t most_tasks, bool reused) {
+    if (most_tasks == 0) most_tasks = torch::stable::get_num_threads();
+    const GatherShape& shape = shape_;
+    const DotShape* dot = choose_dot(kernels_.gather_dots, shape.block_out, shape.block_k);
+    SliceShape slice = choose_slice(kernels_.gather_slices, shape.block_out);
+    if (dot != nullptr) slice = {static_cast<int>(shape.block_out), dot->tile_pixels, 0, 0};
+    weights_.emplace(kernels_, shape, lists_, slice.width, dot != nullptr, transposed_, values_);
+    init_ = sliced_bias(shape, lists_.out_blocks, slice.width, bias_);
+    const bool planes = dot == nullptr && reads_planes(shape, rows_, cols_);
+    SourceLayout layout{shape.source.w * shape.source.channels, shape.source.channels, 1};
+    if (planes) {
+      padded_.emplace(cols_, shape.out.w, shape.source.w);
+      const int64_t pixels = batch_rows(shape, rows_, sizeof(T)) * padded_->pitch + padded_->before;
+      plane_ = plane_size<T>(pixels);
+      layout = {padded_->pitch, 1, plane_};
+    }
+    const int64_t tile_pixels =
+        planes ? slice.row_pixels : tile_pixels_of(slice, shape.source.channels * static_cast<int64_t>(sizeof(T)));
+    plan_ = plan_gather(shape, layout, lists_, rows_, planes ? padded_->plan : cols_, tile_pixels, sizeof(T),
+                        weights_->block_size * sizeof(T), slice.width * sizeof(T), !weights_->direct);
+    split_ = choose_split(plan_, shape, lists_, !weights_->direct, tasks_worth(plan_.multiply_adds, most_tasks));
+    // Small weights are packed by each task for itself: what another core has packed comes slower than it is packed.
+    constexpr int64_t kMostOwnBytes = 512 * 1024;
+    const int64_t packed_bytes = lists_.nnz * weights_->block_size * static_cast<int64_t>(sizeof(T));
+    own_ = !weights_->direct && !planes && !reused && (split_.tile_shares == 1 || packed_bytes <= kMostOwnBytes);
+    if (!own_) packed_ = weights_->pack_all();
+
+    GatherJob<T>& job = job_;
+    job.source_pixel = shape.source.channels;
+    job.source_row = shape.source.w * job.source_pixel;
+    job.source_image = shape.source.h * job.source_row;
+    job.ahead_image = job.source_image;
+    job.ahead_bytes = kSourceLead;
+    job.out_pixel = shape.out.channels;
+    job.out_row = shape.out.w * job.out_pixel;
+    job.out_image = shape.out.h * job.out_row;
+    job.row_base = rows_.base.data();
+    job.col_base = cols_.base.data();
+    job.classes = plan_.classes.data();
+    job.n_classes = static_cast<int64_t>(plan_.classes.size());
+    job.entries = plan_.entries.data();
+    job.weights = weights_->direct ? values_ : packed_.get();
+    job.weights_slice = weights_->slice_size;
+    job.init = init_.data();
+    job.out_blocks = lists_.out_blocks;
+    job.out_channels = shape.out.channels;
+    job.source_channels = shape.source.channels;
+    job.block_out = static_cast<int>(shape.block_out);
+    job.slice = slice.width;
+    job.slices = static_cast<int>(weights_->slices);
+    job.planes = planes;
+    job.block_k = planes ? 1 : static_cast<int>(shape.block_k);
+    job.block_k_cut = static_cast<int>(shape.source.channels % shape.block_k);
+    job.dot_lanes = dot == nullptr ? 0 : dot->lanes;
+  }
+
+  const Kernels<T>& kernels_;
+  const GatherShape shape_;
+  const BlockLists lists_;
+  const AxisPlan rows_, cols_;
+  const bool transposed_;
+  const T *const values_, *const bias_;
+  const bool over_pixels_;  // a form that plans for itself
+  std::optional<BlockWeights<T>> weights_;
+  std::optional<PaddedAxis> padded_;  // of planes
+  int64_t plane_ = 0;
+  Array<T> init_;
+  GatherPlan plan_;
+  Split split_{1, 1};
+  bool own_ = false;  // each task packs its weights
+  Buffer<T> packed_;
+  GatherJob<T> job_{};
+};
 
 }  // namespace ddst::cpu

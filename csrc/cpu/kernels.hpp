@@ -184,6 +184,34 @@ struct WeightGradJob {
   int64_t row_chunks;    // chunks per image group
 };
 
+// ---- what stands before and behind a convolution ------------------------------------------------------------------
+
+// act((x - mean) * scale + shift) per channel, act(z) = z or slope * z below zero; without a norm the pointers are
+// null.
+template <typename T>
+struct RowForm {
+  const T *mean, *scale, *shift;
+  T slope;
+};
+
+// Over rows of pixels [pixel][channel]. next_row, residual, x: null where there is none.
+template <typename T>
+struct RowKernels {
+  // out = act(norm(x)), every pixel `repeat` times (1 or 2).
+  void (*activate)(const T* x, int64_t pixels, int64_t channels, const RowForm<T>& form, int64_t repeat, T* out);
+  // out[p] = row[p], or with the next row the mean of 2x2 pixels, plus residual[p / repeat].
+  void (*finish)(const T* row, const T* next_row, int64_t pixels, int64_t channels, const T* residual, int64_t repeat,
+                 T* out);
+  // sums += (x - shift), squares += (x - shift)^2.
+  void (*sum)(const T* x, int64_t pixels, int64_t channels, const T* shift, T* sums, T* squares);
+  // out = act'(norm(x)) * grad, grad[p] = row[p] or the sum of 2x2 pixels; sums += out, products += out * (x - mean).
+  void (*activate_grad)(const T* row, const T* next_row, const T* x, int64_t pixels, int64_t channels,
+                        const RowForm<T>& form, T* out, T* sums, T* products);
+  // grad = grad * scale + (x - mean) * slope + constant, or grad * scale.
+  void (*norm_grad)(T* grad, const T* x, int64_t pixels, int64_t channels, const T* mean, const T* scale,
+                    const T* slope, const T* constant);
+};
+
 template <typename T>
 struct Kernels {
   const SliceShape* gather_slices;  // ends with width 0
@@ -208,6 +236,7 @@ struct Kernels {
   // Adds the pixels of chunks [chunk_begin, chunk_end) to the partial gradients of order[block_begin .. block_end).
   void (*weight_grad)(const WeightGradJob<T>& job, int64_t chunk_begin, int64_t chunk_end, int64_t block_begin,
                       int64_t block_end, T* partial, T* input_scratch, T* grad_scratch, Run* runs, int64_t* run_begin);
+  RowKernels<T> rows;
 };
 
 struct KernelSet {

@@ -10,6 +10,7 @@
 #include "layout.hpp"
 #include "plane_gather.hpp"
 #include "planes.hpp"
+#include "rows.hpp"
 #include "weight_grad.hpp"
 
 namespace ddst::cpu {
@@ -55,12 +56,13 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 }  // namespace
 
 const KernelSet& kernels_avx2() {
-  static constexpr KernelSet set{
-      1,
-      {kSlicesFloat, kDotsFloat, kPlaneSlices, 4, kWeightGradFloat, 8, &gather_float, &run_planes<float, 8, 3>,
-       &run_plane_gather<float, 8, 4, 3>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 8>},
-      {kSlicesDouble, kDotsDouble, kPlaneSlices, 4, kWeightGradDouble, 4, &gather_double, &run_planes<double, 4, 3>,
-       &run_plane_gather<double, 4, 4, 3>, &pack_weights<double>, &transpose<double>, &weight_grad<double, 4>}};
+  static constexpr KernelSet set{1,
+                                 {kSlicesFloat, kDotsFloat, kPlaneSlices, 4, kWeightGradFloat, 8, &gather_float,
+                                  &run_planes<float, 8, 3>, &run_plane_gather<float, 8, 4, 3>, &pack_weights<float>,
+                                  &transpose<float>, &weight_grad<float, 8>, row_kernels<float>()},
+                                 {kSlicesDouble, kDotsDouble, kPlaneSlices, 4, kWeightGradDouble, 4, &gather_double,
+                                  &run_planes<double, 4, 3>, &run_plane_gather<double, 4, 4, 3>, &pack_weights<double>,
+                                  &transpose<double>, &weight_grad<double, 4>, row_kernels<double>()}};
   return set;
 }
 

@@ -12,6 +12,7 @@
 #include "layout.hpp"
 #include "plane_gather.hpp"
 #include "planes.hpp"
+#include "rows.hpp"
 #include "weight_grad.hpp"
 
 namespace ddst::cpu {
@@ -74,12 +75,13 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 }  // namespace
 
 const KernelSet& kernels_avx512() {
-  static constexpr KernelSet set{
-      2,
-      {kSlicesFloat, kDotsFloat, kPlaneSlices, 12, kWeightGradFloat, 16, &gather_float, &run_planes<float, 16, 4>,
-       &plane_gather<float, 16>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 16>},
-      {kSlicesDouble, kDotsDouble, kPlaneSlices, 7, kWeightGradDouble, 8, &gather_double, &run_planes<double, 8, 4>,
-       &plane_gather<double, 8>, &pack_weights<double>, &transpose<double>, &weight_grad<double, 8>}};
+  static constexpr KernelSet set{2,
+                                 {kSlicesFloat, kDotsFloat, kPlaneSlices, 12, kWeightGradFloat, 16, &gather_float,
+                                  &run_planes<float, 16, 4>, &plane_gather<float, 16>, &pack_weights<float>,
+                                  &transpose<float>, &weight_grad<float, 16>, row_kernels<float>()},
+                                 {kSlicesDouble, kDotsDouble, kPlaneSlices, 7, kWeightGradDouble, 8, &gather_double,
+                                  &run_planes<double, 8, 4>, &plane_gather<double, 8>, &pack_weights<double>,
+                                  &transpose<double>, &weight_grad<double, 8>, row_kernels<double>()}};
   return set;
 }
 

@@ -4,6 +4,7 @@
 #include "layout.hpp"
 #include "plane_gather.hpp"
 #include "planes.hpp"
+#include "rows.hpp"
 #include "weight_grad.hpp"
 
 namespace ddst::cpu {
@@ -33,12 +34,13 @@ void weight_grad(const WeightGradJob<T>& job, int64_t c0, int64_t c1, int64_t b0
 }  // namespace
 
 const KernelSet& kernels_portable() {
-  static constexpr KernelSet set{
-      0,
-      {kSlicesFloat, kNoDots, kPlaneSlices, 4, kWeightGradFloat, 4, &gather<float, 4>, &run_planes<float, 4, 2>,
-       &run_plane_gather<float, 4, 4, 2>, &pack_weights<float>, &transpose<float>, &weight_grad<float, 4>},
-      {kSlicesDouble, kNoDots, kPlaneSlices, 4, kWeightGradDouble, 2, &gather<double, 2>, &run_planes<double, 2, 2>,
-       &run_plane_gather<double, 2, 4, 2>, &pack_weights<double>, &transpose<double>, &weight_grad<double, 2>}};
+  static constexpr KernelSet set{0,
+                                 {kSlicesFloat, kNoDots, kPlaneSlices, 4, kWeightGradFloat, 4, &gather<float, 4>,
+                                  &run_planes<float, 4, 2>, &run_plane_gather<float, 4, 4, 2>, &pack_weights<float>,
+                                  &transpose<float>, &weight_grad<float, 4>, row_kernels<float>()},
+                                 {kSlicesDouble, kNoDots, kPlaneSlices, 4, kWeightGradDouble, 2, &gather<double, 2>,
+                                  &run_planes<double, 2, 2>, &run_plane_gather<double, 2, 4, 2>, &pack_weights<double>,
+                                  &transpose<double>, &weight_grad<double, 2>, row_kernels<double>()}};
   return set;
 }
 

@@ -50,8 +50,8 @@ Tensor product(const Tensor& source, const Tensor& values, const T* bias, const 
                           1,
                           transposed ? grid.block_out : grid.block_in,
                           transposed ? grid.block_in : grid.block_out};
-  gather_pass<T>(kernels, shape, lists, axis, axis, transposed, packed.const_data_ptr<T>(), bias,
-                 dense_source.const_data_ptr<T>(), out.mutable_data_ptr<T>());
+  const GatherPass<T> pass(kernels, shape, lists, axis, axis, transposed, packed.const_data_ptr<T>(), bias, 0, false);
+  pass.run(dense_source.const_data_ptr<T>(), out.mutable_data_ptr<T>());
   return out;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <numeric>
 
 #include "activation.hpp"
@@ -112,6 +113,11 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
   return plan;
 }
 
+// Called before a chunk is computed: puts its activations somewhere and points the job there. share: of the pixels;
+// first: whether no other task computes other blocks of the same chunk before this one.
+template <typename T>
+using ChunkStage = std::function<void(int64_t task, bool first, int64_t chunk, WeightGradJob<T>& job)>;
+
 // Scratch of one task.
 template <typename T>
 struct WeightGradMemory {
@@ -163,6 +169,22 @@ int64_t pixel_shares(const WeightGradPlan<T>& plan, int64_t multiply_adds, int64
   return plan.job.direct && !waits && plan.job.n_blocks >= kLeastBlocks * tasks ? 1 : tasks;
 }
 
+// Shares of the pixels, and of the blocks: a task each.
+struct WeightGradSplit {
+  int64_t chunk_tasks, block_tasks;
+};
+
+template <typename T>
+WeightGradSplit weight_grad_split(const WeightGradPlan<T>& plan) {
+  const WeightGradJob<T>& job = plan.job;
+  const ConvGeometry& g = job.geometry;
+  if (plan.chunks == 0 || job.n_blocks == 0) return {1, 1};
+  const int64_t multiply_adds = g.images * g.out_h * g.out_w * job.n_blocks * job.block_out * job.block_in;
+  const int64_t tasks = task_count(multiply_adds);
+  const int64_t chunk_tasks = std::min(pixel_shares(plan, multiply_adds, tasks), plan.chunks);
+  return {chunk_tasks, std::min(std::max<int64_t>(1, tasks / chunk_tasks), job.n_blocks)};
+}
+
 // Zeros where a weight gradient [slots][b_out][b_in] has no block.
 template <typename T>
 void clear_free_slots(const Topology& topology, const WeightGrid& grid, T* grad) {
@@ -175,22 +197,19 @@ void clear_free_slots(const Topology& topology, const WeightGrid& grid, T* grad)
 // grad [slots][b_out][b_in], of which the free ones are not written. The pixels are cut into shares with a private sum
 // each, which are added in a fixed order: the result depends on the number of shares, not on timing.
 template <typename T>
-void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const T* input, const T* grad_output,
-                      T* grad) {
+void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const T* input, const T* grad_output, T* grad,
+                      const ChunkStage<T>& stage = nullptr) {
   WeightGradJob<T>& job = plan.job;
   job.input = input;
   job.grad_output = grad_output;
   job.order = plan.order.data();
-  const ConvGeometry& g = job.geometry;
   const int64_t block_size = static_cast<int64_t>(job.block_out) * job.block_in;
   if (plan.chunks == 0) {
     std::fill(grad, grad + plan.slots * block_size, T(0));
     return;
   }
-  const int64_t multiply_adds = g.images * g.out_h * g.out_w * job.n_blocks * block_size;
-  const int64_t tasks = task_count(multiply_adds);
-  const int64_t chunk_tasks = std::min(pixel_shares(plan, multiply_adds, tasks), plan.chunks);
-  const int64_t block_tasks = std::min(std::max<int64_t>(1, tasks / chunk_tasks), job.n_blocks);
+  const WeightGradSplit split = weight_grad_split(plan);
+  const int64_t chunk_tasks = split.chunk_tasks, block_tasks = split.block_tasks;
 
   Array<WeightGradMemory<T>> memory;
   Array<Buffer<T>> partials(chunk_tasks);
@@ -216,7 +235,13 @@ void weight_grad_pass(const Kernels<T>& kernels, WeightGradPlan<T>& plan, const 
       T* const block = sum + plan.order[i] * plan.partial_block;
       std::fill(block, block + plan.partial_block, T(0));
     }
-    memory[task].run(kernels, job, plan.chunks * c / chunk_tasks, plan.chunks * (c + 1) / chunk_tasks, begin, end, sum);
+    const int64_t chunk_begin = plan.chunks * c / chunk_tasks, chunk_end = plan.chunks * (c + 1) / chunk_tasks;
+    for (int64_t chunk = chunk_begin; stage && chunk < chunk_end; ++chunk) {
+      WeightGradJob<T> staged = job;
+      stage(task, b == 0, chunk, staged);
+      memory[task].run(kernels, staged, chunk, chunk + 1, begin, end, sum);
+    }
+    if (!stage) memory[task].run(kernels, job, chunk_begin, chunk_end, begin, end, sum);
     for (int64_t i = begin; i < end && chunk_tasks == 1; ++i) finish(i);
   });
   if (chunk_tasks == 1) return;

@@ -308,13 +308,21 @@ def _input_grad_fake(
     var: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    *settings: Any,
-    **named: Any,
+    topology: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    eps: float,
+    negative_slope: float,
+    upsample: int,
+    pool: int,
+    batch_stats: bool,
+    channels_last: bool,
+    backend: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad = torch.empty_like(input)
-    if gamma is None:
-        return grad, input.new_empty([0]), input.new_empty([0])
-    return grad, torch.empty_like(gamma), torch.empty_like(gamma)
+    affine = [0] if gamma is None else gamma.shape
+    return _empty(input, input.shape, channels_last), input.new_empty(affine), input.new_empty(affine)
 
 
 @torch.library.register_fake("ddst::norm_act_conv2d_weight_grad")
@@ -353,6 +361,8 @@ class _NormActConv2d(torch.autograd.Function):
         x, values, _, _, mean, var, gamma, beta, topology, ctx.weight_shape, *settings = given
         ctx.settings = (*settings[:7], *settings[8:9])  # without residual_upsample
         ctx.residual_upsample, (ctx.channels_last, ctx.backend, ctx.record) = settings[7], (*settings[10:], 0, 0)[:3]
+        # Edges of the graph lead to tensors: an argument that is None has none.
+        ctx.edges = {i: sum(isinstance(t, Tensor) for t in given[:i]) for i in _DIFFERENTIABLE}
         ctx.save_for_backward(x, values, mean, var, gamma, beta, topology)
         ctx.mark_non_differentiable(found)
         return y, found
@@ -380,9 +390,10 @@ class _NormActConv2d(torch.autograd.Function):
 
         def weight_grad() -> Tensor:
             block = [values.shape[1], values.shape[2]]
-            grad_values, gradients[2] = _ops.norm_act_conv2d_weight_grad(
+            grad_values, grad_bias = _ops.norm_act_conv2d_weight_grad(
                 grad, x, *norm, *geometry, block, *ctx.settings[:7], ctx.backend
             )
+            gradients[2] = grad_bias if ctx.needs_input_grad[2] else None
             return grad_values
 
         factors = grad, x
@@ -404,7 +415,7 @@ def _prologue(settings: Sequence[Any]) -> tuple[float, float, int, bool]:
 
 
 def _reaches(ctx: Any, position: int) -> bool:
-    return torch.compiler.is_compiling() or gradient_is_wanted(ctx.next_functions[position][0])
+    return torch.compiler.is_compiling() or gradient_is_wanted(ctx.next_functions[ctx.edges[position]][0])
 
 
 def _differentiable_gradients(ctx: Any, grad: Tensor, wanted: list[int], gradients: list[Tensor | None]) -> None:

@@ -13,7 +13,7 @@ _extension.load()  # before anything that registers derivatives of the compiled 
 from . import distributed as distributed  # noqa: E402
 from . import functional as functional  # noqa: E402
 from ._extension import build_info  # noqa: E402
-from .convert import advise, dense_state_dict, densify, sparsify  # noqa: E402
+from .convert import advise, dense_state_dict, densify, fuse, sparsify, unfuse  # noqa: E402
 from .distributed import synchronize, watch  # noqa: E402
 from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
 from .nn import (  # noqa: E402
@@ -52,8 +52,10 @@ __all__ = [
     "densify",
     "explain",
     "follow",
+    "fuse",
     "named_weights",
     "sparsify",
     "synchronize",
+    "unfuse",
     "watch",
 ]

@@ -154,10 +154,11 @@ def traces_of(model: nn.Module) -> tuple[list[Trace], dict[str, str]]:
     called: set[int] = set()
 
     def explore(name: str, module: nn.Module) -> None:
-        if id(module) in called or is_leaf(module):
+        if is_leaf(module):
             return
-        called.add(id(module))
-        if not isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is not nn.Module.forward:
+        runs = not isinstance(module, nn.ModuleList | nn.ModuleDict) and hasattr(module, "forward")
+        if runs and id(module) not in called:
+            called.add(id(module))
             try:
                 trace = trace_of(module)
             except Exception as error:
@@ -166,12 +167,7 @@ def traces_of(model: nn.Module) -> tuple[list[Trace], dict[str, str]]:
                 traces.append(trace)
                 called.update(id(call.module) for call in trace.calls)
         for child_name, child in module.named_children():
-            explore_below(f"{name}.{child_name}" if name else child_name, child)
-
-    def explore_below(name: str, module: nn.Module) -> None:
-        explore(name, module)
-        for child_name, child in module.named_children():
-            explore_below(f"{name}.{child_name}", child)
+            explore(f"{name}.{child_name}" if name else child_name, child)
 
     explore("", model)
     return traces, failures

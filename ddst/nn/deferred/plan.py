@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .run import run, takes
 from .value import Deferred, tensor_of
-from .work import Activated, Convolved, mode_of
+from .work import Activated, Convolved, mode_of, version_of
 
 if TYPE_CHECKING:
     from ..conv2d import SparseConv2d
@@ -152,6 +152,8 @@ def convolve(layer: SparseConv2d, input: Tensor | Deferred) -> Any:
     assert isinstance(read, Activated)
     if not takes(layer, read):
         return None
+    if not read.steps:
+        read = read._replace(version=version_of(read.source))
     work = Convolved(layer, read, layer.effective_values(), mode_of(read.source.device))
     plan = layer.plan
     return Deferred(work) if plan is not None and plan.waits and not any_hooks(plan.seen_by) else finish(work)

@@ -80,7 +80,8 @@ class Activated(NamedTuple):
 
     def tensor(self) -> Tensor:
         """The value by torch's own functions."""
-        self.check_source()
+        if self.steps:
+            self.check_source()
         found = self.source
         for function, args, named in self.steps:
             found = function(found, *args, **named)
@@ -88,10 +89,9 @@ class Activated(NamedTuple):
 
     def check_source(self) -> None:
         """Raises where the value is lost."""
-        if self.steps and version_of(self.source) != self.version:
+        if version_of(self.source) != self.version:
             raise RuntimeError(
-                "the input of a fused norm or activation was changed in place before the convolution behind it read "
-                "it: call ddst.unfuse(model), or do not change it"
+                "the input of a fused norm, activation or convolution was changed in place before it was read: call ddst.unfuse(model), or do not change it"
             )
 
 

@@ -50,7 +50,7 @@ def fuse(model: nn.Module) -> FuseReport:
     >>> _ = ddst.sparsify(model, 0.25)
     >>> print(ddst.fuse(model))
     layer  kind          before             after
-    -----------------------------------------------------------------------
+    ---------------------------------------------------------------------
     2      SparseConv2d  BatchNorm2d, ReLU
     3      Conv2d                                  not fused: it is dense
     1 of 2 convolutions fused

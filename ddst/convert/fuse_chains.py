@@ -16,9 +16,9 @@ from torch.fx import Node
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..nn import SparseConv2d
-from ..nn.deferred.plan import Plan
+from ..nn.deferred.plan import Plan, is_norm
 from .fuse_steps import (
-    State, conv_at, described, input_of, is_norm, is_pool, memory_of, other_summand, overwritten, step_of,
+    State, conv_at, described, input_of, is_pool, memory_of, other_summand, overwritten, step_of,
     takes_objects, users,
 )  # fmt: skip
 from .fuse_trace import Call, Trace

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..nn import SparseConv2d, SparseLayer
 from ..nn.deferred.functions import doubles, halves
-from ..nn.deferred.plan import hooked
+from ..nn.deferred.plan import hooked, is_norm
 from ..nn.deferred.run import refusal
 from .fuse_trace import Trace
 
@@ -99,13 +99,6 @@ def _affine_step(node: Node, value: Node, state: State, scales: bool) -> Step | 
     return Step("scale" if scales else "shift", "", state._replace(**{"scale" if scales else "shift": True}))
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm of images as torch computes it."""
-    kind = type(module)
-    torchs = kind.forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
-    return isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and torchs and "forward" not in vars(module)
-
-
 def per_channel(node: Node) -> bool:
     """Whether a value is seen to have the shape ``[…, 1, 1]``."""
     args = node.args
@@ -185,7 +178,9 @@ def takes_objects(trace: Trace, node: Node) -> bool:
     if module is None:
         place = getattr(node.target, "__module__", None) or ""
         builtin = node.target in (getattr, len) or type(node.target).__name__ in ("builtin_function_or_method",)
-        return builtin or place in ("_operator", "math") or place in ("torch", "torch.nn.functional", "torch.functional")
+        return (
+            builtin or place in ("_operator", "math") or place in ("torch", "torch.nn.functional", "torch.functional")
+        )
     if isinstance(module, SparseLayer):
         return not hooked(module)
     kind = type_before_parametrizations(module)
@@ -226,4 +221,3 @@ def memory_of(trace: Trace, node: Node) -> Node:
 def input_of(node: Node) -> Any:
     """The first argument of a function or layer."""
     return node.args[0] if node.args else node.kwargs.get("input")
-

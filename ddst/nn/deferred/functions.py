@@ -142,7 +142,10 @@ def _batch_norm(
     count, channels = x.numel() // max(x.shape[1], 1), x.shape[1]
     if any(t is not None and (tuple(t.shape) != (channels,) or t.device != x.device) for t in of_channels):
         return None
-    if any(t is not None and t.dtype not in ({x.dtype} if x.element_size() > 2 else {x.dtype, torch.float32}) for t in of_channels):
+    if any(
+        t is not None and t.dtype not in ({x.dtype} if x.element_size() > 2 else {x.dtype, torch.float32})
+        for t in of_channels
+    ):
         return None
     if count < 2 if training else running_mean is None:  # which it says itself
         return None

@@ -123,6 +123,13 @@ def any_hooks(modules: Iterable[nn.Module]) -> bool:
     return any(hooked(module) for module in modules)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm of images as torch computes it."""
+    kind = type(module)
+    torchs = kind.forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and torchs and "forward" not in vars(module)
+
+
 def syncs(module: nn.Module) -> bool:
     """Whether a norm's statistics are those of several processes, which it has to take itself."""
     return isinstance(module, nn.SyncBatchNorm) and module.training
@@ -156,11 +163,12 @@ def convolve(layer: SparseConv2d, input: Tensor | Deferred) -> Any:
         read = read._replace(version=version_of(read.source))
     work = Convolved(layer, read, layer.effective_values(), mode_of(read.source.device))
     plan = layer.plan
-    return Deferred(work) if plan is not None and plan.waits and not any_hooks(plan.seen_by) else finish(work)
+    waits = plan is not None and plan.waits and not any_hooks(plan.seen_by)
+    return Deferred(work) if waits or read.asks else finish(work)
 
 
 def finish(work: Convolved, residual: Tensor | None = None, residual_upsample: int = 1) -> Any:
-    """Runs a convolution with its epilogue: the tensor, or for what comes next a deferred one that nobody else holds."""
+    """Runs a convolution with its epilogue: the tensor, or for what comes next a deferred one, held by nobody else."""
     plan = work.layer.plan
     hands_on = plan is not None and plan.hands_on and not any_hooks(plan.seen_by)
     output, moments = run(work, residual, residual_upsample, hands_on and plan.wants_moments)

@@ -38,9 +38,7 @@ class Deferred:
         self.work = work
 
     @staticmethod
-    def of(
-        source: Tensor, moments: Tensor | None = None, *, takes_norm: bool = False, shared: bool = True
-    ) -> Deferred:
+    def of(source: Tensor, moments: Tensor | None = None, *, takes_norm: bool = False, shared: bool = True) -> Deferred:
         """A tensor ``[N, C, H, W]``, of which what comes next is remembered.
 
         Args:
@@ -68,6 +66,11 @@ class Deferred:
                 found = _computed(work)
         self.work = Activated(found, work.mode, version_of(found))
         return found
+
+    def for_epilogue(self) -> Deferred:
+        """The same for a convolution that is to return itself as a deferred value."""
+        work = self.work
+        return Deferred(work._replace(asks=True)) if isinstance(work, Activated) else self
 
     def check_reached(self) -> None:
         """Raises where no gradient would reach it: inside of a torch.autograd.Function, which takes tensors only."""

@@ -59,6 +59,7 @@ class Activated(NamedTuple):
         upsample: 1 or 2.
         steps: torch's functions that make the same of source.
         takes_norm: whether a batch norm of this is put off, too.
+        asks: whether a convolution is to wait for its epilogue whatever its plan is.
         shared: whether others may hold source itself, so that changes in place have to be seen there.
     """
 
@@ -71,6 +72,7 @@ class Activated(NamedTuple):
     upsample: int = 1
     steps: tuple[Step, ...] = ()
     takes_norm: bool = False
+    asks: bool = False
     shared: bool = True
 
     @property
@@ -91,7 +93,8 @@ class Activated(NamedTuple):
         """Raises where the value is lost."""
         if version_of(self.source) != self.version:
             raise RuntimeError(
-                "the input of a fused norm, activation or convolution was changed in place before it was read: call ddst.unfuse(model), or do not change it"
+                "the input of a fused norm, activation or convolution was changed in place before it was read: call "
+                "ddst.unfuse(model), or do not change it"
             )
 
 

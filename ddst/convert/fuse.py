@@ -28,8 +28,8 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Fused are :class:`torch.nn.BatchNorm2d` (also without affine and with a gain and shift per sample behind it, as
     conditional norms have it; SyncBatchNorm in eval mode, in training it runs by itself), ReLU and leaky ReLU,
-    modules or functions, nearest 2x upsampling, in front of a :class:`~ddst.SparseConv2d` that pads with zeros; behind it
-    a 2x2 average pool, a sum (with a 2x upsampled operand, too) and the statistics that the next batch norm takes.
+    modules or functions, nearest 2x upsampling, in front of a :class:`~ddst.SparseConv2d` that pads with zeros; behind
+    it a 2x2 average pool, a sum (with a 2x upsampled operand, too) and the statistics that the next batch norm takes.
 
     Call it after :func:`ddst.sparsify`; again after a change of the model's modules. Hooks that are put on a module
     later see tensors: what goes through it is not fused while they are there.

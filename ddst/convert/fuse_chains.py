@@ -6,7 +6,7 @@ block-sparse convolutions only. A convolution's output may go to a 2x2 average p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -16,10 +16,19 @@ from torch.fx import Node
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..nn import SparseConv2d
-from ..nn.deferred.plan import Plan, is_norm
+from ..nn.deferred.plan import Plan, hooked, is_norm
 from .fuse_steps import (
-    State, conv_at, described, input_of, is_pool, memory_of, other_summand, overwritten, step_of,
-    takes_objects, users,
+    State,
+    conv_at,
+    described,
+    input_of,
+    is_pool,
+    memory_of,
+    other_summand,
+    overwritten,
+    step_of,
+    takes_objects,
+    users,
 )  # fmt: skip
 from .fuse_trace import Call, Trace
 
@@ -185,7 +194,7 @@ class Proof:
             self._put_off(value, heads, functions, norms, set().union(*seen.values()))
 
     def _put_off(
-        self, value: Node, heads: dict[Node, list[Path]], functions: list[Node], norms: list[nn.Module],
+        self, value: Node, heads: dict[Node, list[Path]], functions: list[Node], norms: Sequence[nn.Module],
         seen: set[nn.Module],
     ) -> None:  # fmt: skip
         """Lets the module that yields a value hand it on as a deferred one, or the module that gets it take it so."""
@@ -198,7 +207,7 @@ class Proof:
             vote.plan.hands_on, vote.plan.takes_norm, vote.plan.norms = True, takes_norm, tuple(norms)
             vote.seen_by |= seen | self._seeing({value})
             self._grant(paths, ("plan", trace.leaves[self.ended[value]].module, None), None)
-        elif everywhere is None and producer is not None and self._is_fresh(value):
+        elif everywhere is None and producer is not None and self._is_fresh(value) and not hooked(producer.module):
             vote = Vote(seen | self._seeing({value}), takes_norm, False)
             self._grant(paths, ("output", producer.module, None), vote)
         elif functions:
@@ -211,7 +220,9 @@ class Proof:
         for head in functions:
             around = [c for c in trace.scopes[head] if value in c.arguments.values()]
             if not around:
-                whence = f"goes to {described(trace, stranger)}, too" if stranger else "is made by no module"
+                whence = f"also goes to {described(trace, stranger)}" if stranger else "comes from no module"
+                if value in trace.leaves and hooked(trace.leaves[value].module):
+                    whence = "comes from a module with hooks"
                 self._refuse(heads[head], f"what enters {described(trace, head)} {whence}")
                 continue
             call = around[-1]

@@ -39,7 +39,7 @@ class FuseReport:
 
     Attributes:
         convs: a row for every convolution of the model in module order, a shared one once.
-        untraced: ``{name: why}`` of modules whose code torch.fx could not run; their parts were looked at by themselves.
+        untraced: ``{name: why}`` of modules whose code torch.fx could not run; their parts were looked at alone.
     """
 
     convs: tuple[FusedConv, ...]

@@ -77,7 +77,7 @@ def step_of(trace: Trace, node: Node, value: Node, state: State) -> Step | None:
 def _module_step(module: nn.Module, state: State) -> Step | None:
     name = type(module).__name__
     if is_norm(module):
-        affine = module.affine
+        affine = bool(module.affine)
         return Step("norm", name, State(True, affine, affine)) if state == State() else None
     if type(module) in (nn.ReLU, nn.LeakyReLU):
         return None if state.act else Step("act", name, state._replace(act=True))
@@ -96,7 +96,11 @@ def _affine_step(node: Node, value: Node, state: State, scales: bool) -> Step | 
     free = not (state.scale or state.shift) if scales else not state.shift
     if not state.norm or state.act or state.up or not free or not per_channel(other):
         return None
-    return Step("scale" if scales else "shift", "", state._replace(**{"scale" if scales else "shift": True}))
+    return Step(
+        "scale" if scales else "shift",
+        "scale" if scales else "shift",
+        state._replace(**{"scale" if scales else "shift": True}),
+    )
 
 
 def per_channel(node: Node) -> bool:
@@ -108,9 +112,9 @@ def per_channel(node: Node) -> bool:
         sizes = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
         return tuple(sizes[-2:]) == (1, 1)
     if node.op == "call_method" and node.target == "unsqueeze":
-        inner = args[0]
+        inner: Any = args[0]
         twice = isinstance(inner, Node) and inner.op == "call_method" and inner.target == "unsqueeze"
-        return twice and args[1] in (-1, 3) and inner.args[1] in (-1, 2)  # type: ignore[union-attr]
+        return twice and args[1] in (-1, 3) and inner.args[1] in (-1, 2)
     if node.target in (operator.add, torch.add, operator.mul, torch.mul, operator.sub):
         nodes = [a for a in args if isinstance(a, Node)]
         return len(nodes) == 1 and all(isinstance(a, Node | int | float) for a in args) and per_channel(nodes[0])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import checkpoint
 
 from ..nn import SparseLayer
@@ -21,6 +22,9 @@ from ..nn.packed.parameter import HoldsPackedParameters
 from .watch import undisturbed
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+#: What calls the one module inside of it as it is.
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
 @dataclass(eq=False)
@@ -66,7 +70,8 @@ class _Tracer(Tracer):
 
     def __init__(self, root: nn.Module) -> None:
         # A checkpoint is a leaf: what it calls may run again.
-        super().__init__(autowrap_modules=(math, checkpoint))
+        wrapped: Any = (math, checkpoint)
+        super().__init__(autowrap_modules=wrapped)
         self.own = Call(root, {})
         self.calls, self.running = [self.own], [self.own]
         self.scopes: dict[Node, tuple[Call, ...]] = {}
@@ -93,15 +98,18 @@ class _Tracer(Tracer):
             self.leaves[output.node] = call
         elif hooked(m):
             args, kwargs = self._barrier(args), self._barrier(kwargs)
-            output = self._barrier(m.forward(*args, **kwargs))
+            output = self._barrier(self._inside(call, m, args, kwargs))
         else:
-            self.running.append(call)
-            try:
-                output = m.forward(*args, **kwargs)  # not its hooks
-            finally:
-                self.running.pop()
+            output = self._inside(call, m, args, kwargs)
         call.outputs = tuple(proxy.node for proxy in _proxies_in(output))
         return output
+
+    def _inside(self, call: Call, m: nn.Module, args: Any, kwargs: Any) -> Any:
+        self.running.append(call)
+        try:
+            return m.forward(*args, **kwargs)  # not its hooks
+        finally:
+            self.running.pop()
 
     def _barrier(self, value: Any) -> Any:
         if isinstance(value, Proxy):
@@ -153,11 +161,11 @@ def traces_of(model: nn.Module) -> tuple[list[Trace], dict[str, str]]:
     failures: dict[str, str] = {}
     called: set[int] = set()
 
-    def explore(name: str, module: nn.Module) -> None:
+    def explore(name: str, module: nn.Module, runs: bool) -> None:
         if is_leaf(module):
             return
-        runs = not isinstance(module, nn.ModuleList | nn.ModuleDict) and hasattr(module, "forward")
-        if runs and id(module) not in called:
+        wraps = isinstance(module, WRAPPERS) or hasattr(module, "_orig_mod")  # torch.compile(module)
+        if runs and not wraps and id(module) not in called:
             called.add(id(module))
             try:
                 trace = trace_of(module)
@@ -167,9 +175,13 @@ def traces_of(model: nn.Module) -> tuple[list[Trace], dict[str, str]]:
                 traces.append(trace)
                 called.update(id(call.module) for call in trace.calls)
         for child_name, child in module.named_children():
-            explore(f"{name}.{child_name}" if name else child_name, child)
+            # A container may be there for its parts only, which other code calls; a chain of leaves is hardly.
+            whole = not isinstance(child, CONTAINERS) or (
+                isinstance(child, nn.Sequential) and all(is_leaf(part) for part in child)
+            )
+            explore(f"{name}.{child_name}" if name else child_name, child, wraps or whole)
 
-    explore("", model)
+    explore("", model, not isinstance(model, nn.ModuleList | nn.ModuleDict))
     return traces, failures
 
 

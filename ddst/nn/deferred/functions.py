@@ -150,8 +150,10 @@ def _batch_norm(
     if count < 2 if training else running_mean is None:  # which it says itself
         return None
     if training:
-        known_already = work.moments is not None and (torch.compiler.is_compiling() or x._version == input.work.version)
-        mean, var = (work.moments if known_already else channel_moments(x)).unbind()
+        moments = work.moments
+        if moments is None or (not torch.compiler.is_compiling() and x._version != input.work.version):
+            moments = channel_moments(x)
+        mean, var = moments.unbind()
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
@@ -243,7 +245,7 @@ def _avg_pool2d(
 
 def halves(kernel_size: Any, stride: Any, padding: Any, ceil_mode: Any, divisor_override: Any) -> bool:
     """Whether these arguments of ``F.avg_pool2d`` mean the means of 2x2 pixels."""
-    whole = all(size in (2, (2, 2), [2, 2]) for size in (kernel_size, kernel_size if not stride else stride))
+    whole = all(size in (2, (2, 2), [2, 2]) for size in (kernel_size, stride if stride else kernel_size))
     return whole and padding in (0, (0, 0), [0, 0]) and not ceil_mode and divisor_override is None
 
 
@@ -253,16 +255,14 @@ def _summed(value: Deferred, work: Convolved, residual: Any, in_place: bool) -> 
         return None
     if tuple(residual.shape) != shape_of(work):
         return None
-    factor, summand = 1, residual
-    if isinstance(residual, Deferred):
-        inner = residual.work
-        doubled = isinstance(inner, Activated) and inner.norm is None and inner.slope == 1 and inner.upsample == 2
-        # Under autocast upsampling may change the dtype.
-        if doubled and mode.autocast is None and inner.mode.grad == mode.grad:
-            inner.check_source()
-            factor, summand = 2, inner.source
-        else:
-            summand = residual.tensor()
+    factor, inner = 1, residual.work if isinstance(residual, Deferred) else None
+    summand: Tensor
+    # Under autocast upsampling may change the dtype.
+    if isinstance(inner, Activated) and inner.is_doubled and mode.autocast is None and inner.mode.grad == mode.grad:
+        inner.check_source()
+        factor, summand = 2, inner.source
+    else:
+        summand = tensor_of(residual)
     if summand.device != value.device or not (in_place or summand.dtype == value.dtype):
         return None
     result = finish(work, summand, factor)

@@ -72,8 +72,9 @@ class Put:
         if not isinstance(given, Deferred):
             return Deferred.of(given, takes_norm=self.takes_norm, shared=self.shared) if may_defer(given) else given
         work = given.work
-        takes_it = self.takes_norm and isinstance(work, Activated) and not work.steps
-        return Deferred(work._replace(takes_norm=True)) if takes_it else given
+        if self.takes_norm and isinstance(work, Activated) and not work.steps:
+            return Deferred(work._replace(takes_norm=True))
+        return given
 
 
 class PutInput(Put):
@@ -103,7 +104,7 @@ def may_defer(value: Any) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    following = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or value.is_inference()
+    following = torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or value.is_inference()
     return not following and not global_hooks()
 
 
@@ -170,6 +171,7 @@ def convolve(layer: SparseConv2d, input: Tensor | Deferred) -> Any:
 def finish(work: Convolved, residual: Tensor | None = None, residual_upsample: int = 1) -> Any:
     """Runs a convolution with its epilogue: the tensor, or for what comes next a deferred one, held by nobody else."""
     plan = work.layer.plan
-    hands_on = plan is not None and plan.hands_on and not any_hooks(plan.seen_by)
-    output, moments = run(work, residual, residual_upsample, hands_on and plan.wants_moments)
-    return Deferred.of(output, moments, takes_norm=plan.takes_norm, shared=False) if hands_on else output
+    if plan is None or not plan.hands_on or any_hooks(plan.seen_by):
+        return run(work, residual, residual_upsample)[0]
+    output, moments = run(work, residual, residual_upsample, plan.wants_moments)
+    return Deferred.of(output, moments, takes_norm=plan.takes_norm, shared=False)

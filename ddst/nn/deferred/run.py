@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...ops.conv2d import resolve_padding
 from ...ops.norm_act_conv2d import Norm
 from .work import Activated, Convolved
 
@@ -20,8 +19,12 @@ def refusal(layer: SparseConv2d) -> str | None:
     """Why a layer cannot take up what is in front of it, or None."""
     if layer.padding_mode != "zeros":
         return f"padding_mode={layer.padding_mode!r} pads what is activated"
-    _, extra = resolve_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
+    _, extra = _padding(layer)
     return f"padding={layer.padding!r} needs unequal zeros on both sides" if any(extra) else None
+
+
+def _padding(layer: SparseConv2d) -> tuple[tuple[int, int], tuple[int, int]]:
+    return layer._plane_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
 
 
 def takes(layer: SparseConv2d, work: Activated) -> bool:
@@ -71,7 +74,7 @@ def shape_of(work: Activated | Convolved) -> tuple[int, ...]:
     if isinstance(work, Activated):
         return work.shape
     layer, (n, _, *size) = work.layer, work.input.shape
-    (top, left), _ = resolve_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
+    (top, left), _ = _padding(layer)
     reach = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     height = (size[0] + 2 * top - reach[0]) // layer.stride[0] + 1
     width = (size[1] + 2 * left - reach[1]) // layer.stride[1] + 1

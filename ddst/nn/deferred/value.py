@@ -54,6 +54,7 @@ class Deferred:
         """The tensor, computed once, as it would have been where it was asked for."""
         work = self.work
         if isinstance(work, Activated) and not work.steps:
+            self.check_reached()
             if not work.shared:
                 self.work = work._replace(shared=True)
             return work.source
@@ -75,7 +76,7 @@ class Deferred:
     def check_reached(self) -> None:
         """Raises where no gradient would reach it: inside of a torch.autograd.Function, which takes tensors only."""
         lost = self.work.mode.grad and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if lost and self.requires_grad and inside_a_function():
+        if lost and self.requires_grad and inside_a_function(checkpoints=True):
             raise TypeError(
                 "the value of a fused norm, activation or convolution was handed to a torch.autograd.Function, which "
                 "takes tensors only and would give it no gradient: call ddst.unfuse(model)"

@@ -80,6 +80,11 @@ class Activated(NamedTuple):
         n, c, h, w = self.source.shape
         return n, c, h * self.upsample, w * self.upsample
 
+    @property
+    def is_doubled(self) -> bool:
+        """Whether it is nothing but the source upsampled."""
+        return self.norm is None and self.slope == 1 and self.upsample == 2
+
     def tensor(self) -> Tensor:
         """The value by torch's own functions."""
         if self.steps:

@@ -168,12 +168,13 @@ class Dcgan(nn.Sequential):
 
 
 IMAGE = ((2, C, 6, 6),)
+LEAKY = ("BatchNorm2d", "leaky_relu")
 CASES: list[tuple[type[nn.Module], Any, dict[str, tuple[str, ...]]]] = [
     (Basic, IMAGE, {"conv1": (), "conv2": ("BatchNorm2d", "ReLU")}),
-    (Preactivated, IMAGE, {"conv1": ("BatchNorm2d", "leaky_relu"), "conv2": ("BatchNorm2d", "leaky_relu"), "short": ("BatchNorm2d", "leaky_relu")}),
-    (Conditional, (*IMAGE, (2, 4)), {"conv": ("batch_norm", "relu", "2x")}),
+    (Preactivated, IMAGE, {"conv1": LEAKY, "conv2": LEAKY, "short": LEAKY}),
+    (Conditional, (*IMAGE, (2, 4)), {"conv": ("batch_norm", "scale", "shift", "relu", "2x")}),
     (Elsewhere, IMAGE, {"conv1": (), "conv2": (), "conv3": ()}),
-    (Overwritten, IMAGE, {"conv1": (), "conv2": ()}),
+    (Overwritten, IMAGE, {"conv1": ("relu",), "conv2": ()}),
     (Partly, IMAGE, {"block.2": ("BatchNorm2d", "ReLU"), "conv": ()}),
     (OwnGradient, IMAGE, {"conv": ()}),
     (Shared, IMAGE, {"conv": ()}),
@@ -230,16 +231,17 @@ def test_a_value_of_a_chain_acts_as_the_tensor() -> None:
     for function in (
         lambda h: h + 1, lambda h: 2 - h, lambda h: h * h, lambda h: -h, lambda h: h[0], lambda h: h.mean((0, 2)),
         lambda h: torch.cat([h, h], 1), lambda h: h.flatten(1), lambda h: F.max_pool2d(h, 2), lambda h: h.T,
-        lambda h: F.conv2d(h, plain[:, :, :3, :3]), lambda h: F.relu(F.relu(h)), lambda h: h == h, lambda h: h.clone().relu_(),
-        lambda h: F.interpolate(h, size=(3, 3)), lambda h: F.interpolate(F.interpolate(h, scale_factor=2.0), scale_factor=2.0),
-        lambda h: torch.stack(list(h)), lambda h: copy.deepcopy(h.detach()), lambda h: F.batch_norm(h, None, None, training=True),
+        lambda h: F.conv2d(h, plain[:, :, :3, :3]), lambda h: F.relu(F.relu(h)), lambda h: h == h,
+        lambda h: h.clone().relu_(), lambda h: F.interpolate(h, size=(3, 3)), lambda h: torch.stack(list(h)),
+        lambda h: F.interpolate(F.interpolate(h, scale_factor=2.0), scale_factor=2.0),
+        lambda h: copy.deepcopy(h.detach()), lambda h: F.batch_norm(h, None, None, training=True),
         lambda h: F.relu(h * torch.arange(8.0, dtype=h.dtype).view(-1, 1, 1)) + torch.ones(1, C, 1, 1, dtype=h.dtype),
         lambda h: torch.from_numpy(h.detach().numpy()), lambda h: F.avg_pool2d(h, 2), lambda h: h / h.abs().max(),
     ):  # fmt: skip
         got = function(twin[0](x))
         assert_equal([got.tensor() if not isinstance(got, Tensor) else got], [function(model[0](x))])
     assert torch.equal(normed.tensor(), normed.tensor()) and normed.tensor() is normed.tensor()
-    with pytest.raises(TypeError, match="torch.autograd.Function"):
+    with pytest.raises(TypeError, match=r"torch\.autograd\.Function"):
         Guided.apply(twin[0](x))
     changed = x.clone()
     waiting = twin[1](twin[0](changed))

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import check_int, check_tensor
+from .._arguments import check_bool, check_int, check_tensor
 from ..ops.norm_act_conv2d import channel_moments
 from .conv2d import SparseConv2d
 from .deferred.plan import hooked, is_norm, may_defer, syncs
@@ -115,8 +115,11 @@ class NormActConv2d(nn.Module):
         check_tensor("input", input, 4)
         if check_int("residual_upsample", residual_upsample, 1) > 2:
             raise ValueError(f"residual_upsample must be 1 or 2, got {residual_upsample}")
-        if moments is not None and tuple(moments.shape) != (2, input.shape[1]):
+        if residual is not None:
+            check_tensor("residual", residual, 4)
+        if moments is not None and tuple(check_tensor("moments", moments).shape) != (2, input.shape[1]):
             raise ValueError(f"moments must have the shape (2, {input.shape[1]}), got {tuple(moments.shape)}")
+        check_bool("return_moments", return_moments)
         y: Any = self.conv(self._activated(input, moments, condition))
         if isinstance(y, Deferred):
             assert isinstance(y.work, Convolved)

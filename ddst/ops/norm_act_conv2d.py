@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .._arguments import check_bool, check_int, check_number, check_operands, check_tensor, check_type
+from .._arguments import (
+    check_bool,
+    check_int,
+    check_number,
+    check_operands,
+    check_tensor,
+    check_type,
+    check_weight_shape,
+)
 from ..topology import slot_count
 from .autograd import has_tangent
 from .conv2d import conv2d, output_is_channels_last, pair, resolve_padding
@@ -125,8 +133,8 @@ def norm_act_conv2d(
         if check_int(name, factor, 1) > 2:
             raise ValueError(f"{name} must be 1 or 2, got {factor}")
     check_operands(input, values, bias, topology)
-    if not isinstance(weight_shape, Sequence) or len(weight_shape) != 4:
-        raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {weight_shape!r}")
+    if len(check_weight_shape("weight_shape", weight_shape)) != 4:
+        raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
     negative_slope = check_number("negative_slope", negative_slope)
     check_bool("moments", moments)
     if residual is not None:

@@ -116,7 +116,8 @@ class Deferred:
     def dtype(self) -> torch.dtype:
         work = self.work
         if isinstance(work, Convolved):
-            return work.mode.autocast or work.values.dtype
+            own = work.values.dtype
+            return own if own == torch.float64 else work.mode.autocast or own
         return work.source.dtype if not work.steps or work.mode.autocast is None else self.tensor().dtype
 
     @property

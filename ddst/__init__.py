@@ -13,7 +13,7 @@ _extension.load()  # before anything that registers derivatives of the compiled 
 from . import distributed as distributed  # noqa: E402
 from . import functional as functional  # noqa: E402
 from ._extension import build_info  # noqa: E402
-from .convert import advise, dense_state_dict, densify, sparsify  # noqa: E402
+from .convert import advise, dense_state_dict, densify, fuse, sparsify, unfuse  # noqa: E402
 from .distributed import synchronize, watch  # noqa: E402
 from .freed_memory import keep_freed_memory  # noqa: E402
 from .gan import DDST, EMA, BalanceRatio, DensityController  # noqa: E402
@@ -53,9 +53,11 @@ __all__ = [
     "densify",
     "explain",
     "follow",
+    "fuse",
     "keep_freed_memory",
     "named_weights",
     "sparsify",
     "synchronize",
+    "unfuse",
     "watch",
 ]

@@ -51,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, declared in OPTIONS.items():
         if declared.kind is bool:
-            train.add_argument(flag(name), action="store_true", help=declared.help)
+            switch: Any = argparse.BooleanOptionalAction if declared.default is True else "store_true"
+            train.add_argument(flag(name), action=switch, help=declared.help)
             continue
         default = declared.shown or (None if declared.default is None else shown_value(declared.default))
         more: dict[str, Any] = {}

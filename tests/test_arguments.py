@@ -214,6 +214,18 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
          "block": 8, "only_if_faster": made_up_advice(), "sample": torch.ones(1, 16)},
     ),
     "densify": with_model(ddst.densify),
+    "fuse": with_model(ddst.fuse),
+    "unfuse": with_model(ddst.unfuse),
+    "NormActConv2d": lambda: (
+        sparse_nn.NormActConv2d,
+        {"conv": ddst.SparseConv2d(16, 16, 1, block=8), "norm": nn.BatchNorm2d(16), "activation": nn.ReLU(),
+         "condition": None, "upsample": 1, "pool": 1},
+    ),
+    "NormActConv2d.forward": lambda: (
+        sparse_nn.NormActConv2d(ddst.SparseConv2d(16, 16, 1, block=8)),
+        {"input": torch.ones(2, 16, 2, 2), "residual": torch.ones(2, 16, 2, 2), "moments": torch.ones(2, 16),
+         "residual_upsample": 1, "return_moments": True},
+    ),
     "synchronize": with_model(ddst.synchronize),
     "dense_state_dict": with_model(ddst.dense_state_dict),
     "advise": lambda: (
@@ -292,6 +304,12 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         ddst.DensityController().replay, {"decision": ddst.DensityController().decide(SUMMARY, 0.5, 9)},
     ),
     "conv2d": lambda: (ops.conv2d, packed(1, 1) | {"stride": 1, "padding": 0, "dilation": 1, "backend": "auto"}),
+    "channel_moments": lambda: (ops.channel_moments, {"input": torch.ones(2, 3, 4, 4)}),
+    "norm_act_conv2d": lambda: (
+        ops.norm_act_conv2d,
+        packed(1, 1) | {"stride": 1, "padding": 0, "dilation": 1, "norm": None, "negative_slope": 0.0, "upsample": 1,
+                        "pool": 1, "residual": None, "residual_upsample": 1, "moments": False, "backend": "auto"},
+    ),
     "conv_transpose2d": lambda: (
         ops.conv_transpose2d,
         packed(1, 1) | {"stride": 2, "padding": 0, "output_padding": 1, "dilation": 1, "backend": "auto"},
@@ -380,6 +398,7 @@ def test_every_public_function_is_among_the_cases() -> None:
     results = {
         "Explanation", "SparseLayer", "PackedWeight", "Advice", "NetworkStats", "UpdateReport", "BalanceSample",
         "Decision", "StepReport", "WindowSummary", "__version__", "build_info",
+        "Norm",  # an argument of norm_act_conv2d
         "watch",  # of a DistributedDataParallel, which needs processes: tests/distributed
     }  # fmt: skip
     public = {name for module in (ddst, ddst.functional, sparse_nn, sparsity, gan, ops) for name in module.__all__}

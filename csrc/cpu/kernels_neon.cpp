@@ -3,6 +3,7 @@
 
 #if defined(__aarch64__)
 #define DDST_NEON
+#include "block_vector.hpp"
 #include "dot.hpp"
 #include "gather.hpp"
 #include "layout.hpp"

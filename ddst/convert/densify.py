@@ -20,6 +20,7 @@ from ..nn.weight_norm import DENSE_KEYS as WEIGHT_NORM_KEYS
 from ..nn.weight_norm import dense_parts, torch_hook
 from .attached import packed_holders
 from .candidates import check_unsharded, places
+from .fuse import unfuse
 from .twins import carry_hooks
 
 
@@ -59,6 +60,7 @@ def densify(model: nn.Module) -> nn.Module:
     for holder in holders:
         check_detachable(holder)
     let_go(sparse_layers(model).values(), "layers are swapped for dense ones")
+    unfuse(model)
     twins: dict[int, nn.Module] = {}
     for holder in holders:
         for name in detach(holder):

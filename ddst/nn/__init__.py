@@ -5,9 +5,11 @@ from .conv1d import SparseConv1d
 from .conv2d import SparseConv2d
 from .conv_transpose1d import SparseConvTranspose1d
 from .conv_transpose2d import SparseConvTranspose2d
+from .deferred import functions as functions  # puts what torch's functions do into a table
 from .explain import Explanation, explain
 from .linear import SparseLinear
 from .named_weights import named_weights
+from .norm_act_conv2d import NormActConv2d
 from .origin import follow
 from .packed import factors as factors  # each puts its functions into the table
 from .packed import gradients as gradients
@@ -21,6 +23,7 @@ from .weight_norm import WeightNorm, remove_weight_norm, weight_norm
 
 __all__ = [
     "Explanation",
+    "NormActConv2d",
     "PackedParameter",
     "PackedWeight",
     "SparseConv1d",

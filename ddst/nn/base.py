@@ -19,6 +19,7 @@ from ..operator_view import operator_shape
 from ..ops.gradient_record import GradientRecord, ScoreRecorder
 from ..slot_change import SlotChange
 from . import recorded_scores
+from .deferred.value import tensor_of
 from .from_dense import copy_of
 from .origin import Origin, check_followers
 from .packed.callers import WeightUses
@@ -47,12 +48,14 @@ class SparseLayer(PackedStorage):
         spectral_norm: None, or the module that divides ``values`` by an estimate of the largest singular value.
         weight_norm: None, or the module that gives each row of ``values`` a length of its own. At most one of the two.
         runs: whether it has a forward pass, in which it takes norms.
+        takes_deferred: whether it computes what is put off in front of it (:mod:`ddst.nn.deferred`).
         transposed: whether the weight's first dimension is that of the input, so that its blocks are ``(b_in, b_out)``.
         dense_kind: the class of :mod:`torch.nn` whose sparse twin this is.
         carried: names of the attributes that :func:`ddst.sparsify` took over from the instance it swapped.
     """
 
     runs: ClassVar[bool] = True
+    takes_deferred: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
     dense_kind: ClassVar[type[nn.Module]]
     carried: tuple[str, ...] = ()
@@ -306,6 +309,8 @@ class SparseLayer(PackedStorage):
         if isinstance(input, torch.fx.Proxy):  # a leaf to torch.fx, as the dense layer is
             tracer: Any = input.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
+        if not self.takes_deferred:
+            arguments = (tensor_of(input), *arguments[1:])
         compute: Callable[..., Tensor] = self._compute
         if torch.compiler.is_compiling():
             if self._records and self.backend == "reference":  # which records by a hook, in Python

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .conv import SparseConvNd
+from .deferred.plan import Plan, convolve
+from .deferred.value import Deferred, tensor_of
 
 
 class SparseConv2d(SparseConvNd):
@@ -34,6 +36,9 @@ class SparseConv2d(SparseConvNd):
     Numerics and cost: those of :func:`ddst.ops.conv2d`; time and weight memory are proportional to density. Growth
     scores of grouped layers take a dense weight gradient of the grouped weight.
 
+    Attributes:
+        plan: what :func:`ddst.fuse` has found behind the layer, or None.
+
     >>> layer = SparseConv2d(64, 32, 3, padding=1, density=0.25)
     >>> layer(torch.randn(2, 64, 8, 8)).shape, tuple(layer.values.shape)
     (torch.Size([2, 32, 8, 8]), (18, 16, 16))
@@ -42,7 +47,9 @@ class SparseConv2d(SparseConvNd):
     """
 
     dims: ClassVar[int] = 2
+    takes_deferred: ClassVar[bool] = True
     dense_kind: ClassVar[type[nn.Module]] = nn.Conv2d
+    plan: Plan | None = None
 
     def __init__(
         self,
@@ -66,3 +73,10 @@ class SparseConv2d(SparseConvNd):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype, density, block, reserve,
         )  # fmt: skip
+
+    def _compute(self, input: Any) -> Tensor:
+        if self.plan is not None or isinstance(input, Deferred):
+            fused: Tensor | None = convolve(self, input)
+            if fused is not None:
+                return fused
+        return super()._compute(tensor_of(input))

@@ -53,6 +53,33 @@ def _weight_grad(
     return 2 * _active(topology, weight_shape, block) * (grad_output.numel() // weight_shape[0])
 
 
+def _fused_pixels(input: Tensor, weight_shape: Sequence[int], geometry: Sequence[Any]) -> int:
+    """Those that the convolution of a fused half block computes: of the upsampled map, before it is pooled."""
+    stride, padding, dilation, _, _, upsample, *_ = geometry
+    return input.shape[0] * math.prod(
+        (input.shape[2 + i] * upsample + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+
+
+@register_flop_formula(_ops.norm_act_conv2d, get_raw=True)
+def _fused_forward(input: Tensor, values: Tensor, *args: Any, out_val: Any) -> int:
+    topology, weight_shape, *geometry = args[6:]
+    return 2 * _active(topology, weight_shape, values.shape[1:]) * _fused_pixels(input, weight_shape, geometry)
+
+
+@register_flop_formula(_ops.norm_act_conv2d_input_grad, get_raw=True)
+def _fused_input_grad(grad_output: Tensor, input: Tensor, values: Tensor, *args: Any, out_val: Any) -> int:
+    topology, weight_shape, *geometry = args[4:]
+    return 2 * _active(topology, weight_shape, values.shape[1:]) * _fused_pixels(input, weight_shape, geometry)
+
+
+@register_flop_formula(_ops.norm_act_conv2d_weight_grad, get_raw=True)
+def _fused_weight_grad(grad_output: Tensor, input: Tensor, *args: Any, out_val: Any) -> int:
+    topology, weight_shape, block, *geometry = args[4:]
+    return 2 * _active(topology, weight_shape, block) * _fused_pixels(input, weight_shape, geometry)
+
+
 @register_flop_formula([_ops.conv2d_block_scores, _ops.linear_block_scores], get_raw=True)
 def _block_scores(grad_output: Tensor, input: Tensor, weight_shape: Sequence[int], *args: Any, out_val: Tensor) -> int:
     return 2 * math.prod(weight_shape) * (grad_output.numel() // weight_shape[0])

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .._arguments import check_int, check_tensor
+from .._arguments import (
+    check_bool,
+    check_int,
+    check_number,
+    check_operands,
+    check_tensor,
+    check_type,
+    check_weight_shape,
+)
 from ..topology import slot_count
 from .autograd import has_tangent
 from .conv2d import conv2d, output_is_channels_last, pair, resolve_padding
@@ -124,8 +132,15 @@ def norm_act_conv2d(
     for name, factor in (("upsample", upsample), ("pool", pool), ("residual_upsample", residual_upsample)):
         if check_int(name, factor, 1) > 2:
             raise ValueError(f"{name} must be 1 or 2, got {factor}")
-    if len(weight_shape) != 4:
+    check_operands(input, values, bias, topology)
+    if len(check_weight_shape("weight_shape", weight_shape)) != 4:
         raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
+    negative_slope = check_number("negative_slope", negative_slope)
+    check_bool("moments", moments)
+    if residual is not None:
+        check_tensor("residual", residual, 4)
+    if norm is not None:
+        check_type("norm", norm, Norm, "a Norm or None")
     check_tensor("input", input, 4)
     if input.shape[1] != weight_shape[1]:
         raise ValueError(f"input must have {weight_shape[1]} channels, got the shape {tuple(input.shape)}")

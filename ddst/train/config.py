@@ -104,6 +104,8 @@ class TrainConfig:
                              range=SHARE, metavar="SHARE", methods=SPARSE)
     backend: str = option("auto", str, "'reference' computes with dense weights and masks, for comparison",
                           choices=("auto", "reference"), methods=SPARSE)
+    fuse: bool = option(True, bool, "compute norms, activations, upsampling, pooling and sums within the sparse "
+                        "convolutions beside them, which takes less memory (default: --fuse)", methods=SPARSE)
     device: str = option("cpu", str, "where the networks are trained", choices=("cpu", "cuda"))
     batch_norm: str = option("local", str, "G's, with several processes: of each one's share of the batch, or of all",
                              choices=("local", "synced"))

@@ -31,6 +31,7 @@ from ddst.train.players import (
     build_networks,
     check_memory,
     discriminator_backward,
+    fuse_networks,
     gan_iteration,
     generator_backward,
     make_sparse,
@@ -121,6 +122,7 @@ class Trainer:
             check_memory(config, images.channels)
             generator, discriminator = build_networks(config, images.channels)
             sparse(config, generator, discriminator)
+            fuse_networks(config, generator, discriminator)
             self.players = with_optimizers(config, generator.to(self.device), discriminator.to(self.device))
             self.ema = EMA(generator, decay=config.ema, start=config.ema_start)
             self.scheduler = self._make_scheduler()

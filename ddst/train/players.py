@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
-from ddst.convert import sparsify
+from ddst.convert import fuse, sparsify
 from ddst.distributed import average_gradients
 from ddst.models import Discriminator, Generator
 from ddst.train.config import TrainConfig
@@ -86,6 +86,13 @@ def make_sparse(config: TrainConfig, generator: Generator, discriminator: Discri
         except ValueError as error:
             raise ConfigError(f"{flag(name)} {density}: {' '.join(str(error).split())}") from error
         net.train()
+
+
+def fuse_networks(config: TrainConfig, generator: Generator, discriminator: Discriminator) -> None:
+    """What the config says of fusing (:func:`ddst.fuse`); dense networks have nothing that could be."""
+    if config.fuse and config.method != "dense":
+        fuse(generator)
+        fuse(discriminator)
 
 
 def with_optimizers(config: TrainConfig, generator: Generator, discriminator: Discriminator) -> Players:

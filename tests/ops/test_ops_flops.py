@@ -49,3 +49,17 @@ def test_scores_cost_the_dense_weight_gradient_and_meta_counts_slots() -> None:
     assert counter.get_total_flops() == 2 * 64 * 64 * 3
     meta = ddst.SparseLinear(64, 64, density=0.25, reserve=0.5, device="meta")
     assert flops(meta, torch.empty(3, 64, device="meta"), backward=False) == 2 * (64 * 64 // 2) * 3
+
+
+def test_a_fused_half_block_counts_its_convolution() -> None:
+    """Over the upsampled map, before it is pooled."""
+    layer, x = ddst.SparseConv2d(32, 48, 3, padding=1, block=16, density=0.25), torch.randn(2, 32, 4, 5)
+    settings = {"padding": 1, "upsample": 2, "pool": 2}
+    call = (layer.values, None, layer.topology, layer.weight_shape)
+    one_pass = 2 * layer.active_weights * 2 * 8 * 10
+    with FlopCounterMode(display=False) as counter:
+        y, _ = ddst.ops.norm_act_conv2d(x.requires_grad_(), *call, **settings)
+    assert counter.get_total_flops() == one_pass
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * one_pass

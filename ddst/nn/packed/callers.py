@@ -25,12 +25,12 @@ class WeightUses:
         self.dense: set[str] = set()
 
 
-def inside_a_function() -> bool:
-    """Whether the forward pass of a torch.autograd.Function is being run, other than that of a checkpoint."""
+def inside_a_function(checkpoints: bool = False) -> bool:
+    """Whether the forward pass of a torch.autograd.Function is being run; that of a checkpoint only if asked for."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code is CheckpointFunction.forward.__code__:
+        if frame.f_code is CheckpointFunction.forward.__code__ and not checkpoints:
             return False
         if frame.f_code is _APPLY:
             return True

@@ -1,0 +1,119 @@
+"""What a value that is not computed yet is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ops.norm_act_conv2d import Norm
+
+if TYPE_CHECKING:
+    from ..conv2d import SparseConv2d
+
+#: A torch function and what it gets beside its first argument.
+Step = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
+
+
+class Mode(NamedTuple):
+    """Whether gradients are recorded, and the dtype of autocast, or None where it is off."""
+
+    grad: bool
+    autocast: torch.dtype | None
+
+
+def mode_of(device: torch.device) -> Mode:
+    """What torch's functions would run in now."""
+    kind = device.type
+    return Mode(torch.is_grad_enabled(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+
+
+def in_mode(mode: Mode, device: torch.device) -> AbstractContextManager[Any]:
+    """Runs torch's functions in that mode."""
+    stack = ExitStack()
+    stack.enter_context(torch.set_grad_enabled(mode.grad))
+    stack.enter_context(
+        torch.autocast(device.type, dtype=mode.autocast or torch.bfloat16, enabled=mode.autocast is not None)
+    )
+    return stack
+
+
+def version_of(tensor: Tensor) -> int:
+    """Counts the changes in place; compiled code knows none."""
+    return 0 if torch.compiler.is_compiling() else tensor._version
+
+
+class Activated(NamedTuple):
+    """``up(act(norm(source)))``.
+
+    Attributes:
+        source: ``[N, C, H, W]``.
+        mode: in which the last of it was asked for.
+        version: of source, when it was.
+        moments: of source, if they are known.
+        norm: with batch statistics or running ones; gamma and beta, one of which may be missing.
+        slope: of the leaky ReLU; 1 for none.
+        upsample: 1 or 2.
+        steps: torch's functions that make the same of source.
+        takes_norm: whether a batch norm of this is put off, too.
+        asks: whether a convolution is to wait for its epilogue whatever its plan is.
+        shared: whether others may hold source itself, so that changes in place have to be seen there.
+    """
+
+    source: Tensor
+    mode: Mode
+    version: int
+    moments: Tensor | None = None
+    norm: Norm | None = None
+    slope: float = 1.0
+    upsample: int = 1
+    steps: tuple[Step, ...] = ()
+    takes_norm: bool = False
+    asks: bool = False
+    shared: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n, c, h, w = self.source.shape
+        return n, c, h * self.upsample, w * self.upsample
+
+    @property
+    def is_doubled(self) -> bool:
+        """Whether it is nothing but the source upsampled."""
+        return self.norm is None and self.slope == 1 and self.upsample == 2
+
+    def tensor(self) -> Tensor:
+        """The value by torch's own functions."""
+        if self.steps:
+            self.check_source()
+        found = self.source
+        for function, args, named in self.steps:
+            found = function(found, *args, **named)
+        return found
+
+    def check_source(self) -> None:
+        """Raises where the value is lost."""
+        if version_of(self.source) != self.version:
+            raise RuntimeError(
+                "the input of a fused norm, activation or convolution was changed in place before it was read: call "
+                "ddst.unfuse(model), or do not change it"
+            )
+
+
+class Convolved(NamedTuple):
+    """``pool(conv(input))``: a convolution that has been called and waits for its epilogue.
+
+    Attributes:
+        layer: the convolution. input: what it reads. values: the packed weight it was called with.
+        mode: in which it was called.
+        pool: 1 or 2.
+    """
+
+    layer: SparseConv2d
+    input: Activated
+    values: Tensor
+    mode: Mode
+    pool: int = 1

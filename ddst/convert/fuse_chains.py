@@ -21,11 +21,13 @@ from .fuse_steps import (
     State,
     conv_at,
     described,
+    hands_through,
     input_of,
     is_pool,
     memory_of,
     other_summand,
     overwritten,
+    reads,
     step_of,
     takes_objects,
     users,
@@ -179,17 +181,21 @@ class Proof:
                 heads[user] = paths
         if not heads:
             return
-        modules = {head: self.trace.module(head) for head in heads}
         seen = {head: self._seeing({n for path in paths for n in path.nodes}) for head, paths in heads.items()}
-        for head, module in modules.items():
-            if module is not None:
-                shared = not self._is_fresh(value) or len(value.users) > 1
-                vote = Vote(seen[head] | {module}, is_norm(module), shared)
-                if isinstance(module, nn.SyncBatchNorm):  # in training it runs by itself
-                    self.votes.append((("output", module, None), Vote(vote.seen_by, shared=False)))
-                self._grant(heads[head], ("input", module, 0 if head.args else "input"), vote)
-        functions = [head for head, module in modules.items() if module is None]
-        norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm2d)]
+        fresh = self._is_fresh(value) and len(value.users) == 1
+        functions: list[Node] = []
+        norms: list[nn.Module] = []
+        for head, paths in heads.items():
+            module = self.trace.module(head)
+            if module is None or (overwritten(head, module) is not None and not fresh):
+                functions.append(head)  # whoever holds the value has to see it deferred
+                continue
+            vote = Vote(seen[head] | {module}, is_norm(module), not fresh)
+            if isinstance(module, nn.SyncBatchNorm):  # in training it runs by itself
+                self.votes.append((("output", module, None), Vote(vote.seen_by, shared=False)))
+            if isinstance(module, nn.BatchNorm2d):
+                norms.append(module)
+            self._grant(paths, ("input", module, 0 if head.args else "input"), vote)
         if functions or (norms and value in self.ended):
             self._put_off(value, heads, functions, norms, set().union(*seen.values()))
 
@@ -219,6 +225,9 @@ class Proof:
         trace, entered = self.trace, dict[Call, list[Node]]()
         for head in functions:
             around = [c for c in trace.scopes[head] if value in c.arguments.values()]
+            if overwritten(head, trace.module(head)) is not None:
+                self._refuse(heads[head], f"{described(trace, head)} overwrites what others may hold")
+                continue
             if around:
                 entered.setdefault(around[-1], []).append(head)
                 continue

@@ -238,6 +238,7 @@ def test_reasons() -> None:
     assert reason(after_norm(conv(padding_mode="reflect")), "2") == "padding_mode='reflect' pads what is activated"
     assert "also goes to the output" in reason(Elsewhere(), "conv1")
     assert "changes its input in place" in reason(Overwritten(), "conv1")
+    assert "overwrites what others may hold" in reason(nn.Sequential(nn.ReLU(inplace=True), conv()), "1")
     assert "no norm, activation or upsampling" in reason(Elsewhere(), "conv3")
     assert "several places" in reason(Shared(), "conv") or "also goes" in reason(Shared(), "conv")
     model = sparse(after_norm(conv()))

@@ -21,11 +21,13 @@ from .fuse_steps import (
     State,
     conv_at,
     described,
+    hands_through,
     input_of,
     is_pool,
     memory_of,
     other_summand,
     overwritten,
+    reads,
     step_of,
     takes_objects,
     users,
@@ -106,7 +108,7 @@ class Proof:
                 self.plans[conv].seen_by |= self._seeing(between)
         self.taken: set[Node] = set()  # inside of a chain that begins before
         for value in self.nodes:
-            if value not in self.taken:
+            if value not in self.taken and not hands_through(self.trace, value):
                 self._examine(value)
         for conv, vote in self.plans.items():
             if vote.plan.waits or vote.plan.hands_on:
@@ -149,7 +151,7 @@ class Proof:
             found = True
             epilogue = self.ended.get(user)
             residual = state == State(up=True) and epilogue is not None and self.epilogues[epilogue].sum is user
-            if (user in self.plans and input_of(user) is value) or (residual and value not in self.ended):
+            if (user in self.plans and reads(self.trace, user, value)) or (residual and value not in self.ended):
                 yield Path(user, names, nodes)
                 continue
             step = step_of(self.trace, user, value, state)
@@ -179,17 +181,21 @@ class Proof:
                 heads[user] = paths
         if not heads:
             return
-        modules = {head: self.trace.module(head) for head in heads}
         seen = {head: self._seeing({n for path in paths for n in path.nodes}) for head, paths in heads.items()}
-        for head, module in modules.items():
-            if module is not None:
-                shared = not self._is_fresh(value)
-                vote = Vote(seen[head] | {module}, is_norm(module), shared)
-                if isinstance(module, nn.SyncBatchNorm):  # in training it runs by itself
-                    self.votes.append((("output", module, None), Vote(vote.seen_by, shared=False)))
-                self._grant(heads[head], ("input", module, 0 if head.args else "input"), vote)
-        functions = [head for head, module in modules.items() if module is None]
-        norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm2d)]
+        fresh = self._is_fresh(value) and len(value.users) == 1
+        functions: list[Node] = []
+        norms: list[nn.Module] = []
+        for head, paths in heads.items():
+            module = self.trace.module(head)
+            if module is None or (overwritten(head, module) is not None and not fresh):
+                functions.append(head)  # whoever holds the value has to see it deferred
+                continue
+            vote = Vote(seen[head] | {module}, is_norm(module), not fresh)
+            if isinstance(module, nn.SyncBatchNorm):  # in training it runs by itself
+                self.votes.append((("output", module, None), Vote(vote.seen_by, shared=False)))
+            if isinstance(module, nn.BatchNorm2d):
+                norms.append(module)
+            self._grant(paths, ("input", module, 0 if head.args else "input"), vote)
         if functions or (norms and value in self.ended):
             self._put_off(value, heads, functions, norms, set().union(*seen.values()))
 
@@ -216,26 +222,30 @@ class Proof:
     def _enter(
         self, value: Node, heads: dict[Node, list[Path]], functions: list[Node], takes_norm: bool, stranger: Node | None
     ) -> None:
-        trace = self.trace
+        trace, entered = self.trace, dict[Call, list[Node]]()
         for head in functions:
             around = [c for c in trace.scopes[head] if value in c.arguments.values()]
-            if not around:
-                whence = f"also goes to {described(trace, stranger)}" if stranger else "comes from no module"
-                if value in trace.leaves and hooked(trace.leaves[value].module):
-                    whence = "comes from a module with hooks"
-                self._refuse(heads[head], f"what enters {described(trace, head)} {whence}")
+            if overwritten(head, trace.module(head)) is not None:
+                self._refuse(heads[head], f"{described(trace, head)} overwrites what others may hold")
                 continue
-            call = around[-1]
+            if around:
+                entered.setdefault(around[-1], []).append(head)
+                continue
+            whence = f"also goes to {described(trace, stranger)}" if stranger else "comes from no module"
+            if value in trace.leaves and hooked(trace.leaves[value].module):
+                whence = "comes from a module with hooks"
+            self._refuse(heads[head], f"what enters {described(trace, head)} {whence}")
+        for call, inner in entered.items():
+            paths = [path for head in inner for path in heads[head]]
             inside = [user for user in users(trace, value) if call in trace.scopes[user]]
             other = self._stranger(value, heads, inside)
             if other is not None:
-                reason = f"what enters {described(trace, head)} also goes to {described(trace, other)}"
-                self._refuse(heads[head], reason)
+                reason = f"what enters {described(trace, inner[0])} also goes to {described(trace, other)}"
+                self._refuse(paths, reason)
                 continue
             place = next(place for place, node in call.arguments.items() if node is value)
-            nodes = {n for path in heads[head] for n in path.nodes}
-            seen = self._seeing(nodes) | self._seeing({value}, call) | {call.module}
-            self._grant(heads[head], ("input", call.module, place), Vote(seen, takes_norm))
+            seen = self._seeing({n for path in paths for n in path.nodes}) | self._seeing({value}, call)
+            self._grant(paths, ("input", call.module, place), Vote(seen | {call.module}, takes_norm))
 
     def _stranger(self, value: Node, heads: dict[Node, list[Path]], among: Iterable[Node]) -> Node | None:
         """A use of a value that would not know it deferred, or defer it without need."""

@@ -53,11 +53,11 @@ def step_of(trace: Trace, node: Node, value: Node, state: State) -> Step | None:
     """What a node does to a value, if that can be put off in this state of the value."""
     module = trace.module(node)
     if module is not None:
-        return None if input_of(node) is not value or hooked(module) else _module_step(module, state)
+        return _module_step(module, state) if reads(trace, node, value) and not hooked(module) else None
     target = node.target
     if target in _MUL or target in _ADD:
         return _affine_step(node, value, state, target in _MUL)
-    if node.op == "placeholder" or input_of(node) is not value:
+    if node.op == "placeholder" or not reads(trace, node, value):
         return None
     if target in _RELU or target in _LEAKY:
         slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
@@ -129,7 +129,7 @@ def conv_at(trace: Trace, node: Node) -> SparseConv2d | None:
 
 def is_pool(trace: Trace, node: Node, value: Node) -> bool:
     """Whether a node takes the means of 2x2 pixels of a value."""
-    if input_of(node) is not value:
+    if not reads(trace, node, value):
         return False
     module: Any = trace.module(node)
     if type(module) is nn.AvgPool2d:
@@ -166,10 +166,24 @@ def overwritten(node: Node, module: nn.Module | None = None) -> Node | None:
 def users(trace: Trace, value: Node) -> Iterator[Node]:
     """The nodes that use a value, behind modules that hand it on as it is."""
     for user in value.users:
-        if type(trace.module(user)) is nn.Identity and not hooked(trace.leaves[user].module):
+        if hands_through(trace, user):
             yield from users(trace, user)
         else:
             yield user
+
+
+def hands_through(trace: Trace, node: Node) -> bool:
+    """Whether a node calls a module that returns what it gets."""
+    module = trace.module(node)
+    return type(module) is nn.Identity and not hooked(module)
+
+
+def reads(trace: Trace, node: Node, value: Node) -> bool:
+    """Whether a value is the first argument of a function or layer."""
+    given = input_of(node)
+    while isinstance(given, Node) and given is not value and hands_through(trace, given):
+        given = input_of(given)
+    return given is value
 
 
 def takes_objects(trace: Trace, node: Node) -> bool:

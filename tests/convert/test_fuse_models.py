@@ -160,6 +160,34 @@ class Shared(nn.Module):
         return self.norm(self.conv(F.relu(self.norm(x)))).tanh()
 
 
+class Twice(nn.Module):
+    """One input activated twice, by the function; behind modules that do nothing, as attention that is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3, self.nothing = conv(), conv(), conv(), nn.Identity()
+        self.norm = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.nothing(self.conv1(F.relu(x)) + self.conv2(F.relu(x)))
+        return self.conv3(F.relu(self.nothing(self.norm(h))))
+
+
+class Seen(nn.Module):
+    """A ReLU in place, and the tensor that it overwrote is used as well: the next code has to see it changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.conv = conv(C, C, 1), nn.ReLU(inplace=True), conv()
+        self.second, self.other = nn.Conv2d(C, C, 3, padding=1), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, k = self.first(x), self.second(x)
+        y = self.conv(self.relu(h))
+        z = self.other(F.relu(k, inplace=True))
+        return y * h + z * k
+
+
 class Dcgan(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
@@ -178,6 +206,8 @@ CASES: list[tuple[type[nn.Module], Any, dict[str, tuple[str, ...]]]] = [
     (Partly, IMAGE, {"block.2": ("BatchNorm2d", "ReLU"), "conv": ()}),
     (OwnGradient, IMAGE, {"conv": ()}),
     (Shared, IMAGE, {"conv": ()}),
+    (Twice, IMAGE, {"conv1": ("relu",), "conv2": ("relu",), "conv3": ("BatchNorm2d", "relu")}),
+    (Seen, IMAGE, {"first": (), "second": (), "conv": ("ReLU",), "other": ("relu",)}),
     (Dcgan, IMAGE, {"2": (), "5": ("BatchNorm2d", "ReLU")}),
 ]  # fmt: skip
 
@@ -208,6 +238,7 @@ def test_reasons() -> None:
     assert reason(after_norm(conv(padding_mode="reflect")), "2") == "padding_mode='reflect' pads what is activated"
     assert "also goes to the output" in reason(Elsewhere(), "conv1")
     assert "changes its input in place" in reason(Overwritten(), "conv1")
+    assert "overwrites what others may hold" in reason(nn.Sequential(nn.ReLU(inplace=True), conv()), "1")
     assert "no norm, activation or upsampling" in reason(Elsewhere(), "conv3")
     assert "several places" in reason(Shared(), "conv") or "also goes" in reason(Shared(), "conv")
     model = sparse(after_norm(conv()))

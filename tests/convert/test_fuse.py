@@ -149,7 +149,8 @@ def test_hooks_see_tensors() -> None:
         assert parts(report) < everything
         twin, report = fused_twin(model)
         handle = twin.get_submodule(name).register_forward_hook(hook)
-        twin.get_submodule(name).register_full_backward_hook(lambda m, i, o: None)
+        if name.endswith("conv1"):  # torch lets nothing change in place what such a module returns
+            twin.get_submodule(name).register_full_backward_hook(lambda m, i, o: None)
         assert_equal(step(twin, inputs), wanted)
     everywhere = nn.modules.module.register_module_forward_hook(hook)
     try:
@@ -174,7 +175,9 @@ def test_no_gradients_inference_and_autocast() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y, want = twin(*given), net(*given)
         assert y.dtype == want.dtype
-        assert torch.allclose(y.float(), want.float(), atol=0.05, rtol=0.05)
+        exact = net(*given)
+        errors = [float((result.float() - exact).square().mean()) for result in (y, want)]
+        assert errors[0] <= 2 * errors[1] + 1e-5
         y.float().sum().backward()
 
 

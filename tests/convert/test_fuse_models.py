@@ -100,15 +100,16 @@ class Overwritten(nn.Module):
         super().__init__()
         self.norm, self.conv1, self.conv2 = nn.BatchNorm2d(C), conv(), conv()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + 0
+    def forward(self, given: Tensor) -> Tensor:
+        x = given + 0
         with torch.no_grad():
             h = F.relu(self.norm(x))
             x.view(-1).add_(1)
             a = self.conv1(h)
             b = self.conv2(x)
             x.mul_(2)
-            return a.sum() + (b + x).sum() + 0 * self.conv1.bias.sum()
+            found = a.sum() + (b + x).sum()
+        return found + (given * self.conv1.bias.sum()).square().sum()
 
 
 class Partly(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from torch import nn
+from torch.fx import Node
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -107,7 +108,7 @@ def _make(mark: Mark, votes: list[Vote]) -> None:
 def _rows(model: nn.Module, proofs: list[Proof], made: set[Mark]) -> list[FusedConv]:
     found: dict[nn.Module, FusedConv] = {}
     for proof in proofs:
-        for conv in proof.convs:
+        for conv in (*proof.convs, *proof.readers):
             layer = proof.trace.leaves[conv].module
             names, mark = proof.fronts.get(conv, ((), None))
             reason = proof.reasons.get(conv, "")
@@ -127,8 +128,10 @@ def _rows(model: nn.Module, proofs: list[Proof], made: set[Mark]) -> list[FusedC
     return rows
 
 
-def _after(proof: Proof, conv: object, made: set[Mark]) -> tuple[str, ...]:
-    epilogue = next(found for node, found in proof.epilogues.items() if node is conv)
+def _after(proof: Proof, conv: Node, made: set[Mark]) -> tuple[str, ...]:
+    epilogue = proof.epilogues.get(conv)
+    if epilogue is None:  # a dense convolution
+        return ()
     layer = proof.trace.leaves[epilogue.conv].module
     if ("plan", layer, None) not in made:
         return ()

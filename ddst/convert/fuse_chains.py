@@ -27,6 +27,7 @@ from .fuse_steps import (
     memory_of,
     other_summand,
     overwritten,
+    reads_chain,
     reads,
     step_of,
     takes_objects,
@@ -79,6 +80,7 @@ class Proof:
     """What one trace shows.
 
     Attributes:
+        readers: nodes of dense convolutions that chains may end in, too.
         epilogues: by the node of the convolution.
         fronts: ``conv node -> (names of the steps in front, marks that they need)``.
         doubled: ``sum node -> mark`` of residuals whose upsampling is taken up.
@@ -97,6 +99,7 @@ class Proof:
         self.nodes = list(self.trace.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.convs = [node for node in self.nodes if conv_at(self.trace, node) is not None]
+        self.readers = [node for node in self.nodes if reads_chain(self.trace, node)]
         self._find_epilogues()
         self.ended = {epilogue.end: conv for conv, epilogue in self.epilogues.items()}
         self.plans = {conv: Vote({self.trace.leaves[conv].module}) for conv in self.convs}
@@ -113,7 +116,7 @@ class Proof:
         for conv, vote in self.plans.items():
             if vote.plan.waits or vote.plan.hands_on:
                 self.votes.append((("plan", self.trace.leaves[conv].module, None), vote))
-        for conv in self.convs:
+        for conv in (*self.convs, *self.readers):
             if conv not in self.fronts and conv not in self.reasons:
                 self.reasons[conv] = self._reason(conv)
 
@@ -151,7 +154,8 @@ class Proof:
             found = True
             epilogue = self.ended.get(user)
             residual = state == State(up=True) and epilogue is not None and self.epilogues[epilogue].sum is user
-            if (user in self.plans and reads(self.trace, user, value)) or (residual and value not in self.ended):
+            ends = user in self.plans or user in self.readers
+            if (ends and reads(self.trace, user, value)) or (residual and value not in self.ended):
                 yield Path(user, names, nodes)
                 continue
             step = step_of(self.trace, user, value, state)
@@ -273,7 +277,7 @@ class Proof:
             self.votes.append((mark, vote))
         for path in paths:
             self.taken.update(path.nodes)
-            if path.end in self.plans:
+            if path.end in self.plans or path.end in self.readers:
                 self.fronts[path.end] = (path.names, mark)
             else:
                 self.doubled[path.end] = mark
@@ -319,7 +323,9 @@ class Proof:
         if len(nodes) == 1:
             return f"reads what {described(self.trace, value)} makes, no norm, activation or upsampling"
         for node in nodes[:-1]:
-            strangers = [u for u in users(self.trace, node) if u not in nodes and u not in self.plans]
+            strangers = [
+                u for u in users(self.trace, node) if u not in nodes and u not in self.plans and u not in self.readers
+            ]
             if strangers:
                 return f"what {described(self.trace, node)} makes also goes to {described(self.trace, strangers[0])}"
         return f"{described(self.trace, nodes[-2])} and what follows are not all of a fused chain"

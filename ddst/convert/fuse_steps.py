@@ -127,6 +127,12 @@ def conv_at(trace: Trace, node: Node) -> SparseConv2d | None:
     return module if isinstance(module, SparseConv2d) and not hooked(module) and refusal(module) is None else None
 
 
+def reads_chain(trace: Trace, node: Node) -> bool:
+    """Whether a node calls a dense convolution that runs what is put off in front of it."""
+    module = trace.module(node)
+    return isinstance(module, nn.Conv2d) and getattr(type(module), "reads_deferred", False) and not hooked(module)
+
+
 def is_pool(trace: Trace, node: Node, value: Node) -> bool:
     """Whether a node takes the means of 2x2 pixels of a value."""
     if not reads(trace, node, value):

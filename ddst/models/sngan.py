@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ..nn.deferred.dense import convolve_dense, full_topology
+from ..nn.deferred.value import Deferred
+
 
 def generator_plan(resolution: int, width: int) -> tuple[int, list[int]]:
     """(bottom, channels): the side of the first feature map and the channel count after each up-block.
@@ -75,6 +78,8 @@ class ImageConv2d(nn.Conv2d):
 
     Attributes:
         sparsify_as: the layer of torch that it equals, for which `ddst.sparsify` takes it.
+        reads_deferred: `ddst.fuse` may put off the norm and activation in front of it, which it then runs itself, as a
+            convolution with all blocks active.
 
     Numerics: that of the sum in another order.
 
@@ -87,13 +92,21 @@ class ImageConv2d(nn.Conv2d):
     """
 
     sparsify_as = nn.Conv2d
+    reads_deferred = True
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        with torch.device("cpu"):
+            self.topology = full_topology(torch.empty_like(self.weight, device="cpu"))
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Deferred):
+            fused: Tensor | None = convolve_dense(self, input)
+            if fused is not None:
+                return fused
+            input = input.tensor()
         # F.fold adds column t at p + t − padding, so the taps go in mirrored.
         taps = self.weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, self.in_channels, 1, 1)
         columns = F.conv2d(input, taps).flatten(2)

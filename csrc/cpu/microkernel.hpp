@@ -39,8 +39,8 @@ struct Simd {
     store(p, v);
   }
 
-  // The loads are written in assembly: on x86 GCC otherwise folds each weight load into the multiply-adds that use
-  // it, which doubles the loads and halves the speed, and with NEON it computes an address for each of them. The
+  // The loads are written in assembly: on x86 GCC otherwise folds each weight load into the multiply-adds that use it,
+  // which doubles the loads and halves the speed, and with NEON it moves loads ahead until sums lie on the stack. The
   // kernels start with a compiler barrier, so that these loads (whose memory the compiler does not see) cannot move
   // above earlier stores.
   template <int kDisp>

@@ -1,6 +1,5 @@
 // The steps of the kernels with NEON: multiply-adds take one number from any lane of a register, so that a load brings
-// some numbers, and costs none of the units that multiply (a load that broadcasts costs one). Two loads a cycle for
-// four multiply-adds is what the sums in registers must make do with. Included only by microkernel.hpp.
+// some numbers and costs none of the units that multiply (one that broadcasts does). Included only by microkernel.hpp.
 #pragma once
 
 namespace ddst::cpu {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,21 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     ]
     assert command.main(line) == 0
     assert "sparselab none (sparselab is not installed)" in capsys.readouterr().out
+
+
+def test_the_table_of_a_run_with_other_packages_has_a_place_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(peers.MAKERS, "sparseprop", dense_peer)
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda name: "9.9")
+    kept, readme = tmp_path / "run.json", tmp_path / "README.md"
+    readme.write_text("\n".join(["top", *report.MARKERS, *report.PEER_MARKERS, "end"]))
+    line = ["--layer", CONV, "--density", "0.5", "--batch", "16", "--repeats", "1"]
+    assert command.main([*line, "--baseline", "dense", "sparseprop", "--json", str(kept)]) == 0
+    assert command.main(["table", str(kept), "--readme", str(readme)]) == 0
+    before, after = readme.read_text().split(report.PEER_MARKERS[0])
+    assert before.splitlines() == ["top", *report.MARKERS]
+    assert f"| {CONV}, SparseProp 9.9 | 16 |" in after
 
 
 def test_what_a_package_cannot_do_is_said() -> None:

@@ -54,8 +54,7 @@ class Variant:
 
 def checkpointed(players: Players) -> None:
     """Both networks with their residual blocks checkpointed."""
-    checkpoint_blocks(players.generator)
-    checkpoint_blocks(players.discriminator)
+    assert checkpoint_blocks(players.generator) and checkpoint_blocks(players.discriminator)
 
 
 #: Row -> how its networks run. What is sparse and fused takes one line more: "sparse-fused": Variant("static", fused).

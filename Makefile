@@ -2,7 +2,7 @@
 #   make demo    set up, train the default configuration on the embedded digits, show the table
 #   make test    set up, then formatting, lint, types and the tests; make test-all leaves none out (an hour)
 #   make wheel   dist/ddst-*.whl          make format   rewrite the sources in the project's format
-#   make bench   measure against dense    make clean    remove builds and caches (not .venv, not runs)
+#   make bench   what is to be reached    make clean    remove builds and caches (not .venv, not runs)
 #   make record-kernels  compile what changed since tests/**/{compiled,resources,recorded}.json were written, and write them
 #   make test-newest     the tests that need no compiled kernels with the newest torch and Triton, in a venv of their own
 #   make test-arm        cross-compile for Arm (aarch64), try the CPU kernels on an emulated processor: part of test-all
@@ -27,7 +27,7 @@ demo test test-all test-arm: export OMP_WAIT_POLICY ?= passive
 # tests/cuda/resources.json, and compiled by the tests where that no longer holds. Elsewhere it compiles for all.
 test test-all test-arm test-newest record-kernels lint check-format check-lint check-types: export DDST_CUDA_ARCHS ?= 90-real
 
-.PHONY: demo test test-all test-arm arm-tools test-newest record-kernels lint check-format check-lint check-types format wheel bench gpu clean
+.PHONY: demo test test-all test-arm arm-tools test-newest record-kernels lint check-format check-lint check-types format wheel bench bench-layers gpu clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the second demo goes to runs/demo-2.
@@ -79,7 +79,12 @@ format: $(VENV)/built
 wheel: $(VENV)/built
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
+# The table, and each figure beside another build: make bench ONLY='linear share' AGAINST=main, or AGAINST= for none.
+AGAINST ?= HEAD
 bench: $(VENV)/built
+	$(BIN)/python -P -m ddst.benchmarks goals $(if $(ONLY),--only $(ONLY)) $(if $(AGAINST),--against $(AGAINST))
+
+bench-layers: $(VENV)/built
 	$(BIN)/pytest -q benchmarks/bench_layers.py --benchmark-min-rounds=3 --benchmark-max-time=0.3 \
 		--benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
 	$(BIN)/python -P -m ddst.benchmarks

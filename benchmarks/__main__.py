@@ -149,7 +149,8 @@ def table_of(runs: list[dict[str, Any]]) -> tuple[str, tuple[str, str]]:
         return memory_table.markdown(runs), memory_table.MARKERS
     if kinds != {"layers"} or len(runs) > 1:
         raise ValueError(f"one run of layers, or several of --memory make a table, got {len(runs)} of {sorted(kinds)}")
-    return report.markdown(runs[0]), report.MARKERS
+    others = any("of_dense" in b for row in runs[0]["rows"] for b in row.get("step", {}).get("baselines", {}).values())
+    return report.markdown(runs[0]), report.PEER_MARKERS if others else report.MARKERS
 
 
 def chosen_cases(arguments: argparse.Namespace) -> list[registry.Case]:

@@ -1,4 +1,4 @@
-"""What a whole training step shall reach, and reaches: one row a figure, each measured by the command that stands there.
+"""What a whole training step shall reach, and reaches: one row a figure, measured by the command that stands there.
 
     python -m ddst.benchmarks goals                         `make bench`
     python -m ddst.benchmarks goals --only linear share     some of them
@@ -34,7 +34,7 @@ class Figure:
 
     Attributes:
         what: is measured. before: what it was when the goal was set (two Zen 4 cores, commit bb2608b). goal: to reach.
-        read: takes the figure from a kept run. unit: behind numbers. most: the goal is the most it may be, not the least.
+        read: takes the figure from a kept run. unit: behind numbers. most: the goal is the most it may be.
     """
 
     what: str
@@ -78,6 +78,16 @@ def gflops(run: Run) -> float:
     return run["rows"][0]["passes"]["forward"]["peak_share"] * run["machine"]["peak_gflops"]
 
 
+def outside(run: Run) -> float:
+    """Per cent of an iteration, by `operator-share`."""
+    return 100 * run["rows"][0]["share"]
+
+
+def whole(run: Run) -> float:
+    """Speed-up of the one row of `biggan`."""
+    return run["rows"][0]["speedup"]["median"]
+
+
 def _row(run: Run, key: str, value: object) -> Run:
     return next(row for row in run["rows"] if row[key] == value)
 
@@ -107,7 +117,7 @@ GOALS = {
     ),
     "share": Goal(
         "operator-share",
-        (Figure("share of an iteration outside of ddst:: operators, 10 %", "42 %", 25.0, lambda run: 100 * run["rows"][0]["share"], " %", True),),
+        (Figure("share of an iteration outside of ddst:: operators, 10 %", "42 %", 25.0, outside, " %", True),),
     ),
     "step": Goal(
         "freed-memory",
@@ -127,7 +137,7 @@ GOALS = {
     ),
     "biggan": Goal(
         "biggan",
-        (Figure("BigGAN-like iteration at 64², 10 % of the multiply-adds", "-", 6.0, lambda run: run["rows"][0]["speedup"]["median"]),),
+        (Figure("BigGAN-like iteration at 64², 10 % of the multiply-adds", "-", 6.0, whole),),
     ),
 }  # fmt: skip
 

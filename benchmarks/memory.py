@@ -54,8 +54,7 @@ class Variant:
 
 def checkpointed(players: Players) -> None:
     """Both networks with their residual blocks checkpointed."""
-    checkpoint_blocks(players.generator)
-    checkpoint_blocks(players.discriminator)
+    assert checkpoint_blocks(players.generator) and checkpoint_blocks(players.discriminator)
 
 
 #: Row -> how its networks run. What is sparse and fused takes one line more: "sparse-fused": Variant("static", fused).
@@ -136,10 +135,10 @@ def _plain(name: str) -> str:
 
 def wrong(case: registry.Case, runner: Runner) -> list[str]:
     """Gradients and buffers of a row that differ from those of the plain networks of its method."""
-    plain = Runner(case, Variant(runner.variant.method))
-    if runner.variant == plain.variant:
-        return wrong_gradients(runner.players) if runner.variant.method != "dense" else []
-    ours, theirs = runner.gradients(), plain.gradients()
+    plain = Variant(runner.variant.method)
+    if runner.variant == plain:
+        return [] if plain.method == "dense" else wrong_gradients(runner.players)
+    ours, theirs = runner.gradients(), Runner(case, plain).gradients()
     if ours.keys() != theirs.keys():
         return [f"gradients and buffers of other names: {sorted(ours.keys() ^ theirs.keys())}"]
     return [name for name, expected in theirs.items() if not _close(ours[name], expected, _largest(theirs, name))]

@@ -18,6 +18,7 @@ from ddst._extension import cpu_capability
 from ddst.benchmarks.runner import Row, Settings
 from ddst.measure import peak
 
+PEER_MARKERS = ("<!-- peers: begin -->", "<!-- peers: end -->")  # of a run that also measured other packages
 PACKAGES = {"sparseprop": "SparseProp", "sparselab": "SparseLab"}
 MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 ROOT = Path(ddst.__file__).resolve().parents[1]
@@ -173,7 +174,8 @@ def markdown(run: dict[str, Any]) -> str:
         f"ratios of {settings['clock']} time, in "
         f"brackets what the floor allows. {where}, {machine['capability']}, {settings['threads']} thread(s), measured "
         f"peak {machine['peak_gflops']:g} GFLOP/s and {machine['bandwidth_gbytes']:g} GB/s; torch "
-        f"{run['versions']['torch']}, commit {run['commit']}, {run['date']}.",
+        f"{run['versions']['torch']}, commit {run['commit']}, {run['date']}; allocator: "
+        f"{run.get('allocator', 'the C library, as it is')}.",
     ]
     return "\n".join(lines)
 

@@ -47,10 +47,11 @@ def keep_freed_memory() -> bool:
     Cost: the process keeps the most memory it ever needed at once, and with glibc before 2.39 more: torch asks for
         aligned blocks, what is cut off in front of one goes elsewhere, and when the block is freed it is a little too
         small to serve the same size again (sourceware bug 30723). In a training step this can double the resident
-        memory of activations. Where something small is kept at every step, such as a list of losses, a program grows
+        memory of activations. Where something small is kept at every step, such as a list of losses, a program can grow
         by a whole activation a step, *with this function and without it* (blocks above 32 MiB: with it only).
         ``THP_MEM_ALLOC_ENABLE=1`` in the environment, before torch is imported, mends that: torch then aligns blocks
-        to pages, so that what is cut off comes back. ``ddst train`` sets it, where it is not set.
+        to pages, so that what is cut off comes back. ``ddst train`` sets it, where it is not set (``python -m ddst``
+        does not: it would come too late).
         Blocks that other threads than the first one allocate come from heaps of at most 64 MiB, which glibc returns
         when they are empty, whatever is set; torch's backward pass on the CPU runs in the thread that calls it.
 

@@ -397,13 +397,13 @@ def test_a_wrong_argument_works_or_is_named(case: str) -> None:
 def test_every_public_function_is_among_the_cases() -> None:
     results = {
         "Explanation", "SparseLayer", "PackedWeight", "Advice", "NetworkStats", "UpdateReport", "BalanceSample",
-        "Decision", "StepReport", "WindowSummary", "__version__", "build_info",
+        "Decision", "StepReport", "WindowSummary", "__version__", "build_info", "keep_freed_memory",
         "Norm",  # an argument of norm_act_conv2d
         "watch",  # of a DistributedDataParallel, which needs processes: tests/distributed
     }  # fmt: skip
     public = {name for module in (ddst, ddst.functional, sparse_nn, sparsity, gan, ops) for name in module.__all__}
     assert public - results <= set(CASES)
-    assert not inspect.signature(ddst.build_info).parameters
+    assert not any(inspect.signature(function).parameters for function in (ddst.build_info, ddst.keep_freed_memory))
 
 
 def test_numpys_numbers_are_numbers_and_bools_are_not() -> None:

@@ -36,7 +36,7 @@ def as_before(module: nn.Module) -> Iterator[None]:
 
 
 class Checkpointed(nn.Module):
-    """``block(x)``, of which only ``x`` is saved for the backward pass; the rest is computed a second time there.
+    """``block(...)``, of which only its inputs are saved for the backward pass; the rest is computed again there.
 
     Outputs, gradients, running statistics and spectral norm's vectors are those of the block alone.
     """
@@ -45,17 +45,19 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x: Tensor) -> Any:
-        return checkpoint(self.block, x, use_reentrant=False, context_fn=partial(_contexts, self.block))
+    def forward(self, *inputs: Tensor) -> Any:
+        return checkpoint(self.block, *inputs, use_reentrant=False, context_fn=partial(_contexts, self.block))
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     return nullcontext(), as_before(block)
 
 
-def checkpoint_blocks(network: nn.Module) -> None:
-    """Puts each module of the network's `blocks` (a Sequential) into a :class:`Checkpointed`, in place."""
-    blocks = network.get_submodule("blocks")
-    assert isinstance(blocks, nn.Sequential)
+def checkpoint_blocks(network: nn.Module) -> bool:
+    """Puts each module of the network's list `blocks` into a :class:`Checkpointed`, in place; False: it has none."""
+    blocks = getattr(network, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        return False
     for i, block in enumerate(blocks):
         blocks[i] = Checkpointed(block)
+    return True

@@ -25,7 +25,7 @@ class Timing:
         seconds: of the run's networks, with their present masks. dense: of the dense twin. pairs: iterations of each.
         peak_bytes: weights, gradients, Adam's state, the average, saved tensors and workspaces at their peak.
         dense_peak_bytes, checkpointed_peak_bytes: of the dense twin, plain and with activation checkpointing of its
-            residual blocks.
+            residual blocks (None: networks without such a list).
     """
 
     seconds: float
@@ -33,7 +33,7 @@ class Timing:
     pairs: int
     peak_bytes: int
     dense_peak_bytes: int
-    checkpointed_peak_bytes: int
+    checkpointed_peak_bytes: int | None
 
     @property
     def speedup(self) -> float:
@@ -84,9 +84,9 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
             networks = [who.generator, who.discriminator, average.module]
             return peak_memory(iteration, networks, [who.optimizer_g, who.optimizer_d], device.type).peak
 
-        peaks = [peak(mine), peak(twin)]
-        for network in (twin.generator, twin.discriminator):
-            checkpoint_blocks(network)
-        peaks.append(peak(twin))
+        peak_bytes, dense_peak_bytes = peak(mine), peak(twin)
+        listed = [checkpoint_blocks(network) for network in (twin.generator, twin.discriminator)]
+        checkpointed = peak(twin) if all(listed) else None
     sparse, dense = zip(*times, strict=True)
-    return Timing(statistics.median(sparse), statistics.median(dense), len(times), *peaks)
+    medians = statistics.median(sparse), statistics.median(dense)
+    return Timing(*medians, len(times), peak_bytes, dense_peak_bytes, checkpointed)

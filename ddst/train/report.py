@@ -132,13 +132,14 @@ def table(summary: Summary) -> str:
             f"measured beside a dense twin (median of {timing.pairs} iterations each, final masks): "
             f"{timing.seconds:.4f} s, dense {timing.dense:.4f} s: {timing.speedup:.2f}x as fast"
         )
-        ratio, checkpointed = (
-            timing.peak_bytes / dense for dense in (timing.dense_peak_bytes, timing.checkpointed_peak_bytes)
-        )
+        beside = f"dense {megabytes(timing.dense_peak_bytes)}: {timing.peak_bytes / timing.dense_peak_bytes:.2f} of it"
+        if timing.checkpointed_peak_bytes is not None:
+            beside += (
+                f" (dense with activation checkpointing {megabytes(timing.checkpointed_peak_bytes)}: "
+                f"{timing.peak_bytes / timing.checkpointed_peak_bytes:.2f} of it)"
+            )
         lines.append(
-            f"memory of an iteration at its peak, weight state included: {megabytes(timing.peak_bytes)}, dense "
-            f"{megabytes(timing.dense_peak_bytes)}: {ratio:.2f} of it (dense with activation checkpointing "
-            f"{megabytes(timing.checkpointed_peak_bytes)}: {checkpointed:.2f} of it)"
+            f"memory of an iteration at its peak, weight state included: {megabytes(timing.peak_bytes)}, {beside}"
         )
     quality = summary.quality
     if quality is None:

@@ -65,7 +65,9 @@ def test_the_command_compares_layers_and_whole_gan_iterations(
     assert f"in place of dense: the build of {INSTALLED}, after 2 exchanges of every mask" in printed
     assert printed[-1].startswith("largest ratio this build / the other: x")
     table = printed[printed.index(against.HEAD) + 1 : -1]
-    assert [line.split("  [")[0].split()[-4] for line in table] == 2 * ["forward", "dgrad", "wgrad", "step"] + ["step"]
+    names = [line.split("  [")[0].split()[-4] for line in table[:-1]]
+    assert names == 2 * ["forward", "dgrad", "wgrad", "step"] + ["step"]
+    assert table[-1].split()[:2] == ["peak", "MiB"]
     assert table[0].startswith(f"{CASE.layer:<24}     2   50% 8x8   random forward")
     run = report.load(kept)
     assert run["against"] == str(INSTALLED)
@@ -74,6 +76,9 @@ def test_the_command_compares_layers_and_whole_gan_iterations(
         for figures in (*row["passes"].values(), row["step"]):
             ratio = figures["baselines"]["build"]["ratio"]
             assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    peak = run["rows"][-1]["peak"]
+    assert peak["bytes"] == pytest.approx(peak["other"], rel=1e-3)  # the same build twice
+    assert peak["ratio"] == pytest.approx(1, rel=1e-3)
 
 
 def test_a_wrong_a_failing_and_a_dying_build_are_reported(tmp_path: Path) -> None:

@@ -39,6 +39,16 @@ def test_a_run_prints_a_table_and_keeps_json_and_picture(tmp_path: Path, capsys:
     assert SMALL.name in capsys.readouterr().out
 
 
+def test_the_allocator_can_be_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "keep_freed_memory", lambda: pytest.fail("was set"))
+    kept = tmp_path / "run.json"
+    assert command.main([*LINE, "--baseline", "dense", "--allocator", "default", "--json", str(kept)]) == 0
+    assert report.load(kept)["allocator"] == "default"
+    assert "allocator: default" in capsys.readouterr().out
+
+
 def test_wrong_rows_make_the_command_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "measure", lambda case, _: wrong_row(case))
     assert command.main(LINE) == 1
@@ -86,6 +96,7 @@ def test_layers_of_ones_own_shape(capsys: pytest.CaptureFixture[str]) -> None:
         (["--exchanges", "3"], "--exchanges"),
         (["--against", "HEAD", "--exchanges", "-1"], "--exchanges"),
         (["--against", "HEAD", "--picture", "x.png"], "--picture"),
+        (["--against", "HEAD", "--allocator", "default"], "--allocator default"),
         (["table", "missing.json"], "missing.json"),
     ],
 )

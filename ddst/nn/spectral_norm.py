@@ -217,7 +217,7 @@ class SpectralNorm(nn.Module):
         wide = values.to(self._wide_dtype(values))
         sigma = self._sigma(wide, layer.backend, iterations, version)
         # All blocks may be zero, as new ones are: then nothing is to be divided, and 0 / 0 must not come out.
-        return (wide / (sigma + (sigma == 0))).to(values.dtype)
+        return (wide * (sigma + (sigma == 0)).reciprocal()).to(values.dtype)
 
     @torch.no_grad()
     def sigma(self, layer: SparseLayer) -> Tensor:

@@ -101,6 +101,17 @@ def test_a_holder_trains_as_what_it_holds(wrap, method):
     torch.testing.assert_close(held.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_adam_over_all_layers_at_once_trains_as_adam_layer_by_layer(how, method):
+    def other(adam):
+        return torch.optim.Adam(adam.param_groups[0]["params"], lr=adam.defaults["lr"], **how)
+
+    (plain, adam, _), (at_once, fast, _) = train(lambda o: o, method), train(other, method)
+    assert isinstance(adam, torch.optim.Adam) and fast.defaults | how == fast.defaults
+    torch.testing.assert_close(at_once.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
+
+
 def test_ddst_takes_holders():
     gan = ToyGan()
     gan.opt_g, gan.opt_d = Holder(gan.opt_g), Holder(gan.opt_d)

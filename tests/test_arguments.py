@@ -278,7 +278,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "DDST.load_state_dict": lambda: loaded(
         ddst.DDST(**networks(), total_steps=99, interval_g=9, interval_d=9, br_every=1, br_window=4)
     ),
-    "EMA": with_model(ddst.EMA, decay=0.9, start=0),
+    "EMA": with_model(ddst.EMA, decay=0.9, start=0, ramp=0.1),
     "EMA.load_state_dict": lambda: loaded(ddst.EMA(sparse_model())),
     "BalanceRatio": lambda: (ddst.BalanceRatio, {"window": 4, "average": "ratio_of_means", "eps": 1e-3}),
     "BalanceRatio.add": lambda: (ddst.BalanceRatio().add, {"alpha": 0.1, "beta": 0.5, "sign": None}),

@@ -169,8 +169,8 @@ class DDST:
         published: bool = False,
         ema: EMA | None = None,
         seed: int = 0,
-        generate: Callable[[Any], Tensor] | None = None,
-        score: Callable[[Tensor], Tensor] | None = None,
+        generate: Callable[[Any], Any] | None = None,
+        score: Callable[[Any], Tensor] | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_one_of("mode", mode, MODES)

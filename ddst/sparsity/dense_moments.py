@@ -44,8 +44,8 @@ class DenseMoments:
             group = next(g for g in stepping.param_groups if any(p is layer.values for p in g["params"]))
             if "betas" not in group or len(group["betas"]) != 2 or group.get("amsgrad"):
                 raise ValueError(
-                    'grown_second_moment="dense" (and published=True) needs Adam, AdamW or NAdam without amsgrad, whose '
-                    f"moments it keeps, got {type(stepping).__name__}"
+                    'grown_second_moment="dense" (and published=True) needs Adam, AdamW or NAdam without amsgrad, '
+                    f"whose moments it keeps, got {type(stepping).__name__}"
                 )
             self._betas[name] = (float(group["betas"][0]), float(group["betas"][1]))
         self._held: dict[str, dict[str, Tensor]] = {

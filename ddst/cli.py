@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from ddst import __version__, build_info
 from ddst.gan.controller import MODES, SIGNALS
 from ddst.train.config import OPTIONS, REPLAYED
+from ddst.train.methods import CALLED
 from ddst.train.options import flag, shown_value
 from ddst.train.terminal import lenient_streams, one_line
 
@@ -87,7 +88,7 @@ def _add_option(parser: argparse.ArgumentParser, name: str) -> None:
         more["metavar"] = declared.metavar
     text = declared.help + (f" (default: {default})" if default else "")
     if declared.methods:
-        text += f" (with {', '.join(declared.methods)})"
+        text += f" (with {CALLED.get(declared.methods, ', '.join(declared.methods))})"
     parser.add_argument(flag(name), type=_converter(declared.kind), help=text.replace("%", "%%"), **more)
 
 

@@ -10,9 +10,19 @@ from typing import Any
 
 from ddst.gan.losses import LOSSES
 from ddst.gan.presets import PRESETS as METHOD_PARTS
-from ddst.gan.presets import Preset
 from ddst.models.families import FAMILIES, latent_of
 from ddst.sparsity.schedule import FINAL_FRACTION
+from ddst.train.methods import (
+    CHANGING,
+    CONTROLLED,
+    EXCHANGING_D,
+    METHODS,
+    MOVING,
+    PRUNING,
+    SPARSE,
+    SPARSE_D,
+    STEERED,
+)
 from ddst.train.options import (
     BELOW_ONE,
     BOUNDS,
@@ -36,23 +46,6 @@ from ddst.train.options import (
     shown_value,
 )
 
-# ddst-strict last: it has most of all settings, and what says which methods have one ends with it.
-METHODS = (*(name for name in METHOD_PARTS if name != "ddst-strict"), "ddst-strict")
-
-
-def _with(holds: Callable[[Preset], bool]) -> tuple[str, ...]:
-    return tuple(name for name in METHODS if METHOD_PARTS[name].sparse and holds(METHOD_PARTS[name]))
-
-
-SPARSE = _with(lambda m: True)
-SPARSE_D = _with(lambda m: not m.dense_d)
-MOVING = _with(lambda m: m.moves_g)
-STEERED = _with(lambda m: m.steers_d)
-CONTROLLED = _with(lambda m: m.controls_d)
-# Those that exchange D's blocks where --algorithm-d says so, and those that change blocks of any network.
-EXCHANGING_D = _with(lambda m: m.mode == "strict" or not (m.dense_d or m.steers_d))
-CHANGING = _with(lambda m: m.moves_g or m.steers_d or m.method == "prune" or not m.dense_d)
-PRUNING = _with(lambda m: m.method == "prune")
 PRESETS = ("demo", "sngan32", "sngan48", "biggan32")
 EXEMPT = ("none", "ends")
 

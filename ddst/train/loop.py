@@ -7,7 +7,6 @@ import math
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from ddst.data import ImageSet, Sampler
 from ddst.distributed import average_numbers
-from ddst.gan import DDST, EMA, PRESETS, StepReport
+from ddst.gan import EMA, StepReport
 from ddst.gan.unperturbed import unperturbed
 from ddst.models.families import FAMILIES
 from ddst.sparsity.stats import FlopCounter, TrainingFlops
@@ -44,6 +43,7 @@ from ddst.train.players import (
 from ddst.train.processes import agreed, first, share, together
 from ddst.train.rules import Misfit
 from ddst.train.samples import generate, save_grid
+from ddst.train.scheduler import make_scheduler
 from ddst.train.state_schema import check_state
 from ddst.train.terminal import OneLineError
 
@@ -112,14 +112,13 @@ class Trainer:
         self.classes = self._count_classes()
         self._share = share(config.batch)
         self.out = Path(config.out)
-        self.warnings: list[str] = []
         with setting_errors(), fitting("networks of these --width-g, --width-d and --latent"):
             check_memory(config, images.channels)
             generator, discriminator = build_networks(config, images.channels, self.classes)
             sparse(config, generator, discriminator)
             self.players = with_optimizers(config, generator.to(self.device), discriminator.to(self.device))
             self.ema = EMA(generator, decay=config.ema, start=config.ema_start, ramp=config.ema_ramp)
-            self.scheduler = self._make_scheduler()
+            self.scheduler, self.warnings = make_scheduler(config, self.players, self.ema)
         self.sampler = Sampler(len(images) * (2 if config.flips else 1), config.batch, config.seed)
         self._noise = torch.Generator().manual_seed(config.seed + 1)
         self.grid_noise = torch.randn(GRID, config.latent, generator=torch.Generator().manual_seed(config.seed + 2))
@@ -149,54 +148,6 @@ class Trainer:
                 FlopCounter(players.generator, (noise, *label), lambda inputs: players.generator(*inputs)),
                 FlopCounter(players.discriminator, (image, *label), lambda inputs: players.discriminator(*inputs)),
             )
-
-    def _make_scheduler(self) -> DDST:
-        c = self.config
-        parts, game, players = PRESETS[c.method], self.players.game, self.players
-        plain = game.plain and not FAMILIES[c.model].conditional
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            scheduler = DDST(
-                self.players.generator,
-                self.players.discriminator,
-                self.players.optimizer_g,
-                self.players.optimizer_d,
-                total_steps=c.steps,
-                mode=parts.mode,
-                method=parts.method,
-                method_d=None if c.algorithm_d == "static" else c.algorithm_d,
-                signal=parts.signal,
-                published=c.published,
-                random_share=c.random_share,
-                prune_to=c.density if parts.method == "prune" else None,
-                prune_at=c.prune_at if parts.method == "prune" else None,
-                generate=None if plain else lambda noise: game.images(players.generator, noise),
-                score=None if plain else lambda images: game.scores_again(players.discriminator, images),
-                interval_g=c.interval_g,
-                interval_d=c.interval_d,
-                bounds=c.bounds,
-                delta=c.delta,
-                density_range=(c.density_d_min, c.density_d_max),
-                br_every=c.br_every,
-                br_window=c.br_window,
-                br_average=c.br_average,
-                br_eps=c.br_eps,
-                warmup=c.warmup,
-                drop_fraction=c.drop_fraction,
-                drop_fraction_d=c.drop_fraction_d,
-                drop_fraction_end=c.drop_fraction_end,
-                schedule=c.drop_schedule,
-                scope=c.scope,
-                ranking=c.ranking,
-                max_norm_share=c.max_norm_share,
-                grown_second_moment=c.grown_second_moment,
-                exempt_g=() if c.exempt_g == "none" else c.exempt_g,
-                exempt_d=() if c.exempt_d == "none" else c.exempt_d,
-                ema=self.ema,
-                seed=c.seed,
-            )
-        self.warnings = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-        return scheduler
 
     def noise_of(self, generator: torch.Generator) -> Inputs:
         """A batch's noise, this process's share, with classes where the networks have some."""

@@ -22,7 +22,7 @@ GROW = {"bounds": (-2e9, -1e9)}
 MODELS = {
     "resnet": {},
     "biggan": {"latent": 8},
-    "dcgan": {"width_g": 32, "width_d": 32},
+    "dcgan": {"width_g": 32, "width_d": 32, "resolution": 16},
     "r3gan": {},
     "stylegan2": {},
 }
@@ -92,13 +92,14 @@ def test_every_model_takes_a_step_at_its_sizes(tmp_path, model, resolution, sett
     for net in (trainer.players.generator, trainer.players.discriminator):
         assert sparse_layers(net)
     before = [layer.values.detach().clone() for layer in sparse_layers(trainer.players.generator).values()]
-    loss_d, loss_g, _ = trainer.train_step()
-    assert math.isfinite(loss_d) and math.isfinite(loss_g)
+    for _ in range(2):  # behind weights that begin at 0 gradients come in the second step
+        loss_d, loss_g, _ = trainer.train_step()
+        assert math.isfinite(loss_d) and math.isfinite(loss_g)
     moved = [
         not torch.equal(layer.values, was)
         for layer, was in zip(sparse_layers(trainer.players.generator).values(), before, strict=True)
     ]
-    assert sum(moved) > len(moved) * (0.3 if model == "r3gan" else 0.5)  # some begin behind weights that are 0
+    assert sum(moved) > len(moved) / 2
     assert generate(trainer.ema.module, trainer.grid_noise[:3]).shape == (3, 1, resolution, resolution)
 
 
@@ -242,11 +243,16 @@ def test_a_step_that_the_scaler_skips_moves_no_blocks(tmp_path):
 
 
 def test_what_g_gained_is_measured_on_equally_augmented_images(tmp_path, monkeypatch):
-    trainer = trainer_for(tmp_path, augment="color,translation,cutout", lr=1e-12, br_every=1)
-    for _ in range(3):
-        sample = trainer.train_step()[2].sample
-        assert abs(sample.alpha) < 1e-5  # G has all but stood still: another augmentation would move the scores
-        assert abs(sample.beta) > 1e-4
+    """G all but stands still: what moves the scores beyond the power iteration is another augmentation."""
+
+    def largest_gain():
+        trainer = trainer_for(tmp_path, augment="color,translation,cutout", lr=1e-12)
+        samples = [trainer.train_step()[2].sample for _ in range(4)]
+        return max(abs(sample.alpha) / max(abs(sample.beta), 1e-3) for sample in samples)
+
+    assert largest_gain() < 0.01
+    monkeypatch.setattr(Game, "scores_again", Game.scores)
+    assert largest_gain() > 0.05
 
 
 def test_a_checkpoint_with_a_damaged_scaler_is_refused(tmp_path):

@@ -109,6 +109,8 @@ class Runner:
         players = self.players
         found: dict[str, Tensor] = {}
         with self._budget():
+            for optimizer in (players.optimizer_d, players.optimizer_g):
+                optimizer.zero_grad(set_to_none=True)
             discriminator_backward(players, self.reals[0], self.noise)
             found |= _gradients("D", players.discriminator)
             generator_backward(players, self.noise)

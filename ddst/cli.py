@@ -1,4 +1,4 @@
-"""The command line: `ddst train --out DIR ...`, and `ddst info` for what this installation can do."""
+"""The command line: `ddst train --out DIR ...`, `ddst replay LOG`, `ddst info` for what this installation can do."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ddst import __version__, build_info, keep_freed_memory
-from ddst.train.config import OPTIONS
+from ddst.gan.controller import MODES, SIGNALS
+from ddst.train.config import OPTIONS, REPLAYED
+from ddst.train.methods import CALLED
 from ddst.train.options import flag, shown_value
 from ddst.train.terminal import lenient_streams, one_line
 
@@ -43,40 +46,78 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a GAN",
-        description="Train an SNGAN, dense or sparse. Exit code 0: done (or ended by --stop-after); 2: a setting, a "
+        description="Train a GAN, dense or sparse. Exit code 0: done (or ended by --stop-after); 2: a setting, a "
         "folder or a checkpoint is wrong, nothing was written; 130, 143: ended by Ctrl-C or SIGTERM after the current "
         "step, with a checkpoint; 1: training broke off.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, declared in OPTIONS.items():
-        if declared.kind is bool:
-            switch: Any = argparse.BooleanOptionalAction if declared.default is True else "store_true"
-            train.add_argument(flag(name), action=switch, help=declared.help)
-            continue
-        default = declared.shown or (None if declared.default is None else shown_value(declared.default))
-        more: dict[str, Any] = {}
-        if declared.words > 1:
-            more["nargs"] = declared.words
-        if declared.choices:
-            more["choices"] = declared.choices
-        elif declared.metavar:
-            more["metavar"] = declared.metavar
-        text = declared.help + (f" (default: {default})" if default else "")
-        if declared.methods:
-            text += f" (with {', '.join(declared.methods)})"
-        train.add_argument(flag(name), type=_converter(declared.kind), help=text.replace("%", "%%"), **more)
+    for name in OPTIONS:
+        _add_option(train, name)
+    replay = commands.add_parser(
+        "replay",
+        help="the controller of D's density again over a run's log",
+        description="Decide again from the measurements in a run's log, with other settings: a table beside the run's "
+        "own decisions, and a picture. Settings that are not given are the run's.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    replay.add_argument("log", metavar="LOG", type=Path, help="log.jsonl of a run, or the run's folder")
+    replay.add_argument("--mode", choices=MODES, help="range and what is done at its end (default: the run's)")
+    replay.add_argument("--signal", choices=SIGNALS, help="what is held within the bounds (default: the run's)")
+    replay.add_argument("--out", metavar="FILE", type=Path, help="the picture (default: replay.png beside the log)")
+    for name in REPLAYED:
+        _add_option(replay, name)
     commands.add_parser("info", help="show version, libraries and instruction sets", allow_abbrev=False)
     return parser
+
+
+def _add_option(parser: argparse.ArgumentParser, name: str) -> None:
+    """The option of a setting of a run."""
+    declared = OPTIONS[name]
+    if declared.kind is bool:
+        switch: Any = argparse.BooleanOptionalAction if declared.default is True else "store_true"
+        parser.add_argument(flag(name), action=switch, help=declared.help)
+        return
+    default = declared.shown or (None if declared.default is None else shown_value(declared.default))
+    more: dict[str, Any] = {}
+    if declared.words > 1:
+        more["nargs"] = declared.words
+    if declared.choices:
+        more["choices"] = declared.choices
+    elif declared.metavar:
+        more["metavar"] = declared.metavar
+    text = declared.help + (f" (default: {default})" if default else "")
+    if declared.methods:
+        text += f" (with {CALLED.get(declared.methods, ', '.join(declared.methods))})"
+    parser.add_argument(flag(name), type=_converter(declared.kind), help=text.replace("%", "%%"), **more)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (argparse exits by itself for --help and wrong options)."""
     given = vars(build_parser().parse_args(arguments))
-    if given.pop("command") == "info":
+    command = given.pop("command")
+    if command == "info":
         return _info()
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     with lenient_streams():
-        return _train({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        return _replay(settings) if command == "replay" else _train(settings)
+
+
+def _replay(given: dict[str, Any]) -> int:
+    from ddst.train.options import ConfigError
+
+    try:
+        from ddst.train.replay import run_replay
+
+        rest = (given.pop("log"), given, given.pop("mode", None), given.pop("signal", None), given.pop("out", None))
+        return run_replay(*rest)
+    except ConfigError as error:
+        return _ended(2, f"error: {error}", "replay")
+    except OSError as error:
+        return _ended(
+            1, f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", "replay"
+        )
 
 
 def _info() -> int:
@@ -108,8 +149,8 @@ def _train(given: dict[str, Any]) -> int:
         return _ended(130, "interrupted")
 
 
-def _ended(code: int, why: str) -> int:
-    print(f"ddst train: {one_line(why)}", file=sys.stderr)
+def _ended(code: int, why: str, command: str = "train") -> int:
+    print(f"ddst {command}: {one_line(why)}", file=sys.stderr)
     return code
 
 

@@ -239,14 +239,15 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         dict(zip(("model", "optimizer"), trained(), strict=True))
         | {"method": "rigl", "total_steps": 9, "interval": 3, "drop_fraction": 0.3, "drop_fraction_end": 0.1,
            "schedule": "cosine", "scope": None, "ranking": None, "max_norm_share": None, "exempt": None,
-           "grown_second_moment": None, "begin": 0, "end": None, "seed": 0, "generator": None},
+           "random_share": 0.0, "prune_to": None, "prune_at": None, "grown_second_moment": None, "begin": 0,
+           "end": None, "seed": 0, "generator": None},
     ),
     "SparseTraining.load_state_dict": lambda: loaded(ddst.SparseTraining(*trained(), total_steps=9)),
     "TopologyUpdater": lambda: (
         sparsity.TopologyUpdater,
         dict(zip(("model", "optimizer"), trained(), strict=True))
         | {"growth": "gradient", "scope": None, "ranking": None, "max_norm_share": None, "exempt": None,
-           "grown_second_moment": None, "generator": None},
+           "grown_second_moment": None, "random_share": 0.0, "generator": None},
     ),
     "exchange": lambda: (updater().exchange, {"fraction": 0.5, "step": 0}),
     "change_density": lambda: (updater().change_density, {"target": 0.5, "step": 0}),
@@ -274,10 +275,12 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "DDST": lambda: (
         ddst.DDST,
         networks()
-        | {"total_steps": 99, "mode": "strict", "method": "rigl", "interval_g": 9, "interval_d": 9, "delta": 0.05,
+        | {"total_steps": 99, "mode": "strict", "method": "rigl", "method_d": None, "interval_g": 9, "interval_d": 9,
+           "delta": 0.05,
            "bounds": (0.4, 0.6), "density_range": None, "br_every": 1, "br_window": 4, "br_average": None,
            "br_eps": 1e-3, "warmup": 0, "drop_fraction": None, "drop_fraction_d": None, "drop_fraction_end": 0.1,
            "schedule": "cosine", "scope": None, "ranking": None, "max_norm_share": None, "grown_second_moment": None,
+           "signal": "balance_ratio", "random_share": 0.0, "published": False, "prune_to": None, "prune_at": None,
            "exempt_g": None, "exempt_d": None, "ema": None, "seed": 0, "generate": None, "score": None},
     ),
     "DDST.step": lambda: (
@@ -287,14 +290,15 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "DDST.load_state_dict": lambda: loaded(
         ddst.DDST(**networks(), total_steps=99, interval_g=9, interval_d=9, br_every=1, br_window=4)
     ),
-    "EMA": with_model(ddst.EMA, decay=0.9, start=0),
+    "EMA": with_model(ddst.EMA, decay=0.9, start=0, ramp=0.1),
     "EMA.load_state_dict": lambda: loaded(ddst.EMA(sparse_model())),
     "BalanceRatio": lambda: (ddst.BalanceRatio, {"window": 4, "average": "ratio_of_means", "eps": 1e-3}),
-    "BalanceRatio.add": lambda: (ddst.BalanceRatio().add, {"alpha": 0.1, "beta": 0.5}),
+    "BalanceRatio.add": lambda: (ddst.BalanceRatio().add, {"alpha": 0.1, "beta": 0.5, "sign": None}),
     "BalanceRatio.load_state_dict": lambda: loaded(ddst.BalanceRatio()),
     "DensityController": lambda: (
         ddst.DensityController,
-        {"mode": "strict", "bounds": (0.4, 0.6), "delta": 0.05, "density_range": None, "warmup": 0},
+        {"mode": "strict", "bounds": (0.4, 0.6), "delta": 0.05, "density_range": None, "warmup": 0,
+         "signal": "real_sign", "published": False},
     ),
     "decide": lambda: (
         ddst.DensityController().decide,
@@ -397,7 +401,8 @@ def test_a_wrong_argument_works_or_is_named(case: str) -> None:
 def test_every_public_function_is_among_the_cases() -> None:
     results = {
         "Explanation", "SparseLayer", "PackedWeight", "Advice", "NetworkStats", "UpdateReport", "BalanceSample",
-        "Decision", "StepReport", "WindowSummary", "__version__", "build_info", "keep_freed_memory",
+        "Decision", "Preset", "PRESETS", "StepReport", "WindowSummary", "__version__", "build_info",
+        "keep_freed_memory",
         "Norm",  # an argument of norm_act_conv2d
         "watch",  # of a DistributedDataParallel, which needs processes: tests/distributed
     }  # fmt: skip

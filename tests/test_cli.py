@@ -114,7 +114,7 @@ def test_what_only_the_library_refuses_is_one_line_that_names_the_option(tmp_pat
     def refuses(*args, **kwargs):
         raise TypeError("drop_fraction must be\nsomething else")
 
-    monkeypatch.setattr("ddst.train.loop.DDST", refuses)
+    monkeypatch.setattr("ddst.train.scheduler.DDST", refuses)
     assert code_of(["train", *WORDS, "--out", tmp_path / "run"]) == 2
     assert_one_line(capsys, "error: --drop-fraction must be something else")
     assert not (tmp_path / "run").exists()

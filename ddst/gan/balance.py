@@ -1,4 +1,4 @@
-"""The balance ratio: how much of the generator's distance to the data one generator step makes up."""
+"""The balance ratio: how much of the generator's distance to the data one generator step makes up; D's sign."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ddst._arguments import check_int, check_number, check_one_of, check_state_keys
 
 AVERAGES = ("ratio_of_means", "mean_of_ratios")
+_Sample = tuple[float, float, float | None]
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class BalanceSample:
         alpha: ``E[D(G_post(z))] − E[D(G_pre(z))]``.
         beta: ``E[D(x)] − E[D(G_pre(z))]``.
         ratio: ``alpha / beta``, or None where beta is at most ε or something is not finite.
+        sign: ``E[sign D(x)]``, −1 … 1, or None where it was not measured.
     """
 
     alpha: float
     beta: float
     ratio: float | None
+    sign: float | None = None
 
     def as_dict(self) -> dict[str, float | None]:
         """Plain values that JSON can hold: numbers that are not finite become None."""
@@ -43,6 +46,7 @@ class WindowSummary:
         mean_alpha, mean_beta: over the window, 0 when it is empty.
         balance_ratio: the averaged ratio, finite, or None.
         reason: why ``balance_ratio`` is None; empty otherwise.
+        mean_sign: over the samples that have a sign, None where none has.
     """
 
     samples: int
@@ -51,6 +55,7 @@ class WindowSummary:
     mean_beta: float
     balance_ratio: float | None
     reason: str = ""
+    mean_sign: float | None = None
 
     @property
     def full(self) -> bool:
@@ -98,18 +103,25 @@ class BalanceRatio:
         self.average = check_one_of("average", average, AVERAGES)
         self.eps = check_number("eps", eps, 0)
         self.rejected = 0
-        self._samples: deque[tuple[float, float]] = deque(maxlen=window)
+        self._samples: deque[_Sample] = deque(maxlen=window)
 
-    def add(self, alpha: float, beta: float) -> BalanceSample:
-        """Takes one measurement into the window; the oldest leaves when it is full."""
+    def add(self, alpha: float, beta: float, sign: float | None = None) -> BalanceSample:
+        """Takes one measurement into the window; the oldest leaves when it is full.
+
+        Args:
+            alpha, beta: as in :class:`BalanceSample`. sign: ``E[sign D(x)]``, of which only the mean is kept
+                (:attr:`WindowSummary.mean_sign`, the signal of StyleGAN2-ADA); it is no part of the ratio.
+        """
+        if sign is not None:
+            sign = check_number("sign", sign, -1, 1)
         # Means of scores may come as tensors.
         alpha, beta = (x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (alpha, beta))
         alpha, beta = check_number("alpha", alpha, finite=False), check_number("beta", beta, finite=False)
         if not (math.isfinite(alpha) and math.isfinite(beta)):
             self.rejected += 1
-            return BalanceSample(alpha, beta, None)
-        self._samples.append((alpha, beta))
-        return BalanceSample(alpha, beta, self._ratio(alpha, beta))
+            return BalanceSample(alpha, beta, None, sign)
+        self._samples.append((alpha, beta, sign))
+        return BalanceSample(alpha, beta, self._ratio(alpha, beta), sign)
 
     @property
     def value(self) -> float | None:
@@ -127,8 +139,10 @@ class BalanceRatio:
         if not count:
             return WindowSummary(0, self.window, 0.0, 0.0, None, "no sample yet")
         # Divided first: the sum of finite numbers may overflow, their mean cannot.
-        alpha = math.fsum(a / count for a, _ in self._samples)
-        beta = math.fsum(b / count for _, b in self._samples)
+        alpha = math.fsum(a / count for a, _, _ in self._samples)
+        beta = math.fsum(b / count for _, b, _ in self._samples)
+        signs = [s for _, _, s in self._samples if s is not None]
+        sign = math.fsum(signs) / len(signs) if signs else None
         reason = ""
         if self.average == "ratio_of_means":
             value = self._ratio(alpha, beta)
@@ -137,11 +151,11 @@ class BalanceRatio:
                     f"mean beta {beta:.3g} is not above {self.eps:.3g}: D does not rate data above generated images"
                 )
         else:
-            ratios = [r for r in (self._ratio(a, b) for a, b in self._samples) if r is not None]
+            ratios = [r for r in (self._ratio(a, b) for a, b, _ in self._samples) if r is not None]
             value = math.fsum(r / len(ratios) for r in ratios) if 2 * len(ratios) >= count else None
             if value is None:
                 reason = f"beta is not above {self.eps:.3g} in {count - len(ratios)} of {count} samples"
-        return WindowSummary(count, self.window, alpha, beta, value, reason)
+        return WindowSummary(count, self.window, alpha, beta, value, reason, sign)
 
     def _ratio(self, alpha: float, beta: float) -> float | None:
         if not beta > self.eps:
@@ -156,5 +170,6 @@ class BalanceRatio:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`; when the window is smaller now, the newest samples are kept."""
         check_state_keys(state, ("samples", "rejected"))
-        self._samples = deque(((float(a), float(b)) for a, b in state["samples"]), maxlen=self.window)
+        samples = ((float(a), float(b), None if s is None else float(s)) for a, b, s in state["samples"])
+        self._samples = deque(samples, maxlen=self.window)
         self.rejected = int(state["rejected"])

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ddst._arguments import check_int, check_number, check_one_of, check_type
+from ddst._arguments import check_bool, check_int, check_number, check_one_of, check_type
 from ddst.gan.balance import WindowSummary
 
 MODES = ("relaxed", "strict")
+SIGNALS = ("balance_ratio", "real_sign")
 KEEP, GROW, DROP, EXCHANGE = "keep", "grow", "drop", "exchange"
 
 
@@ -48,63 +49,15 @@ class Decision:
         return Decision(**{**fields, "window": WindowSummary(**fields["window"])})
 
 
-@dataclass(frozen=True)
-class DensityController:
-    """``d += Δ`` where ``BR > B+``, ``d −= Δ`` where ``BR < B−``, within ``[d_min, d_max]``.
+class DecisionRule:
+    """What decides about D's density: ``(window, density, step) → Decision``, a pure function.
 
-    | | "relaxed" | "strict" |
-    | --- | --- | --- |
-    | density range | 0.05 … 1 | 0.05 … 0.5 |
-    | BR > B+ | ``d + Δ``, at most d_max | the same; at d_max "exchange": DST at constant density |
-    | BR < B− | ``d − Δ``, at least d_min | the same |
-    | B− ≤ BR ≤ B+ | keep | keep |
-
-    Kept, with the reason: in the first ``warmup`` steps, before the window is full, where the window has no ratio (β
-    near zero or negative), and at the end of the range. A density that starts outside the range is never moved further
-    out, and never jumps: "drop" from above d_max takes Δ at a time.
-
-    Args:
-        mode: "relaxed" or "strict".
-        bounds: ``(B−, B+)``.
-        delta: ``Δ``, above 0.
-        density_range: ``(d_min, d_max)``; None: that of the mode.
-        warmup: steps without a decision.
-
-    Raises:
-        ValueError: an argument outside its range.
-
-    Source: Wang et al., *Balanced Training for Sparse GANs* (2023), dynamic density adjustment, both settings.
-
-    >>> controller = DensityController("strict")
-    >>> window = WindowSummary(100, 100, 0.3, 0.5, 0.6)
-    >>> controller.decide(window, density=0.5, step=2000).action
-    'exchange'
-    >>> decision = controller.decide(window, density=0.1, step=2000)
-    >>> decision.action, round(decision.new_density, 3), decision.reason
-    ('grow', 0.15, 'balance ratio 0.6 is above 0.55: D is too weak')
-    >>> controller.replay(decision) == decision
-    True
+    Attributes:
+        density_range: ``(d_min, d_max)``, the densities it asks for. warmup: steps without a decision.
     """
 
-    mode: str = "relaxed"
-    bounds: tuple[float, float] = (0.45, 0.55)
-    delta: float = 0.05
-    density_range: tuple[float, float] | None = None
+    density_range: tuple[float, float] | None
     warmup: int = 0
-
-    def __post_init__(self) -> None:
-        check_one_of("mode", self.mode, MODES)
-        low, high = check_pair("bounds", self.bounds)
-        if not low <= high:
-            raise ValueError(f"bounds must be (B-, B+) with B- at most B+, got {self.bounds}")
-        check_number("delta", self.delta, most=1, above=0)
-        given = (0.05, 1.0 if self.mode == "relaxed" else 0.5) if self.density_range is None else self.density_range
-        d_min, d_max = check_pair("density_range", given)
-        if not 0 <= d_min <= d_max <= 1:
-            raise ValueError(f"density_range must be (d_min, d_max) with 0 <= d_min <= d_max <= 1, got {given}")
-        check_int("warmup", self.warmup, 0)
-        object.__setattr__(self, "bounds", (low, high))
-        object.__setattr__(self, "density_range", (d_min, d_max))
 
     def decide(
         self,
@@ -131,34 +84,18 @@ class DensityController:
         check_int("step", step)
         for name, value in (("lowest", lowest), ("highest", highest), ("resolution", resolution)):
             check_number(name, value)
-
-        def decision(action: str, new_density: float, reason: str) -> Decision:
-            return Decision(step, action, density, new_density, reason, window, lowest, highest, resolution)
-
         assert self.density_range is not None
-        d_min, d_max = max(self.density_range[0], lowest), min(self.density_range[1], highest)
+        ends = max(self.density_range[0], lowest), min(self.density_range[1], highest)
         # Densities are sums of shares: 0.1 + 8 · 0.05 is not 0.5.
         margin = max(resolution, 1e-9)
-        low, high = self.bounds
-        ratio = window.balance_ratio
-        if step <= self.warmup:
-            return decision(KEEP, density, f"warm-up until step {self.warmup}")
-        if not window.full:
-            return decision(KEEP, density, f"window holds {window.samples} of {window.capacity} samples")
-        if ratio is None or not math.isfinite(ratio):
-            return decision(KEEP, density, f"no balance ratio: {window.reason or 'not finite'}")
-        if ratio > high:
-            why = f"balance ratio {ratio:.3g} is above {high:.3g}: D is too weak"
-            if density < d_max - margin:
-                return decision(GROW, min(density + self.delta, d_max), why)
-            at_end = f"{why}, but its density {density:.3g} is at the upper end {d_max:.3g}"
-            return decision(EXCHANGE if self.mode == "strict" else KEEP, density, at_end)
-        if ratio < low:
-            why = f"balance ratio {ratio:.3g} is below {low:.3g}: D is too strong"
-            if density > d_min + margin:
-                return decision(DROP, max(density - self.delta, d_min), why)
-            return decision(KEEP, density, f"{why}, but its density {density:.3g} is at the lower end {d_min:.3g}")
-        return decision(KEEP, density, f"balance ratio {ratio:.3g} is within {low:.3g} and {high:.3g}")
+        action, new_density, reason = self._choose(window, density, step, ends, margin)
+        return Decision(step, action, density, new_density, reason, window, lowest, highest, resolution)
+
+    def _choose(
+        self, window: WindowSummary, density: float, step: int, ends: tuple[float, float], margin: float
+    ) -> tuple[str, float, str]:
+        """(action, new density, reason); ``margin``: how near to one of the ends is at the end."""
+        raise NotImplementedError
 
     def replay(self, decision: Decision) -> Decision:
         """Decides again from what a logged decision was made from: equal to it if the settings are the same."""
@@ -172,6 +109,108 @@ class DensityController:
             resolution=decision.resolution,
         )
 
+
+@dataclass(frozen=True)
+class DensityController(DecisionRule):
+    """``d += Δ`` where ``BR > B+``, ``d −= Δ`` where ``BR < B−``, within ``[d_min, d_max]``.
+
+    | | "relaxed" | "strict" |
+    | --- | --- | --- |
+    | density range | 0.05 … 1 | 0.05 … 0.5 |
+    | BR > B+ | ``d + Δ``, at most d_max | the same; at d_max "exchange": DST at constant density |
+    | BR < B− | ``d − Δ``, at least d_min | the same |
+    | B− ≤ BR ≤ B+ | keep | keep |
+
+    Kept, with the reason: in the first ``warmup`` steps, before the window is full, where the window has no ratio (β
+    near zero or negative), and at the end of the range. A density that starts outside the range is never moved further
+    out, and never jumps: "drop" from above d_max takes Δ at a time.
+
+    The authors' code does two things otherwise than their text, which is what is followed here; ``published=True`` is
+    the code: a ratio *on* a bound counts as beyond it, and a strict D *above* d_max is left alone where BR > B+ (here
+    it is exchanged there, too: a D that starts too dense would otherwise never move again).
+
+    ``signal="real_sign"`` decides by StyleGAN2-ADA's signal ``E[sign D(x)]`` in place of BR, with the directions
+    swapped: a large one says that D is sure of the data, so D shrinks above the upper bound and grows below the lower.
+
+    Args:
+        mode: "relaxed" or "strict".
+        bounds: ``(B−, B+)``; None: (0.45, 0.55), with "real_sign" (0.55, 0.65), around ADA's published target 0.6.
+        delta: ``Δ``, above 0.
+        density_range: ``(d_min, d_max)``; None: that of the mode.
+        warmup: steps without a decision.
+        signal: "balance_ratio" or "real_sign". published: decide on the bounds and above d_max as the code does.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Wang et al., *Balanced Training for Sparse GANs* (2023), dynamic density adjustment, both settings; Karras
+        et al., *Training Generative Adversarial Networks with Limited Data* (2020), section 3, for the sign.
+
+    >>> controller = DensityController("strict")
+    >>> window = WindowSummary(100, 100, 0.3, 0.5, 0.6)
+    >>> controller.decide(window, density=0.5, step=2000).action
+    'exchange'
+    >>> decision = controller.decide(window, density=0.1, step=2000)
+    >>> decision.action, round(decision.new_density, 3), decision.reason
+    ('grow', 0.15, 'balance ratio 0.6 is above 0.55: D is too weak')
+    >>> controller.replay(decision) == decision
+    True
+    """
+
+    mode: str = "relaxed"
+    bounds: tuple[float, float] | None = None
+    delta: float = 0.05
+    density_range: tuple[float, float] | None = None
+    warmup: int = 0
+    signal: str = "balance_ratio"
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("mode", self.mode, MODES)
+        check_one_of("signal", self.signal, SIGNALS)
+        check_bool("published", self.published)
+        usual = (0.45, 0.55) if self.signal == "balance_ratio" else (0.55, 0.65)
+        low, high = check_pair("bounds", usual if self.bounds is None else self.bounds)
+        if not low <= high:
+            raise ValueError(f"bounds must be (B-, B+) with B- at most B+, got {self.bounds}")
+        check_number("delta", self.delta, most=1, above=0)
+        given = (0.05, 1.0 if self.mode == "relaxed" else 0.5) if self.density_range is None else self.density_range
+        check_int("warmup", self.warmup, 0)
+        object.__setattr__(self, "bounds", (low, high))
+        object.__setattr__(self, "density_range", check_range("density_range", given))
+
+    def _choose(
+        self, window: WindowSummary, density: float, step: int, ends: tuple[float, float], margin: float
+    ) -> tuple[str, float, str]:
+        assert self.bounds is not None
+        (d_min, d_max), (low, high) = ends, self.bounds
+        by_ratio = self.signal == "balance_ratio"
+        value, name = (window.balance_ratio, "balance ratio") if by_ratio else (window.mean_sign, "sign of D(x)")
+        if step <= self.warmup:
+            return KEEP, density, f"warm-up until step {self.warmup}"
+        if not window.full:
+            return KEEP, density, f"window holds {window.samples} of {window.capacity} samples"
+        if value is None or not math.isfinite(value):
+            why = (window.reason or "not finite") if by_ratio else "it was not measured"
+            return KEEP, density, f"no {name}: {why}"
+        above, below = value > high, value < low
+        if self.published:
+            above, below = value >= high, not value >= high and value <= low
+        if not (above or below):
+            return KEEP, density, f"{name} {value:.3g} is within {low:.3g} and {high:.3g}"
+        bound, weak = high if above else low, above if by_ratio else below
+        place = "on" if value == bound else "above" if above else "below"
+        why = f"{name} {value:.3g} is {place} {bound:.3g}: D is too {'weak' if weak else 'strong'}"
+        if weak:
+            if density < d_max - margin:
+                return GROW, min(density + self.delta, d_max), why
+            at_end = f"{why}, but its density {density:.3g} is at the upper end {d_max:.3g}"
+            left_alone = self.published and density > d_max + margin
+            return EXCHANGE if self.mode == "strict" and not left_alone else KEEP, density, at_end
+        if density > d_min + margin:
+            return DROP, max(density - self.delta, d_min), why
+        return KEEP, density, f"{why}, but its density {density:.3g} is at the lower end {d_min:.3g}"
+
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values; ``DensityController(**fields)`` undoes it."""
         return asdict(self)
@@ -182,3 +221,11 @@ def check_pair(name: str, pair: Any) -> tuple[float, float]:
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
         raise TypeError(f"{name} must be two numbers, got {pair!r:.50}")
     return (check_number(name, pair[0]), check_number(name, pair[1]))
+
+
+def check_range(name: str, pair: Any) -> tuple[float, float]:
+    """Two densities in order; an error that names the argument otherwise."""
+    low, high = check_pair(name, pair)
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"{name} must be (d_min, d_max) with 0 <= d_min <= d_max <= 1, got {pair}")
+    return low, high

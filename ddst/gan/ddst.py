@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ddst._arguments import (
+    check_bool,
     check_int,
     check_module,
     check_number,
@@ -21,54 +22,32 @@ from ddst._arguments import (
     check_tensor,
     check_type,
 )
-from ddst.distributed import average_numbers, check_movable
+from ddst.distributed import average_numbers
 from ddst.gan.balance import AVERAGES, BalanceRatio, BalanceSample
-from ddst.gan.controller import DROP, EXCHANGE, GROW, Decision, DensityController
+from ddst.gan.controller import SIGNALS, Decision, DecisionRule, DensityController, check_range
+from ddst.gan.density_steering import DensitySteering
 from ddst.gan.ema import EMA
+from ddst.gan.fixed_rules import ConstantDensity, DensityRamp
 from ddst.gan.loop_checks import StepOrder, check_optimizers
+from ddst.gan.step_report import StepReport
 from ddst.gan.unperturbed import unperturbed
 from ddst.sparsity.algorithm import SparseTraining
 from ddst.sparsity.density import NetworkDensity
 from ddst.sparsity.schedule import FINAL_FRACTION, make_schedule
-from ddst.sparsity.updater import TopologyUpdater, UpdateReport, has_single_weight_blocks
+from ddst.sparsity.updater import TopologyUpdater, has_single_weight_blocks
 
-MODES = ("relaxed", "strict", "sdst")
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one call of :meth:`DDST.step` saw and did.
-
-    Attributes:
-        step: generator iteration, from 1.
-        sample: the balance measurement, every ``br_every`` iterations, else None.
-        decision: of the density controller, every ``interval_d`` iterations, else None.
-        generator_update, discriminator_update: what changed in the topology, else None.
-        density_g, density_d: afterwards.
-    """
-
-    step: int
-    sample: BalanceSample | None
-    decision: Decision | None
-    generator_update: UpdateReport | None
-    discriminator_update: UpdateReport | None
-    density_g: float
-    density_d: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values that JSON can hold."""
-        parts = (self.sample, self.decision, self.generator_update, self.discriminator_update)
-        names = ("sample", "decision", "generator_update", "discriminator_update")
-        nested = {name: None if part is None else part.as_dict() for name, part in zip(names, parts, strict=True)}
-        return {"step": self.step, **nested, "density_g": self.density_g, "density_d": self.density_d}
+MODES = ("relaxed", "strict", "ramp", "sdst")
+CONTROLLED = ("relaxed", "strict")
+METHODS_D = ("rigl", "set", "static")
 
 
 class DDST:
     """``d_D ← d_D ± Δ`` by the balance ratio every ``ΔT_D`` iterations, and G's blocks exchanged every ``ΔT_G``.
 
-    One object for every sparse method: DDST relaxed and strict; SDST (``mode="sdst"``: D is never changed) with
-    ``method`` "rigl" or "set"; static (``mode="sdst", method="static"``), which measures only. Sparsify both networks
-    first (DDST starts at ``d_D = d_G``), make the optimizers, then call :meth:`step` once per generator iteration:
+    One object for every sparse method: DDST relaxed and strict; SDST (``mode="sdst"``: D's density is never changed)
+    with ``method`` "rigl" or "set"; static (``mode="sdst", method="static"``), which measures only; and what can be
+    made of these parts (:data:`ddst.gan.PRESETS` names the published ones). Sparsify both networks first (DDST starts
+    at ``d_D = d_G``), make the optimizers, then call :meth:`step` once per generator iteration:
 
         d_loss.backward(); opt_d.step()          # once or several times
         fake_scores = discriminator(generator(noise))
@@ -79,11 +58,15 @@ class DDST:
         generator, discriminator: the networks.
         opt_g, opt_d: their optimizers.
         total_steps: generator iterations of the whole run.
-        mode: "relaxed" (``d_D`` up to 1), "strict" (up to ``d_max``, there DST at constant density) or "sdst".
-        method: G's: "rigl", "set" or "static".
+        mode: of D's density: "relaxed" (up to 1), "strict" (up to ``d_max``, there DST at constant density), "ramp" (a
+            line to the upper end of ``density_range``, :class:`~ddst.gan.fixed_rules.DensityRamp`), "sdst" (constant).
+        method: G's: "rigl", "set", "static" or "prune" (dense, then pruned; see :class:`ddst.SparseTraining`).
+        method_d: how D's blocks grow: "rigl" or "set"; "static" with ``mode="sdst"``, where the others exchange blocks
+            every ``interval_d``. None: "static" with "sdst", else "rigl".
         interval_g: ``ΔT_G``, iterations between updates of G's topology.
         interval_d: ``ΔT_D``, iterations between decisions about D; None: 1,000 relaxed, 2,000 strict.
-        bounds: ``(B−, B+)``. delta: ``Δ``, a density.
+        bounds: ``(B−, B+)``; None: (0.45, 0.55). delta: ``Δ``, a density.
+        signal: what is held within them: "balance_ratio", or "real_sign", ADA's (:class:`DensityController`).
         density_range: of D; None: (0.05, 1) relaxed, (0.05, 0.5) strict.
         br_every: iterations between two measurements of the balance ratio.
         br_window: iterations the ratio is averaged over: ``br_window / br_every`` samples.
@@ -93,12 +76,18 @@ class DDST:
             run, at most 1,000.
         drop_fraction, drop_fraction_d: ``ζ0`` of G, and of D's exchanges at ``d_max``; None: 0.5 for 1×1 blocks, else
             0.3. drop_fraction_end, schedule: of both.
-        scope, ranking, max_norm_share, grown_second_moment: of both, see :class:`ddst.SparseTraining`. Changes of D's
-            density are ranked over the whole of D.
+        scope, ranking, max_norm_share, grown_second_moment, random_share: of both, see :class:`ddst.SparseTraining`.
+            Changes of D's density are ranked over the whole of D.
+        prune_to, prune_at: of ``method="prune"``.
         exempt_g, exempt_d: names of layers that never change, or "ends" (first and last); None: D's ends for blocks
             larger than 1×1, none otherwise.
+        published: the authors' code in everything that is not given, whatever the blocks: the settings of 1×1 blocks
+            above, moments of the dense gradient for what enters (``grown_second_moment="dense"``), decisions on the
+            bounds, and nothing above ``d_max`` (:class:`DensityController`). What stays ours: α/β with β ≤ ``br_eps``
+            is left out of the mean (theirs has no guard against it), the spectral norm's gradient at inactive weights
+            lacks σ's own part, and there is no update at step 1 with intervals of 1.
         ema: averaged generator, updated by every :meth:`step` after the topology.
-        seed: of SET's random growth.
+        seed: of random growth.
         generate, score: ``noise → images`` and ``images → scores`` for the measurement, where that is more than
             ``generator(noise)`` and ``discriminator(images)`` (labels, several outputs).
         process_group: of torch.distributed, None for the default group: where there are several ranks, all must call
@@ -152,11 +141,13 @@ class DDST:
         total_steps: int,
         mode: str = "relaxed",
         method: str = "rigl",
+        method_d: str | None = None,
         interval_g: int = 500,
         interval_d: int | None = None,
-        bounds: tuple[float, float] = (0.45, 0.55),
+        bounds: tuple[float, float] | None = None,
         delta: float = 0.05,
         density_range: tuple[float, float] | None = None,
+        signal: str = "balance_ratio",
         br_every: int = 10,
         br_window: int = 1000,
         br_average: str | None = None,
@@ -170,15 +161,29 @@ class DDST:
         ranking: str | None = None,
         max_norm_share: float | None = None,
         grown_second_moment: str | None = None,
+        random_share: float = 0.0,
+        prune_to: float | None = None,
+        prune_at: int | None = None,
         exempt_g: Sequence[str] | str | None = None,
         exempt_d: Sequence[str] | str | None = None,
+        published: bool = False,
         ema: EMA | None = None,
         seed: int = 0,
-        generate: Callable[[Any], Tensor] | None = None,
-        score: Callable[[Tensor], Tensor] | None = None,
+        generate: Callable[[Any], Any] | None = None,
+        score: Callable[[Any], Tensor] | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_one_of("mode", mode, MODES)
+        check_one_of("signal", signal, SIGNALS)
+        check_bool("published", published)
+        method_d = ("static" if mode == "sdst" else "rigl") if method_d is None else method_d
+        check_one_of("method_d", method_d, METHODS_D)
+        if method_d == "static" and mode != "sdst":
+            raise ValueError(f'method_d="static" does not go with mode="{mode}", which changes D')
+        if signal != SIGNALS[0] and mode not in CONTROLLED:
+            raise ValueError(
+                f'signal="{signal}" needs mode "relaxed" or "strict", got mode="{mode}", which measures only'
+            )
         check_module("generator", generator)
         check_module("discriminator", discriminator)
         check_optimizers(generator, discriminator, opt_g, opt_d)
@@ -199,7 +204,7 @@ class DDST:
         if self.br_window < self.br_every:
             raise ValueError(f"br_window must be at least br_every ({br_every} iterations), got {br_window}")
         self.network_d = NetworkDensity(discriminator)
-        single = has_single_weight_blocks(self.network_d.layers)
+        single = published or has_single_weight_blocks(self.network_d.layers)
         if br_average is None:
             br_average = "mean_of_ratios" if single else "ratio_of_means"
         check_one_of("br_average", br_average, AVERAGES)
@@ -207,27 +212,45 @@ class DDST:
         self.balance = BalanceRatio(self.br_window // self.br_every, br_average, br_eps)
         self._generate, self._score = generate or generator, score or discriminator
 
+        if published:
+            scope, ranking = scope or "global", ranking or "raw"
+            grown_second_moment = grown_second_moment or "dense"
+            drop_fraction = 0.5 if drop_fraction is None else drop_fraction
+            exempt_g = () if exempt_g is None else exempt_g
         shared: dict[str, Any] = {
             "scope": scope,
             "ranking": ranking,
             "max_norm_share": max_norm_share,
             "grown_second_moment": grown_second_moment,
+            "random_share": random_share,
             "process_group": process_group,
         }
         self._process_group = process_group
-        self.updater_d: TopologyUpdater | None = None
-        self.controller: DensityController | None = None
-        if mode != "sdst":
-            if not self.network_d.layers:
-                raise ValueError(f'discriminator has no sparse layers, which mode="{mode}" changes: sparsify it first')
+        rule: DecisionRule | None = None
+        if mode in CONTROLLED:
             if warmup is None:
                 warmup = 0 if single else min(total_steps // 8, 1000)
-            self.controller = DensityController(mode, bounds, delta, density_range, warmup)
+            rule = DensityController(mode, bounds, delta, density_range, warmup, signal, published)
+        elif mode == "ramp":
+            end = check_range("density_range", (0.0, 1.0) if density_range is None else density_range)[1]
+            rule = DensityRamp(end, total_steps, self.interval_d)
+        elif method_d != "static":
+            rule = ConstantDensity()
+        self._steering: DensitySteering | None = None
+        if rule is not None:
+            if not self.network_d.layers:
+                raise ValueError(f'discriminator has no sparse layers, which mode="{mode}" changes: sparsify it first')
             initial = (0.5 if single else 0.3) if drop_fraction_d is None else drop_fraction_d
-            self._fraction_d = make_schedule(schedule, initial, total_steps, "drop_fraction_d", drop_fraction_end)
-            exempt = (() if single else "ends") if exempt_d is None else exempt_d
-            self.updater_d = TopologyUpdater(discriminator, opt_d, exempt=exempt, **shared)
-            self._check_growth(self.updater_d, self.controller)
+            fraction = make_schedule(schedule, initial, total_steps, "drop_fraction_d", drop_fraction_end)
+            updater = TopologyUpdater(
+                discriminator,
+                opt_d,
+                growth="random" if method_d == "set" else "gradient",
+                exempt=(() if single else "ends") if exempt_d is None else exempt_d,
+                generator=torch.Generator().manual_seed(seed ^ 1),
+                **shared,
+            )
+            self._steering = DensitySteering(updater, rule, self.interval_d, total_steps, fraction)
         self.training_g = SparseTraining(
             generator,
             opt_g,
@@ -238,6 +261,8 @@ class DDST:
             drop_fraction_end=drop_fraction_end,
             schedule=schedule,
             exempt=exempt_g,
+            prune_to=prune_to,
+            prune_at=prune_at,
             seed=seed,
             **shared,
         )
@@ -247,9 +272,23 @@ class DDST:
             if self.updater_d is not None:
                 self.updater_d.scores.set_aside_at(opt_g)
         self.steps = 0
-        self._waiting: Decision | None = None
         self._order = StepOrder(opt_g)
         self._warn_if_idle()
+
+    @property
+    def updater_d(self) -> TopologyUpdater | None:
+        """What moves D's blocks; None where D is never changed."""
+        return None if self._steering is None else self._steering.updater
+
+    @property
+    def controller(self) -> DecisionRule | None:
+        """What decides about D, a :class:`DensityController` with mode "relaxed" and "strict"; None: nothing does."""
+        return None if self._steering is None else self._steering.rule
+
+    @property
+    def waiting(self) -> Decision | None:
+        """A decision about D that is not carried out yet: D has made no step since, or one without a gradient."""
+        return None if self._steering is None else self._steering.waiting
 
     @property
     def density_g(self) -> float:
@@ -263,7 +302,7 @@ class DDST:
 
     def is_decision_step(self, step: int) -> bool:
         """Whether the controller decides at this iteration (counted from 1; never at the first and the last)."""
-        return self.updater_d is not None and 1 < step < self.total_steps and step % self.interval_d == 0
+        return self._steering is not None and self._steering.decides_at(step)
 
     def step(self, *, real: Tensor, noise: Any, fake_scores: Tensor) -> StepReport:
         """Counts one generator iteration: measures, moves G's blocks, steers D's density, updates the average.
@@ -288,7 +327,9 @@ class DDST:
         sample = self._measure(real, noise, fake_scores) if step % self.br_every == 0 else None
         self.steps = step
         generator_update = self.training_g.step()
-        decision, discriminator_update = self._steer(step)
+        decision, discriminator_update = None, None
+        if self._steering is not None:
+            decision, discriminator_update = self._steering.step(step, self.balance.summary())
         if self.ema is not None:
             self.ema.update()
         return StepReport(
@@ -313,18 +354,9 @@ class DDST:
             data = self._scores_of(real)
             if not data.numel():
                 raise ValueError("real must hold data, got none")
-        means = [scores.to(torch.float64).mean().item() for scores in (fake, fake_scores, data)]
-        after, before, rated = average_numbers(means, self._process_group)
-        return self.balance.add(after - before, rated - before)
-
-    @staticmethod
-    def _check_growth(updater: TopologyUpdater, controller: DensityController) -> None:
-        assert controller.density_range is not None
-        highest = controller.density_range[1]
-        reserved = all(layer.reserve == layer.num_blocks for layer in updater.layers.values())
-        check_movable(
-            updater.layers, "" if reserved else f"D's density may rise to {highest:g} beyond what reserve= set aside"
-        )
+        means = [scores.to(torch.float64).mean().item() for scores in (fake, fake_scores, data, data.sign())]
+        after, before, rated, sign = average_numbers(means, self._process_group)
+        return self.balance.add(after - before, rated - before, sign if math.isfinite(sign) else None)
 
     def _scores_of(self, images: Any) -> Tensor:
         scores = self._score(images)
@@ -332,55 +364,16 @@ class DDST:
             raise TypeError(f"score must return a tensor of scores, got {type(scores).__name__}; give score=...")
         return scores
 
-    def _steer(self, step: int) -> tuple[Decision | None, UpdateReport | None]:
-        if self.updater_d is None or self.controller is None:
-            return None, None
-        updater, decision, update = self.updater_d, None, None
-        updater.check_first_state()
-        if self.is_decision_step(step):
-            if self._waiting is not None:
-                raise RuntimeError(
-                    f"no gradient reached a sparse layer of discriminator from step {self._waiting.step} to {step}, or "
-                    "none that is finite: call step() after opt_d.step(), once per generator iteration"
-                )
-            low, high = updater.attainable_density
-            decision = self.controller.decide(
-                self.balance.summary(),
-                updater.density,
-                step,
-                lowest=low,
-                highest=high,
-                resolution=updater.resolution,
-            )
-            if decision.action in (DROP, GROW, EXCHANGE):
-                self._waiting = decision
-        if self._waiting is not None and step < self.total_steps and self._may_change(self._waiting.action):
-            if self._waiting.action in (DROP, GROW):
-                update = updater.change_density(self._waiting.new_density, step)
-            else:
-                update = updater.exchange(min(max(float(self._fraction_d(step)), 0.0), 1.0), step)
-            self._waiting = None
-        updater.scores.steps.forget()
-        if self._waiting is None:
-            updater.scores.cancel()
-        if self.is_decision_step(step + 1) and step + 1 > self.controller.warmup and not updater.scores.requested:
-            updater.scores.request()
-        return decision, update
-
-    def _may_change(self, action: str) -> bool:
-        """Whether D has made a step since the last iteration, with scores where blocks are to grow."""
-        assert self.updater_d is not None
-        return self.updater_d.scores.steps.any and (action == DROP or self.updater_d.scores.arrived)
-
     def _warn_if_idle(self) -> None:
-        if self.training_g.method != "static" and self.interval_g >= self.total_steps:
+        if self.training_g.method in ("rigl", "set") and self.interval_g >= self.total_steps:
             self._warn(f"interval_g={self.interval_g}", "G's topology is never updated")
         if self.controller is not None:
             last = (self.total_steps - 1) // self.interval_d * self.interval_d
-            ready = max(self.balance.window * self.br_every, self.controller.warmup + 1)
+            measured = isinstance(self.controller, DensityController)
+            ready = max(self.balance.window * self.br_every, self.controller.warmup + 1) if measured else 2
             if last < max(ready, 2):
-                settings = f"interval_d={self.interval_d}, br_window={self.br_window}, warmup={self.controller.warmup}"
-                self._warn(settings, "D's density is never changed")
+                window = f", br_window={self.br_window}, warmup={self.controller.warmup}" if measured else ""
+                self._warn(f"interval_d={self.interval_d}{window}", "D's density is never changed")
 
     def _warn(self, settings: str, effect: str) -> None:
         warnings.warn(f"with {settings} and total_steps={self.total_steps} {effect}", stacklevel=4)
@@ -393,7 +386,7 @@ class DDST:
             "balance": self.balance.state_dict(),
             "generator": self.training_g.state_dict(),
             "discriminator": None if self.updater_d is None else self.updater_d.state_dict(),
-            "waiting": None if self._waiting is None else self._waiting.as_dict(),
+            "waiting": None if self.waiting is None else self.waiting.as_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -407,10 +400,9 @@ class DDST:
             raise ValueError(f'state is of mode="{state["mode"]}", this is mode="{self.mode}"')
         self.balance.load_state_dict(state["balance"])
         self.training_g.load_state_dict(state["generator"])
-        if self.updater_d is not None:
-            self.updater_d.load_state_dict(state["discriminator"])
+        if self._steering is not None:
+            self._steering.load(state["discriminator"], state["waiting"])
         self.steps = state["steps"]
-        self._waiting = None if state["waiting"] is None else Decision.from_dict(state["waiting"])
 
     def close(self) -> None:
         """Ends open requests and removes the hooks from the optimizers; :meth:`step` is not to be called any more.

@@ -24,13 +24,16 @@ class EMA:
         model: the model that is trained.
         decay: ``γ``, 0 … 1.
         start: number of first updates that copy the weights instead of averaging.
+        ramp: ``ρ``, 0 … 1: the average's half-life is at most ``ρ · t`` after t updates, so that an early average does
+            not drag the first weights along: ``γ_t = min(γ, 2^(−1 / (ρ t)))``. 0: γ from the start.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
 
     Cost: one read of the model's and one read and write of the average's active weights per update; memory of one copy
         of the active weights.
-    Source: Wang et al., *Balanced Training for Sparse GANs* (2023): the averaged generator ("SEMA").
+    Source: Wang et al., *Balanced Training for Sparse GANs* (2023): the averaged generator ("SEMA"); the ramp: the
+        code of Karras et al., *Training Generative Adversarial Networks with Limited Data* (2020).
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.constant_(model.weight, 1.0)
@@ -41,10 +44,11 @@ class EMA:
     1.25
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, start: int = 0) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.999, start: int = 0, ramp: float = 0.0) -> None:
         self.model = check_module("model", model)
         self.decay = check_number("decay", decay, 0, 1)
         self.start = check_int("start", start, 0)
+        self.ramp = check_number("ramp", ramp, 0, 1)
         self.updates = 0
         self.module = copied(model).requires_grad_(False)
         self.module.eval()
@@ -63,7 +67,7 @@ class EMA:
         self._check_layers()
         self._follow_moves()
         follow(self.module, self.model)  # they do already, unless one of the two has loaded a state or was copied
-        decay = self.decay if self.updates >= self.start else 0.0
+        decay = self._decay()
         self.updates += 1
         weights = dict(self.module.named_parameters())
         for name, weight in self.model.named_parameters():
@@ -72,6 +76,11 @@ class EMA:
             else:
                 weights[name].copy_(weight)
         self._copy_buffers()
+
+    def _decay(self) -> float:
+        if self.updates < self.start or (self.ramp and not self.updates):
+            return 0.0
+        return min(self.decay, 0.5 ** (1 / (self.ramp * self.updates))) if self.ramp else self.decay
 
     def _check_layers(self) -> None:
         names, mine = ([name for name, _ in net.named_parameters()] for net in (self.model, self.module))

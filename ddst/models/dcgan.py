@@ -11,6 +11,15 @@ import itertools
 from torch import Tensor, nn
 
 
+def bottom_of(resolution: int) -> int:
+    """The side of the smallest map: 6 where ``resolution`` is 6 times a power of two, else 4.
+
+    >>> bottom_of(64), bottom_of(48)
+    (4, 6)
+    """
+    return 6 if resolution % 6 == 0 else 4
+
+
 def doublings(resolution: int, bottom: int = 4) -> int:
     """How often a map doubles its side from ``bottom`` to ``resolution`` pixels.
 
@@ -40,7 +49,7 @@ class Generator(nn.Module):
     """G(z): z as a 1x1 map, transposed convolutions that double it, batch norm and ReLU between, tanh.
 
     Args:
-        resolution: side of the images, ``4 * 2**k`` pixels (published: 64).
+        resolution: side of the images, ``4 * 2**k`` (published: 64) or ``6 * 2**k`` pixels.
         width: channels before the last layer; each layer further in has twice as many (published: 128, commonly 64).
         channels: of the images. latent: length of z.
 
@@ -54,8 +63,9 @@ class Generator(nn.Module):
     def __init__(self, resolution: int = 32, width: int = 32, channels: int = 3, latent: int = 100) -> None:
         super().__init__()
         self.resolution, self.channels, self.latent = resolution, channels, latent
-        widths = [width << i for i in reversed(range(doublings(resolution)))]
-        layers: list[nn.Module] = [nn.ConvTranspose2d(latent, widths[0], 4, bias=False)]
+        bottom = bottom_of(resolution)
+        widths = [width << i for i in reversed(range(doublings(resolution, bottom)))]
+        layers: list[nn.Module] = [nn.ConvTranspose2d(latent, widths[0], bottom, bias=False)]
         for c_in, c_out in itertools.pairwise(widths):
             layers += [nn.BatchNorm2d(c_in), nn.ReLU(True), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False)]
         layers += [nn.BatchNorm2d(width), nn.ReLU(True), nn.ConvTranspose2d(width, channels, 4, 2, 1, bias=False)]
@@ -70,7 +80,7 @@ class Discriminator(nn.Module):
     """D(x): convolutions that halve the map, batch norm and leaky ReLU between, one 4x4 convolution to the score.
 
     Args:
-        resolution: side of the images, ``4 * 2**k`` pixels. channels: of the images.
+        resolution: side of the images, as the generator's. channels: of the images.
         width: channels after the first layer; each further layer doubles them.
 
     `forward` takes images `[N, channels, resolution, resolution]` and returns scores `[N]`.
@@ -83,11 +93,12 @@ class Discriminator(nn.Module):
     def __init__(self, resolution: int = 32, width: int = 32, channels: int = 3) -> None:
         super().__init__()
         self.resolution, self.channels = resolution, channels
-        widths = [width << i for i in range(doublings(resolution))]
+        bottom = bottom_of(resolution)
+        widths = [width << i for i in range(doublings(resolution, bottom))]
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
         for c_in, c_out in itertools.pairwise(widths):
             layers += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, True)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, bias=False))
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, bottom, bias=False))
         self.apply(init)
 
     def forward(self, x: Tensor) -> Tensor:

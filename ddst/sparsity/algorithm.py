@@ -1,4 +1,4 @@
-"""Static, SET and RigL sparse training of any model: one call after ``optimizer.step()``."""
+"""Static, SET and RigL sparse training of any model, and pruning after dense training: one call after each step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ddst._arguments import check_generator, check_int, check_one_of, check_state_keys
+from ddst._arguments import check_generator, check_int, check_number, check_one_of, check_state_keys
 from ddst.distributed import check_movable
 from ddst.nn.storage import RESIZED
 from ddst.sparsity.schedule import FINAL_FRACTION, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport
 
-METHODS = ("rigl", "set", "static")
+METHODS = ("rigl", "set", "static", "prune")
 
 
 class SparseTraining:
@@ -25,6 +25,8 @@ class SparseTraining:
     RigL lets the blocks in whose dense gradient has the largest norm, SET draws them at random, "static" changes
     nothing. The dense gradient is computed at an update only, as block norms, one layer at a time, and never stored;
     for it the layers' inputs and output gradients are kept from the backward pass before the update until then.
+    "prune" drops once, at step ``prune_at``, the blocks of smallest norm over the network down to the density
+    ``prune_to``; a model that starts full of blocks has been trained dense until then, and is fine-tuned after.
     Defaults in the table below hold where every block is a single weight (the paper's settings) or where blocks are
     larger.
 
@@ -40,7 +42,7 @@ class SparseTraining:
         optimizer: holds the model's parameters. Any torch optimizer whose state has the parameter's shape, or one that
             holds such a one and its state (SAM, Lookahead, ``ZeroRedundancyOptimizer``, accelerate's); see
             ``docs/optimizers.md``.
-        method: "rigl", "set" or "static".
+        method: "rigl", "set", "static" or "prune".
         total_steps: ``T``, the number of calls of :meth:`step` of the whole run.
         interval: ``ΔT``, steps between updates: updates are made at multiples of it.
         drop_fraction: ``ζ0``, 0 … 1.
@@ -49,7 +51,9 @@ class SparseTraining:
         begin, end: updates are made at steps ``begin ≤ t < end`` (``end=None``: ``T``). The first and the last step of
             the run never make one.
         seed: of random growth. generator: or the source of it, on the CPU.
-        scope, ranking, max_norm_share, exempt, grown_second_moment: see
+        prune_to, prune_at: with "prune", a density above 0 and the step at which it is reached; None: two thirds of
+            ``total_steps``, so that half as many steps follow as were dense (the paper's).
+        random_share, scope, ranking, max_norm_share, exempt, grown_second_moment: see
             :class:`~ddst.sparsity.updater.TopologyUpdater`. ``exempt=None``: none, except with ``scope="global"`` and
             blocks larger than 1×1: "ends", the first and the last weight layer.
         process_group: of torch.distributed, None for the default group: where there are several ranks, all must call
@@ -97,6 +101,9 @@ class SparseTraining:
         max_norm_share: float | None = None,
         exempt: Sequence[str] | str | None = None,
         grown_second_moment: str | None = None,
+        random_share: float = 0.0,
+        prune_to: float | None = None,
+        prune_at: int | None = None,
         begin: int = 0,
         end: int | None = None,
         seed: int = 0,
@@ -110,27 +117,42 @@ class SparseTraining:
         self.end = self.total_steps if end is None else check_int("end", end)
         check_int("seed", seed, -(2**63), 2**64 - 1)
         check_generator("generator", generator)
+        self.prune_to, self.prune_at = self._pruning(prune_to, prune_at)
         self.updater = TopologyUpdater(
             model,
             optimizer,
-            growth="random" if method == "set" else "gradient",
+            growth="random" if method in ("set", "prune") else "gradient",
             scope=scope,
             ranking=ranking,
             max_norm_share=max_norm_share,
             exempt=exempt,
             grown_second_moment=grown_second_moment,
+            random_share=random_share,
             generator=generator or torch.Generator().manual_seed(seed),
             process_group=process_group,
         )
         if method != "static" and not self.updater.all_layers:
             raise ValueError("model has no sparse layers: call ddst.sparsify(model, density) first")
         if method != "static":
-            check_movable(self.updater.layers, RESIZED if self.updater.scope == "global" else "")
+            check_movable(self.updater.layers, RESIZED if self.updater.scope == "global" or method == "prune" else "")
         if drop_fraction is None:
             drop_fraction = 0.5 if self.updater.single_weights else 0.3
         self._fraction = make_schedule(schedule, drop_fraction, self.total_steps, final=drop_fraction_end)
         self.steps = 0
         self._due: int | None = None
+
+    def _pruning(self, prune_to: float | None, prune_at: int | None) -> tuple[float | None, int]:
+        if self.method != "prune":
+            for name, value in (("prune_to", prune_to), ("prune_at", prune_at)):
+                if value is not None:
+                    raise ValueError(f'{name} needs method="prune", got method="{self.method}"')
+            return None, 0
+        if prune_to is None:
+            raise ValueError('prune_to must be given with method="prune": the density that is left')
+        at = max(2, 2 * self.total_steps // 3) if prune_at is None else check_int("prune_at", prune_at, 2)
+        if at >= self.total_steps:
+            raise ValueError(f"prune_at must be below total_steps, {self.total_steps}, got {at}")
+        return check_number("prune_to", prune_to, most=1, above=0, note="(a density)"), at
 
     @property
     def density(self) -> float:
@@ -144,7 +166,8 @@ class SparseTraining:
     def is_update_step(self, step: int) -> bool:
         """Whether the topology changes at this step (counted from 1)."""
         inside = max(self.begin, 2) <= step < min(self.end, self.total_steps)
-        return self.method != "static" and inside and step % self.interval == 0
+        due = step == self.prune_at if self.method == "prune" else step % self.interval == 0
+        return self.method != "static" and inside and due
 
     def step(self) -> UpdateReport | None:
         """Counts one step and updates the topology when it is due. Call it after ``optimizer.step()``.
@@ -167,8 +190,11 @@ class SparseTraining:
         if self.is_update_step(step) and self._due is None:
             self._due = step
         if self._due is not None and step < min(self.end, self.total_steps):
-            if scores.steps.any and (self.method == "set" or scores.arrived):
-                report = self.updater.exchange(self.drop_fraction(step), step)
+            if scores.steps.any and (self.updater.growth == "random" or scores.arrived):
+                if self.prune_to is not None:
+                    report = self.updater.change_density(self.prune_to, step)
+                else:
+                    report = self.updater.exchange(self.drop_fraction(step), step)
                 self._due = None
             elif step - self._due >= self.interval:
                 raise RuntimeError(

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ddst.nn import SparseLayer
 from ddst.nn.origin import followers_of
 from ddst.slot_change import SlotChange
-from ddst.sparsity.optimizer import StateChange
+from ddst.sparsity.optimizer import Start, StateChange
 
 
 class LayerChange:
@@ -30,7 +30,7 @@ class LayerChange:
         self._state: StateChange | None = None
         self._saved: list[_Saved] = []
 
-    def prepare_state(self, optimizer: Optimizer, second_moment: Tensor | float | str | None) -> None:
+    def prepare_state(self, optimizer: Optimizer, second_moment: Start) -> None:
         """Makes the optimizer's new state; raises ValueError where it cannot follow."""
         self._state = StateChange(optimizer, self._layer.values, self.change, second_moment)
 

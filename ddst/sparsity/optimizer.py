@@ -7,7 +7,7 @@ fail half way for a reason that could have been known, and can be taken back.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from ddst._arguments import check_number, check_optimizer, check_tensor, check_t
 from ddst.slot_change import SlotChange
 from ddst.sparsity.second_moment import is_second_moment, is_sum, reached_share, start_of
 from ddst.sparsity.wrapped import check_nothing_hidden, optimizers_of
+
+#: What a grown block's state starts from, see :func:`carry_state`; a mapping holds whole states by their names.
+Start = Tensor | float | str | Mapping[str, Tensor] | None
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _SIMPLE = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type(None))
@@ -111,9 +114,7 @@ class StateChange:
     """
 
     @torch.no_grad()
-    def __init__(
-        self, optimizer: Optimizer, param: Tensor, change: SlotChange, second_moment: Tensor | float | str | None
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, param: Tensor, change: SlotChange, second_moment: Start) -> None:
         shape = torch.Size([change.before.numel(), *param.shape[1:]])
         self._writes: list[_Write] = []
         seen: set[int] = set()
@@ -126,7 +127,10 @@ class StateChange:
             own = _own_starts(group)
             for entry in _entries(one, state, param, shape):
                 write = _Write.of(entry, change)
-                if is_second_moment(entry.name) and second_moment is not None and change.grown:
+                if isinstance(second_moment, Mapping):
+                    if entry.name in second_moment and change.grown:
+                        write.start(second_moment[entry.name])
+                elif is_second_moment(entry.name) and second_moment is not None and change.grown:
                     near = entry.container if isinstance(entry.container, dict) else {}
                     share = reached_share({**state, **near}, group)
                     if isinstance(second_moment, str) or is_sum(entry.name):

@@ -16,6 +16,7 @@ from ddst.distributed import average, gather_numbers, ranks, sums
 from ddst.nn import SparseLayer
 from ddst.ops.gradient_record import GradientRecord, backward_reaches, gradient_norm
 from ddst.ops.reference import block_norms_of
+from ddst.sparsity.dense_moments import DenseMoments
 from ddst.sparsity.step_watch import StepWatch, found_inf, unscaled_by
 from ddst.sparsity.wrapped import optimizers_of
 
@@ -58,6 +59,16 @@ class _Pending:
                 scores = scores / torch.where(self._sigma > 0, self._sigma, 1)
             self._scores, self._record = scores * self._factor(scores).to(scores), None
         return self._scores
+
+    @property
+    def gradient(self) -> Tensor:
+        """The dense gradient that the step saw, of the weight's shape, the mean over ranks; asked for before scores."""
+        layer, record = self._layer, self._record
+        assert record is not None
+        gradient = average(layer.dense_gradient_of(record, self._scale), self._process_group)
+        if self._sigma is not None:
+            gradient = gradient / torch.where(self._sigma > 0, self._sigma, 1)
+        return gradient * self._factor(block_norms_of(gradient, layer.block)).to(gradient)
 
     def _factor(self, scores: Tensor) -> Tensor:
         """What unscaling and clipping have made of the recorded gradient by the time of the step.
@@ -129,6 +140,7 @@ class ScoreCollector:
         optimizer: the optimizer that steps these layers.
         process_group: of torch.distributed: with several ranks the scores are norms of the gradient averaged over
             them, a layer at a time, and every rank must ask for them.
+        moments: running means of the dense gradient, which every step is recorded for then.
 
     Attributes:
         latest: per layer ``[R, C, kH, kW]`` (linear ``[R, C]``), the L2 norm of each block of the dense gradient with
@@ -153,8 +165,10 @@ class ScoreCollector:
         layers: Mapping[str, SparseLayer],
         optimizer: Optimizer,
         process_group: ProcessGroup | None = None,
+        moments: DenseMoments | None = None,
     ) -> None:
         optimizer = optimizers_of(optimizer)[-1]
+        self.moments = moments
         self.layers = dict(layers)
         self.process_group = process_group
         self._taken: dict[str, _Pending] = {}
@@ -168,6 +182,8 @@ class ScoreCollector:
             optimizer.register_step_pre_hook(lambda stepping, *_: self._collect(stepping)),
             optimizer.register_step_post_hook(lambda stepping, *_: self._collect_after(stepping)),
         ]
+        if moments is not None:
+            self._record()
 
     def set_aside_at(self, other: Optimizer) -> None:
         """Keeps apart what is recorded before a step of *another* network's optimizer.
@@ -192,6 +208,9 @@ class ScoreCollector:
         self.check_open()
         self.cancel()
         self.requested = bool(self.layers)
+        self._record()
+
+    def _record(self) -> None:
         for layer in self.layers.values():
             other = _owners.get(layer)
             if other is not None and other is not self:
@@ -210,7 +229,7 @@ class ScoreCollector:
     def cancel(self) -> None:
         """Ends the request and drops the scores."""
         self._taken, self._aside, self.requested = {}, {}, False
-        for layer in self.layers.values():
+        for layer in self.layers.values() if self.moments is None or self.closed else ():
             # Another collector's request is not this one's to end.
             if layer.scores_requested and _owners.get(layer, self) is self:
                 layer.cancel_scores()
@@ -259,10 +278,13 @@ class ScoreCollector:
                 gradient = self.layers[name].values.grad
                 if gradient is not None:
                     pending.stepped_with(gradient_norm(gradient) / scale)
+        if self._fresh and self.moments is not None:
+            self._taken = self._of_all_ranks(self._taken)
+            self.moments.update({name: pending.gradient for name, pending in self._taken.items()})
         self._fresh = False
 
     def _collect(self, optimizer: Optimizer) -> None:
-        if not self.requested:
+        if not self.requested and self.moments is None:
             return
         found, scale = found_inf(optimizer), unscaled_by(optimizer)
         taken = self._take() or self._aside
@@ -281,7 +303,7 @@ class ScoreCollector:
             self._fresh = True
 
     def _set_aside(self) -> None:
-        if self.requested:
+        if self.requested or self.moments is not None:
             taken = self._take()
             # With a step's own scores at hand, what another loss sent through is of no use.
             self._aside = {} if self._taken else taken or self._aside
@@ -324,8 +346,8 @@ class ScoreCollector:
 
     def close(self) -> None:
         """Ends the request and removes the hooks from the optimizers, for good."""
-        self.cancel()
         self.closed = True
+        self.cancel()
         self.steps.close()
         for hook in self._hooks:
             hook.remove()

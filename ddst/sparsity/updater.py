@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,16 +31,17 @@ from ddst.nn.data_parallel import searched_once
 from ddst.nn.storage import RESIZED
 from ddst.slot_change import SlotChange
 from ddst.sparsity.criterion import check_share, choose_drop, choose_grow, exchange_count, random_scores, relative_keys
+from ddst.sparsity.dense_moments import DenseMoments
 from ddst.sparsity.density import NetworkDensity, flat_mask
 from ddst.sparsity.layer_change import LayerChange, commit_together
-from ddst.sparsity.optimizer import check_state
+from ddst.sparsity.optimizer import Start, check_state
 from ddst.sparsity.score_collector import ScoreCollector
 from ddst.sparsity.wrapped import optimizers_of
 
 SCOPES = ("layer", "global")
 RANKINGS = ("relative", "raw")
 GROWTHS = ("gradient", "random")
-SECOND_MOMENTS = ("score", "mean", "zero")
+SECOND_MOMENTS = ("score", "mean", "zero", "dense")
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,12 @@ class TopologyUpdater:
             or dense, in module order; when no sparse layer is left between them, none is exempt). None: no layer,
             except "ends" with ``scope="global"`` and blocks larger than 1×1.
         grown_second_moment: what the running mean of squared gradients of a grown block starts from: "score" (its
-            squared score per weight), "mean" (the layer's mean over kept blocks) or "zero". None: "mean" for 1×1
-            blocks, else "score" where there are scores and "mean" where there are none. See
-            :func:`~ddst.sparsity.carry_state`.
+            squared score per weight), "mean" (the layer's mean over kept blocks), "zero" or "dense" (the paper's: both
+            of Adam's moments as they are when it sees the dense gradient in every step, see
+            :class:`~ddst.sparsity.dense_moments.DenseMoments`). None: "mean" for 1×1 blocks, else "score" where there
+            are scores and "mean" where there are none. See :func:`~ddst.sparsity.carry_state`.
+        random_share: share of the grown blocks that is drawn at random, the rest by gradient; 0 … 1, with
+            ``growth="gradient"``.
         generator: source of random growth, on the CPU; a new one with seed 0 when None.
         process_group: of torch.distributed. With several ranks every one of them must make the same updates: scores
             are those of the gradient averaged over ranks, random growth is that of rank 0's generator, and ranks
@@ -120,11 +124,13 @@ class TopologyUpdater:
         max_norm_share: float | None = None,
         exempt: Sequence[str] | str | None = None,
         grown_second_moment: str | None = None,
+        random_share: float = 0.0,
         generator: torch.Generator | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_module("model", model)
         check_optimizer("optimizer", optimizer)
+        self.random_share = check_number("random_share", random_share, 0, 1, note="(a share of the grown blocks)")
         check_share("max_norm_share", max_norm_share)
         check_generator("generator", generator)
         self.network = NetworkDensity(model)
@@ -146,6 +152,8 @@ class TopologyUpdater:
         self.grown_second_moment = check_one_of("grown_second_moment", start, SECOND_MOMENTS)
         if self.grown_second_moment == "score" and growth == "random":
             raise ValueError('grown_second_moment="score" needs growth="gradient": random growth has no scores')
+        if random_share and growth == "random":
+            raise ValueError(f'random_share={random_share} needs growth="gradient": with "random" all growth is random')
         self.max_norm_share = max_norm_share
         self.generator = generator or torch.Generator().manual_seed(0)
         self.optimizer, self.process_group = optimizer, process_group
@@ -161,7 +169,10 @@ class TopologyUpdater:
         self._sizes = self.network.sizes
         check_same_slots(self.all_layers, {}, process_group)
         stepping = optimizers_of(optimizer, [layer.values for layer in self.layers.values()])[-1]
-        self.scores = ScoreCollector(self.layers if growth == "gradient" else {}, stepping, process_group)
+        dense = self.grown_second_moment == "dense"
+        moments = DenseMoments(self.layers, optimizer) if dense else None
+        scored = self.layers if growth == "gradient" or dense else {}
+        self.scores = ScoreCollector(scored, stepping, process_group, moments)
 
     def check_state(self) -> None:
         """Raises ValueError, by the optimizer's name, where the state that it keeps by now cannot follow a change."""
@@ -275,13 +286,20 @@ class TopologyUpdater:
                 if self.ranking == "relative":
                     score = relative_keys(score, self._sizes[name], old[name])
                 scores.append(score[where])
-        scores = [
-            _within(score, self.layers[name].slots - int(kept[name].sum())) if self.layers[name].reserve else score
-            for name, score in zip(free, scores, strict=True)
-        ]
+        rooms = [layer.slots - int(kept[name].sum()) if layer.reserve else None for name, layer in self._named(free)]
+        scores = _within(scores, rooms)
         sizes = None if by_block else [self._sizes[n][f] for n, f in free.items()]
+        if self.random_share:
+            first = choose_grow(scores, amount * (1 - self.random_share), sizes=sizes)
+            follow_first_rank(self.generator, self.process_group)
+            drawn = random_scores([score.numel() for score in scores], self.generator)
+            # Random scores are below 1: those that the gradient has chosen stay ahead of all.
+            scores = _within([torch.where(f, 2.0, d) for f, d in zip(first, drawn, strict=True)], rooms)
         grown = choose_grow(scores, amount, sizes=sizes)
         return {n: ~_without(f, new) for (n, f), new in zip(free.items(), grown, strict=True)}
+
+    def _named(self, names: Iterable[str]) -> list[tuple[str, SparseLayer]]:
+        return [(name, self.layers[name]) for name in names]
 
     def _apply(self, masks: Mapping[str, Tensor], kind: str, fraction: float, step: int) -> UpdateReport:
         before = self.density
@@ -308,7 +326,9 @@ class TopologyUpdater:
         if resized:
             check_movable(resized, RESIZED)
 
-    def _second_moment(self, name: str, change: SlotChange) -> Tensor | str | None:
+    def _second_moment(self, name: str, change: SlotChange) -> Start:
+        if self.scores.moments is not None:
+            return self.scores.moments.of_blocks(name, change.slot_blocks[change.entered])
         if self.grown_second_moment != "score":
             return "mean" if self.grown_second_moment == "mean" else None
         if name not in self.scores.latest:
@@ -320,12 +340,15 @@ class TopologyUpdater:
 
     def state_dict(self) -> dict[str, Any]:
         """Scores asked for or taken and not yet used, generator. Masks and values are the model's own state."""
-        return {"scores": self.scores.state_dict(), "generator": self.generator.get_state()}
+        moments = None if self.scores.moments is None else self.scores.moments.state_dict()
+        return {"scores": self.scores.state_dict(), "moments": moments, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`. Load the model first."""
-        check_state_keys(state, ("scores", "generator"))
+        check_state_keys(state, ("scores", "moments", "generator"))
         self.scores.load_state_dict(state["scores"])
+        if self.scores.moments is not None:
+            self.scores.moments.load_state_dict(state["moments"])
         self.generator.set_state(state["generator"].cpu())
 
 
@@ -350,10 +373,13 @@ def resolve_exempt(model: nn.Module, layers: Mapping[str, SparseLayer], exempt: 
     return tuple(name for name in layers if name in set(exempt))
 
 
-def _within(scores: Tensor, room: int) -> Tensor:
-    """Scores of a layer's candidates, of which all beyond the ``room`` best rank last, as they have no slot yet."""
-    beyond = scores.argsort(descending=True, stable=True)[room:]
-    return scores.index_fill(0, beyond, -float("inf"))
+def _within(scores: Sequence[Tensor], rooms: Sequence[int | None]) -> list[Tensor]:
+    """Scores of layers' candidates, of which all beyond the best for which a layer has room (None: any number) rank
+    last, as they have no slot yet.
+    """
+    beyond = [None if room is None else s.argsort(descending=True, stable=True)[room:] for s, room in
+              zip(scores, rooms, strict=True)]  # fmt: skip
+    return [s if late is None else s.index_fill(0, late, -float("inf")) for s, late in zip(scores, beyond, strict=True)]
 
 
 def _without(mask: Tensor, gone: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ddst.gan import EMA
 from ddst.measure import clock_of
 from ddst.peak_memory import peak_memory
 from ddst.train.checkpointing import checkpoint_blocks
+from ddst.train.game import Inputs
 from ddst.train.loop import Trainer
 from ddst.train.players import Players, build_networks, gan_iteration, with_optimizers
 
@@ -54,14 +54,15 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
     clock = clock_of(device.type)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         mine = with_optimizers(config, copy.deepcopy(players.generator), copy.deepcopy(players.discriminator))
-        generator_twin, discriminator_twin = build_networks(config, trainer.images.channels)
+        generator_twin, discriminator_twin = build_networks(config, trainer.images.channels, trainer.classes)
         twin = with_optimizers(config, generator_twin.to(device), discriminator_twin.to(device))
         generator = torch.Generator().manual_seed(0)
-        picked = torch.randint(len(trainer.images), (config.d_steps, config.batch), generator=generator)
-        reals = [trainer.images.batch(row).to(device) for row in picked]
+        count = config.d_steps * config.accumulate
+        picked = torch.randint(len(trainer.images), (count, config.batch), generator=generator)
+        reals = [trainer.real_of(row) for row in picked]
 
-        def draw_noise() -> Tensor:
-            return torch.randn(config.batch, config.latent, generator=generator).to(device)
+        def draw_noise() -> Inputs:
+            return trainer.noise_of(generator)
 
         def timed(who: Players) -> float:
             started = clock()
@@ -78,7 +79,7 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
             average = EMA(who.generator)
 
             def iteration() -> None:
-                gan_iteration(who, reals[:1], draw_noise)
+                gan_iteration(who, reals[: config.accumulate], draw_noise)
                 average.update()
 
             networks = [who.generator, who.discriminator, average.module]

@@ -8,8 +8,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ddst.models import generator_plan
+from ddst.gan.losses import LOSSES
+from ddst.gan.presets import PRESETS as METHOD_PARTS
+from ddst.models.families import FAMILIES, latent_of
 from ddst.sparsity.schedule import FINAL_FRACTION
+from ddst.train.methods import (
+    CHANGING,
+    CONTROLLED,
+    EXCHANGING_D,
+    METHODS,
+    MOVING,
+    PRUNING,
+    SPARSE,
+    SPARSE_D,
+    STEERED,
+)
 from ddst.train.options import (
     BELOW_ONE,
     BOUNDS,
@@ -28,32 +41,42 @@ from ddst.train.options import (
     flag,
     option,
     option_of,
+    parse_augment,
     parse_block,
     shown_value,
 )
 
-METHODS = ("dense", "static", "sdst-set", "sdst-rigl", "ddst-relaxed", "ddst-strict")
-# Those with sparse layers, those that move G's blocks, and those that steer D's density.
-SPARSE, MOVING, STEERED = METHODS[1:], METHODS[2:], METHODS[4:]
-PRESETS = ("demo", "sngan32", "sngan48")
+PRESETS = ("demo", "sngan32", "sngan48", "biggan32")
 EXEMPT = ("none", "ends")
 
-# Settings of where and how long a process runs: a resumed run may be given others and is still the same run.
+# Settings of the controller, which `ddst replay` takes.
+REPLAYED = (
+    "bounds", "delta", "density_d_min", "density_d_max", "warmup", "interval_d", "br_window", "br_average", "br_eps",
+    "published",
+)  # fmt: skip
+
+# Settings of where and how long a process runs: a resumed run may be given others and is still the same run. So it is
+# wherever its images lie: the checkpoint knows them by their contents.
 NOT_SAVED = ("out", "resume", "stop_after", "data_cache")
-FREE_ON_RESUME = (*NOT_SAVED, "checkpoint_every", "sample_every", "compare_steps", "fd_samples")
+FREE_ON_RESUME = (*NOT_SAVED, "data", "checkpoint_every", "sample_every", "compare_steps", "fd_samples")
 
 
 def _published(demo: Any, published: Any) -> Callable[[Known], Any]:
     return lambda known: demo if known["preset"] == "demo" else published
 
 
-def _preset(demo: Any, sngan32: Any, sngan48: Any) -> Callable[[Known], Any]:
-    return lambda known: {"demo": demo, "sngan32": sngan32, "sngan48": sngan48}[known["preset"]]
+def _preset(demo: Any, sngan32: Any, sngan48: Any, biggan32: Any) -> Callable[[Known], Any]:
+    values = dict(zip(PRESETS, (demo, sngan32, sngan48, biggan32), strict=True))
+    return lambda known: values[known["preset"]]
+
+
+def _model(setting: str) -> Callable[[Known], Any]:
+    return lambda known: getattr(FAMILIES[known["model"]], setting)
 
 
 def _blocks(single: Any, larger: Any) -> Callable[[Known], Any]:
-    """A default that is the paper's for single weights and another for larger blocks."""
-    return lambda known: single if known["block"] == (1, 1) else larger
+    """A default that is the paper's for single weights (and with --published) and another for larger blocks."""
+    return lambda known: single if known["published"] or known["block"] == (1, 1) else larger
 
 
 def _strict(other: Any, strict: Any) -> Callable[[Known], Any]:
@@ -65,40 +88,63 @@ class TrainConfig:
     """All settings of a run, resolved and checked; made by `resolve`. `ddst train --help` explains each."""
 
     # fmt: off
-    preset: str = option("demo", str, "sizes, lengths and rates: 'demo' is minutes on two cores, 'sngan32' and "
-                         "'sngan48' are the published runs (100,000 steps)", choices=PRESETS)
-    method: str = option("ddst-relaxed", str, "training method", choices=METHODS)
+    preset: str = option("demo", str, "sizes, lengths and rates: 'demo' is minutes on two cores, "
+                         "'sngan32', 'sngan48' and 'biggan32' are the published runs", choices=PRESETS)
+    method: str = option("ddst-relaxed", str, "training method (ddst.gan.PRESETS): '-balance' and short names start "
+                         "D at G's density, '-strong' has a dense D, 'dda' steers D beside a static G, 'ddst-ramp' "
+                         "raises D's density in a line, 'ddst-ada' steers it by the mean sign of D(x), 'prune' trains "
+                         "dense, then prunes G", choices=METHODS)
+    model: str = option(_preset("sngan", "sngan", "sngan", "biggan"), str, "networks; biggan needs images with classes",
+                        shown="biggan32: biggan, else sngan", choices=tuple(FAMILIES))
     data: str = option("digits", str, "'digits' (1,797 real images, part of scikit-learn), a folder or .zip of image "
                        "files, or a folder of CIFAR, STL-10 or TinyImageNet", metavar="{digits,PATH}")
     data_cache: str | None = option(None, str, "folder where resized images are kept for the next run, or 'none'",
                                     shown="ddst/images in the user's cache folder", metavar="DIR")
     flips: bool = option(False, bool, "train on the images' mirror images, too")
     out: str = option(None, str, "folder for everything the run writes; required", metavar="DIR")
-    steps: int = option(_published(800, 100_000), int, "generator iterations", shown="demo 800, published 100000",
-                        range=COUNT, metavar="N")
+    steps: int = option(_preset(800, 100_000, 100_000, 200_000), int, "generator iterations",
+                        shown="demo 800, sngan 100000, biggan32 200000", range=COUNT, metavar="N")
     seed: int = option(0, int, "of weights, masks, noise and the order of images", range=SEED, metavar="S")
     resume: bool = option(False, bool, "continue the run in --out; settings not given are the run's own")
     stop_after: int | None = option(None, int, "end at step K as an interruption would, to be resumed", shown="never",
                                     range=COUNT, metavar="K")
 
     # The two networks.
-    resolution: int = option(_preset(16, 32, 48), int, "side of the images in pixels: 8, 16, 32, ... or 12, 24, ...",
-                             shown="demo 16, sngan32 32, sngan48 48", range=COUNT, metavar="PIXELS")
-    width_g: int = option(_preset(128, 256, 512), int, "channels of G's first feature map",
-                          shown="demo 128, sngan32 256, sngan48 512", range=COUNT, metavar="CHANNELS")
-    width_d: int = option(_published(64, 128), int, "channels of D's blocks", shown="demo 64, published 128",
-                          range=COUNT, metavar="CHANNELS")
-    latent: int = option(128, int, "length of the noise vector", range=COUNT, metavar="N")
+    resolution: int = option(_preset(16, 32, 48, 32), int, "side of the images in pixels: 8, 16, 32, ... or, sngan and "
+                             "dcgan, 12, 24, ...", shown="demo 16, sngan32 and biggan32 32, sngan48 48",
+                             range=COUNT, metavar="PIXELS")
+    width_g: int = option(_preset(128, 256, 512, 256), int, "channels of G's first feature map, its widest",
+                          shown="demo 128, sngan32 and biggan32 256, sngan48 512", range=COUNT, metavar="CHANNELS")
+    width_d: int = option(_preset(64, 128, 128, 256), int, "channels of D's last feature map, its widest",
+                          shown="demo 64, sngan 128, biggan32 256", range=COUNT, metavar="CHANNELS")
+    latent: int = option(lambda known: latent_of(known["model"], known["resolution"]), int,
+                         "length of the noise vector", shown="128; biggan: its pieces' sum", range=COUNT, metavar="N")
 
     # Sparsity.
     density: float = option(0.1, float, "share of G's weights that are active", range=DENSITY, metavar="D",
                             methods=SPARSE)
-    density_d: float = option(lambda known: known["density"], float, "the same for D, at the start",
-                              shown="that of G", range=DENSITY, metavar="D", methods=SPARSE)
+    density_d: float = option(lambda known: METHOD_PARTS[known["method"]].density_d(known["density"]), float,
+                              "the same for D, at the start", shown="that of G, '-strong' 1", range=DENSITY,
+                              metavar="D", methods=SPARSE_D)
+    published: bool = option(False, bool, "the authors' code in whatever is not given, whatever the blocks: what "
+                             "enters has the moments of dense gradients, decisions on the bounds, nothing above "
+                             "the highest density", methods=SPARSE)
     block: tuple[int, int] = option((16, 16), parse_block, "block of weights that is active or not: output x input "
-                                    "channels, 1x1 to 64x64", metavar="ROWSxCOLUMNS", methods=SPARSE)
+                                    "channels, 1x1 to 64x64; 1x1 with --backend reference is unstructured sparsity, "
+                                    "masked-dense", metavar="ROWSxCOLUMNS", methods=SPARSE)
+    block_d: tuple[int, int] = option(lambda known: known["block"], parse_block, "the same for D", shown="that of G",
+                                      metavar="ROWSxCOLUMNS", methods=SPARSE_D)
     distribution: str = option("erk", str, "how the density is shared out over layers; with 'work' it is the share of "
                                "multiply-adds", choices=("erk", "work", "uniform"), methods=SPARSE)
+    distribution_d: str = option(lambda known: known["distribution"], str, "the same for D", shown="that of G",
+                                 choices=("erk", "work", "uniform"), methods=SPARSE_D)
+    algorithm_d: str = option(lambda known: "rigl" if METHOD_PARTS[known["method"]].steers_d else "static", str,
+                              "how D's blocks are chosen where D changes; without a steered density, 'rigl' and 'set' "
+                              "exchange them every --interval-d", shown="static, with a steered density rigl",
+                              choices=("rigl", "set", "static"), methods=SPARSE_D)
+    prune_at: int = option(lambda known: max(2, 2 * known["steps"] // 3), int, "step at which G is pruned to "
+                           "--density, half as many steps after as before", shown="two thirds of --steps", range=COUNT,
+                           metavar="STEP", methods=PRUNING)
     sn_noise: float = option(_blocks(0.0, 0.05), float, "share of noise in D's power iteration, which keeps the "
                              "spectral norm of few blocks from getting stuck", shown="1x1 blocks 0, larger 0.05",
                              range=SHARE, metavar="SHARE", methods=SPARSE)
@@ -121,16 +167,20 @@ class TrainConfig:
                                       range=SHARE, metavar="SHARE", methods=MOVING)
     scope: str = option(_blocks("global", "layer"), str, "an exchange of blocks (of G; strict: of D too) "
                         "ranks them within each layer or over the network",
-                        shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=MOVING)
+                        shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=CHANGING)
     ranking: str = option(_blocks("raw", "relative"), str, "blocks are ranked by their norm, or by their RMS relative "
                           "to the layer's", shown="1x1 blocks raw, larger relative",
-                          choices=("relative", "raw"), methods=MOVING)
+                          choices=("relative", "raw"), methods=CHANGING)
     max_norm_share: float | None = option(None, float, "most of the squared norm that one update may drop: of a "
                                           "layer or, with --scope global and changes of D's density, of the network",
-                                          shown="no limit", range=SHARE, metavar="SHARE", methods=MOVING)
-    grown_second_moment: str | None = option(None, str, "where Adam's second moment of a grown block starts",
-                                             shown="1x1 blocks mean, larger score, with random growth mean",
-                                             choices=("zero", "mean", "score"), methods=MOVING)
+                                          shown="no limit", range=SHARE, metavar="SHARE", methods=CHANGING)
+    grown_second_moment: str | None = option(None, str, "where Adam's second moment of a grown block starts; 'dense': "
+                                             "both moments of the dense gradients of all steps, the authors'",
+                                             shown="1x1 blocks mean, larger score, with random growth mean, with "
+                                             "--published dense", choices=("zero", "mean", "score", "dense"),
+                                             methods=CHANGING)
+    random_share: float = option(0.0, float, "share of the blocks that grow at random where others grow by gradient",
+                                 range=SHARE, metavar="SHARE", methods=CHANGING)
 
     exempt_g: str | None = option(None, str, "layers of G that never change: none, or its first and last",
                                   shown="ends with --scope global and blocks larger than 1x1, else none",
@@ -139,21 +189,23 @@ class TrainConfig:
     # The balance ratio and D's density.
     interval_d: int = option(
         lambda known: (40 if known["preset"] == "demo" else 1000) * (2 if known["method"] == "ddst-strict" else 1),
-        int, "steps between decisions on D's density", shown="relaxed: demo 40, published 1000; strict: twice that",
-        range=COUNT, metavar="STEPS", methods=STEERED)
-    bounds: tuple[float, float] = option((0.45, 0.55), float, "D grows where the balance ratio is above HI and shrinks "
-                                         "where it is below LO", words=2, range=BOUNDS, metavar=("LO", "HI"),
-                                         methods=STEERED)
+        int, "steps between decisions on D's density, or exchanges of its blocks",
+        shown="demo 40, published 1000; ddst-strict: twice that", range=COUNT, metavar="STEPS", methods=SPARSE_D)
+    bounds: tuple[float, float] = option(
+        lambda known: {"dda": (0.5, 0.65), "ddst-ada": (0.55, 0.65)}.get(known["method"], (0.45, 0.55)), float,
+        "D grows where the balance ratio is above HI and shrinks where it is below LO (ddst-ada: the other way round, "
+        "of the mean sign of D(x))", shown="0.45 0.55, dda 0.5 0.65, ddst-ada 0.55 0.65", words=2, range=BOUNDS,
+        metavar=("LO", "HI"), methods=CONTROLLED)
     delta: float = option(0.05, float, "change of D's density per decision", range=DENSITY, metavar="D",
-                          methods=STEERED)
-    density_d_min: float = option(0.05, float, "lowest density of D", range=SHARE, metavar="D", methods=STEERED)
-    density_d_max: float = option(_strict(1.0, 0.5), float, "highest density of D", shown="relaxed 1, strict 0.5",
-                                  range=DENSITY, metavar="D", methods=STEERED)
-    drop_fraction_d: float = option(_blocks(0.5, 0.3), float, "strict: share of D's active blocks exchanged at its "
-                                    "highest density", shown="1x1 blocks 0.5, larger 0.3", range=SHARE,
-                                    metavar="SHARE", methods=("ddst-strict",))
+                          methods=CONTROLLED)
+    density_d_min: float = option(0.05, float, "lowest density of D", range=SHARE, metavar="D", methods=CONTROLLED)
+    density_d_max: float = option(_strict(1.0, 0.5), float, "highest density of D, with ddst-ramp that of the end",
+                                  shown="1, ddst-strict 0.5", range=DENSITY, metavar="D", methods=STEERED)
+    drop_fraction_d: float = option(_blocks(0.5, 0.3), float, "share of D's active blocks exchanged: ddst-strict at "
+                                    "its highest density, others by --algorithm-d", shown="1x1 blocks 0.5, larger 0.3",
+                                    range=SHARE, metavar="SHARE", methods=EXCHANGING_D)
     exempt_d: str | None = option(None, str, "layers of D that never change: none, or its first and last",
-                                  shown="1x1 blocks none, larger ends", choices=EXEMPT, methods=STEERED)
+                                  shown="1x1 blocks none, larger ends", choices=EXEMPT, methods=SPARSE_D)
     br_every: int = option(_published(2, 10), int, "steps between measurements of the balance ratio",
                            shown="demo 2, published 10", range=COUNT, metavar="STEPS")
     br_window: int = option(_published(40, 1000), int, "steps the balance ratio is averaged over",
@@ -167,13 +219,35 @@ class TrainConfig:
                            metavar="EPS")
     warmup: int | None = option(None, int, "steps without a decision on D's density",
                                 shown="1x1 blocks 0, larger an eighth of the run, at most 1000", range=NATURAL,
-                                metavar="STEPS", methods=STEERED)
+                                metavar="STEPS", methods=CONTROLLED)
+
+    # What is played.
+    loss: str = option(_model("loss"), str, "bce: non-saturating, that of softplus; wgan: with --gradient-penalty; "
+                       "relativistic: with --r1 and --r2", shown="sngan, biggan hinge; resnet wgan; dcgan, stylegan2 "
+                       "bce; r3gan relativistic", choices=LOSSES)
+    gradient_penalty: float = option(lambda known: 10.0 if known["loss"] == "wgan" else 0.0, float, "weight of "
+                                     "WGAN-GP's penalty in D's loss", shown="wgan 10, else 0", range=NOT_NEGATIVE,
+                                     metavar="WEIGHT")
+    r1: float = option(_model("r1"), float, "weight of half the squared gradient of D at real images",
+                       shown="stylegan2 and r3gan 1, else 0", range=NOT_NEGATIVE, metavar="WEIGHT")
+    r2: float = option(_model("r2"), float, "the same at generated images", shown="r3gan 1, else 0",
+                       range=NOT_NEGATIVE, metavar="WEIGHT")
+    consistency: float = option(0.0, float, "weight of the squared difference of D's scores of real images and of "
+                                "their mirrored, moved twins", range=NOT_NEGATIVE, metavar="WEIGHT")
+    augment: str = option("none", parse_augment, "DiffAugment: what is changed at random in all images that D sees, "
+                          "words of color, translation and cutout joined by commas", metavar="KINDS")
+    precision: str = option("float32", str, "autocast of both networks; float16 scales its losses",
+                            choices=("float32", "bfloat16", "float16"))
 
     # Optimisation.
-    batch: int = option(_published(32, 64), int, "images per batch, real and generated", shown="demo 32, published 64",
-                        range=COUNT, metavar="N")
-    d_steps: int = option(_published(2, 5), int, "D steps per G step", shown="demo 2, published 5", range=COUNT,
-                          metavar="N")
+    batch: int = option(_preset(32, 64, 64, 50), int, "images per batch, real and generated",
+                        shown="demo 32, sngan 64, biggan32 50", range=COUNT, metavar="N")
+    accumulate: int = option(1, int, "batches whose mean gradient makes one step", range=COUNT, metavar="N")
+    d_steps: int = option(_preset(2, 5, 5, 4), int, "D steps per G step", shown="demo 2, sngan 5, biggan32 4",
+                          range=COUNT, metavar="N")
+    lr_decay: str = option("none", str, "how both rates fall to 0 at the end of the run",
+                           choices=("none", "linear", "cosine"))
+    lr_decay_start: int = option(0, int, "first step of the decay", range=NATURAL, metavar="STEP")
     lr: float = option(_published(3e-4, 2e-4), float, "learning rate of Adam", shown="demo 0.0003, published 0.0002",
                        range=RATE, metavar="RATE")
     lr_d: float = option(lambda known: known["lr"], float, "the same for D", shown="that of --lr", range=RATE,
@@ -182,6 +256,8 @@ class TrainConfig:
                                         metavar=("B1", "B2"))
     ema: float = option(_published(0.99, 0.999), float, "decay of G's moving average, which makes the samples",
                         shown="demo 0.99, published 0.999", range=BELOW_ONE, metavar="DECAY")
+    ema_ramp: float = option(0.0, float, "the average's half-life is at most this share of the steps done (StyleGAN2 "
+                             "0.05); 0: no limit", range=SHARE, metavar="SHARE")
     ema_start: int = option(0, int, "first steps that copy G's weights into the average instead", range=NATURAL,
                             metavar="STEPS")
     threads: int = option(0, int, "threads of torch; results are the same bit for bit only with the same number",
@@ -239,6 +315,13 @@ def refuse_without_effect(given: Mapping[str, Any], method: str) -> None:
             raise ConfigError(
                 f"{flag(name)} has no effect with --method {method}, only with {_listed(declared.methods)}"
             )
+    still = not METHOD_PARTS[method].steers_d and given.get("algorithm_d", "static") == "static"
+    for name in ("interval_d", "drop_fraction_d", "exempt_d"):
+        if name in given and still and not given.get("resume"):
+            raise ConfigError(
+                f"{flag(name)} has no effect with --method {method} and --algorithm-d static, only with "
+                f"{_listed(STEERED)}"
+            )
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -249,18 +332,29 @@ def _check_together(config: TrainConfig) -> None:
     if not config.out:
         raise ConfigError("--out DIR is required: the folder for everything the run writes")
     try:
-        generator_plan(config.resolution, config.width_g)
+        FAMILIES[config.model].check(config.resolution, config.width_g, config.width_d, config.latent)
     except ValueError as error:
-        raise ConfigError("--" + str(error).replace("width must", "width-g must", 1)) from None
+        raise ConfigError("--" + str(error).replace("width must", "width-g must", 1).replace("_", "-")) from None
     if config.density_d_min > config.density_d_max:
         limits = f"{config.density_d_min} and {config.density_d_max}"
         raise ConfigError(f"--density-d-min must not be above --density-d-max, got {limits}")
     if config.br_window < config.br_every:
         raise ConfigError(f"--br-window must be at least --br-every ({config.br_every}), got {config.br_window}")
-    if config.method == "sdst-set" and config.grown_second_moment == "score":
-        raise ConfigError("--grown-second-moment score needs gradient scores, which --method sdst-set does not have")
+    parts = METHOD_PARTS[config.method]
+    if "set" in (parts.method, config.algorithm_d):
+        which = f"--method {config.method}" if parts.method == "set" else "--algorithm-d set"
+        if config.grown_second_moment == "score":
+            raise ConfigError(f"--grown-second-moment score needs gradient scores, which {which} does not have")
+        if config.random_share:
+            raise ConfigError(f"--random-share needs growth by gradient, which {which} does not have")
+    if parts.steers_d and config.algorithm_d == "static":
+        raise ConfigError(f"--algorithm-d static does not go with --method {config.method}, which changes D")
     if config.method in MOVING and config.density == 1:
         raise ConfigError(f"--density must be below 1 with --method {config.method}, which moves G's blocks, got 1.0")
+    if config.method in PRUNING and not 2 <= config.prune_at < config.steps:
+        raise ConfigError(f"--prune-at must be at least 2 and below --steps ({config.steps}), got {config.prune_at}")
+    if config.lr_decay == "none" and config.lr_decay_start:
+        raise ConfigError("--lr-decay-start has no effect without --lr-decay linear or cosine")
 
 
 @contextmanager

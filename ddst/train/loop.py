@@ -1,12 +1,12 @@
-"""The training loop: SNGAN by any of the methods, logged line by line, stopped and continued without a trace."""
+"""The training loop: any model by any method, logged line by line, stopped and continued without a trace."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,16 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from tqdm import tqdm
 
 from ddst.data import ImageSet, Sampler
 from ddst.distributed import average_numbers
-from ddst.gan import DDST, EMA, StepReport
+from ddst.gan import EMA, StepReport
 from ddst.gan.unperturbed import unperturbed
+from ddst.models.families import FAMILIES
 from ddst.sparsity.stats import FlopCounter, TrainingFlops
 from ddst.train.checkpoint import CheckpointError, save_checkpoint
 from ddst.train.config import TrainConfig, fitting, out_of_memory, setting_errors
 from ddst.train.folder import CHECKPOINT, LOG, SAMPLES, clear_folder, versions
+from ddst.train.game import Inputs
 from ddst.train.log import Kept, RunLog, cut_log
 from ddst.train.options import ConfigError, flag
 from ddst.train.players import (
@@ -34,26 +37,18 @@ from ddst.train.players import (
     fuse_networks,
     gan_iteration,
     generator_backward,
+    learning_rates,
     make_sparse,
     with_optimizers,
 )
 from ddst.train.processes import agreed, first, share, together
 from ddst.train.rules import Misfit
 from ddst.train.samples import generate, save_grid
+from ddst.train.scheduler import make_scheduler
 from ddst.train.state_schema import check_state
 from ddst.train.terminal import OneLineError
 
 GRID = 100  # Images in a sample grid.
-
-# (mode, method) of ddst.gan.DDST for each method of the command line.
-_SCHEDULER = {
-    "dense": ("sdst", "static"),
-    "static": ("sdst", "static"),
-    "sdst-set": ("sdst", "set"),
-    "sdst-rigl": ("sdst", "rigl"),
-    "ddst-relaxed": ("relaxed", "rigl"),
-    "ddst-strict": ("strict", "rigl"),
-}
 
 
 class TrainingError(OneLineError, RuntimeError):
@@ -115,90 +110,86 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.device = torch.device(config.device)
         self.config, self.images = config, images
+        self.classes = self._count_classes()
         self._share = share(config.batch)
         self.out = Path(config.out)
-        self.warnings: list[str] = []
         with setting_errors(), fitting("networks of these --width-g, --width-d and --latent"):
             check_memory(config, images.channels)
-            generator, discriminator = build_networks(config, images.channels)
+            generator, discriminator = build_networks(config, images.channels, self.classes)
             sparse(config, generator, discriminator)
             fuse_networks(config, generator, discriminator)
             self.players = with_optimizers(config, generator.to(self.device), discriminator.to(self.device))
-            self.ema = EMA(generator, decay=config.ema, start=config.ema_start)
-            self.scheduler = self._make_scheduler()
+            self.ema = EMA(generator, decay=config.ema, start=config.ema_start, ramp=config.ema_ramp)
+            self.scheduler, self.warnings = make_scheduler(config, self.players, self.ema)
         self.sampler = Sampler(len(images) * (2 if config.flips else 1), config.batch, config.seed)
         self._noise = torch.Generator().manual_seed(config.seed + 1)
         self.grid_noise = torch.randn(GRID, config.latent, generator=torch.Generator().manual_seed(config.seed + 2))
-        one_noise = torch.zeros(1, config.latent, device=self.device)
-        one_image = torch.zeros(1, images.channels, config.resolution, config.resolution, device=self.device)
-        counters = FlopCounter(generator, one_noise), FlopCounter(discriminator, one_image)
-        self.flops = TrainingFlops(*counters, d_steps=config.d_steps)
+        self.flops = TrainingFlops(*self._flop_counters(), d_steps=config.d_steps)
         self.forward_flops = (0.0, 0.0)
         self.step, self.seconds = 0, 0.0
+        self.saved_step: int | None = None  # of the checkpoint in the folder
 
-    def _make_scheduler(self) -> DDST:
-        c = self.config
-        mode, method = _SCHEDULER[c.method]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            scheduler = DDST(
-                self.players.generator,
-                self.players.discriminator,
-                self.players.optimizer_g,
-                self.players.optimizer_d,
-                total_steps=c.steps,
-                mode=mode,
-                method=method,
-                interval_g=c.interval_g,
-                interval_d=c.interval_d,
-                bounds=c.bounds,
-                delta=c.delta,
-                density_range=(c.density_d_min, c.density_d_max),
-                br_every=c.br_every,
-                br_window=c.br_window,
-                br_average=c.br_average,
-                br_eps=c.br_eps,
-                warmup=c.warmup,
-                drop_fraction=c.drop_fraction,
-                drop_fraction_d=c.drop_fraction_d,
-                drop_fraction_end=c.drop_fraction_end,
-                schedule=c.drop_schedule,
-                scope=c.scope,
-                ranking=c.ranking,
-                max_norm_share=c.max_norm_share,
-                grown_second_moment=c.grown_second_moment,
-                exempt_g=() if c.exempt_g == "none" else c.exempt_g,
-                exempt_d=() if c.exempt_d == "none" else c.exempt_d,
-                ema=self.ema,
-                seed=c.seed,
+    def _count_classes(self) -> int:
+        if not FAMILIES[self.config.model].conditional:
+            return 1
+        labels = self.images.labels
+        if labels is None:
+            raise ConfigError(
+                f"--model {self.config.model} needs images with classes: {flag('data')} {self.images.name} has none "
+                "(class folders, CIFAR, STL-10, TinyImageNet and digits have)"
             )
-        self.warnings = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-        return scheduler
+        return int(labels.max()) + 1
 
-    def _draw_noise(self) -> Tensor:
+    def _flop_counters(self) -> tuple[FlopCounter, FlopCounter]:
+        c, players = self.config, self.players
+        label = [torch.zeros(1, dtype=torch.int64, device=self.device)] if FAMILIES[c.model].conditional else []
+        noise = torch.zeros(1, c.latent, device=self.device)
+        image = torch.zeros(1, self.images.channels, c.resolution, c.resolution, device=self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            return (
+                FlopCounter(players.generator, (noise, *label), lambda inputs: players.generator(*inputs)),
+                FlopCounter(players.discriminator, (image, *label), lambda inputs: players.discriminator(*inputs)),
+            )
+
+    def noise_of(self, generator: torch.Generator) -> Inputs:
+        """A batch's noise, this process's share, with classes where the networks have some."""
         # Drawn on the CPU, so that a run meets the same noise on every device.
-        noise = torch.randn(self.config.batch, self.config.latent, generator=self._noise)
-        return noise[self._share].to(self.device)
+        c = self.config
+        noise = torch.randn(c.batch, c.latent, generator=generator)[self._share].to(self.device)
+        if not FAMILIES[c.model].conditional:
+            return noise
+        return noise, torch.randint(self.classes, (c.batch,), generator=generator)[self._share].to(self.device)
 
-    def _draw_images(self) -> Tensor:
-        return self.images.batch(self.sampler.next()[self._share]).to(self.device)
+    def real_of(self, indices: Tensor) -> Inputs:
+        """The images at some indices, with classes where the networks have some."""
+        images = self.images.batch(indices).to(self.device)
+        if not FAMILIES[self.config.model].conditional:
+            return images
+        assert self.images.labels is not None
+        return images, self.images.labels[indices % len(self.images)].to(self.device)
 
     def train_step(self) -> tuple[float, float, StepReport]:
         """One GAN iteration and what the scheduler does after it: loss of D, loss of G, report.
 
         Raises:
-            TrainingError: a loss is not finite.
+            TrainingError: a loss is not finite; names the last good checkpoint.
         """
         started = time.perf_counter()
         self.flops.update()
         g, d = self.forward_flops
         self.forward_flops = g + self.flops.generator.forward, d + self.flops.discriminator.forward
-        reals = [self._draw_images() for _ in range(self.config.d_steps)]
-        mean_d, mean_g, noise, scores = gan_iteration(self.players, reals, self._draw_noise)
+        players, count = self.players, self.config.d_steps * self.config.accumulate
+        rates = learning_rates(self.config, self.step)
+        for optimizer, rate in zip((players.optimizer_g, players.optimizer_d), rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        reals = [self.real_of(self.sampler.next()[self._share]) for _ in range(count)]
+        mean_d, mean_g, noise, scores = gan_iteration(players, reals, lambda: self.noise_of(self._noise))
         loss_d, loss_g = average_numbers([mean_d.item(), mean_g.item()])
         if not (math.isfinite(loss_d) and math.isfinite(loss_g)):
-            raise TrainingError(f"loss is not finite at step {self.step + 1} (D {loss_d}, G {loss_g})")
-        report = self.scheduler.step(real=reals[-1], noise=noise, fake_scores=scores)
+            raise TrainingError(f"loss is not finite at step {self.step + 1} (D {loss_d}, G {loss_g}){self._left()}")
+        real: Any = reals[-1]
+        report = self.scheduler.step(real=real, noise=noise, fake_scores=scores)
         self.step += 1
         self.seconds += time.perf_counter() - started
         return loss_d, loss_g, report
@@ -215,10 +206,13 @@ class Trainer:
             unperturbed(players.generator, players.discriminator),
         ):
             batch = self._share.stop - self._share.start
-            noise = torch.zeros(batch, c.latent, device=self.device)
-            real = self.images.batch(torch.zeros(batch, dtype=torch.int64)).to(self.device)
+            zeros = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            latent = torch.zeros(batch, c.latent, device=self.device)
+            noise: Inputs = (latent, zeros) if FAMILIES[c.model].conditional else latent
+            real, random = self.real_of(zeros.cpu()), players.game.random.get_state()
             discriminator_backward(players, real, noise)
-            generator_backward(players, noise)
+            generator_backward(players, noise, real)
+            players.game.random.set_state(random)
             for optimizer in (players.optimizer_g, players.optimizer_d):
                 optimizer.zero_grad(set_to_none=True)
 
@@ -234,7 +228,7 @@ class Trainer:
         return {
             "config": self.config.saved(),
             "versions": versions(),
-            "images": self.images.fingerprint(),
+            "images": self._fingerprint(),
             "step": self.step,
             "seconds": self.seconds,
             "flops": {**self.flops.state_dict(), "forward": self.forward_flops},
@@ -246,9 +240,22 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "sampler": self.sampler.state_dict(),
             "noise": self._noise.get_state(),
+            "augment": players.game.random.get_state(),
+            "scalers": None if players.game.scaler_g is None else [s.state_dict() for s in self._scalers()],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
+
+    def _fingerprint(self) -> str:
+        """What the run sees of its images, by contents: pixels, and classes where they count."""
+        pixels, labels = self.images.fingerprint(), self.images.labels
+        if labels is None or not FAMILIES[self.config.model].conditional:
+            return pixels
+        return hashlib.sha256(pixels.encode() + labels.numpy().tobytes()).hexdigest()
+
+    def _scalers(self) -> list[GradScaler]:
+        game = self.players.game
+        return [scaler for scaler in (game.scaler_g, game.scaler_d) if scaler is not None]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken.
@@ -256,8 +263,10 @@ class Trainer:
         Raises:
             CheckpointError: the state does not fit this run; nothing has been changed then.
         """
-        if isinstance(state.get("images"), str) and state["images"] != self.images.fingerprint():
-            raise CheckpointError(f"cannot resume: the images of {flag('data')} {self.images.name} have changed")
+        if isinstance(state.get("images"), str) and state["images"] != self._fingerprint():
+            raise CheckpointError(
+                f"cannot resume: the images of {flag('data')} {self.images.name} have changed, or are others"
+            )
         try:
             check_state(state, self)
         except Misfit as error:
@@ -272,7 +281,11 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.sampler.load_state_dict(state["sampler"])
         self._noise.set_state(state["noise"])
+        players.game.random.set_state(state["augment"])
+        for scaler, saved in zip(self._scalers(), state["scalers"] or (), strict=True):
+            scaler.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.saved_step = self.step
         self.flops.load_state_dict(state["flops"])
         self.forward_flops = state["flops"]["forward"]
         # Last: building and loading networks may draw random numbers.
@@ -284,10 +297,35 @@ class Trainer:
         """Write the checkpoint, whole or not at all, together with the length of the log it belongs to.
 
         With several processes all call it, and the one with a log writes.
+
+        Raises:
+            TrainingError: something in it is not finite; the last checkpoint stays.
         """
         state = self.state_dict()
+        if (where := _not_finite(state)) is not None:
+            raise TrainingError(f"{where} is not finite after step {self.step}{self._left()}")
         if log is not None:
             save_checkpoint(self.out / CHECKPOINT, {**state, "log": log.sync()})
+        self.saved_step = self.step
+
+    def _left(self) -> str:
+        """What is left of the run when training cannot go on."""
+        if self.saved_step is None:
+            return "; there is no checkpoint yet"
+        return f"; the last good checkpoint is that of step {self.saved_step}, {self.out / CHECKPOINT}"
+
+
+def _not_finite(state: Any, where: str = "") -> str | None:
+    """The place of the first tensor in a nested state that holds NaN or infinity."""
+    if isinstance(state, Tensor):
+        return where if state.is_floating_point() and not bool(state.isfinite().all()) else None
+    if isinstance(state, dict):
+        pairs = [(f"{where}.{key}" if where else str(key), entry) for key, entry in state.items()]
+    elif isinstance(state, list | tuple):
+        pairs = [(f"{where}[{i}]", entry) for i, entry in enumerate(state)]
+    else:
+        return None
+    return next((found for place, entry in pairs if (found := _not_finite(entry, place)) is not None), None)
 
 
 def train(trainer: Trainer, kept: Kept | None = None) -> int | None:

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from os import PathLike, fspath
 from typing import Any
 
+from ddst.gan.augment import KINDS
 from ddst.train.terminal import OneLineError
 
 Known = Mapping[str, Any]
@@ -82,6 +83,11 @@ class Option:
         if value is None and self.default is None:
             return None
         plain, expected = self._converted(value)
+        if plain is not None and self.kind is parse_augment:
+            try:
+                plain = parse_augment(plain)
+            except ValueError as error:
+                raise ConfigError(f"{flag(name)}: {error}") from None
         if plain is None:
             raise ConfigError(f"{flag(name)} must be {expected}, got {value!r}")
         if self.choices and plain not in self.choices:
@@ -93,6 +99,7 @@ class Option:
     def _converted(self, value: Any) -> tuple[Any, str]:
         """The plain value, None where it has another type; and the words that say which type it must have."""
         kind, words = (int, 2) if self.kind is parse_block else (self.kind, self.words)
+        kind = str if kind is parse_augment else kind
         if words > 1:
             expected = f"{words} {_KINDS[kind][1]}s"
             values = [_scalar(kind, v) for v in value] if isinstance(value, tuple | list) else []
@@ -151,6 +158,19 @@ def shown_value(value: Any) -> str:
     if isinstance(value, tuple):
         return ("x" if all(isinstance(v, int) for v in value) else " ").join(map(str, value))
     return "none" if value is None else str(value)
+
+
+def parse_augment(text: str) -> str:
+    """'cutout,color' -> 'color,cutout': kinds of DiffAugment, each once, in their order; 'none'.
+
+    Example:
+        >>> parse_augment("cutout,color"), parse_augment("none")
+        ('color,cutout', 'none')
+    """
+    words = text.split(",")
+    if text != "none" and (not set(words) <= set(KINDS) or len(set(words)) < len(words)):
+        raise ValueError(f"expected none, or some of {', '.join(KINDS)} joined by commas, got {text!r}")
+    return text if text == "none" else ",".join(kind for kind in KINDS if kind in words)
 
 
 def parse_block(text: str) -> tuple[int, int]:

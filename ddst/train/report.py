@@ -195,7 +195,7 @@ def plot_report(out: Path, bounds: tuple[float, float]) -> Path:
         density.set(ylabel="density", ylim=(0, 1.05))
         losses.plot(x, series("loss_g"), lw=0.8, color="C1", label="generator")
         losses.plot(x, series("loss_d"), lw=0.8, color="C0", label="discriminator")
-        losses.set(ylabel="hinge loss", xlabel="step")
+        losses.set(ylabel="loss", xlabel="step")
         for axes in (ratio, density, losses):
             axes.legend(loc="upper right", fontsize=8)
             axes.grid(alpha=0.3)

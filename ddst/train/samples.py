@@ -14,15 +14,23 @@ from ddst.train.checkpoint import replacing
 
 
 @torch.no_grad()
-def generate(generator: nn.Module, noise: Tensor, batch: int = 128) -> Tensor:
+def generate(generator: nn.Module, noise: Tensor, batch: int = 128, labels: Tensor | None = None) -> Tensor:
     """Images `[N, C, H, W]` in [-1, 1] of a generator in eval mode, `batch` at a time; its mode is put back.
 
-    The noise is taken to where the generator is; the images come back on the CPU.
+    The noise is taken to where the generator is; the images come back on the CPU. A conditional generator (one with
+    `classes`) makes images of `labels`, or of all classes in turn. One that draws random numbers gets the same each
+    time, and torch's generator is left as it was.
     """
     training, device = generator.training, next(generator.parameters()).device
+    inputs = [noise]
+    if (classes := getattr(generator, "classes", None)) is not None:
+        inputs.append(torch.arange(len(noise)) % classes if labels is None else labels)
     generator.eval()
     try:
-        return torch.cat([generator(part.to(device)).cpu() for part in noise.split(batch)])
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            pieces = zip(*(tensor.split(batch) for tensor in inputs), strict=True)
+            return torch.cat([generator(*(part.to(device) for part in piece)).cpu() for piece in pieces])
     finally:
         generator.train(training)
 

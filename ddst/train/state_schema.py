@@ -58,6 +58,7 @@ def check_state(state: Mapping[str, Any], trainer: Trainer) -> None:
 def _description(state: Mapping[str, Any], trainer: Trainer) -> dict[str, Rule]:
     step, players = state["step"], trainer.players
     taken = step * trainer.config.d_steps
+    scaled = players.game.scaler_g is not None  # A scaler skips steps whose gradients are not finite.
     return {
         "config": anything,  # The trainer was built of it.
         "versions": mapping_of(text),
@@ -68,12 +69,14 @@ def _description(state: Mapping[str, Any], trainer: Trainer) -> dict[str, Rule]:
         "flops": record({"counted": number(0), "counted_dense": number(0), "forward": pair(number(0))}),
         "generator": network(players.generator),
         "discriminator": network(players.discriminator),
-        "optimizer_g": adam(players.generator, state.get("generator"), step),
-        "optimizer_d": adam(players.discriminator, state.get("discriminator"), taken),
+        "optimizer_g": adam(players.generator, state.get("generator"), step, scaled),
+        "optimizer_d": adam(players.discriminator, state.get("discriminator"), taken, scaled),
         "ema": record({"module": average(trainer.ema.module, state.get("generator")), "updates": whole(step, step)}),
         "scheduler": scheduler(trainer.scheduler, step),
-        "sampler": sampler(trainer.sampler.size, taken * trainer.config.batch),
+        "sampler": sampler(trainer.sampler.size, taken * trainer.config.accumulate * trainer.config.batch),
         "noise": random_state,
+        "augment": random_state,
+        "scalers": scalers if scaled else nothing,
         "torch": random_state,
         "cuda": nothing if trainer.device.type == "cpu" else tensor(torch.uint8, torch.cuda.get_rng_state().shape),
     }
@@ -128,18 +131,20 @@ def average(net: nn.Module, model: Any) -> Rule:
     return check
 
 
-def adam(net: nn.Module, state: Any, steps: int) -> Rule:
+def adam(net: nn.Module, state: Any, steps: int, may_skip: bool = False) -> Rule:
     """Adam's state by the number of the parameter: none before the first step, then moments of the saved weights."""
     names = [name for name, _ in net.named_parameters()]
     count = float(min(steps, _LARGEST_STEP))
+    least = 1.0 if may_skip else count
 
     def check(value: Any, where: str) -> None:
         rules: dict[Any, Rule] = {}
-        for i, name in enumerate(names if steps else []):
+        none_made = not steps or (may_skip and value == {})
+        for i, name in enumerate([] if none_made else names):
             weight = state[name]  # Checked before, as it stands before in the description.
             moment = tensor(weight.dtype, weight.shape)
             square = tensor(weight.dtype, weight.shape, low=0)
-            rules[i] = record({"step": tensor(None, (), count, count), "exp_avg": moment, "exp_avg_sq": square})
+            rules[i] = record({"step": tensor(None, (), least, count), "exp_avg": moment, "exp_avg_sq": square})
         record(rules)(value, where)
 
     return check
@@ -180,6 +185,15 @@ def requests(updater: TopologyUpdater, wanted: bool) -> Rule:
     """A `TopologyUpdater`: whether scores are asked for, scores that came and were not used, its random numbers."""
     masks = {name: layer.mask_shape for name, layer in updater.scores.layers.items()}
     one = {name: tensor(None, shape, low=0) for name, shape in masks.items()}
+    moments: Rule = nothing
+    if updater.scores.moments is not None:
+        shapes = {name: tuple(layer.weight_shape) for name, layer in updater.layers.items()}
+        moments = record(
+            {
+                name: record({"exp_avg": tensor(None, shape), "exp_avg_sq": tensor(None, shape, low=0)})
+                for name, shape in shapes.items()
+            }
+        )
     scores = record(
         {
             "stepped": one_of(False),  # an iteration's end forgets it
@@ -188,14 +202,39 @@ def requests(updater: TopologyUpdater, wanted: bool) -> Rule:
             "aside": some_of(one),
         }
     )
-    return record({"scores": scores, "generator": random_state})
+    return record({"scores": scores, "moments": moments, "generator": random_state})
+
+
+def sample(value: Any, where: str) -> None:
+    """One measurement: alpha, beta, the sign."""
+    if type(value) is not tuple or len(value) != 3:
+        raise Misfit(f"{where} must be three values")
+    for i, rule in enumerate((number(), number(), optional(number(-1, 1)))):
+        rule(value[i], f"{where}[{i}]")
+
+
+def scalers(value: Any, where: str) -> None:
+    """The two gradient scalers' states."""
+    positive = number(0)
+    one = record(
+        {
+            "scale": positive,
+            "growth_factor": positive,
+            "backoff_factor": positive,
+            "growth_interval": whole(1),
+            "_growth_tracker": whole(0),
+        }
+    )
+    list_of(one)(value, where)
+    if len(value) != 2:
+        raise Misfit(f"{where} must be two states, got {len(value)}")
 
 
 def balance(window: int, measured: int) -> Rule:
     """The balance ratio's window: all measurements that were finite, or the newest that it holds."""
 
     def check(value: Any, where: str) -> None:
-        record({"samples": list_of(pair(number())), "rejected": whole(0, measured)})(value, where)
+        record({"samples": list_of(sample), "rejected": whole(0, measured)})(value, where)
         expected = min(window, measured - value["rejected"])
         if len(value["samples"]) != expected:
             raise Misfit(f"{where}.samples must hold {expected} measurements, got {len(value['samples'])}")
@@ -213,6 +252,7 @@ def decision(oldest: int, step: int) -> Rule:
         "mean_beta": number(),
         "balance_ratio": optional(number()),
         "reason": text,
+        "mean_sign": optional(number(-1, 1)),
     }
     return record(
         {

@@ -333,7 +333,7 @@ def test_a_missing_gradient_delays_growth_and_is_reported_if_it_stays_away(monke
     assert report.discriminator_update is None
     waiting = scheduler.state_dict()
     json.dumps(waiting["waiting"], allow_nan=False)
-    scheduler._waiting = None
+    scheduler._steering.waiting = None
     scheduler.load_state_dict(waiting)
     report = scheduler.step(**gan.iteration())
     assert report.discriminator_update.kind == "grow"

@@ -39,7 +39,7 @@ def test_defaults_of_the_modes_and_blocks():
     assert built((1, 1), br_average="ratio_of_means").balance.average == "ratio_of_means"
     assert (relaxed.controller.warmup, single.controller.warmup) == (1000, 0)
     assert (relaxed.training_g.drop_fraction(0), single.training_g.drop_fraction(0)) == (0.3, 0.5)
-    assert (strict._fraction_d(0), single._fraction_d(0)) == (0.3, 0.5)
+    assert (strict._steering.fraction(0), single._steering.fraction(0)) == (0.3, 0.5)
     assert (single.updater_d.exempt, single.updater_d.ranking) == ((), "raw")
     assert (strict.updater_d.exempt, strict.updater_d.ranking) == (("0", "7"), "relative")
 

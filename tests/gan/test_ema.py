@@ -185,3 +185,16 @@ def test_a_model_that_has_run_can_be_averaged():
     assert ema.module[0].weight.grad_fn is None
     ema.update()
     assert ema.module(torch.randn(2, 4)).shape == (2, 4)
+
+
+def test_a_ramp_shortens_the_averages_half_life_at_the_start():
+    """After t updates it is at most ramp · t of them, so that the first weights are forgotten at once."""
+    model = nn.Linear(1, 1, bias=False)
+    ema, expected = EMA(model, decay=0.9, ramp=0.5), None
+    for t in range(30):
+        nn.init.constant_(model.weight, float(t))
+        ema.update()
+        decay = min(0.9, 0.5 ** (1 / (0.5 * t))) if t else 0.0
+        expected = float(t) if expected is None else decay * expected + (1 - decay) * t
+        assert ema.module.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert 0.5 ** (1 / (0.5 * 29)) > 0.9  # from there on it is the decay that was given

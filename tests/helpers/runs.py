@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ddst.gan import PRESETS
 from ddst.train.checkpoint import load_checkpoint
 from ddst.train.config import OPTIONS
 from ddst.train.log import read_log
@@ -39,7 +40,10 @@ def tiny(**settings: Any) -> dict[str, Any]:
     """`TINY` with these settings, without those that the method does not have."""
     both = {**TINY, **settings}
     method = both.get("method", OPTIONS["method"].default)
-    return {k: v for k, v in both.items() if OPTIONS[k].methods is None or method in OPTIONS[k].methods}
+    had = {k: v for k, v in both.items() if OPTIONS[k].methods is None or method in OPTIONS[k].methods}
+    if not PRESETS[method].steers_d and "algorithm_d" not in had:
+        had.pop("interval_d", None)
+    return had
 
 
 def log_without_seconds(out: Path) -> list[dict[str, Any]]:

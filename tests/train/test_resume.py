@@ -142,6 +142,27 @@ def test_changed_images_are_refused(tmp_path):
     assert (out / "log.jsonl").read_bytes() == before
 
 
+def test_a_run_goes_on_wherever_its_images_lie(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from ddst.train.checkpoint import CheckpointError
+
+    monkeypatch.chdir(tmp_path)
+    for name, shade in (("photos", 0), ("others", 100)):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (8, 8), (i * 30, shade, 0)).save(tmp_path / name / f"{i}.png")
+    run({**TINY, "data": "photos", "out": "run", "stop_after": 1})
+    again = {"out": "run", "resume": True, "data_cache": "none"}
+    assert run({**again, "data": str(tmp_path / "photos"), "stop_after": 2}) == 0
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    assert run({**again, "data": "moved", "stop_after": 3}) == 0
+    assert run({**again, "stop_after": 4}) == 0  # the checkpoint knows by now where they lie
+    with pytest.raises(CheckpointError, match=r"the images of --data others have changed, or are others"):
+        run({**again, "data": "others"})
+    assert checkpoint_of(tmp_path / "run")["step"] == 4
+
+
 def test_density_the_networks_cannot_have_is_a_setting_error(tmp_path):
     with pytest.raises(ConfigError, match=r"--density 0\.001: ") as caught:
         run({**TINY, "density": 0.001, "out": str(tmp_path / "x")})

@@ -92,7 +92,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(BUILD_FILES)
-	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,bench,integrations]'
+	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,bench,integrations,onnx]'
 	touch $@
 
 clean:

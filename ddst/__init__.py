@@ -26,6 +26,7 @@ from .nn import (  # noqa: E402
     follow,
     named_weights,
 )
+from .runs import load_generator  # noqa: E402
 from .sparsity import SparseTraining, carry_state  # noqa: E402
 
 try:
@@ -52,6 +53,7 @@ __all__ = [
     "densify",
     "explain",
     "follow",
+    "load_generator",
     "named_weights",
     "sparsify",
     "synchronize",

@@ -233,6 +233,7 @@ class Trainer:
             "config": self.config.saved(),
             "versions": versions(),
             "images": self.images.fingerprint(),
+            "channels": self.images.channels,
             "step": self.step,
             "seconds": self.seconds,
             "flops": {**self.flops.state_dict(), "forward": self.forward_flops},

@@ -62,6 +62,7 @@ def _description(state: Mapping[str, Any], trainer: Trainer) -> dict[str, Rule]:
         "config": anything,  # The trainer was built of it.
         "versions": mapping_of(text),
         "images": text,
+        "channels": whole(trainer.images.channels, trainer.images.channels),
         "step": whole(step, step),
         "seconds": number(0),
         "log": record({"bytes": whole(1), "sha256": text}),

@@ -12,8 +12,58 @@ RUN = "folder of a run, its checkpoint, or a file of `ddst export --safetensors`
 
 def add_commands(commands: Any) -> dict[str, Callable[[argparse.Namespace], int]]:
     """Add a parser for each; returns what each runs."""
+    _add_sample(commands)
     _add_export(commands)
-    return {"export": _export}
+    return {"sample": _sample, "export": _export}
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """A whole number from `low` to `high`, as argparse wants it."""
+
+    def convert(text: str) -> int:
+        if not (text.removeprefix("-").isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def _add_sample(commands: Any) -> None:
+    sample = commands.add_parser(
+        "sample",
+        help="draw images of a run's generator",
+        description="Draw images of the averaged generator of a run: a grid, files, or both.",
+        allow_abbrev=False,
+    )
+    sample.add_argument("run", metavar="RUN", type=Path, help=RUN)
+    sample.add_argument("--out", metavar="FILE", type=Path, help="the grid, a PNG; it is replaced")
+    sample.add_argument("--folder", metavar="DIR", type=Path, help="one PNG an image; a new or empty folder")
+    sample.add_argument("--count", metavar="N", type=_whole(1, 10**6), default=64, help="images (default: 64)")
+    sample.add_argument("--seed", metavar="S", type=_whole(0, 2**63 - 1), default=0, help="of the noise (default: 0)")
+    sample.add_argument("--class", metavar="K", dest="label", type=_whole(0, 10**6), help="all of one class")
+    sample.add_argument("--interpolate", action="store_true", help="each row is a walk from one noise to another")
+
+
+def _sample(given: argparse.Namespace) -> int:
+    from ddst.runs.sample import sample
+    from ddst.train.options import ConfigError
+    from ddst.train.terminal import one_line
+
+    if given.out is None and given.folder is None:
+        raise ConfigError("--out FILE or --folder DIR is required: where the images go")
+    about = sample(
+        given.run,
+        given.count,
+        given.seed,
+        grid=given.out,
+        folder=given.folder,
+        label=given.label,
+        interpolate=given.interpolate,
+    )
+    for path in (given.out, given.folder):
+        if path is not None:
+            print(one_line(f"{path}  {given.count} images of the averaged generator of step {about.step}"))
+    return 0
 
 
 def _add_export(commands: Any) -> None:

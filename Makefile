@@ -93,6 +93,7 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/built: $(VENV)/installed $(BUILD_FILES)
 	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,bench,integrations,onnx]'
+	$(BIN)/pip install --no-compile --no-deps torch-fidelity==0.4.0 # its torchvision asks for a build of torch of its own
 	touch $@
 
 clean:

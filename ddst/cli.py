@@ -122,7 +122,10 @@ def _guarded(command: str, do: Callable[[], int]) -> int:
 
 def _extra(module: str | None) -> str:
     """The extra that brings a module."""
-    return "onnx" if (module or "").startswith("onnx") else "train"
+    name = (module or "").partition(".")[0]
+    return {"onnx": "onnx", "onnxscript": "onnx", "torch_fidelity": "metrics", "torchvision": "metrics"}.get(
+        name, "train"
+    )
 
 
 def _ended(command: str, code: int, why: str) -> int:

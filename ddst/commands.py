@@ -13,8 +13,9 @@ RUN = "folder of a run, its checkpoint, or a file of `ddst export --safetensors`
 def add_commands(commands: Any) -> dict[str, Callable[[argparse.Namespace], int]]:
     """Add a parser for each; returns what each runs."""
     _add_sample(commands)
+    _add_evaluate(commands)
     _add_export(commands)
-    return {"sample": _sample, "export": _export}
+    return {"sample": _sample, "evaluate": _evaluate, "export": _export}
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -63,6 +64,59 @@ def _sample(given: argparse.Namespace) -> int:
     for path in (given.out, given.folder):
         if path is not None:
             print(one_line(f"{path}  {given.count} images of the averaged generator of step {about.step}"))
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="judge a run's generator",
+        description="Judge the averaged generator of a run; the figures go to evaluation.json in its folder, too.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("run", metavar="RUN", type=Path, help=RUN)
+    evaluate.add_argument(
+        "--metrics",
+        metavar="NAME,...",
+        type=_names,
+        default=["digits"],
+        help="fid, is, prdc (precision, recall, density, coverage) by Inception-v3; digits, the embedded distance "
+        "(default: digits)",
+    )
+    evaluate.add_argument("--weights", metavar="FILE", type=Path, help="weights of Inception-v3, see docs/metrics.md")
+    evaluate.add_argument(
+        "--reference", metavar="FILE.npz", type=Path, help="shared statistics or images, for the data"
+    )
+    evaluate.add_argument("--data", metavar="PATH", help="real images, where the run's own have moved")
+    evaluate.add_argument("--held-out", action="store_true", help="compare with the images set aside for tests")
+    evaluate.add_argument(
+        "--samples", metavar="N", type=_whole(11, 10**6), help="default: as many as real, 50,000 at most"
+    )
+    evaluate.add_argument("--seed", metavar="S", type=_whole(0, 2**63 - 1), default=0, help="of the noise (default: 0)")
+    evaluate.add_argument("--statistics", metavar="FILE.npz", type=Path, help="write mu and sigma of the real images")
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from ddst.runs.evaluate import evaluate
+    from ddst.train.terminal import one_line
+
+    figures = evaluate(
+        given.run,
+        given.metrics,
+        samples=given.samples,
+        seed=given.seed,
+        weights=given.weights,
+        reference=given.reference,
+        data=given.data,
+        held_out=given.held_out,
+        statistics=given.statistics,
+    )
+    for figure in figures:
+        print(one_line(str(figure)))
     return 0
 
 

@@ -28,8 +28,8 @@ from ddst import topology as tp
 from ddst._arguments import check_bool, check_int, check_ints, check_number, check_one_of
 from ddst.convert.advice_report import Advice, BlockAdvice, LayerAdvice, Measured
 from ddst.models import Generator
-from ddst.runs.generator import About, write_generator
 from ddst.slot_change import SlotChange
+from ddst.train.generator import About, write_generator
 
 VALUES: list[Any] = [
     None,

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def load_generator(path: str | PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
-    """The averaged generator of a run, in eval mode; see :func:`ddst.runs.generator.load_generator`.
+    """The averaged generator of a run, in eval mode; see :func:`ddst.train.generator.load_generator`.
 
     Raises:
         ModuleNotFoundError: safetensors is missing, which the layers do without: ``pip install 'ddst[train]'``.
     """
-    from ddst.runs.generator import load_generator as load
+    from ddst.train.generator import load_generator as load
 
     return load(path, device)

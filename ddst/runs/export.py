@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ddst.convert import densify
 from ddst.nn import sparse_layers
-from ddst.runs.generator import read_generator, write_generator
 from ddst.train.checkpoint import replacing
+from ddst.train.generator import read_generator, write_generator
 from ddst.train.options import ConfigError
 
 FORMS = ("onnx", "dense", "safetensors")

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddst.runs.generator import About, read_generator
 from ddst.train.checkpoint import CheckpointError, naming
+from ddst.train.generator import About, read_generator
 from ddst.train.options import ConfigError
 from ddst.train.samples import save_grid, to_pixels
 

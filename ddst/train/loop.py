@@ -25,6 +25,7 @@ from ddst.sparsity.stats import FlopCounter, TrainingFlops
 from ddst.train.checkpoint import CheckpointError, save_checkpoint
 from ddst.train.config import TrainConfig, fitting, out_of_memory, setting_errors
 from ddst.train.folder import CHECKPOINT, LOG, SAMPLES, clear_folder, versions
+from ddst.train.judging import Judging
 from ddst.train.log import Kept, RunLog, cut_log
 from ddst.train.options import ConfigError, flag
 from ddst.train.players import (
@@ -95,7 +96,7 @@ class Trainer:
         sparse: makes the two networks of a config sparse, in place; another one for studies of other distributions.
 
     Attributes:
-        step: generator iterations done. seconds: time they took.
+        step: generator iterations done. seconds: time they took. best: the smallest distance found so far.
         flops: counted operations of the steps done. forward_flops: of them, sums of the two networks' single forward
             passes per image.
 
@@ -133,6 +134,7 @@ class Trainer:
         self.flops = TrainingFlops(*counters, d_steps=config.d_steps)
         self.forward_flops = (0.0, 0.0)
         self.step, self.seconds = 0, 0.0
+        self.best: float | None = None
 
     def _make_scheduler(self) -> DDST:
         c = self.config
@@ -236,6 +238,7 @@ class Trainer:
             "channels": self.images.channels,
             "step": self.step,
             "seconds": self.seconds,
+            "best": self.best,
             "flops": {**self.flops.state_dict(), "forward": self.forward_flops},
             "generator": players.generator.state_dict(),
             "discriminator": players.discriminator.state_dict(),
@@ -271,7 +274,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.sampler.load_state_dict(state["sampler"])
         self._noise.set_state(state["noise"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.flops.load_state_dict(state["flops"])
         self.forward_flops = state["flops"]["forward"]
         # Last: building and loading networks may draw random numbers.
@@ -306,6 +309,7 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
         ProcessError: another process of the run is gone; likewise.
     """
     config, stop = trainer.config, StopFlag()
+    judge = Judging(trainer) if first() else None
     if first():
         _clear(trainer.out, kept)
     last = config.steps if config.stop_after is None else min(config.steps, config.stop_after)
@@ -334,6 +338,8 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
                         _show(bar, trainer, loss_d, loss_g, report)
                         if trainer.step % config.sample_every == 0 or trainer.step == config.steps:
                             trainer.save_samples()
+                    if judge is not None and log is not None:
+                        judge(log)
                     if trainer.step % config.checkpoint_every == 0 and trainer.step < last:
                         trainer.checkpoint(log)
             except KeyboardInterrupt:

@@ -12,7 +12,7 @@ import ddst
 from ddst.cli import main
 from ddst.models import Generator
 from ddst.nn import sparse_layers
-from ddst.runs.generator import read_generator
+from ddst.train.generator import read_generator
 
 
 def test_packed_and_dense_files(sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import ddst
 from ddst.nn import sparse_layers
 from ddst.runs.export import export
-from ddst.runs.generator import KEY
 from ddst.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ddst.train.generator import KEY
 
 
 def average_of(run: Path) -> dict[str, torch.Tensor]:

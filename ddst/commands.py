@@ -15,7 +15,8 @@ def add_commands(commands: Any) -> dict[str, Callable[[argparse.Namespace], int]
     _add_sample(commands)
     _add_evaluate(commands)
     _add_export(commands)
-    return {"sample": _sample, "evaluate": _evaluate, "export": _export}
+    _add_report(commands)
+    return {"sample": _sample, "evaluate": _evaluate, "export": _export, "report": _report}
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -144,4 +145,24 @@ def _export(given: argparse.Namespace) -> int:
 
     said = export(given.run, given.form, given.out)
     print(one_line(f"{given.out}  {said}"))
+    return 0
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="one page of a run, or of several beside each other",
+        description="Write one self-contained HTML page of runs, finished or not; it needs no network.",
+        allow_abbrev=False,
+    )
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
+    report.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default: report.html")
+
+
+def _report(given: argparse.Namespace) -> int:
+    from ddst.runs.page import report
+    from ddst.train.terminal import one_line
+
+    report(given.runs, given.out)
+    print(one_line(f"{given.out}  {len(given.runs)} run{'s' if len(given.runs) > 1 else ''} on one page"))
     return 0

@@ -21,6 +21,7 @@ from ddst.data import ImageSet, Sampler
 from ddst.distributed import average_numbers
 from ddst.gan import DDST, EMA, StepReport
 from ddst.gan.unperturbed import unperturbed
+from ddst.nn import sparse_layers
 from ddst.sparsity.stats import FlopCounter, TrainingFlops
 from ddst.train.checkpoint import CheckpointError, save_checkpoint
 from ddst.train.config import TrainConfig, fitting, out_of_memory, setting_errors
@@ -403,6 +404,11 @@ def _log_step(log: RunLog, trainer: Trainer, loss_d: float, loss_g: float, repor
     for network, update in (("generator", report.generator_update), ("discriminator", report.discriminator_update)):
         if update is not None:
             log.write(event="update", network=network, **update.as_dict())
+    if report.step == 1 or report.generator_update is not None or report.discriminator_update is not None:
+        players = trainer.players
+        networks = {"generator": players.generator, "discriminator": players.discriminator}
+        densities = {name: {k: v.density for k, v in sparse_layers(net).items()} for name, net in networks.items()}
+        log.write(event="densities", step=report.step, **densities)
 
 
 def _show(bar: Any, trainer: Trainer, loss_d: float, loss_g: float, report: StepReport) -> None:

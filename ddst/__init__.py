@@ -27,6 +27,7 @@ from .nn import (  # noqa: E402
     follow,
     named_weights,
 )
+from .runs import load_generator  # noqa: E402
 from .sparsity import SparseTraining, carry_state  # noqa: E402
 
 try:
@@ -55,6 +56,7 @@ __all__ = [
     "follow",
     "fuse",
     "keep_freed_memory",
+    "load_generator",
     "named_weights",
     "sparsify",
     "synchronize",

@@ -1,4 +1,4 @@
-"""The command line: `ddst train --out DIR ...`, `ddst replay LOG`, `ddst info` for what this installation can do."""
+"""The command line: `ddst train --out DIR ...`, `ddst replay LOG`, what is done with runs, and `ddst info`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ddst import __version__, build_info, keep_freed_memory
+from ddst.commands import add_commands
 from ddst.gan.controller import MODES, SIGNALS
 from ddst.train.config import OPTIONS, REPLAYED
 from ddst.train.methods import CALLED
@@ -38,8 +39,8 @@ def _converter(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser. `train` puts only the options that were given into its namespace."""
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Namespace], int]]]:
+    """The parser, and what the commands run that need a run. `train` puts only given options into its namespace."""
     parser = _Parser(prog="ddst", description="Sparse GAN training on packed block-sparse layers.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ddst {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -68,8 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     replay.add_argument("--out", metavar="FILE", type=Path, help="the picture (default: replay.png beside the log)")
     for name in REPLAYED:
         _add_option(replay, name)
+    after = add_commands(commands)
     commands.add_parser("info", help="show version, libraries and instruction sets", allow_abbrev=False)
-    return parser
+    return parser, after
 
 
 def _add_option(parser: argparse.ArgumentParser, name: str) -> None:
@@ -95,29 +97,27 @@ def _add_option(parser: argparse.ArgumentParser, name: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (argparse exits by itself for --help and wrong options)."""
-    given = vars(build_parser().parse_args(arguments))
-    command = given.pop("command")
+    parser, after = build_parser()
+    namespace = parser.parse_args(arguments)
+    command = namespace.command
     if command == "info":
         return _info()
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     with lenient_streams():
-        return _replay(settings) if command == "replay" else _train(settings)
+        if command in after:
+            return _guarded(command, lambda: after[command](namespace))
+        given = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in vars(namespace).items()
+            if name != "command"
+        }
+        return _guarded(command, lambda: _replay(given) if command == "replay" else _train(given))
 
 
 def _replay(given: dict[str, Any]) -> int:
-    from ddst.train.options import ConfigError
+    from ddst.train.replay import run_replay
 
-    try:
-        from ddst.train.replay import run_replay
-
-        rest = (given.pop("log"), given, given.pop("mode", None), given.pop("signal", None), given.pop("out", None))
-        return run_replay(*rest)
-    except ConfigError as error:
-        return _ended(2, f"error: {error}", "replay")
-    except OSError as error:
-        return _ended(
-            1, f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", "replay"
-        )
+    rest = (given.pop("log"), given, given.pop("mode", None), given.pop("signal", None), given.pop("out", None))
+    return run_replay(*rest)
 
 
 def _info() -> int:
@@ -126,30 +126,45 @@ def _info() -> int:
 
 
 def _train(given: dict[str, Any]) -> int:
+    from ddst.train.job import run
+
+    return run({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def _guarded(command: str, do: Callable[[], int]) -> int:
+    """The exit code of a command; what can go wrong in one is one line."""
     try:
         from ddst.data import DataError
         from ddst.train.checkpoint import CheckpointError
-        from ddst.train.job import run
         from ddst.train.loop import TrainingError
         from ddst.train.options import ConfigError
         from ddst.train.processes import ProcessError
 
         keep_freed_memory()  # The process is this command's alone.
         try:
-            return run(given)
+            return do()
         except (ConfigError, DataError, CheckpointError) as error:
-            return _ended(2, f"error: {error}")
+            return _ended(command, 2, f"error: {error}")
         except (TrainingError, ProcessError) as error:
-            return _ended(1, f"error: {error}")
+            return _ended(command, 1, f"error: {error}")
         except OSError as error:  # A full disk, a folder that is gone: the last whole checkpoint stays.
-            return _ended(1, f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+            why = f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
+            return _ended(command, 1, why)
     except ModuleNotFoundError as error:
-        return _ended(2, f"error: {error.name} is missing: pip install 'ddst[train]'")
+        return _ended(command, 2, f"error: {error.name} is missing: pip install 'ddst[{_extra(error.name)}]'")
     except KeyboardInterrupt:  # Outside the training loop, which ends in order.
-        return _ended(130, "interrupted")
+        return _ended(command, 130, "interrupted")
 
 
-def _ended(code: int, why: str, command: str = "train") -> int:
+def _extra(module: str | None) -> str:
+    """The extra that brings a module."""
+    name = (module or "").partition(".")[0]
+    return {"onnx": "onnx", "onnxscript": "onnx", "torch_fidelity": "metrics", "torchvision": "metrics"}.get(
+        name, "train"
+    )
+
+
+def _ended(command: str, code: int, why: str) -> int:
     print(f"ddst {command}: {one_line(why)}", file=sys.stderr)
     return code
 

@@ -11,7 +11,9 @@ import functools
 import inspect
 import math
 import random
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,9 @@ from ddst import nn as sparse_nn
 from ddst import topology as tp
 from ddst._arguments import check_bool, check_int, check_ints, check_number, check_one_of
 from ddst.convert.advice_report import Advice, BlockAdvice, LayerAdvice, Measured
+from ddst.models import Generator
 from ddst.slot_change import SlotChange
+from ddst.train.generator import About, write_generator
 
 VALUES: list[Any] = [
     None,
@@ -53,6 +57,15 @@ VALUES: list[Any] = [
 def sparse_model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(ddst.SparseLinear(16, 16, density=0.5, block=8), nn.ReLU(), nn.Linear(16, 2))
+
+
+@functools.cache
+def generator_file() -> Path:
+    path = Path(tempfile.mkdtemp(), "generator.safetensors")
+    settings = {"method": "dense", "resolution": 8, "width_g": 8, "width_d": 8, "latent": 4}
+    about = About(settings, channels=1, layers={}, step=0, versions={})
+    write_generator(path, Generator(8, 8, 1, 4), about)
+    return path
 
 
 def made_up_advice() -> Advice:
@@ -131,6 +144,7 @@ SLOTS = torch.tensor([3, -1, 0], dtype=torch.int32)
 
 #: Name -> what makes the function and its right arguments anew for each call.
 CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
+    "load_generator": lambda: (ddst.load_generator, {"path": generator_file(), "device": "cpu"}),
     "PackedParameter": lambda: (
         sparse_nn.PackedParameter,
         {"shape": (16, 16, 3, 3), **{name: value for name, value in LAYER.items() if name != "bias"}},

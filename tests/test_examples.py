@@ -57,7 +57,18 @@ def test_stylegan2_layer_has_the_penalties_of_its_dense_form(tmp_path):
     assert re.fullmatch(r"20% of the weights left; R1, path length and their gradients equal .* to \de[+-]\d\d", line)
 
 
-@pytest.mark.parametrize("name", ["own_gan", "lightning_gan", "accelerate_gan", "stylegan2_layer"])
+def test_aot_package_computes_what_the_net_computes(tmp_path):
+    done = run("aot_package.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(
+        r"outputs .* differ by at most (\S+); ([\d,]+) bytes, dense weights alone ([\d,]+)\n", done.stdout
+    )
+    assert found, done.stdout
+    assert float(found[1]) < 1e-5
+    assert int(found[2].replace(",", "")) < int(found[3].replace(",", ""))
+
+
+@pytest.mark.parametrize("name", ["own_gan", "lightning_gan", "accelerate_gan", "stylegan2_layer", "aot_package"])
 def test_examples_are_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
 

@@ -93,7 +93,9 @@ def test_contents(wheel: Path) -> None:
     for folder in ("benchmarks", "kernels"):
         sources |= {f"ddst/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
     data = {
-        str(path.relative_to(ROOT)) for kind in ("safetensors", "json") for path in (ROOT / "ddst").rglob(f"*.{kind}")
+        str(path.relative_to(ROOT))
+        for kind in ("safetensors", "json", "j2")
+        for path in (ROOT / "ddst").rglob(f"*.{kind}")
     }
     data |= {f"ddst/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.json")}
     compiled = {"ddst/_lib/libddst.so"}
@@ -152,6 +154,7 @@ def test_source_distribution_holds_what_a_build_reads(tmp_path: Path) -> None:
         ("csrc", "*.[ch]*"),
         ("ddst", "*.py"),
         ("ddst", "*.safetensors"),
+        ("ddst", "*.j2"),
         ("benchmarks", "*.py"),
         ("kernels", "*.py"),
         ("tests", "*.py"),

@@ -1,14 +1,22 @@
-"""How good and how varied generated images are: Fréchet distance and class shares."""
+"""How good and how varied generated images are: Fréchet distances, neighbours, inception score, class shares."""
 
 from ddst.metrics.classifier import DigitClassifier, load_classifier, nearest_resolution
-from ddst.metrics.frechet import Quality, evaluate_digits, frechet_distance, real_floor
+from ddst.metrics.frechet import Quality, evaluate_digits, frechet_distance, frechet_of_moments, real_floor
+from ddst.metrics.prdc import Manifolds, prdc
+from ddst.metrics.statistics import Moments, read_reference, write_statistics
 
 __all__ = [
     "DigitClassifier",
+    "Manifolds",
+    "Moments",
     "Quality",
     "evaluate_digits",
     "frechet_distance",
+    "frechet_of_moments",
     "load_classifier",
     "nearest_resolution",
+    "prdc",
+    "read_reference",
     "real_floor",
+    "write_statistics",
 ]

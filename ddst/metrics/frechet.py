@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddst.metrics.classifier import load_classifier, nearest_resolution
+from ddst.metrics.statistics import Moments
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -41,13 +42,22 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
             raise ValueError(f"{name} must be finite, got NaN or infinity")
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a and b must have the same number of features, got {a.shape[1]} and {b.shape[1]}")
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
-    values, vectors = torch.linalg.eigh(cov_a)
+    return frechet_of_moments(Moments.of(a), Moments.of(b))
+
+
+def frechet_of_moments(a: Moments, b: Moments) -> float:
+    """`frechet_distance` of what is left of two feature sets: their means and covariances.
+
+    Example:
+        >>> a, b = (Moments.of(torch.tensor([[0.0], [2.0]]) + shift) for shift in (0, 3))
+        >>> round(frechet_of_moments(a, b), 6)
+        9.0
+    """
+    values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, float(shift + cov_a.trace() + cov_b.trace() - 2 * cross))
+    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    shift = (a.mean - b.mean).square().sum()
+    return max(0.0, float(shift + a.covariance.trace() + b.covariance.trace() - 2 * cross))
 
 
 def real_floor(features: Tensor, splits: int = 5) -> float:

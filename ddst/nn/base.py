@@ -401,7 +401,7 @@ class SparseLayer(PackedStorage):
                 self.weight_norm.rescale_loaded(state_dict, prefix + "weight_norm.", weight.detach(), left)
             state_dict[prefix + "values"] = kept
             state_dict[prefix + "slot_blocks"] = self.slot_blocks
-        if not self._take_slots(state_dict, prefix, error_msgs):
+        if not self._take_slots(state_dict, prefix, local_metadata, error_msgs):
             return
         if self._origin is not None:
             self._origin.forget()

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import index_cache
 from .. import topology as tp
 from ..operator_view import block_diagonal_slots, operator_shape, turned_slots
 from ..slot_change import SlotChange
+from . import packed_facts
 from .data_parallel import is_sharded, let_go, resize_fault, whole
 
 _log = logging.getLogger("ddst")
@@ -280,13 +282,21 @@ class PackedStorage(nn.Module):
         return held, shape
 
     def _turned_topology(self, transposed: bool, flipped: bool, matrix: bool, held: Tensor | None) -> Tensor:
-        whole_shape = (self.mask_shape[0], self.mask_shape[1] * self.groups, *self.mask_shape[2:])
-        slots = block_diagonal_slots(self.slot_blocks, self.mask_shape, self.groups)
-        slots, shape = turned_slots(slots, whole_shape, transposed, flipped, matrix)
+        if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+            # torch.export without dynamo: the map is a real tensor, and what is made of it a constant of the graph.
+            with _disable_current_modes():
+                slots, shape = self._turned_slots(transposed, flipped, matrix)
+                return placed_topology(slots, shape, slots, None).to(self.values.device)
+        slots, shape = self._turned_slots(transposed, flipped, matrix)
         if torch.compiler.is_compiling():
             rows, cols, *space = shape
             return tp._topology_by_operators(slots, rows, cols, math.prod(space)).to(self.values.device)
         return placed_topology(slots, shape, self.values.data, held)
+
+    def _turned_slots(self, transposed: bool, flipped: bool, matrix: bool) -> tuple[Tensor, tuple[int, ...]]:
+        whole_shape = (self.mask_shape[0], self.mask_shape[1] * self.groups, *self.mask_shape[2:])
+        slots = block_diagonal_slots(self.slot_blocks, self.mask_shape, self.groups)
+        return turned_slots(slots, whole_shape, transposed, flipped, matrix)
 
     def use_groups(self, groups: int) -> bool:
         """Whether the weight is that of a convolution with so many groups."""
@@ -326,8 +336,13 @@ class PackedStorage(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "slot_blocks"] = self.slot_blocks
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata[prefix[:-1]][packed_facts.KEY] = packed_facts.packed_facts(self)
 
-    def _take_slots(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
+    def _take_slots(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], error_msgs: list[str]
+    ) -> bool:
         """Takes ``slot_blocks`` out of a state dict and makes it the layer's; whether the values may be loaded."""
         slot_blocks, values = state_dict.pop(prefix + "slot_blocks", None), state_dict.get(prefix + "values")
         if values is None and slot_blocks is None:
@@ -338,6 +353,10 @@ class PackedStorage(nn.Module):
                 f"{prefix}values and {prefix}slot_blocks go together, and only one of them is in the state dict"
                 + (": it was saved by a ddst before 0.1.0, which kept blocks in another order" if old else "")
             )
+            return False
+        fault = packed_facts.misfit(self, values, metadata.get(packed_facts.KEY))
+        if fault:
+            error_msgs.append(f"{prefix}values {fault}")
             return False
         fault = slots_fault(slot_blocks, values.shape[0] if values.dim() else -1, self.num_blocks)
         if fault:

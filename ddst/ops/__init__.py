@@ -2,6 +2,7 @@
 
 from . import cpu as cpu  # each backend registers itself
 from . import flops as flops  # for torch.utils.flop_counter
+from . import onnx_export as onnx_export  # for torch.onnx.export
 from . import power_iteration as power_iteration  # its fake kernel
 from .conv2d import conv2d, conv2d_block_scores
 from .conv_transpose2d import conv_transpose2d

@@ -58,7 +58,16 @@ REPLAYED = (
 # Settings of where and how long a process runs: a resumed run may be given others and is still the same run. So it is
 # wherever its images lie: the checkpoint knows them by their contents.
 NOT_SAVED = ("out", "resume", "stop_after", "data_cache")
-FREE_ON_RESUME = (*NOT_SAVED, "data", "checkpoint_every", "sample_every", "compare_steps", "fd_samples")
+FREE_ON_RESUME = (
+    *NOT_SAVED,
+    "data",
+    "checkpoint_every",
+    "sample_every",
+    "compare_steps",
+    "fd_samples",
+    "metric_every",
+    "inception",
+)
 
 
 def _published(demo: Any, published: Any) -> Callable[[Known], Any]:
@@ -269,6 +278,11 @@ class TrainConfig:
     checkpoint_every: int = option(_published(50, 500), int, "steps between checkpoints",
                                    shown="demo 50, published 500", range=COUNT, metavar="STEPS")
     fd_samples: int = option(1797, int, "generated images for the Fréchet distance", range=SAMPLES, metavar="N")
+    metric_every: int = option(_published(100, 5000), int, "steps between measurements of the averaged generator (0: "
+                               "none), by the embedded distance for digits, by FID with --inception; the best one is "
+                               "kept", shown="demo 100, published 5000", range=NATURAL, metavar="STEPS")
+    inception: str | None = option(None, str, "weights of Inception-v3 as a local file, for FID", shown="none",
+                                   metavar="FILE")
     compare_steps: int = option(5, int, "iterations timed beside a dense twin at the end (0: none)", range=NATURAL,
                                 metavar="N")
 

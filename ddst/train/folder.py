@@ -19,6 +19,7 @@ from ddst.train.log import parsed
 from ddst.train.options import ConfigError
 
 CHECKPOINT, LOG, SAMPLES, REPORT, SUMMARY = "checkpoint.pt", "log.jsonl", "samples", "report.png", "summary.json"
+BEST, EVALUATION = "best.safetensors", "evaluation.json"
 LOCK = "lock"
 _FIRST_SAMPLE = "step_000000.png"
 

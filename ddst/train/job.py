@@ -15,6 +15,7 @@ from ddst.sparsity.density import NetworkDensity
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
 from ddst.train.config import TrainConfig, check_same_run, check_saved, fitting, refuse_without_effect, resolve
 from ddst.train.folder import (
+    BEST,
     CHECKPOINT,
     LOG,
     SAMPLES,
@@ -173,6 +174,7 @@ def _finish(trainer: Trainer) -> None:
         (grid, f"samples of the averaged generator (earlier ones in {SAMPLES})"),
         (report, "balance ratio, densities and losses over steps"),
         (numbers, "the numbers of this table"),
+        *(((out / BEST, f"the best generator, {trainer.best:.1f}"),) if trainer.best is not None else ()),
         (out / LOG, "every step and decision, one JSON object per line"),
         (out / CHECKPOINT, "networks, optimizers and everything else of the last step"),
     ):

@@ -27,6 +27,8 @@ _READ: dict[str | None, dict[str, tuple[type, ...]]] = {
         "sample": (dict, type(None)),
     },
     "decision": {"step": (int,), "action": (str,), "new_density": _NUMBER},
+    "densities": {"step": (int,), "generator": (dict,), "discriminator": (dict,)},
+    "metric": {"step": (int,), "metric": (str,), "value": _NUMBER, "seconds": _NUMBER, "flops": _NUMBER},
 }
 
 

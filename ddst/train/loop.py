@@ -23,11 +23,13 @@ from ddst.distributed import average_numbers
 from ddst.gan import EMA, StepReport
 from ddst.gan.unperturbed import unperturbed
 from ddst.models.families import FAMILIES
+from ddst.nn import sparse_layers
 from ddst.sparsity.stats import FlopCounter, TrainingFlops
 from ddst.train.checkpoint import CheckpointError, save_checkpoint
 from ddst.train.config import TrainConfig, fitting, out_of_memory, setting_errors
 from ddst.train.folder import CHECKPOINT, LOG, SAMPLES, clear_folder, versions
 from ddst.train.game import Inputs
+from ddst.train.judging import Judging
 from ddst.train.log import Kept, RunLog, cut_log
 from ddst.train.options import ConfigError, flag
 from ddst.train.players import (
@@ -91,7 +93,7 @@ class Trainer:
         sparse: makes the two networks of a config sparse, in place; another one for studies of other distributions.
 
     Attributes:
-        step: generator iterations done. seconds: time they took.
+        step: generator iterations done. seconds: time they took. best: the smallest distance found so far.
         flops: counted operations of the steps done. forward_flops: of them, sums of the two networks' single forward
             passes per image.
 
@@ -128,6 +130,7 @@ class Trainer:
         self.forward_flops = (0.0, 0.0)
         self.step, self.seconds = 0, 0.0
         self.saved_step: int | None = None  # of the checkpoint in the folder
+        self.best: float | None = None
 
     def _count_classes(self) -> int:
         if not FAMILIES[self.config.model].conditional:
@@ -229,8 +232,10 @@ class Trainer:
             "config": self.config.saved(),
             "versions": versions(),
             "images": self._fingerprint(),
+            "channels": self.images.channels,
             "step": self.step,
             "seconds": self.seconds,
+            "best": self.best,
             "flops": {**self.flops.state_dict(), "forward": self.forward_flops},
             "generator": players.generator.state_dict(),
             "discriminator": players.discriminator.state_dict(),
@@ -284,7 +289,7 @@ class Trainer:
         players.game.random.set_state(state["augment"])
         for scaler, saved in zip(self._scalers(), state["scalers"] or (), strict=True):
             scaler.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.saved_step = self.step
         self.flops.load_state_dict(state["flops"])
         self.forward_flops = state["flops"]["forward"]
@@ -345,6 +350,7 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
         ProcessError: another process of the run is gone; likewise.
     """
     config, stop = trainer.config, StopFlag()
+    judge = Judging(trainer) if first() else None
     if first():
         _clear(trainer.out, kept)
     last = config.steps if config.stop_after is None else min(config.steps, config.stop_after)
@@ -373,6 +379,8 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
                         _show(bar, trainer, loss_d, loss_g, report)
                         if trainer.step % config.sample_every == 0 or trainer.step == config.steps:
                             trainer.save_samples()
+                    if judge is not None and log is not None:
+                        judge(log)
                     if trainer.step % config.checkpoint_every == 0 and trainer.step < last:
                         trainer.checkpoint(log)
             except KeyboardInterrupt:
@@ -436,6 +444,11 @@ def _log_step(log: RunLog, trainer: Trainer, loss_d: float, loss_g: float, repor
     for network, update in (("generator", report.generator_update), ("discriminator", report.discriminator_update)):
         if update is not None:
             log.write(event="update", network=network, **update.as_dict())
+    if report.step == 1 or report.generator_update is not None or report.discriminator_update is not None:
+        players = trainer.players
+        networks = {"generator": players.generator, "discriminator": players.discriminator}
+        densities = {name: {k: v.density for k, v in sparse_layers(net).items()} for name, net in networks.items()}
+        log.write(event="densities", step=report.step, **densities)
 
 
 def _show(bar: Any, trainer: Trainer, loss_d: float, loss_g: float, report: StepReport) -> None:

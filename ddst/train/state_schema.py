@@ -63,8 +63,10 @@ def _description(state: Mapping[str, Any], trainer: Trainer) -> dict[str, Rule]:
         "config": anything,  # The trainer was built of it.
         "versions": mapping_of(text),
         "images": text,
+        "channels": whole(trainer.images.channels, trainer.images.channels),
         "step": whole(step, step),
         "seconds": number(0),
+        "best": optional(number(0)),
         "log": record({"bytes": whole(1), "sha256": text}),
         "flops": record({"counted": number(0), "counted_dense": number(0), "forward": pair(number(0))}),
         "generator": network(players.generator),

@@ -1,0 +1,173 @@
+"""Generated images against real ones by named metrics; beside each figure stands what it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddst.data import DataError, ImageSet
+from ddst.metrics.frechet import evaluate_digits, frechet_of_moments
+from ddst.metrics.inception import FEATURES, RESIZER, Features, Inception, inception_score, to_bytes
+from ddst.metrics.prdc import prdc
+from ddst.metrics.statistics import Moments, Reference, read_reference
+
+METRICS = ("digits", "fid", "is", "prdc")
+NEIGHBOURS = 5
+MOST_NEIGHBOURS = 10_000  # Images of each side: what is usual, and the cost grows with the square.
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number and what it depends on.
+
+    Attributes:
+        metric: "digits" and "fid": Fréchet distances; "is"; "precision", "recall", "density", "coverage".
+        value: smaller is better for distances, larger for the others.
+        samples: generated images. real: real images (0: of a file that does not say).
+        split: which images the real ones are. resizer: how they got their size.
+        more: spread of "is", floor and class shares of "digits".
+    """
+
+    metric: str
+    value: float
+    samples: int
+    real: int
+    split: str
+    resizer: str
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        real = f"{self.real:,} real ones" if self.real else "a file's statistics"
+        more = ", ".join(f"{name} {value:.3f}" for name, value in self.more.items() if isinstance(value, float))
+        return (
+            f"{self.metric} {self.value:.4g}{f' ({more})' if more else ''}: {self.samples:,} samples against {real} "
+            f"({self.split}); {self.resizer}"
+        )
+
+
+class Judge:
+    """Measures generated images against one reference, whose features are computed once.
+
+    Args:
+        metrics: of `METRICS`. "digits" needs grey images, the others `weights`.
+        real: the reference images; None with a `reference` file.
+        split: words for which images those are.
+        weights: file of `Inception`'s weights. device: where it runs.
+        reference: .npz of `read_reference`, in place of `real` for "fid", and for "prdc" if it holds images.
+
+    Raises:
+        DataError: a metric needs what was not given; one line. As of `Inception` and `read_reference`.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        real: ImageSet | None,
+        split: str,
+        *,
+        weights: Path | None = None,
+        reference: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.metrics, self._real, self._split = tuple(metrics), real, split
+        unknown = [name for name in metrics if name not in METRICS]
+        if unknown:
+            raise DataError(f"metric must be of {', '.join(METRICS)}, got {unknown[0]}")
+        by_network = [name for name in metrics if name != "digits"]
+        if by_network and weights is None:
+            raise DataError(
+                f"metric {by_network[0]} needs the weights of Inception-v3 as a local file (--weights FILE: "
+                "weights-inception-2015-12-05-6726825d.pth of torch-fidelity, or pytorch-fid's)"
+            )
+        if "digits" in metrics and (real is None or real.channels != 1):
+            raise DataError("metric digits is of grey images: its classifier knows digits only")
+        self._network = None if not by_network or weights is None else Inception(weights, device)
+        self._file = Reference(None, None) if reference is None else read_reference(reference, FEATURES)
+        if "prdc" in metrics and reference is not None and self._file.images is None:
+            raise DataError(f"reference {reference} holds no images (arr_0), which metric prdc needs")
+        if reference is not None:
+            self._split = f"{reference.name}"
+
+    def __call__(self, parts: Iterable[Tensor]) -> list[Figure]:
+        """The figures of generated images `[N, C, H, W]` in [-1, 1], given in parts.
+
+        Of images only features are kept, but for "digits", which passes them through a second network, bytes.
+        """
+        kept: list[Tensor] = []
+
+        def seen() -> Iterator[Tensor]:
+            for part in parts:
+                if "digits" in self.metrics:
+                    kept.append(part)
+                yield to_bytes(part)
+
+        figures: list[Figure] = []
+        if self._network is not None:
+            figures += self._by_network(self._network.features(seen()))
+        else:
+            kept = list(parts)
+        if "digits" in self.metrics:
+            assert self._real is not None
+            quality = evaluate_digits(self._real.batch(slice(None)), kept)
+            count, resizer = sum(map(len, kept)), f"bilinear to the classifier's {quality.resolution}"
+            more = {"floor": quality.floor, "shares": list(quality.shares)}
+            figures.append(Figure("digits", quality.distance, count, len(self._real), self._split, resizer, more))
+        order = {name: i for i, name in enumerate(self.metrics)}
+        return sorted(figures, key=lambda figure: order.get(figure.metric, order.get("prdc", 0)))
+
+    def _by_network(self, fake: Features) -> list[Figure]:
+        count, figures = len(fake.pool), []
+        if "fid" in self.metrics:
+            moments, real = self._moments
+            distance = frechet_of_moments(moments, Moments.of(fake.pool))
+            figures.append(Figure("fid", distance, count, real, self._split, self._resizer))
+        if "is" in self.metrics:
+            splits = min(10, count)
+            mean, spread = inception_score(fake.logits, splits)
+            more = {"spread": spread, "splits": splits}
+            figures.append(Figure("is", mean, count, 0, "no real images in it", RESIZER, more))
+        if "prdc" in self.metrics:
+            real_pool, fake_pool = self._features.pool[:MOST_NEIGHBOURS], fake.pool[:MOST_NEIGHBOURS]
+            found = prdc(real_pool, fake_pool, NEIGHBOURS)
+            figures += [
+                Figure(name, value, len(fake_pool), len(real_pool), self._split, self._resizer, {"k": NEIGHBOURS})
+                for name, value in asdict(found).items()
+            ]
+        return figures
+
+    @property
+    def _resizer(self) -> str:
+        if self._real is None:
+            return f"of a file that does not say; {RESIZER}"
+        return f"ddst.data's to {self._real.resolution}; {RESIZER}"
+
+    @cached_property
+    def _features(self) -> Features:
+        """Of the reference images, of the file if it holds some."""
+        assert self._network is not None
+        if self._file.images is not None:
+            return self._network.features(self._file.images.split(256))
+        assert self._real is not None
+        places = torch.arange(len(self._real)).split(256)
+        return self._network.features(to_bytes(self._real.batch(part)) for part in places)
+
+    def moments(self) -> Moments:
+        """Of the real features. Needs a network: a metric other than "digits"."""
+        if self._network is None:
+            raise DataError("there are statistics for metrics of the Inception network only")
+        return self._moments[0]
+
+    @cached_property
+    def _moments(self) -> tuple[Moments, int]:
+        if self._file.moments is not None:
+            return self._file.moments, 0
+        return Moments.of(self._features.pool), len(self._features.pool)

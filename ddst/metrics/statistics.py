@@ -1,0 +1,91 @@
+"""Means and covariances of features, and the .npz files in which people share them."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddst.data import DataError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A Gaussian fitted to features: `mean` `[F]` and `covariance` `[F, F]`, float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Of features `[N, F]`, N ≥ 2; the covariance divides by N − 1.
+
+        Example:
+            >>> Moments.of(torch.tensor([[0.0], [2.0]]))
+            Moments(mean=tensor([1.], dtype=torch.float64), covariance=tensor([[2.]], dtype=torch.float64))
+        """
+        features = features.double()
+        return cls(features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a reference file holds: moments, images `[N, 3, H, W]` uint8, or both."""
+
+    moments: Moments | None
+    images: Tensor | None
+
+
+def read_reference(path: Path, features: int) -> Reference:
+    """The moments "mu" and "sigma", and the images "arr_0" `[N, H, W, 3]` where the file has them.
+
+    These are the names of TTUR, pytorch-fid, EDM ("mu", "sigma") and of ADM's reference batches (with "arr_0", and
+    "mu_s", "sigma_s" of spatial features, which are left alone). Nothing is unpickled.
+
+    Args:
+        features: expected width of "mu".
+
+    Raises:
+        DataError: the file is missing, damaged, or holds neither; one line.
+    """
+    try:
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise DataError(f"reference {path} is no .npz file")
+        with opened as file:
+            held = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}
+            names = list(file.files)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"reference {path} cannot be read: {error}") from None
+    if "arr_0" not in held and not {"mu", "sigma"} <= held.keys():
+        raise DataError(f"reference {path} holds {', '.join(names) or 'nothing'}; expected mu and sigma, or arr_0")
+    moments = _moments(path, held["mu"], held["sigma"], features) if {"mu", "sigma"} <= held.keys() else None
+    return Reference(moments, _images(path, held["arr_0"]) if "arr_0" in held else None)
+
+
+def write_statistics(path: Path, moments: Moments) -> None:
+    """Write "mu" and "sigma" as `read_reference` and the usual programs read them."""
+    np.savez(path, mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
+
+
+def _moments(path: Path, mu: np.ndarray, sigma: np.ndarray, features: int) -> Moments:
+    for name, array, shape in (("mu", mu, (features,)), ("sigma", sigma, (features, features))):
+        if array.dtype.kind != "f" or array.shape != shape:
+            raise DataError(
+                f"reference {path}: {name} must be floats {list(shape)}, got {array.dtype} {list(array.shape)}"
+            )
+        if not np.isfinite(array).all():
+            raise DataError(f"reference {path}: {name} must be finite")
+    if not np.allclose(sigma, sigma.T, atol=1e-6 * float(np.abs(sigma).max(initial=1e-300))):
+        raise DataError(f"reference {path}: sigma must be symmetric")
+    return Moments(*(torch.from_numpy(a.astype(np.float64)) for a in (mu, sigma)))
+
+
+def _images(path: Path, array: np.ndarray) -> Tensor:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.size:
+        raise DataError(f"reference {path}: arr_0 must be bytes [N, H, W, 3], got {array.dtype} {list(array.shape)}")
+    return torch.from_numpy(array).permute(0, 3, 1, 2)

@@ -1,0 +1,97 @@
+"""The operators in torch's own, for ``torch.onnx.export``: it takes what is registered here, and nothing else does.
+
+(``run_decompositions()``, AOTAutograd and inductor have tables of their own; registered implementations of ONNX would
+have to be handed to each call of the exporter.) The packed values are scattered into zeros in the file, too: there a
+weight is as small as here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+from ..topology import as_blocks, split_topology
+from . import reference
+
+_ops = torch.ops.ddst
+
+
+@register_decomposition(_ops.conv2d.default)
+def _conv2d(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    topology: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    channels_last: bool,
+    backend: int = 0,
+    record: int = 0,
+) -> Tensor:
+    weight = reference.dense_weight(values, topology, weight_shape)
+    return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation)
+
+
+@register_decomposition(_ops.conv2d_input_grad.default)
+def _conv2d_input_grad(
+    grad_output: Tensor,
+    values: Tensor,
+    topology: Tensor,
+    weight_shape: list[int],
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    channels_last: bool,
+    backend: int = 0,
+    record: int = 0,
+) -> Tensor:
+    # Of sizes that may be symbols: the smallest that the transposed convolution has, and what is missing of them.
+    smallest = [
+        (grad_output.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight_shape[2 + i] - 1) + 1
+        for i in (0, 1)
+    ]
+    missing = [int(input_size[i] - smallest[i]) for i in (0, 1)]
+    weight = reference.dense_weight(values, topology, weight_shape)
+    return torch.nn.functional.conv_transpose2d(grad_output, weight, None, stride, padding, missing, dilation=dilation)
+
+
+@register_decomposition(_ops.linear.default)
+def _linear(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    topology: Tensor,
+    weight_shape: list[int],
+    backend: int = 0,
+    record: int = 0,
+) -> Tensor:
+    return torch.nn.functional.linear(input, reference.dense_weight(values, topology, weight_shape), bias)
+
+
+@register_decomposition(_ops.linear_input_grad.default)
+def _linear_input_grad(
+    grad_output: Tensor,
+    values: Tensor,
+    topology: Tensor,
+    weight_shape: list[int],
+    backend: int = 0,
+    record: int = 0,
+) -> Tensor:
+    return grad_output @ reference.dense_weight(values, topology, weight_shape)
+
+
+@register_decomposition(_ops.linear_weight_grad.default)
+def _linear_weight_grad(
+    grad_output: Tensor, input: Tensor, topology: Tensor, weight_shape: list[int], block: list[int], backend: int = 0
+) -> Tensor:
+    # Of spectral norms: sigma is the sum over blocks of u vᵀ times the weight.
+    blocks = as_blocks(grad_output.t() @ input, (block[0], block[1]))
+    rows, cols = blocks.shape[:2]
+    index = split_topology(topology, rows, cols)
+    # One block of zeros more, for the free slots.
+    flat = (index.block_row.long() * cols + index.block_col).clamp(max=rows * cols)
+    return torch.nn.functional.pad(blocks.flatten(0, 1), (0, 0, 0, 0, 0, 1))[flat]

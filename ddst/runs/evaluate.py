@@ -1,0 +1,71 @@
+"""A run's averaged generator judged: `ddst evaluate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddst.data import DataError, load_images
+from ddst.data.cache import default_folder
+from ddst.metrics.judge import Figure, Judge
+from ddst.metrics.statistics import write_statistics
+from ddst.runs.sample import draw, labels_of, noise_of
+from ddst.train.checkpoint import replacing
+from ddst.train.folder import EVALUATION, versions
+from ddst.train.generator import read_generator
+
+MOST = 50_000  # Samples, where none are asked for: FID's usual number.
+
+
+def evaluate(
+    source: Path,
+    metrics: Sequence[str],
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    weights: Path | None = None,
+    reference: Path | None = None,
+    data: str | None = None,
+    held_out: bool = False,
+    statistics: Path | None = None,
+) -> list[Figure]:
+    """Judge the averaged generator of a run, and keep the figures as `evaluation.json` where `source` is its folder.
+
+    Args:
+        source: see :func:`ddst.load_generator`.
+        metrics: of :data:`ddst.metrics.judge.METRICS`.
+        samples: generated images; None: as many as there are real ones, at most 50,000.
+        seed: of their noise.
+        weights: of the Inception network. reference: an .npz in place of real images.
+        data: the real images where the run's own have moved. held_out: those set aside for tests.
+        statistics: a new .npz file for the mean and covariance of the real images.
+
+    Raises:
+        DataError, CheckpointError: what is needed is not there. OSError: a file cannot be written.
+    """
+    generator, about = read_generator(source)
+    config = about.config
+    name = config.data if data is None else data
+    real = None
+    if reference is None or "digits" in metrics:
+        cache = None if name == "digits" or config.data_cache == "none" else default_folder()
+        real = load_images(name, config.resolution, held_out=held_out, cache=cache)
+        if real.channels != about.channels and real.channels == 1:
+            raise DataError(f"{name} is grey, the generator makes {about.channels} channels")
+    judge = Judge(
+        metrics, real, f"{name}, {'held out' if held_out else 'training'}", weights=weights, reference=reference
+    )
+    count = samples if samples is not None else min(MOST, MOST if real is None else len(real))
+    figures = judge(draw(generator, noise_of(generator, count, seed), labels_of(generator, count)))
+    if statistics is not None:
+        write_statistics(statistics, judge.moments())
+    if source.is_dir():
+        with replacing(source / EVALUATION) as file:
+            file.write(json.dumps(_record(figures, about.step, seed), indent=2).encode() + b"\n")
+    return figures
+
+
+def _record(figures: Sequence[Figure], step: int, seed: int) -> dict[str, Any]:
+    return {"step": step, "seed": seed, "versions": versions(), "figures": [figure.as_dict() for figure in figures]}

@@ -1,0 +1,210 @@
+"""The averaged generator of a run, by itself: read back from a run's checkpoint, or from one safetensors file.
+
+Both say what they hold: the settings and the image channels that the architecture follows from, and for each packed
+weight its block, density and shape. Nothing is guessed, and nothing of a file is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ddst._arguments import check_device
+from ddst.nn import sparse_layers
+from ddst.nn.packed_facts import KEY as FACTS
+from ddst.nn.packed_facts import packed_facts, sizes
+from ddst.train.checkpoint import CheckpointError, load_checkpoint, replacing
+from ddst.train.config import TrainConfig, fitting, resolve
+from ddst.train.folder import CHECKPOINT, versions
+from ddst.train.options import ConfigError
+from ddst.train.players import build_networks, check_memory, make_sparse
+from ddst.train.rules import Misfit
+from ddst.train.state_schema import network
+
+KEY = "ddst generator"  # Of the description among a safetensors file's metadata.
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file says of the generator in it.
+
+    Attributes:
+        settings: of the run, by the names of `TrainConfig`; the architecture follows from them and from `channels`.
+        channels: of the images.
+        layers: name of a packed layer -> its "weight_shape", "block" and "density"; empty for a dense generator.
+        step: training steps that made it.
+        versions: of the programs that wrote it.
+    """
+
+    settings: Mapping[str, Any]
+    channels: int
+    layers: Mapping[str, Mapping[str, Any]]
+    step: int
+    versions: Mapping[str, str]
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings, resolved; those that this ddst has and the file's did not have their defaults.
+
+        Raises:
+            ConfigError: a setting that this ddst does not know, or of another type or range.
+        """
+        return resolve({**self.settings, "out": "."})
+
+
+def load_generator(path: str | PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
+    """The averaged generator of a run, in eval mode: ``images = generator(noise)``.
+
+    Args:
+        path: folder of a run, its checkpoint, or a file of ``ddst export --safetensors`` or ``--dense``.
+        device: where its tensors are to lie.
+
+    Returns:
+        A network of :mod:`ddst.models` with the packed layers of the file (of ``--dense``: torch's own layers). Noise
+        is ``[N, generator.latent]``, standard normal; images are ``[N, channels, resolution, resolution]`` in [-1, 1].
+
+    Raises:
+        CheckpointError: (a ValueError) the file is missing, damaged, of another kind, or its tensors are not those of
+            the architecture, block or density that it says it has; one line that names both.
+
+    Numerics: the bits of the generator that was written. torch's random state is left as it is.
+
+    Example:
+        >>> import ddst
+        >>> ddst.load_generator("runs/none")
+        Traceback (most recent call last):
+        ddst.train.checkpoint.CheckpointError: no run and no generator at the path runs/none
+    """
+    return read_generator(path, device)[0]
+
+
+def read_generator(path: str | PathLike[str], device: torch.device | str = "cpu") -> tuple[nn.Module, About]:
+    """`load_generator`, with what the file says of it."""
+    if not isinstance(path, str | PathLike) or "\0" in fspath(path):
+        raise TypeError(f"path must be that of a run or a file, got {path!r}")
+    device, file = check_device("device", device), Path(path)
+    file = file / CHECKPOINT if file.is_dir() else file
+    if not file.exists():
+        raise CheckpointError(f"no run and no generator at the path {path}")
+    state, about = _of_safetensors(file) if _is_safetensors(file) else _of_checkpoint(file)
+    try:
+        config = about.config
+        generator = _built(config, about)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: no generator of its settings: {error}") from None
+    try:
+        _load(generator, state, about)
+    except Misfit as error:
+        raise CheckpointError(f"{file} does not hold the generator that it describes: {error}") from None
+    return generator.to(device).eval(), about
+
+
+def write_generator(path: Path, generator: nn.Module, about: About) -> None:
+    """Write a generator, packed or dense, with its description as one safetensors file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; `path` holds what it held before.
+    """
+    text = json.dumps(
+        {
+            "settings": dict(about.settings),
+            "channels": about.channels,
+            "layers": _facts(generator),
+            "step": about.step,
+            "versions": versions(),
+        }
+    )
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in generator.state_dict().items()}
+    with replacing(path) as out:
+        out.write(save(tensors, {KEY: text}))
+
+
+def _facts(generator: nn.Module) -> dict[str, dict[str, Any]]:
+    return {name: packed_facts(layer) for name, layer in sparse_layers(generator).items()}
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Whether it begins as such a file does: eight bytes of length, then JSON; a checkpoint is a zip file."""
+    with file.open("rb") as opened:
+        return opened.read(9)[8:] == b"{"
+
+
+def _of_safetensors(file: Path) -> tuple[dict[str, Tensor], About]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get(KEY)
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from None
+    if text is None:
+        raise CheckpointError(f"{file} says of no generator what it is: no file of ddst export")
+    try:
+        return state, _about(json.loads(text))
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: the description of its generator is damaged: {error!r}") from None
+
+
+def _about(said: Any) -> About:
+    """The description as it was written; tuples came back as lists, which `resolve` takes."""
+    channels, step, layers = said["channels"], said["step"], dict(said["layers"])
+    if type(channels) is not int or not 1 <= channels <= 64 or type(step) is not int:
+        raise ValueError(f"channels {channels!r}, step {step!r}")
+    for name, facts in layers.items():
+        shape, block, density = facts["weight_shape"], facts["block"], facts["density"]
+        if not all(type(n) is int for n in [*shape, *block]) or len(block) != 2 or type(density) is not float:
+            raise ValueError(f"layer {name!r}: {facts!r}")
+    return About(dict(said["settings"]), channels, layers, step, dict(said["versions"]))
+
+
+def _of_checkpoint(file: Path) -> tuple[dict[str, Tensor], About]:
+    held = load_checkpoint(file)
+    try:
+        state = held["ema"]["module"]
+        facts = {name: entry[FACTS] for name, entry in state._metadata.items() if FACTS in entry}
+        return state, _about({**held, "settings": held["config"], "layers": facts})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} holds no generator: {error!r}") from None
+
+
+def _built(config: TrainConfig, about: About) -> nn.Module:
+    """A new generator as the trainer made it; what is random in it is overwritten."""
+    config = replace(config, batch_norm="local", backend="auto", device="cpu")
+    with torch.random.fork_rng(devices=[]), fitting("networks"):
+        check_memory(config, about.channels)
+        generator, discriminator = build_networks(config, about.channels)
+        if about.layers:
+            make_sparse(config, generator, discriminator)
+    return generator
+
+
+def _load(generator: nn.Module, state: Mapping[str, Tensor], about: About) -> None:
+    """Raises Misfit unless the tensors are those of the generator, and of the blocks and densities that are named."""
+    layers = sparse_layers(generator)
+    for name in [*layers, *about.layers]:
+        if name not in layers or name not in about.layers:
+            has, lacks = ("the file", "its settings") if name in about.layers else ("its settings", "the file")
+            raise Misfit(f"{has} packed the weight of {name}, {lacks} did not")
+    for name, layer in layers.items():
+        said, values = about.layers[name], state.get(f"{name}.values")
+        if tuple(said["block"]) != layer.block:
+            raise Misfit(f"{name} has blocks of {sizes(said['block'])}, by its settings of {sizes(layer.block)}")
+        if values is not None and tuple(values.shape[1:]) != layer.block:
+            raise Misfit(f"{name}.values has blocks of {sizes(values.shape[1:])}, it says {sizes(layer.block)}")
+        if tuple(said["weight_shape"]) != layer.weight_shape:
+            raise Misfit(
+                f"{name} is a weight of {sizes(said['weight_shape'])}, by its settings of {sizes(layer.weight_shape)}"
+            )
+    network(generator)(dict(state), "")
+    generator.load_state_dict(state)
+    for name, layer in layers.items():
+        if abs(layer.density - about.layers[name]["density"]) > 1e-9:
+            raise Misfit(f"{name} has the density {layer.density:.6g}, it says {about.layers[name]['density']:.6g}")

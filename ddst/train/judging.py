@@ -1,0 +1,52 @@
+"""The averaged generator judged every so often while it trains: figures in the log, the best generator kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ddst.metrics.judge import Judge
+from ddst.train.folder import BEST, versions
+from ddst.train.generator import About, write_generator
+from ddst.train.log import RunLog
+from ddst.train.samples import generate
+
+if TYPE_CHECKING:
+    from ddst.train.loop import Trainer
+
+
+class Judging:
+    """Calls for a log line after each step; does something every `metric_every` steps and after the last.
+
+    The metric is the embedded distance for digits, FID with `inception` given, else none. Nothing of the run is changed
+    but `Trainer.best`, random states included.
+
+    Raises:
+        DataError: the weights cannot be read.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        config = trainer.config
+        metric = "fid" if config.inception else "digits" if config.data == "digits" else None
+        self._trainer, self._judge = trainer, None
+        if metric and config.metric_every:
+            weights = Path(config.inception) if config.inception else None
+            split = f"{config.data}, training"
+            self._judge = Judge([metric], trainer.images, split, weights=weights, device=trainer.device)
+
+    def __call__(self, log: RunLog) -> None:
+        trainer, config = self._trainer, self._trainer.config
+        if self._judge is None or (trainer.step % config.metric_every and trainer.step != config.steps):
+            return
+        noise = torch.Generator().manual_seed(config.seed + 3)
+        z = torch.randn(config.fd_samples, config.latent, generator=noise)
+        (figure,) = self._judge(generate(trainer.ema.module, part) for part in z.split(4096))
+        best = trainer.best is None or figure.value < trainer.best
+        if best:
+            trainer.best = figure.value
+            about = About(config.saved(), trainer.images.channels, {}, trainer.step, versions())
+            write_generator(trainer.out / BEST, trainer.ema.module, about)
+        seconds, flops = round(trainer.seconds, 4), trainer.flops.counted
+        log.write(event="metric", step=trainer.step, seconds=seconds, flops=flops, best=best, **figure.as_dict())

@@ -1,0 +1,117 @@
+"""ddst evaluate: what stands beside a figure, and that the figures are those of torch-fidelity and by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddst
+from ddst.cli import main
+from ddst.metrics import Moments, frechet_of_moments, read_reference
+from ddst.metrics.inception import FEATURES, Inception, to_bytes
+from ddst.runs.sample import draw, noise_of
+from helpers.fidelity import import_fidelity, inception_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("scipy")
+    import_fidelity()
+    return inception_weights(tmp_path_factory.mktemp("weights") / "made.pth")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for i in range(7):
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_figures_say_what_they_depend_on(
+    sparse_run: Path, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statistics = tmp_path / "real.npz"
+    command = ["evaluate", str(sparse_run), "--weights", str(weights), "--samples", "11"]
+    real = ["--data", str(photos), "--statistics", str(statistics)]
+    assert main([*command, *real, "--metrics", "prdc,fid,is"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    held = json.loads((sparse_run / "evaluation.json").read_text())
+    names = ["precision", "recall", "density", "coverage", "fid", "is"]
+    assert [f["metric"] for f in held["figures"]] == [line.split()[0] for line in lines] == names
+    assert held["step"] == 14 and held["versions"]["ddst"] == ddst.__version__
+    fid = held["figures"][4]
+    assert fid["samples"] == 11 and fid["real"] == 7
+    assert fid["split"] == f"{photos}, training"
+    assert fid["resizer"] == "ddst.data's to 8; the network's bilinear to 299 (TensorFlow 1)"
+    assert lines[4].endswith(
+        f": 11 samples against 7 real ones ({photos}, training); ddst.data's to 8; the network's bilinear to 299 "
+        "(TensorFlow 1)"
+    )
+    assert held["figures"][0]["more"] == {"k": 5}
+    assert 1 <= held["figures"][5]["value"] < 11
+
+    # The same figures by hand: the generator's images as bytes, torch-fidelity's network and distance.
+    generator, network = ddst.load_generator(sparse_run), Inception(weights)
+    made = to_bytes(torch.cat(list(draw(generator, noise_of(generator, 11, 0)))))
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(photos.iterdir())])
+    found, fake = network.features([torch.from_numpy(pixels).permute(0, 3, 1, 2)]).pool, network.features([made])
+    assert fid["value"] == pytest.approx(frechet_of_moments(Moments.of(found), Moments.of(fake.pool)), rel=1e-4)
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    score = isc_features_to_metric(fake.logits, splits=10)
+    assert held["figures"][5]["value"] == pytest.approx(score["inception_score_mean"], rel=1e-6)
+
+    # The statistics that were written give the same distance, and say that they do not say how many.
+    assert main([*command, "--reference", str(statistics), "--metrics", "fid"]) == 0
+    line = capsys.readouterr().out
+    (again,) = json.loads((sparse_run / "evaluation.json").read_text())["figures"]
+    assert again["value"] == pytest.approx(fid["value"], rel=1e-6) and again["real"] == 0
+    assert "11 samples against a file's statistics (real.npz); of a file that does not say" in line
+    assert read_reference(statistics, FEATURES).images is None
+
+
+def test_digits_need_no_weights(sparse_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(sparse_run), "--samples", "30"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("digits ") and "30 samples against 1,797 real ones (digits, training)" in first
+    assert main(["evaluate", str(sparse_run), "--samples", "30", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.split()[1] != first.split()[1]
+
+
+def test_what_is_missing_is_one_line(
+    sparse_run: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "stats.npz"
+    np.savez(pictures, mu=np.zeros(FEATURES), sigma=np.eye(FEATURES))
+    state = torch.load(weights, weights_only=True)
+    torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
+    torch.save({k: v for k, v in state.items() if k != "Mixed_7c.branch1x1.conv.weight"}, tmp_path / "less.pth")
+    torch.save({"net": torch.nn.ReLU()}, tmp_path / "code.pth")
+    run, given = str(sparse_run), ["--weights", str(weights)]
+    for arguments, message in (
+        (["--metrics", "fid"], "metric fid needs the weights of Inception-v3 as a local file (--weights FILE"),
+        (["--metrics", "kid"], "metric must be of digits, fid, is, prdc, got kid"),
+        (
+            ["--metrics", "prdc", *given, "--reference", str(pictures)],
+            "holds no images (arr_0), which metric prdc needs",
+        ),
+        (["--metrics", "fid", "--weights", str(tmp_path / "none")], "cannot be read: No such file"),
+        (
+            ["--metrics", "fid", "--weights", str(tmp_path / "other.pth")],
+            "fc.weight is [1000, 2048], expected [1008, 2048]",
+        ),
+        (["--metrics", "fid", "--weights", str(tmp_path / "less.pth")], "Mixed_7c.branch1x1.conv.weight is missing"),
+        (["--metrics", "fid", "--weights", str(tmp_path / "code.pth")], "more than tensors and plain values"),
+        (["--data", str(tmp_path / "none")], "does not exist"),
+        (["--held-out"], "digits sets no images aside"),
+    ):
+        assert main(["evaluate", run, *arguments]) == 2, arguments
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("ddst evaluate: error: ") and message in line

@@ -1,0 +1,59 @@
+"""ddst export: each form computes what the run's averaged generator computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ddst
+from ddst.cli import main
+from ddst.models import Generator
+from ddst.nn import sparse_layers
+from ddst.train.generator import read_generator
+
+
+def test_packed_and_dense_files(sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ddst.load_generator(sparse_run)
+    z = torch.randn(5, run.latent)
+    for form in ("safetensors", "dense"):
+        path = tmp_path / f"g.{form}"
+        assert main(["export", str(sparse_run), f"--{form}", "--out", str(path)]) == 0
+        assert capsys.readouterr().out.startswith(f"{path}  {form}: generator of step 14, ")
+        generator, about = read_generator(path)
+        assert about.step == 14 and about.settings["method"] == "ddst-relaxed"
+        torch.testing.assert_close(generator(z), run(z))
+        assert bool(sparse_layers(generator)) == (form == "safetensors")
+    # The dense one is the state dict of the plain network.
+    assert type(generator.linear) is nn.Linear
+    plain = Generator(8, 16, 1, 16).eval()
+    plain.load_state_dict(generator.state_dict())
+    torch.testing.assert_close(plain(z), run(z))
+
+
+@pytest.mark.parametrize("name", ["sparse_run", "dense_run"])
+def test_onnx(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run, path = request.getfixturevalue(name), tmp_path / "g.onnx"
+    assert main(["export", str(run), "--onnx", "--out", str(path)]) == 0
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    generator = ddst.load_generator(run)
+    for batch in (1, 7):
+        z = torch.randn(batch, generator.latent)
+        (images,) = session.run(["image"], {"noise": z.numpy()})
+        torch.testing.assert_close(torch.from_numpy(images), generator(z).detach())
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(
+    sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    assert main(["export", str(sparse_run), "--dense", "--out", str(taken)]) == 2
+    assert main(["export", str(tmp_path), "--dense", "--out", str(tmp_path / "new")]) == 2
+    assert main(["export", str(sparse_run), "--dense", "--out", str(tmp_path / "no" / "new")]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and all(line.startswith("ddst export: error: ") for line in errors)
+    assert taken.read_text() == "mine" and list(tmp_path.iterdir()) == [taken]

@@ -1,0 +1,98 @@
+"""ddst report: what the page of runs holds, that it asks for nothing, and that names stay names."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ddst.cli import main
+from ddst.runs.plots import Line, plot, thinned
+
+
+class Tags(HTMLParser):
+    """Elements with their attributes; fails where one is closed that is not open."""
+
+    EMPTY = frozenset({"meta", "img", "br"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        # <li>, <td> and the like are closed by hand in our template, too.
+        assert self.open.pop() == tag
+
+
+def test_a_page_of_two_runs_is_whole_and_by_itself(sparse_run: Path, dense_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    assert main(["report", str(sparse_run), str(dense_run), "--out", str(out)]) == 0
+    page = out.read_text()
+    tags = Tags(page)
+    for tag, attributes in tags.seen:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        for name in ("src", "href", "xlink:href", "action"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("data:image/png;base64,", "#")), (tag, target)
+    assert "url(http" not in page and "@import" not in page
+    assert ("default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page
+
+    # One distance over three axes for both; four or five plots of each.
+    svgs = [attributes for tag, attributes in tags.seen if tag == "svg"]
+    assert len(svgs) == 3 + 5 + 3
+    for title in ("over step", "over seconds of training", "over counted operations", "Balance ratio, with its bounds"):
+        assert title in page
+    assert "Density of each layer of the generator" in page and "blocks.0.conv1" in page
+    pictures = [a["src"] for tag, a in tags.seen if tag == "img"]
+    first = base64.b64decode(pictures[0].partition(",")[2])
+    assert first == (sparse_run / "samples" / "step_000000.png").read_bytes()
+    assert [a["alt"] for tag, a in tags.seen if tag == "img"][:4] == [
+        f"samples after step {step}" for step in (0, 6, 12, 14)
+    ]
+    assert re.search(r"<td>method</td>\s*<td>&#34;ddst-relaxed&#34;</td>\s*<td>&#34;dense&#34;</td>", page)
+    assert "ddst-relaxed</td><td>14</td>" in page
+    # No colour of matplotlib's own is left, so that all of them change in the dark.
+    drawn = page[page.index("<body>") :]
+    assert not re.search(r"(fill|stroke): ?#", drawn) and "var(--c0)" in drawn and "var(--ink)" in drawn
+
+
+def test_an_unfinished_run_and_odd_files(sparse_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "<b>&$x_1$"
+    shutil.copytree(sparse_run, run)
+    lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "log.jsonl").write_bytes(b"".join(lines[:4]) + b'{"event": "metric", "step"\n{"step": 3}\n')
+    (run / "summary.json").write_text('{"generator": 3, "timing": [1]')
+    (run / "evaluation.json").write_text('{"figures": [{"metric": "<i>", "value": null}, 4]}')
+    (run / "samples" / "step_x.png").write_text("")
+    out = tmp_path / "page.html"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    page = out.read_text()
+    Tags(page)
+    assert "&lt;b&gt;&amp;$x_1$" in page and "<b>" not in page and "<i>" not in page and "&lt;i&gt;" in page
+
+
+def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
+    assert capsys.readouterr().err == f"ddst report: error: RUN {tmp_path} holds no log.jsonl of a run\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_series_are_thinned_by_means() -> None:
+    x, y = thinned(list(range(100_000)), [float(i % 2) for i in range(100_000)])
+    assert len(x) == 400 and set(y) == {0.5} and x[0] == 124.5
+    assert thinned([], []) == ([], []) and plot("empty", [Line([], [], 0)], "x", "y") == ""

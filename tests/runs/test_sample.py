@@ -1,0 +1,95 @@
+"""ddst sample: grids, files, walks and classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddst
+from ddst.cli import main
+from ddst.models import biggan
+from ddst.runs.sample import draw, labels_of, noise_of, walks
+from ddst.train.options import ConfigError
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_files_and_grid_show_the_same_images(sparse_run: Path, tmp_path: Path) -> None:
+    grid, folder = tmp_path / "grid.png", tmp_path / "images"
+    command = ["sample", str(sparse_run), "--out", str(grid), "--count", "130", "--seed", "7"]
+    assert main([*command, "--folder", str(folder)]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == [f"{i:05d}.png" for i in range(130)]
+    generator = ddst.load_generator(sparse_run)
+    images = torch.cat(list(draw(generator, noise_of(generator, 130, 7))))
+    expected = ((images + 1) * 127.5).round().to(torch.uint8)
+    first, last = pixels(folder / "00000.png"), pixels(folder / "00129.png")
+    assert first.shape == (8, 8, 3) and (first == expected[0].permute(1, 2, 0).numpy()).all()
+    assert (last == expected[129].permute(1, 2, 0).numpy()).all()
+    # Twelve columns; every pixel six times, a line of one pixel between.
+    shown = pixels(grid)
+    assert shown.shape == (1 + 11 * 49, 1 + 12 * 49, 3)
+    assert (shown[1 + 10 * 49 :: 6, 1 + 9 * 49 :: 6][:8, :8] == last).all()
+    before = grid.read_bytes()
+    assert main(command) == 0 and grid.read_bytes() == before
+    assert main([*command[:-1], "8"]) == 0 and grid.read_bytes() != before
+
+
+def test_a_walk_ends_at_two_noises_and_has_their_lengths() -> None:
+    for latent in (1, 2, 64):
+        rows = walks(latent, 14, 5, seed=3)
+        assert rows.shape == (14, latent) and rows.isfinite().all()
+        ends = torch.randn(2, 3, latent, generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(rows[[0, 5, 10]], ends[0])
+        torch.testing.assert_close(rows[[4, 9]], ends[1, :2])
+    lengths, between = rows[:5].norm(dim=1), ends[:, 0].norm(dim=1)
+    torch.testing.assert_close(lengths, torch.lerp(between[0], between[1], torch.linspace(0, 1, 5)))
+
+
+def test_a_grid_of_walks(sparse_run: Path, tmp_path: Path) -> None:
+    grid = tmp_path / "walk.png"
+    assert main(["sample", str(sparse_run), "--out", str(grid), "--count", "9", "--interpolate"]) == 0
+    generator = ddst.load_generator(sparse_run)
+    (images,) = draw(generator, walks(16, 9, 3, seed=0))
+    middle = ((images[4] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    assert (pixels(grid)[1 + 49 :: 6, 1 + 49 :: 6][:8, :8] == middle).all()
+
+
+def test_classes() -> None:
+    generator = biggan.Generator(multipliers=(2, 1), width=8, attention=8, classes=3).eval()
+    assert labels_of(generator, 5).tolist() == [0, 1, 2, 0, 1]
+    labels = labels_of(generator, 130, 2)
+    assert labels.tolist() == [2] * 130
+    noise = noise_of(generator, 130, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.cat(list(draw(generator, noise, labels)))[128:], generator(noise, labels)[128:]
+        )
+    with pytest.raises(ConfigError, match="--class must be from 0 to 2, got 3"):
+        labels_of(generator, 5, 3)
+
+
+def test_what_cannot_be_is_one_line(sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.png").write_text("mine")
+    run, out = str(sparse_run), str(tmp_path / "g.png")
+    for arguments, message in (
+        ([run], "--out FILE or --folder DIR is required"),
+        ([run, "--out", out, "--class", "1"], "--class 1: this generator knows no classes"),
+        ([run, "--folder", str(tmp_path / "full")], "must be new or empty"),
+        ([run, "--out", out, "--count", "10001"], "--count must be at most 10000 for one grid"),
+        ([str(tmp_path / "none"), "--out", out], "no run and no generator"),
+    ):
+        assert main(["sample", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("ddst sample: error: ") and message in line
+    assert not Path(out).exists()
+    for option, value in (("--count", "0"), ("--count", "x"), ("--seed", "-1")):
+        with pytest.raises(SystemExit) as ended:
+            main(["sample", run, "--out", out, option, value])
+        assert ended.value.code == 2

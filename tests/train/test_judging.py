@@ -1,0 +1,60 @@
+"""Figures of the averaged generator while it trains: when, of what, and the best one kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddst
+from ddst.data import load_images
+from ddst.metrics import evaluate_digits
+from ddst.train import run
+from ddst.train.checkpoint import load_checkpoint
+from ddst.train.log import read_log
+from ddst.train.samples import generate
+from helpers.runs import log_without_seconds, tiny
+
+
+def test_figures_are_logged_and_the_best_generator_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(tiny(out=str(out), metric_every=5)) == 0
+    figures = [entry for entry in read_log(out / "log.jsonl") if entry.get("event") == "metric"]
+    assert [entry["step"] for entry in figures] == [5, 10, 14]
+    assert all(f["metric"] == "digits" and f["samples"] == 40 and f["real"] == 1797 for f in figures)
+    assert all(f["split"] == "digits, training" and "classifier" in f["resizer"] for f in figures)
+    assert 0 < figures[0]["flops"] < figures[1]["flops"] < figures[2]["flops"]
+    assert 0 < figures[0]["seconds"] < figures[1]["seconds"] < figures[2]["seconds"]
+    values = [f["value"] for f in figures]
+    assert [f["best"] for f in figures] == [all(v < w for w in values[:i]) for i, v in enumerate(values)]
+
+    # The last figure, by hand, is also that of the final table.
+    noise = torch.randn(40, 16, generator=torch.Generator().manual_seed(3))
+    by_hand = evaluate_digits(load_images("digits", 8).batch(slice(None)), generate(ddst.load_generator(out), noise))
+    assert values[-1] == pytest.approx(by_hand.distance, rel=1e-6)
+    assert values[-1] == pytest.approx(json.loads((out / "summary.json").read_text())["quality"]["distance"])
+    best = evaluate_digits(
+        load_images("digits", 8).batch(slice(None)), generate(ddst.load_generator(out / "best.safetensors"), noise)
+    )
+    assert best.distance == pytest.approx(min(values), rel=1e-6)
+    assert load_checkpoint(out / "checkpoint.pt")["best"] == min(values)
+
+
+def test_an_interrupted_run_logs_the_same_figures(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(tiny(out=str(whole), metric_every=4)) == 0
+    assert run(tiny(out=str(parts), metric_every=4, stop_after=9)) == 0
+    assert run({"out": str(parts), "resume": True}) == 0
+    assert log_without_seconds(parts) == log_without_seconds(whole)
+    assert (parts / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
+
+
+def test_measuring_changes_nothing(tmp_path: Path) -> None:
+    often, never = tmp_path / "often", tmp_path / "never"
+    assert run(tiny(out=str(often), metric_every=1)) == 0
+    assert run(tiny(out=str(never), metric_every=0)) == 0
+    assert not (never / "best.safetensors").exists()
+    a, b = (ddst.load_generator(out).state_dict() for out in (often, never))
+    assert all(torch.equal(a[key], b[key]) for key in a)

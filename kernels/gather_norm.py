@@ -24,7 +24,17 @@ from .gather import ids_at, phase_of, places, weights
 from .index import RowLists, tap_bits
 from .launch import Launch, product_precision, upcast
 from .moments import partial_moments, store_moments
-from .prologue import Tables, activated, factors, leaky, means, square_sums, squares
+from .prologue import (
+    Tables,
+    activated,
+    factors,
+    kind_for_tiles,
+    leaky,
+    means,
+    row_of_sample,
+    square_sums,
+    squares,
+)
 from .tile import channel_block, dot, hint, inside, shift, tap
 
 # Numbers that change from layer to layer and batch to batch: none of them makes a new kernel.
@@ -121,6 +131,9 @@ def forward_kernel(
     tile = tl.program_id(0) // programs
     total = images * YH * YW
     n, i, j, live = squares(tile * BM, BM, YH, YW, total, POOL)
+    first_image = tile * BM // (YH * YW * (POOL * POOL))
+    scale = row_of_sample(scale, first_image, XC, NORM)
+    offset = row_of_sample(offset, first_image, XC, NORM)
     acc = entries_sum(
         x, values, mean, scale, offset, entries, ids, tl.load(ptr + row), tl.load(ptr + row + 1), n, i * S_H, j * S_W,
         live, XH, XW, XC, -P_H, -P_W, D_H, D_W, BN, BK, FUSE, False, S_H, S_W, BITS, UP, NORM, SLOPE, RAGGED, PRECISION,
@@ -184,6 +197,9 @@ def input_grad_kernel(
     if NORM > 0 or SLOPE != 1.0:
         away = tl.load(input + at[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
         away = away - means(c, have, mean, NORM)
+        first_image = tile * BM // (height * width * (UP * UP))
+        scale = row_of_sample(scale, first_image, YC, NORM)
+        offset = row_of_sample(offset, first_image, YC, NORM)
         s, t = factors(n, c, have, live, YC, scale, offset, NORM)
         grad = leaky(away * s + t, grad, SLOPE)
         if SUMS:
@@ -214,9 +230,17 @@ class Fusion(NamedTuple):
 
 
 def config_of(problem: Problem, device: str) -> GatherConfig:
-    """What runs a problem: the tuned choice where it has one row per program and no box, else the default that has."""
+    """What runs a problem: the tuned choice, or the first of the others, that has one row per program and no box.
+
+    128 pixels of 64 channels, normalized in registers, are more than a thread holds.
+    """
+    side = problem.block[0 if problem.op == "forward" else 1]
     listed = (tuning.choose(problem, device), *tuning.candidates_for(problem))
-    return next(c for c in listed if isinstance(c, GatherConfig) and c.box is None and c.rows == 1)
+    return next(
+        c
+        for c in listed
+        if isinstance(c, GatherConfig) and c.box is None and c.rows == 1 and c.pixels * side <= 64 * 64
+    )
 
 
 @tuning.remember
@@ -240,13 +264,16 @@ def plan(problem: Problem, fusion: Fusion, config: GatherConfig | None, precisio
     stride = problem.stride if dgrad else (1, 1)
     if dgrad:
         height, width = -(-height // stride[0]), -(-width // stride[1])
+    # Pixels of a phase are not those of an image.
+    pixels = height * width * square**2 if math.prod(stride) == 1 else 1
+    norm = kind_for_tiles(fusion.norm, pixels, config.pixels)
     across = -(-channels // bn)
     programs = across * math.prod(stride)
     constants = {
         "BM": config.pixels, "BN": bn, "BK": bk, "FUSE": config.fuse, "S_H": problem.stride[0],
         "S_W": problem.stride[1], "BITS": tap_bits(kernel), "Y_MULTIPLE": math.gcd(channels, 16),
         "X_MULTIPLE": math.gcd(source[1], 16 if config.copy == 16 else config.copy // problem.dtype.itemsize),
-        "RAGGED": source[1] % bk != 0, "NORM": fusion.norm, "SLOPE": fusion.slope, "UP": fusion.upsample,
+        "RAGGED": source[1] % bk != 0, "NORM": norm, "SLOPE": fusion.slope, "UP": fusion.upsample,
         "POOL": fusion.pool, "PRECISION": precision, "UPCAST": upcast(problem.dtype), "STAGES": config.stages,
     }  # fmt: skip
     if dgrad:

@@ -219,7 +219,7 @@ def sample_sums_kernel(
 
 
 def statistics_launch(samples: int, pixels: int, channels: int, norm: int) -> Launch:
-    constants = {"PIXELS": _PIXELS, "CHANNELS": _CHANNELS, "NORM": norm}
+    constants = {"PIXELS": _PIXELS, "CHANNELS": _CHANNELS, "NORM": 3 if norm == 2 else norm}
     programs = (-(-samples * pixels // _PIXELS), -(-channels // _CHANNELS))
     return Launch(statistics_kernel, programs, (pixels, samples, channels), constants, 4, 1)
 

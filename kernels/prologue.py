@@ -1,7 +1,9 @@
 """Device functions of the fused half block, and the tables of its norm.
 
 The norm of a pixel's channels is ``z = (x − mean) · scale + shift``: the difference comes first, so that nothing cancels
-where the mean is large. mean is float32 ``[C]``; scale and shift are float32 ``[C]`` (NORM = 1) or ``[N, C]`` (NORM = 2).
+where the mean is large. mean is float32 ``[C]``; scale and shift are float32 ``[C]`` or ``[N, C]``. NORM says how a tile of
+pixels finds its own: 0 there is no norm, 1 per channel, 2 per sample and channel where all its pixels are of one sample,
+whose row was found beforehand, 3 per sample and channel, looked up for every pixel.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from .tile import pixels
 
 
 class Tables(NamedTuple):
-    """What kernels read of a norm; kind is their NORM: 0 none, 1 per channel, 2 per sample and channel."""
+    """What kernels read of a norm; kind: 0 none, 1 per channel, 2 per sample and channel."""
 
     kind: int
     mean: Tensor
@@ -53,7 +55,7 @@ def factors(n, channel, have, live, C, scale, shift, NORM: tl.constexpr):
     """scale and shift of channels of pixels of the samples n, to be broadcast to ``[pixels, channels]``."""
     if NORM == 0:
         return 1.0, 0.0
-    elif NORM == 1:
+    elif NORM < 3:
         return (
             tl.load(scale + channel, mask=have, other=0.0)[None, :],
             tl.load(shift + channel, mask=have, other=0.0)[None, :],
@@ -62,6 +64,14 @@ def factors(n, channel, have, live, C, scale, shift, NORM: tl.constexpr):
         at = n[:, None] * C + channel[None, :]
         ok = live[:, None] & have[None, :]
         return tl.load(scale + at, mask=ok, other=0.0), tl.load(shift + at, mask=ok, other=0.0)
+
+
+@triton.jit
+def row_of_sample(table, n, C, NORM: tl.constexpr):
+    """Where a tile of pixels of sample n begins to read a table."""
+    if NORM == 2:
+        table += tl.cast(n, tl.int64) * C
+    return table
 
 
 @triton.jit
@@ -105,3 +115,8 @@ def square_sums(acc, SIDE: tl.constexpr):
         return acc
     else:
         return tl.sum(tl.reshape(acc, (acc.shape[0] // 4, 4, acc.shape[1])), axis=1)
+
+
+def kind_for_tiles(kind: int, pixels: int, tile: int) -> int:
+    """NORM for tiles of so many pixels of images of so many."""
+    return 3 if kind == 2 and pixels % tile != 0 else kind

@@ -16,7 +16,7 @@ from .configs import Problem, WeightGradConfig
 from .gather_norm import Fusion
 from .index import most_groups, weight_grad_groups
 from .launch import Launch, product_precision, upcast
-from .prologue import Tables, activated, factors, means
+from .prologue import Tables, activated, factors, kind_for_tiles, means, row_of_sample
 from .tile import divide, divisor, dot, hint, inside
 from .weight_grad import Plan, add_parts, multiprocessors, split_pixels
 
@@ -64,8 +64,11 @@ def pixel_sum(
         base = (image.to(tl.int64) * (XH * XW) * XC)[:, None]
         x = tl.load(input + base + ((i * XW + j) * XC + in_channel[None, :]), mask=x_ok, other=0.0)
         if NORM > 0 or SLOPE != 1.0:
-            if NORM == 2:  # else they are the same at every step
-                s, t = factors(image0 + image, in_channel, in_ok, live, XC, scale, offset, NORM)
+            if NORM >= 2:  # else they are the same at every step
+                sample = image0 + divide(divide(tl.cast(at, tl.int32), magic_w, bits_w), magic_h, bits_h)
+                scales = row_of_sample(scale, sample, XC, NORM)
+                offsets = row_of_sample(offset, sample, XC, NORM)
+                s, t = factors(image0 + image, in_channel, in_ok, live, XC, scales, offsets, NORM)
             x = activated(x, x_ok, m, s, t, NORM, SLOPE)
         y_ok = live[:, None] & out_ok[None, :]
         y = tl.load(grad_output + out_channel[None, :] + (y_pixel * YC)[:, None], mask=y_ok, other=0.0)
@@ -159,7 +162,7 @@ def plan(problem: Problem, fusion: Fusion, config: WeightGradConfig | None, prec
         "B_OUT": problem.block[0], "B_IN": problem.block[1], "GROUP": config.group, "BY_ROW": config.by == "row",
         "PIXELS": config.pixels, "S_H": problem.stride[0], "S_W": problem.stride[1],
         "X_MULTIPLE": math.gcd(in_channels, 16), "Y_MULTIPLE": math.gcd(out_channels, 16), "UP": up, "POOL": pool,
-        "NORM": fusion.norm, "SLOPE": fusion.slope,
+        "NORM": kind_for_tiles(fusion.norm, height * width, config.pixels), "SLOPE": fusion.slope,
         "RAGGED": out_channels % problem.block[0] != 0 or in_channels % problem.block[1] != 0,
         "PRECISION": precision, "UPCAST": upcast(problem.dtype), "STAGES": config.stages,
     }  # fmt: skip

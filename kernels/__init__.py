@@ -27,7 +27,7 @@ from .block_scores import conv2d_block_scores, linear_block_scores
 from .configs import DTYPES, SIDES, GatherConfig, Problem
 from .launch import native, native_rows
 from .moments import channel_moments
-from .norm_act_conv2d import norm_act_conv2d, norm_act_conv2d_input_grad, norm_act_conv2d_weight_grad
+from .half_block import norm_act_conv2d, norm_act_conv2d_input_grad, norm_act_conv2d_weight_grad
 from .weight_grad import conv2d_weight_grad, linear_weight_grad
 
 __all__ = [

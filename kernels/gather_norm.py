@@ -12,6 +12,7 @@ Neither the activated, nor the upsampled, nor the unpooled map ever lies in memo
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import triton
@@ -232,15 +233,19 @@ class Fusion(NamedTuple):
 def config_of(problem: Problem, device: str) -> GatherConfig:
     """What runs a problem: the tuned choice, or the first of the others, that has one row per program and no box.
 
-    128 pixels of 64 channels, normalized in registers, are more than a thread holds.
+    Pixels on their way through registers are more than a thread holds beside the sums of 128 × 64; one stage more keeps
+    the compiler from spilling the rest.
     """
-    side = problem.block[0 if problem.op == "forward" else 1]
+    forward = problem.op == "forward"
+    side = problem.block[0 if forward else 1]
     listed = (tuning.choose(problem, device), *tuning.candidates_for(problem))
-    return next(
+    found = next(
         c
         for c in listed
         if isinstance(c, GatherConfig) and c.box is None and c.rows == 1 and c.pixels * side <= 64 * 64
     )
+    deeper = forward and (problem.dtype.itemsize == 2 or min(problem.block) == 64)
+    return replace(found, stages=4) if deeper else found
 
 
 @tuning.remember

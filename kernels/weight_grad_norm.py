@@ -5,6 +5,7 @@ way, and the pooled gradient read at half the coordinates. What is not of that i
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -32,7 +33,7 @@ def pixel_sum(
     grad_output, input, mean, scale, offset, out_channel, out_ok, in_channel, in_ok, shift_h, shift_w, first, end, total,
     image0, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w,
     S_H: tl.constexpr, S_W: tl.constexpr, UP: tl.constexpr, POOL: tl.constexpr, NORM: tl.constexpr, SLOPE: tl.constexpr,
-    PIXELS: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    PIXELS: tl.constexpr, TRANSPOSED: tl.constexpr, MASK_OUT: tl.constexpr, MASK_IN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Σ grad_output[p / POOL, out_channel]ᵀ · act(norm(input))[p shifted / UP, in_channel] over ``first … end - 1``.
 
@@ -57,7 +58,9 @@ def pixel_sum(
         i = tl.where(live, i * S_H, -(1 << 30))
         i = i[:, None] + shift_h
         j = (j * S_W)[:, None] + shift_w
-        x_ok = inside(i, j, XH * UP, XW * UP) & in_ok[None, :]
+        x_ok = inside(i, j, XH * UP, XW * UP)
+        if MASK_IN:
+            x_ok = x_ok & in_ok[None, :]
         if UP == 2:
             i = i >> 1
             j = j >> 1
@@ -70,7 +73,9 @@ def pixel_sum(
                 offsets = row_of_sample(offset, sample, XC, NORM)
                 s, t = factors(image0 + image, in_channel, in_ok, live, XC, scales, offsets, NORM)
             x = activated(x, x_ok, m, s, t, NORM, SLOPE)
-        y_ok = live[:, None] & out_ok[None, :]
+        y_ok = live[:, None]
+        if MASK_OUT:
+            y_ok = y_ok & out_ok[None, :]
         y = tl.load(grad_output + out_channel[None, :] + (y_pixel * YC)[:, None], mask=y_ok, other=0.0)
         if TRANSPOSED:
             acc = dot(tl.trans(x), y, acc, PRECISION, UPCAST)
@@ -122,7 +127,7 @@ def weight_grad_norm_kernel(
         grad_output, input, mean, scale, offset, out_channel, out_ok if BY_ROW else out_ok & present,
         in_channel, in_ok & present if BY_ROW else in_ok, tap_of // KW * D_H - P_H, tap_of % KW * D_W - P_W, first, last,
         total, image0, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w, S_H, S_W, UP, POOL, NORM, SLOPE,
-        PIXELS, BY_ROW, PRECISION, UPCAST, STAGES,
+        PIXELS, BY_ROW, RAGGED or (GROUP > 1 and not BY_ROW), RAGGED or (GROUP > 1 and BY_ROW), PRECISION, UPCAST, STAGES,
     )  # fmt: skip
     block = own.to(tl.int64) * (B_OUT * B_IN)
     if BY_ROW:
@@ -139,20 +144,26 @@ def weight_grad_norm_kernel(
         tl.store(partial + tl.cast(split, tl.int64) * slots * (B_OUT * B_IN) + to, acc, mask=present[:, None])
 
 
+def config_of(problem: Problem, device: str) -> WeightGradConfig:
+    """What runs a problem: as tuned; in float32, blocks of 64 × 64 by row, as by column they spill registers."""
+    chosen = tuning.choose(problem, device)
+    assert isinstance(chosen, WeightGradConfig)
+    return replace(chosen, by="row", group=1) if problem.dtype.itemsize == 4 and min(problem.block) == 64 else chosen
+
+
 @tuning.remember
 def plan(problem: Problem, fusion: Fusion, config: WeightGradConfig | None, precision: str, device: int) -> Plan:
     """As :func:`.weight_grad.plan`. The problem is that of the convolution itself, before pooling."""
-    if config is None:
-        chosen = tuning.choose(problem, tuning.device_name(device))
-        assert isinstance(chosen, WeightGradConfig)
-        config = chosen
+    config = config or config_of(problem, tuning.device_name(device))
     up, pool = fusion.upsample, fusion.pool
     out_channels, in_channels = problem.weight_shape[:2]
     input_size = [side // up for side in problem.input_size]
     pooled = [side // pool for side in problem.output_size]
     height, width = (side * pool for side in pooled)
     if max(math.prod(input_size) * in_channels, problem.images * in_channels) >= 2**31:
-        raise ValueError(f"the Triton kernels need images of less than 2**31 elements, got {(in_channels, *input_size)}")
+        raise ValueError(
+            f"the Triton kernels need images of less than 2**31 elements, got {(in_channels, *input_size)}"
+        )
     rows, cols, taps = problem.grid
     runs = rows if config.by == "row" else cols * taps
     groups = most_groups(problem.blocks, runs, config.group)

@@ -196,9 +196,7 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["pixels", "samples", "C"])
-def sample_sums_kernel(
-    grad, x, mean, sums, pixels, samples, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
-):
+def sample_sums_kernel(grad, x, mean, sums, pixels, samples, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Program (n, b): ``sums[0, n] = Σ grad`` and ``sums[1, n] = Σ grad · (x − mean)`` over sample n's pixels."""
     n = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -256,9 +254,7 @@ def norm_act_conv2d_weight_grad(
     values = input.new_empty(slot_count(topology, rows, cols), *block)
     problem = _problem("weight_grad", input, values, topology, weight_shape, stride, padding, dilation, upsample)
     fusion = Fusion(norm.kind, float(negative_slope), upsample, pool)
-    gradient = weight_grad_norm.weight_grad(
-        problem, fusion, native(grad_output), native(input), norm, topology, config
-    )
+    gradient = weight_grad_norm.weight_grad(problem, fusion, native(grad_output), native(input), norm, topology, config)
     return gradient, grad_output.sum((0, 2, 3))
 
 

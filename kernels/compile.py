@@ -51,7 +51,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 #: What the kernels' tensors hold where it is not the operator's dtype.
-HOLDS = dict.fromkeys(("partial", "squares", "mean", "scale", "offset", "shift", "moments", "per_pixel", "sums"), "fp32")
+HOLDS = dict.fromkeys(
+    ("partial", "squares", "mean", "scale", "offset", "shift", "moments", "per_pixel", "sums"), "fp32"
+)
 HOLDS |= dict.fromkeys(("bounds", "ids", "row", "col", "tap", "ptr", "entries", "order"), "i32")
 #: What the kernels of the fused half block are compiled with; others are cases of less.
 FUSED = {

@@ -128,14 +128,45 @@ def norm_act_conv2d_input_grad(
             sums = _sums(partial, length, grad, x, norm) if wants_sums else partial
         else:
             sums = _masked(target, grad, x, norm, fusion)
-    grad_gamma = grad_beta = input.new_empty(0)
-    if norm.kind and var is not None:
-        r = torch.rsqrt(var.float() + eps)
-        if (batch_stats or norm.kind == 2) and grad.numel():
-            _finish(grad, x, norm, sums if batch_stats else torch.zeros_like(sums), gamma, r)
-        if gamma is not None:
-            grad_gamma, grad_beta = (sums[1] * r).to(gamma.dtype), sums[0].to(gamma.dtype)
+    scaled = norm.kind == 1 and not batch_stats
+    grad_gamma, grad_beta = _norm_gradients(grad, x, norm, sums, var, gamma, eps, batch_stats, scaled)
     return (grad if x is input else torch.empty_like(input).copy_(grad)), grad_gamma, grad_beta
+
+
+def through_norm(
+    grad: Tensor, x: Tensor, norm: Tables, var: Tensor | None, gamma: Tensor | None, eps: float, batch_stats: bool
+) -> tuple[Tensor, Tensor]:
+    """Turns the gradient of the norm's output, in ``grad``, into that of its input x; ``(grad_gamma, grad_beta)``.
+
+    Both in native memory; for an input gradient whose kernel takes no sums (CUDA C++).
+    """
+    sums = norm.mean
+    if norm.kind:
+        sums = _sample_sums(grad, x, norm.mean)
+        sums = sums if norm.kind == 2 else sums.sum(1)
+    return _norm_gradients(grad, x, norm, sums, var, gamma, eps, batch_stats, False)
+
+
+def _norm_gradients(
+    grad: Tensor,
+    x: Tensor,
+    norm: Tables,
+    sums: Tensor,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    eps: float,
+    batch_stats: bool,
+    scaled: bool,
+) -> tuple[Tensor, Tensor]:
+    if not norm.kind or var is None:
+        return x.new_empty(0), x.new_empty(0)
+    r = torch.rsqrt(var.float() + eps)
+    if not scaled and grad.numel():
+        _finish(grad, x, norm, sums if batch_stats else torch.zeros_like(sums), gamma, r)
+    if gamma is None:
+        return x.new_empty(0), x.new_empty(0)
+    # Of no pixels r is NaN, and a sum of none is zero.
+    return (sums[1] * r if grad.numel() else sums[1]).to(gamma.dtype), sums[0].to(gamma.dtype)
 
 
 def _sums(partial: Tensor, length: int, grad: Tensor, x: Tensor, norm: Tables) -> Tensor:
@@ -145,8 +176,13 @@ def _sums(partial: Tensor, length: int, grad: Tensor, x: Tensor, norm: Tables) -
     n, c, h, w = x.shape
     if h * w % length == 0 and partial.shape[1] == 1:  # no tile has pixels of two samples
         return partial.view(n, h * w // length, 2, c).sum(1).transpose(0, 1)
+    return _sample_sums(grad, x, norm.mean)
+
+
+def _sample_sums(grad: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    n, c, h, w = x.shape
     sums = torch.empty(2, n, c, dtype=torch.float32, device=x.device)
-    sums_launch(n, h * w, c)(grad, x, norm.mean, sums)
+    sums_launch(n, h * w, c)(grad, x, mean, sums)
     return sums
 
 

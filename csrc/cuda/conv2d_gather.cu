@@ -38,7 +38,8 @@ cudaError_t launch_source(const GatherGeometry& g, const ddst_cuda_gather_arrays
   static_cast<GatherParams<T>&>(p) = plain;
   p.prologue = {a.mean, a.scale, a.shift, a.norm, a.slope};
   p.activated = static_cast<const T*>(a.activated);
-  p.halved = a.halved, p.residual_halved = a.residual_halved, p.factor = a.factor;
+  p.halved = a.halved, p.residual_halved = a.residual_halved;
+  p.squares = a.squares, p.factor = a.factor;
   return launch<GatherTraits<Number, kTransposed, kLarge, FusedSource>>(p, stream);
 }
 

@@ -42,7 +42,7 @@ conv2d_gather(const typename Traits::Params p) {
     copy_slice(i);
     dev::cp_async_commit();
   }
-  const WarpPixels pixels = warp_pixels<Traits>(p.g, place, sources, shifts);
+  const WarpPixels pixels = warp_pixels<Traits>(p, place, sources, shifts);
 
   Accumulators<Traits> acc = {};
   for (int i = 0; i < p.g.slices; ++i) {

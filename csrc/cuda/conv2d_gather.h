@@ -16,7 +16,7 @@ struct ddst_cuda_gather_arrays {
   bool fused;
   const float *mean, *scale, *shift;
   const void* activated;
-  int32_t norm, halved, residual_halved;
+  int32_t norm, halved, residual_halved, squares;
   float slope, factor;
 };
 

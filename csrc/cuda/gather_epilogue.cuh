@@ -4,24 +4,6 @@
 
 namespace ddst::cuda {
 
-// Pixel `m` of the block of threads' tile; images are the fastest dimension, then columns. With g.squares, four in a row
-// are a square of 2 x 2, and squares are what is counted so.
-struct GridPixel {
-  int image, row, column;  // within the tile
-};
-template <class Traits>
-DDST_DEVICE GridPixel grid_pixel(const GatherGeometry& g, int m) {
-  if constexpr (Traits::Source::kFused) {
-    if (g.squares) {
-      const int square = m >> 2, image = square & ((1 << g.log_tile_images) - 1), at = square >> g.log_tile_images;
-      const int half = g.log_tile_cols - 1;
-      return {image, (at >> half) * 2 + (m >> 1 & 1), (at & ((1 << half) - 1)) * 2 + (m & 1)};
-    }
-  }
-  return {m & ((1 << g.log_tile_images) - 1), m >> (g.log_tile_images + g.log_tile_cols),
-          m >> g.log_tile_images & ((1 << g.log_tile_cols) - 1)};
-}
-
 // Index of the output pixel, -1 outside of the images.
 DDST_DEVICE int output_pixel(const GatherGeometry& g, const GatherPlace& place, const GridPixel& pixel) {
   const int image = place.first_image + pixel.image;
@@ -31,12 +13,13 @@ DDST_DEVICE int output_pixel(const GatherGeometry& g, const GatherPlace& place, 
 }
 
 template <class Traits>
-DDST_DEVICE WarpPixels warp_pixels(const GatherGeometry& g, const GatherPlace& place, dev::shared_ptr<int> sources,
-                                   dev::shared_ptr<int> shifts) {
+DDST_DEVICE WarpPixels warp_pixels(const typename Traits::Params& p, const GatherPlace& place,
+                                   dev::shared_ptr<int> sources, dev::shared_ptr<int> shifts) {
+  const GatherGeometry& g = p.g;
   WarpPixels pixels;
   DDST_UNROLL
   for (int m = 0; m < Traits::kPixelTiles; ++m) {
-    const GridPixel pixel = grid_pixel<Traits>(g, dev::thread_index() / 32 * 32 + m * 16 + dev::thread_index() % 16);
+    const GridPixel pixel = Traits::Source::grid_pixel(p, dev::thread_index() / 32 * 32 + m * 16 + dev::thread_index() % 16);
     pixels.slot[m] = pixel.image * g.image_pitch + pixel.row * g.step_y * g.patch_cols + pixel.column;
     pixels.taps[m] = 0;
     if (output_pixel(g, place, pixel) >= 0)
@@ -105,7 +88,7 @@ DDST_DEVICE void store_tile(const GatherParams<typename Traits::T>& p, const Gat
     int pixel[2];
     DDST_UNROLL
     for (int r = 0; r < 2; ++r)
-      pixel[r] = output_pixel(p.g, place, grid_pixel<Traits>(p.g, warp * 32 + m * 16 + r * 8 + lane / 4));
+      pixel[r] = output_pixel(p.g, place, grid_pixel(p.g, warp * 32 + m * 16 + r * 8 + lane / 4));
     DDST_UNROLL
     for (int o = 0; o < Traits::kGranules; ++o) {
       const int first = place.group * Traits::kTile.channels + o * kSlice;

@@ -16,6 +16,7 @@ struct FusedGatherParams : GatherParams<T> {
   dev::global_ptr<const T> activated;  // input gradient: the forward input, like the output; null without a prologue
   int halved;                         // 1: the source has half the sides of what is read
   int residual_halved;                // 1: the residual has half the sides of the output
+  int squares;                        // 1: the 2 x 2 pixels of a square are summed before they are written
   float factor;                       // of the sums
 };
 
@@ -28,6 +29,13 @@ struct FusedSource {
     const int height = p.g.in_height >> p.halved, width = p.g.in_width >> p.halved;
     y >>= p.halved, x >>= p.halved;
     return y < height && x < width ? (image * height + y) * width + x : -1;  // pooling leaves an odd last row out
+  }
+  // With squares, four pixels in a row are one, and squares are in the order of pixels.
+  template <class T>
+  static DDST_DEVICE GridPixel grid_pixel(const FusedGatherParams<T>& p, int m) {
+    if (p.squares == 0) return cuda::grid_pixel(p.g, m);
+    const int images = p.g.log_tile_images, half = p.g.log_tile_cols - 1, at = m >> 2 >> images;
+    return {m >> 2 & ((1 << images) - 1), (at >> half) * 2 + (m >> 1 & 1), (at & ((1 << half) - 1)) * 2 + (m & 1)};
   }
 };
 
@@ -60,13 +68,13 @@ struct ResultPixel {
 template <class Traits>
 DDST_DEVICE ResultPixel result_pixel(const typename Traits::Params& p, const GatherPlace& place, int m) {
   const GatherGeometry& g = p.g;
-  const GridPixel pixel = grid_pixel<Traits>(g, m);
+  const GridPixel pixel = FusedSource::grid_pixel(p, m);
   const int image = place.first_image + pixel.image;
   const int y = (place.first_row + pixel.row) * g.phases_y + place.phase_y;
   const int x = (place.first_col + pixel.column) * g.phases_x + place.phase_x;
-  const int height = g.out_height >> g.squares, width = g.out_width >> g.squares;
-  const int row = y >> g.squares, column = x >> g.squares, half = p.residual_halved;
-  const bool first = g.squares == 0 || ((y | x) & 1) == 0;  // of its square
+  const int height = g.out_height >> p.squares, width = g.out_width >> p.squares;
+  const int row = y >> p.squares, column = x >> p.squares, half = p.residual_halved;
+  const bool first = p.squares == 0 || ((y | x) & 1) == 0;  // of its square
   const bool present = first && image < g.images && row < height && column < width;
   return {present ? (image * height + row) * width + column : -1,
           (image * (height >> half) + (row >> half)) * (width >> half) + (column >> half), image};
@@ -89,7 +97,7 @@ DDST_DEVICE void store_fused_tile(const typename Traits::Params& p, const Gather
       DDST_UNROLL
       for (int n = 0; n < 2; ++n) {
         float (&c)[4] = acc[m][o][n];
-        if (p.g.squares) {  // the lanes 4 and 8 apart hold the other pixels of the square
+        if (p.squares) {  // the lanes 4 and 8 apart hold the other pixels of the square
           DDST_UNROLL
           for (int i = 0; i < 4; ++i) {
             c[i] += dev::float_of(dev::shfl_xor(dev::float_bits(c[i]), 4));

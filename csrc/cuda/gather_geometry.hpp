@@ -37,10 +37,9 @@ struct GatherGeometry {
   int block_columns, block_elements;       // of the packed block
   int record_ints;                         // size of a record, multiple of 4
   int in_blocks;
-  int squares;  // 1 where the 2 x 2 pixels of a square are summed before they are written
 };
 
-// What a fused half block (gather_fused.cuh) asks of the geometry.
+// What a fused half block (gather_fused.cuh) asks of the geometry; squares: the 2 x 2 pixels of one are in one tile.
 struct GatherShape {
   bool fused, squares;
 };
@@ -129,7 +128,7 @@ inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
     return "the input gradient of an upsampled map has stride 1 only";
 
   g = {};
-  g.images = p.images, g.squares = shape.squares;
+  g.images = p.images;
   g.in_height = input_gradient ? p.out_height : p.height, g.in_width = input_gradient ? p.out_width : p.width;
   g.out_height = input_gradient ? p.height : p.out_height, g.out_width = input_gradient ? p.width : p.out_width;
   g.in_channels = input_gradient ? p.out_channels : p.in_channels;

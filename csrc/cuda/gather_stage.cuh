@@ -39,6 +39,15 @@ struct GatherTraits {
   static constexpr int kGranuleElements = kSlice * kSlice;
 };
 
+// Pixel `m` of the block of threads' tile; images are the fastest dimension, then columns.
+struct GridPixel {
+  int image, row, column;  // within the tile
+};
+DDST_DEVICE GridPixel grid_pixel(const GatherGeometry& g, int m) {
+  return {m & ((1 << g.log_tile_images) - 1), m >> (g.log_tile_images + g.log_tile_cols),
+          m >> g.log_tile_images & ((1 << g.log_tile_cols) - 1)};
+}
+
 // What lies between stored pixels and the product, and behind it: nothing. gather_fused.cuh has the other policy.
 struct PlainSource {
   template <class T>
@@ -48,6 +57,10 @@ struct PlainSource {
   template <class T>
   static DDST_DEVICE int pixel(const GatherParams<T>& p, int image, int y, int x) {
     return (image * p.g.in_height + y) * p.g.in_width + x;
+  }
+  template <class T>
+  static DDST_DEVICE GridPixel grid_pixel(const GatherParams<T>& p, int m) {
+    return cuda::grid_pixel(p.g, m);
   }
 };
 

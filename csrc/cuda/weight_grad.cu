@@ -30,6 +30,7 @@ cudaError_t launch_half(const WeightGradParams<stored_t<Number>>& plain, const d
   FusedWeightGradParams<stored_t<Number>> p{};
   static_cast<WeightGradParams<stored_t<Number>>&>(p) = plain;
   p.prologue = {a.mean, a.scale, a.shift, a.norm, a.slope};
+  p.x_halved = a.x_halved, p.gy_halved = a.gy_halved;
   return launch_kernels<Number, U, const FusedWeightGradParams<stored_t<Number>>>(&fused_weight_grad<Number, U>, p,
                                                                                   stream);
 }

@@ -33,11 +33,12 @@ struct WeightGradParams {
   WeightGradSizes sizes;
 };
 
-// In a fused half block x is act(norm(x)), upsampled where shape.in_halved, and gy is a quarter of the pooled gradient
-// where shape.out_halved.
+// In a fused half block x is act(norm(x)), stored with half of the sides where x_halved, and gy a quarter of the pooled
+// gradient, which has half of the sides, where gy_halved.
 template <class T>
 struct FusedWeightGradParams : WeightGradParams<T> {
   Prologue prologue;
+  int x_halved, gy_halved;
 };
 
 // What a warp accumulates for one entry of its list: kRows output channels by kCols input channels.
@@ -313,13 +314,18 @@ struct WeightGrad {
     const auto source = [&](int tile, bool of_x) {
       const int across = tile % z.tiles_w, down = tile / z.tiles_w % z.tiles_h;
       const int image = tile / z.tiles_w / z.tiles_h * s.tile_images, y = down * s.tile_h, x = across * s.tile_w;
+      if constexpr (kFused) {
+        if (of_x)
+          return Source<T>{p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
+                           x * s.stride_w - s.pad_w, in_channel, p.x_halved};
+        // Pooling leaves an odd last row out.
+        const int height = s.out_h >> p.gy_halved << p.gy_halved, width = s.out_w >> p.gy_halved << p.gy_halved;
+        return Source<T>{p.gy, s.images, height, width, s.out_channels, image, y, x, out_channel, p.gy_halved};
+      }
       if (of_x)
         return Source<T>{p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
-                         x * s.stride_w - s.pad_w, in_channel, s.in_halved};
-      // Pooling leaves an odd last row out.
-      const int height = kFused ? s.out_h >> s.out_halved << s.out_halved : s.out_h;
-      const int width = kFused ? s.out_w >> s.out_halved << s.out_halved : s.out_w;
-      return Source<T>{p.gy, s.images, height, width, s.out_channels, image, y, x, out_channel, s.out_halved};
+                         x * s.stride_w - s.pad_w, in_channel, 0};
+      return Source<T>{p.gy, s.images, s.out_h, s.out_w, s.out_channels, image, y, x, out_channel, 0};
     };
     const auto stage = [&](int tile) {
       if (tile < end) {
@@ -355,8 +361,9 @@ struct WeightGrad {
       if (!places[u].present()) break;
       DDST_UNROLL
       for (int i = 0; i < U::kM * U::kN * 4; ++i) {
-        const float sum = acc[u][i / 4 / U::kN][i / 4 % U::kN][i % 4];
-        dev::store(out + std::int64_t(u * U::kM * U::kN * 4 + i) * 32, kFused && s.out_halved ? 0.25f * sum : sum);
+        float sum = acc[u][i / 4 / U::kN][i / 4 % U::kN][i % 4];
+        if constexpr (kFused) sum *= p.gy_halved ? 0.25f : 1.f;
+        dev::store(out + std::int64_t(u * U::kM * U::kN * 4 + i) * 32, sum);
       }
     }
   }

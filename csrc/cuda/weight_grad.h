@@ -13,7 +13,7 @@ struct ddst_cuda_weight_grad_arrays {
   // Of a fused half block only: Prologue in prologue.cuh.
   bool fused;
   const float *mean, *scale, *shift;
-  int32_t norm;
+  int32_t norm, x_halved, gy_halved;
   float slope;
 };
 

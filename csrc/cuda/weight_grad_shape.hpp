@@ -15,7 +15,6 @@ struct WeightGradShape {
   int block_out, block_in, slots;
   int band_rows, band_cols, tile_images, tile_h, tile_w;
   int groups, shares;
-  int in_halved, out_halved;  // 1: what is stored has half of the sides in_h and in_w, out_h and out_w (fused half block)
 };
 
 struct WeightGradSizes {

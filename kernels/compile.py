@@ -121,8 +121,12 @@ def _all_jobs(architectures: Sequence[int]) -> Iterator[Job]:
                 yield Job(arch, example(op, dtype, block, True), chosen[0], precision)
             for fused in FUSED if block[0] == block[1] else ("sample norm, upsampled",):
                 problem = example(op, dtype, block, False)
-                config_of = weight_grad_norm.config_of if op == "weight_grad" else gather_norm.config_of
-                yield Job(arch, problem, config_of(problem, "cpu"), precision, fused=fused)
+                config = (
+                    weight_grad_norm.config_of(problem, "cpu")
+                    if op == "weight_grad"
+                    else gather_norm.config_of(problem, FUSED[fused], "cpu")
+                )
+                yield Job(arch, problem, config, precision, fused=fused)
         if precision == "ieee":
             problem = example("forward", dtype, (16, 16), False)
             yield from (Job(arch, problem, None, precision, adds=True, fused=fused) for fused in PASSES)

@@ -122,7 +122,7 @@ def forward_kernel(
     SLOPE: tl.constexpr, UP: tl.constexpr, POOL: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     MOMENTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A row, BM consecutive pixels before pooling. x is ``[images, XH, XW, XC]``, y the pooled ``[images, YH, YW, YC]``.
+    """A row, BM consecutive pixels before pooling. x is ``[images, XH, XW, XC]``, y the pooled [images, YH, YW, YC].
 
     RESIDUAL: 0 none, 1 of y's size, 2 of half its sides. MOMENTS: ``partial`` gets those of y's pixels, by tile.
     """
@@ -166,10 +166,10 @@ def input_grad_kernel(
     SLOPE: tl.constexpr, UP: tl.constexpr, POOL: tl.constexpr, SUMS: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A row, BM consecutive pixels of its phase before they are summed by UP². y is like input, ``[images, YH, YW, YC]``.
+    """A row, BM consecutive pixels of its phase before they are summed by UP². y is like input, [images, YH, YW, YC].
 
-    x: the gradient, ``[images, XH, XW, XC]``, pooled where POOL is 2. SUMS: ``partial`` gets Σ grad_z and Σ grad_z · (input
-    − mean), by tile and phase. SCALED: y is scale · grad_z instead of grad_z.
+    x: the gradient, ``[images, XH, XW, XC]``, pooled where POOL is 2. SUMS: ``partial`` gets Σ grad_z and
+    Σ grad_z · (input − mean), by tile and phase. SCALED: y is scale · grad_z instead of grad_z.
     """
     XC = hint(XC, X_MULTIPLE)
     YC = hint(YC, Y_MULTIPLE)
@@ -230,28 +230,34 @@ class Fusion(NamedTuple):
     scaled: bool = False
 
 
-def config_of(problem: Problem, device: str) -> GatherConfig:
-    """What runs a problem: the tuned choice, or the first of the others, that has one row per program and no box.
+def config_of(problem: Problem, fusion: Fusion, device: str) -> GatherConfig:
+    """What runs a problem: the tuned choice, or the first of the others, that has one row per program, no box, and 64
+    pixels where a row has more than 16 channels: pixels on their way through registers need room.
 
-    Pixels on their way through registers are more than a thread holds beside the sums of 128 × 64; one stage more keeps
-    the compiler from spilling the rest.
+    How many steps are in flight decides whether the compiler spills the rest (``python -m ddst.kernels.compile``).
     """
-    forward = problem.op == "forward"
+    forward, wide = problem.op == "forward", problem.dtype.itemsize == 4
     side = problem.block[0 if forward else 1]
     listed = (tuning.choose(problem, device), *tuning.candidates_for(problem))
     found = next(
         c
         for c in listed
-        if isinstance(c, GatherConfig) and c.box is None and c.rows == 1 and c.pixels * side <= 64 * 64
+        if isinstance(c, GatherConfig)
+        and c.box is None
+        and c.rows == 1
+        and (c.pixels == 64 or side == 16 or not forward)
     )
-    deeper = forward and (problem.dtype.itemsize == 2 or min(problem.block) == 64)
-    return replace(found, stages=4) if deeper else found
+    if forward and not wide and side == 16:
+        return replace(found, stages=4)
+    if forward and wide and min(problem.block) == 64:
+        return replace(found, stages=4 if fusion.upsample == 1 else 1)
+    return found
 
 
 @tuning.remember
 def plan(problem: Problem, fusion: Fusion, config: GatherConfig | None, precision: str, device: int = -1) -> Launch:
     """A launch. The problem is that of the convolution itself, over the upsampled input, before pooling."""
-    config = config or config_of(problem, tuning.device_name(device))
+    config = config or config_of(problem, fusion, tuning.device_name(device))
     dgrad = problem.op == "input_grad"
     c_out, c_in, *kernel = problem.weight_shape
     # Of the input and the output in memory, and by what the sides of the convolution's own are larger.
@@ -343,7 +349,7 @@ def input_grad(
     """Fills ``grad`` with grad_z, or with that times the norm's scale; all in native memory.
 
     Returns:
-        ``[tiles, phases, 2, C_in]``: Σ grad_z and Σ grad_z · (input − mean) of every tile, and how many pixels each has.
+        ``[tiles, phases, 2, C_in]``: Σ grad_z and Σ grad_z · (input − mean) of every tile; how many pixels each has.
     """
     launch = plan(problem, fusion, config, product_precision(problem.dtype, False), input.get_device())
     phases = math.prod(problem.stride)

@@ -69,7 +69,8 @@ def norm_act_conv2d(
         0 if residual is None else residual_upsample, moments,
     )  # fmt: skip
     if result.numel() == 0:
-        return result, torch.full((2 if moments else 0, weight_shape[0]), math.nan, device=input.device)
+        shape = (2, weight_shape[0]) if moments else (0,)
+        return result, torch.full(shape, math.nan, dtype=torch.float32, device=input.device)
     lists = forward_lists(topology, weight_shape, problem.block)
     partial, length = gather_norm.forward(
         problem, fusion, native(input), native_rows(values), bias, None if residual is None else native(residual), norm,
@@ -103,9 +104,9 @@ def norm_act_conv2d_input_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(grad_input, grad_gamma, grad_beta)``, the last two ``[0]`` where there is no gamma.
 
-    With stride 1, or without upsampling, one kernel makes the activation's gradient and the norm's sums; with statistics of
-    the batch another one, which reads that and the input once more, makes the input's. A stride with upsampling takes the
-    input gradient of the upsampled map as it is, and torch's functions behind it.
+    With stride 1, or without upsampling, one kernel makes the activation's gradient and the norm's sums; with
+    statistics of the batch another one, which reads that and the input once more, makes the input's. A stride with
+    upsampling takes the input gradient of the upsampled map as it is, and torch's functions behind it.
     """
     norm = Tables.of(input, mean, var, gamma, beta, eps)
     problem = _problem("input_grad", input, values, topology, weight_shape, stride, padding, dilation, upsample)
@@ -116,7 +117,8 @@ def norm_act_conv2d_input_grad(
         sums = norm.scale.new_zeros(2, *norm.scale.shape) if norm.kind else norm.scale
     else:
         fusion = Fusion(
-            norm.kind, float(negative_slope), upsample, pool, sums=wants_sums, scaled=norm.kind == 1 and not batch_stats,
+            norm.kind, float(negative_slope), upsample, pool, sums=wants_sums,
+            scaled=norm.kind == 1 and not batch_stats,
         )  # fmt: skip
         whole = problem.stride == (1, 1) or upsample == 1
         first = fusion if whole else Fusion(0, 1.0, 1, pool)

@@ -1,9 +1,9 @@
 """Device functions of the fused half block, and the tables of its norm.
 
-The norm of a pixel's channels is ``z = (x − mean) · scale + shift``: the difference comes first, so that nothing cancels
-where the mean is large. mean is float32 ``[C]``; scale and shift are float32 ``[C]`` or ``[N, C]``. NORM says how a tile of
-pixels finds its own: 0 there is no norm, 1 per channel, 2 per sample and channel where all its pixels are of one sample,
-whose row was found beforehand, 3 per sample and channel, looked up for every pixel.
+The norm of a pixel's channels is ``z = (x − mean) · scale + shift``: the difference comes first, so that nothing
+cancels where the mean is large. mean is float32 ``[C]``; scale and shift are float32 ``[C]`` or ``[N, C]``. NORM says
+how a tile of pixels finds its own: 0 there is no norm, 1 per channel, 2 per sample and channel where all its pixels are
+of one sample, whose row was found beforehand, 3 per sample and channel, looked up for every pixel.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Weight gradient of the fused half block: :mod:`.weight_grad` with the input normalized, activated and upsampled on its
-way, and the pooled gradient read at half the coordinates. What is not of that is said there.
+"""Weight gradient of the fused half block: :mod:`.weight_grad`, which says all else, with the input normalized,
+activated and upsampled on its way, and the pooled gradient read at half the coordinates.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ _SCALARS = [
 
 @triton.jit
 def pixel_sum(
-    grad_output, input, mean, scale, offset, out_channel, out_ok, in_channel, in_ok, shift_h, shift_w, first, end, total,
-    image0, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w,
+    grad_output, input, mean, scale, offset, out_channel, out_ok, in_channel, in_ok, shift_h, shift_w, first, end,
+    total, image0, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w,
     S_H: tl.constexpr, S_W: tl.constexpr, UP: tl.constexpr, POOL: tl.constexpr, NORM: tl.constexpr, SLOPE: tl.constexpr,
-    PIXELS: tl.constexpr, TRANSPOSED: tl.constexpr, MASK_OUT: tl.constexpr, MASK_IN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    PIXELS: tl.constexpr, TRANSPOSED: tl.constexpr, MASK_OUT: tl.constexpr, MASK_IN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Σ grad_output[p / POOL, out_channel]ᵀ · act(norm(input))[p shifted / UP, in_channel] over ``first … end - 1``.
 
-    p counts the pixels of POOL · YH × POOL · YW. TRANSPOSED gives ``[in, out]``. ``shift`` is one for each input channel,
-    ``[1, channels]``, or one for all, ``[1, 1]``. ``image0``: which sample the first image is.
+    p counts the pixels of POOL · YH × POOL · YW. TRANSPOSED gives ``[in, out]``. ``shift`` is one for each input
+    channel, ``[1, channels]``, or one for all. ``image0``: which sample the first image is.
     """
     if TRANSPOSED:
         acc = tl.zeros((in_channel.shape[0], out_channel.shape[0]), dtype=tl.float32)
@@ -89,7 +90,8 @@ def pixel_sum(
 @triton.jit(do_not_specialize=_SCALARS)
 def weight_grad_norm_kernel(
     grad_output, input, mean, scale, offset, grad, partial, bounds, ids, row, col, tap,
-    slots, direct, part, total, image0, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w, P_H, P_W, D_H, D_W, KW,
+    slots, direct, part, total, image0, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w,
+    P_H, P_W, D_H, D_W, KW,
     B_OUT: tl.constexpr, B_IN: tl.constexpr, GROUP: tl.constexpr, BY_ROW: tl.constexpr, PIXELS: tl.constexpr,
     S_H: tl.constexpr, S_W: tl.constexpr, X_MULTIPLE: tl.constexpr, Y_MULTIPLE: tl.constexpr, UP: tl.constexpr,
     POOL: tl.constexpr, NORM: tl.constexpr, SLOPE: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
@@ -125,9 +127,10 @@ def weight_grad_norm_kernel(
     last = tl.where(busy, tl.minimum(first + part, total), first)
     acc = pixel_sum(
         grad_output, input, mean, scale, offset, out_channel, out_ok if BY_ROW else out_ok & present,
-        in_channel, in_ok & present if BY_ROW else in_ok, tap_of // KW * D_H - P_H, tap_of % KW * D_W - P_W, first, last,
-        total, image0, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w, S_H, S_W, UP, POOL, NORM, SLOPE,
-        PIXELS, BY_ROW, RAGGED or (GROUP > 1 and not BY_ROW), RAGGED or (GROUP > 1 and BY_ROW), PRECISION, UPCAST, STAGES,
+        in_channel, in_ok & present if BY_ROW else in_ok, tap_of // KW * D_H - P_H, tap_of % KW * D_W - P_W,
+        first, last, total, image0, XH, XW, XC, YH, YW, YC, magic_h, bits_h, magic_w, bits_w, S_H, S_W, UP,
+        POOL, NORM, SLOPE, PIXELS, BY_ROW, RAGGED or (GROUP > 1 and not BY_ROW), RAGGED or (GROUP > 1 and BY_ROW),
+        PRECISION, UPCAST, STAGES,
     )  # fmt: skip
     block = own.to(tl.int64) * (B_OUT * B_IN)
     if BY_ROW:
@@ -145,10 +148,10 @@ def weight_grad_norm_kernel(
 
 
 def config_of(problem: Problem, device: str) -> WeightGradConfig:
-    """What runs a problem: as tuned; in float32, blocks of 64 × 64 by row, as by column they spill registers."""
+    """What runs a problem: as tuned; blocks of 64 × 64 by row, as by column they spill registers."""
     chosen = tuning.choose(problem, device)
     assert isinstance(chosen, WeightGradConfig)
-    return replace(chosen, by="row", group=1) if problem.dtype.itemsize == 4 and min(problem.block) == 64 else chosen
+    return replace(chosen, by="row", group=1) if min(problem.block) == 64 else chosen
 
 
 @tuning.remember

@@ -52,7 +52,8 @@ def channel_moments(input: Tensor) -> Tensor:
         input: ``[N, C, H, W]``, float32 or float64, or a 16-bit float, computed in float32.
 
     Returns:
-        ``[2, C]``, float32 where the input is of 16 bits. Not differentiable: :func:`norm_act_conv2d` knows what its statistics are of.
+        ``[2, C]``, float32 where the input is of 16 bits. Not differentiable: :func:`norm_act_conv2d` knows what its
+        statistics are of.
 
     Numerics: sums of squares of differences from a mean close by, merged in float64 by the formula of Chan, Golub and
     LeVeque; nothing cancels where the mean is large.

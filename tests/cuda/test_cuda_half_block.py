@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddst import kernels
+from ddst import _extension
 from ddst.ops.cuda import compiled, gather
 from ddst.ops.cuda import weight_grad as cwg
 from helpers import emulation
@@ -121,11 +121,21 @@ def test_nothing_cancels_at_mean_1000_and_spread_1() -> None:
 
 
 @pytest.mark.usefixtures("ops")
-def test_refusals() -> None:
-    device = torch.device("cpu")
-    assert kernels.channel_moments(torch.ones(1, 1, 1, 1)).tolist() == [[1.0], [0.0]]
+def test_no_images() -> None:
+    built = HalfBlock(conv=replace(CONV, batch=0), pool=2).build()
+    found = results(built)
+    assert found["output"].shape == (0, 24, 3, 2) and found["input"].shape == (0, 40, 6, 5)
+    assert all(found[name].count_nonzero() == 0 for name in ("values", "bias", "gamma", "beta"))
+
+
+@pytest.mark.usefixtures("ops")
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     strided = HalfBlock(conv=replace(CONV, stride=2), upsample=2).build()
     with pytest.raises(ValueError, match=r"needs stride 1 with upsample=2, got \(2, 2\): use backend 'triton'"):
         compiled.norm_act_conv2d_input_grad(*strided.input_grad_arguments())
-    arguments = (device, torch.float16, (24, 20, 3, 3), (16, 16))
-    assert compiled.supports("norm_act_conv2d_weight_grad", *arguments)[0] is False
+    monkeypatch.setattr(_extension, "cuda_kernels_loaded", lambda: True)
+    for op in ("norm_act_conv2d", "norm_act_conv2d_input_grad", "norm_act_conv2d_weight_grad"):
+        arguments = (op, torch.device("cpu"), torch.float16)
+        assert compiled.supports(*arguments, (24, 40, 3, 3), (16, 16), (1, 1), (1, 1)) == (True, "")
+        yes, reason = compiled.supports(*arguments, (24, 20, 3, 3), (16, 16), (1, 1), (1, 1))
+        assert not yes and "channels must be multiples of 8, got 20 in, 24 out" in reason

@@ -13,12 +13,14 @@ from ddst import backends
 from ddst.ops.norm_act_conv2d import composed
 from helpers.problems import Case, ConvProblem, lay_out
 
+CONV = ConvProblem(batch=3, channels=(40, 24), size=(4, 5), block=(16, 16), slots="scattered")
+
 
 @dataclass(frozen=True)
 class HalfBlock:
     """norm: "none", "channel" or "sample"; residual: 0 none, 1 of the output's size, 2 of half its sides."""
 
-    conv: ConvProblem = ConvProblem(batch=3, channels=(40, 24), size=(4, 5), block=(16, 16), slots="scattered")
+    conv: ConvProblem = CONV
     norm: str = "channel"
     batch_stats: bool = True
     affine: bool = True

@@ -41,10 +41,10 @@ BLOCKS = [
 
 def results(built: Built, config: GatherConfig | None = None, by: WeightGradConfig | None = None) -> dict[str, Tensor]:
     y, moments = kernels.norm_act_conv2d(*built.forward_arguments(), config=config)
-    found = dict(zip(("input", "gamma", "beta"), kernels.norm_act_conv2d_input_grad(*built.input_grad_arguments(),
-                                                                                 config=config), strict=True))  # fmt: skip
-    found |= dict(zip(("values", "bias"), kernels.norm_act_conv2d_weight_grad(*built.weight_grad_arguments(), config=by),
-                      strict=True))  # fmt: skip
+    gradients = kernels.norm_act_conv2d_input_grad(*built.input_grad_arguments(), config=config)
+    found = dict(zip(("input", "gamma", "beta"), gradients, strict=True))
+    gradients = kernels.norm_act_conv2d_weight_grad(*built.weight_grad_arguments(), config=by)
+    found |= dict(zip(("values", "bias"), gradients, strict=True))
     return {"output": y, "moments": moments} | found
 
 
@@ -155,6 +155,7 @@ def test_no_images() -> None:
     built = HalfBlock(norm="channel", conv=replace(CONV, batch=0)).build()
     found = results(built)
     assert found["output"].shape[0] == 0 and found["moments"].isnan().all()
+    assert kernels.norm_act_conv2d(*built.forward_arguments(moments=False))[1].shape == (0,)
     assert all(found[name].count_nonzero() == 0 for name in ("values", "bias", "gamma", "beta"))
 
 

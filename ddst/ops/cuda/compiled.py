@@ -31,10 +31,8 @@ __all__ = [
     "supports_all",
 ]
 
-_GATHERS = {  # whether it is an input gradient
-    **{"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True},
-    **{"norm_act_conv2d": False, "norm_act_conv2d_input_grad": True},
-}
+_GATHERS = {"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True}  # input_gradient
+_GATHERS |= {"norm_act_conv2d": False, "norm_act_conv2d_input_grad": True}
 _WEIGHT_GRADS = ("conv2d_weight_grad", "linear_weight_grad", "norm_act_conv2d_weight_grad")
 
 

@@ -186,7 +186,8 @@ def _large_tile(
         return False
     return not refusal(
         dtype, weight_shape, block, window, images,
-        input_gradient=input_gradient, large_tile=True, allow_tf32=allow_tf32, device=device, fused=fused, squares=squares,
+        input_gradient=input_gradient, large_tile=True, allow_tf32=allow_tf32, device=device, fused=fused,
+        squares=squares,
     )  # fmt: skip
 
 
@@ -219,12 +220,12 @@ def _gather(
     """``output_size``: of the result before its squares are summed, where ``fused`` sums them."""
     shape, block, images = tuple(weight_shape), (values.shape[1], values.shape[2]), input.shape[0]
     channels, pixels = shape[1 if input_gradient else 0], images * output_size[0] * output_size[1]
+    half = fused or Fused(None, None, 1.0, 1, 1)
+    squares = (half.upsample if input_gradient else half.pool) == 2
     if pixels == 0:
-        output = input.new_empty(images, *output_size, channels)
+        output = input.new_empty(images, *(side // (1 + squares) for side in output_size), channels)
     else:
         device, allow_tf32 = facts(input.device), tf32_allowed(linear=linear)
-        half = fused or Fused(None, None, 1.0, 1, 1)
-        squares = (half.upsample if input_gradient else half.pool) == 2
         large = _large_tile(
             input.dtype, shape, block, window, images, pixels, input_gradient, allow_tf32, device, fused is not None,
             squares,

@@ -1,4 +1,4 @@
-"""The operators of the fused half block on CUDA devices: the argument checks, then the kernels (as :mod:`.dispatch`)."""
+"""The operators of the fused half block on CUDA devices: argument checks, then the kernels, as in :mod:`.dispatch`."""
 
 from __future__ import annotations
 

@@ -25,10 +25,13 @@ from torch import Tensor
 from . import gather
 from .block_scores import conv2d_block_scores, linear_block_scores
 from .configs import DTYPES, SIDES, GatherConfig, Problem
+from .half_block import norm_act_conv2d, norm_act_conv2d_input_grad, norm_act_conv2d_weight_grad
 from .launch import native, native_rows
+from .moments import channel_moments
 from .weight_grad import conv2d_weight_grad, linear_weight_grad
 
 __all__ = [
+    "channel_moments",
     "conv2d",
     "conv2d_block_scores",
     "conv2d_input_grad",
@@ -37,6 +40,9 @@ __all__ = [
     "linear_block_scores",
     "linear_input_grad",
     "linear_weight_grad",
+    "norm_act_conv2d",
+    "norm_act_conv2d_input_grad",
+    "norm_act_conv2d_weight_grad",
     "supports",
 ]
 

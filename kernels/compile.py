@@ -5,7 +5,8 @@
 Every configuration that tuning may choose is compiled for every architecture with every kind of product: bfloat16,
 float16, TF32 and full float32. The table holds registers, spilled bytes, shared memory, tensor-core instructions, the
 number of instructions in the innermost loop around them, and how that loop loads. What is compiled is taken from the
-launches themselves, of a 3×3 convolution of 256 channels at 10 % (and one of ragged channels with stride 2). ``--json``
+launches themselves, of a 3×3 convolution of 256 channels at 10 % (and one of ragged channels with stride 2); the fused
+half block's with what :data:`FUSED` names, in the configuration that runs untuned. ``--json``
 writes the table, ``--check`` compares with one; both exit with 1 where a law of :func:`violations` is broken.
 
 The table keeps the :mod:`.fingerprint` of each kernel. What has the recorded one is not compiled again but taken from
@@ -37,9 +38,10 @@ from triton.compiler import ASTSource
 
 from ddst.topology import block_count
 
-from . import block_scores, gather, weight_grad
+from . import block_scores, gather, gather_norm, half_block, moments, weight_grad, weight_grad_norm
 from .configs import SIDES, GatherConfig, Problem, WeightGradConfig, candidates
 from .fingerprint import fingerprint
+from .gather_norm import Fusion
 from .launch import INTERPRETED, Launch
 
 ARCHITECTURES = (80, 90, 100)
@@ -49,15 +51,24 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 #: What the kernels' tensors hold where it is not the operator's dtype.
-HOLDS = {"partial": "fp32", "squares": "fp32"} | dict.fromkeys(
-    ("bounds", "ids", "row", "col", "tap", "ptr", "entries", "order"), "i32"
+HOLDS = dict.fromkeys(
+    ("partial", "squares", "mean", "scale", "offset", "shift", "moments", "per_pixel", "sums"), "fp32"
 )
+HOLDS |= dict.fromkeys(("bounds", "ids", "row", "col", "tap", "ptr", "entries", "order"), "i32")
+#: What the kernels of the fused half block are compiled with; others are cases of less.
+FUSED = {
+    "batch norm": Fusion(1, 0.0, 1, 1, bias=True, residual=1, moments=True, sums=True),
+    "sample norm, upsampled": Fusion(2, 0.2, 2, 1, bias=True, residual=2, moments=True, sums=True),
+    "ReLU, pooled": Fusion(0, 0.0, 1, 2, bias=True, residual=1),
+}
+#: Its kernels that multiply nothing.
+PASSES = ("tile moments", "merge moments", "statistics", "sample sums")
 
 
 class Job(NamedTuple):
     """One kernel to compile: the one that does a problem's products, or else the one that ``adds`` parts of sums.
 
-    ``precision`` is that of float32 products.
+    ``precision`` is that of float32 products. ``fused``: one of :data:`FUSED`, or of :data:`PASSES`.
     """
 
     arch: int
@@ -65,11 +76,13 @@ class Job(NamedTuple):
     config: GatherConfig | WeightGradConfig | None
     precision: str
     adds: bool = False
+    fused: str = ""
 
     def __str__(self) -> str:
         problem = self.problem
         dtype = TYPES[problem.dtype] + (f" {self.precision}" if problem.dtype == torch.float32 else "")
         kind = " adding parts" if self.adds else " ragged" if problem.weight_shape[0] % 16 else ""
+        kind += f" fused: {self.fused}" if self.fused else ""
         settings = {} if self.config is None else dataclasses.asdict(self.config)
         settings.pop("waves", None)  # says how many programs there are, not what they are
         text = " ".join(f"{name}={value}" for name, value in settings.items()).replace(", ", "x")
@@ -106,10 +119,35 @@ def _all_jobs(architectures: Sequence[int]) -> Iterator[Job]:
             yield from (Job(arch, example(op, dtype, block, False), config, precision) for config in chosen)
             if arch == 90 and block[0] == block[1]:
                 yield Job(arch, example(op, dtype, block, True), chosen[0], precision)
+            for fused in FUSED if block[0] == block[1] else ("sample norm, upsampled",):
+                problem = example(op, dtype, block, False)
+                config = (
+                    weight_grad_norm.config_of(problem, "cpu")
+                    if op == "weight_grad"
+                    else gather_norm.config_of(problem, FUSED[fused], "cpu")
+                )
+                yield Job(arch, problem, config, precision, fused=fused)
+        if precision == "ieee":
+            problem = example("forward", dtype, (16, 16), False)
+            yield from (Job(arch, problem, None, precision, adds=True, fused=fused) for fused in PASSES)
 
 
 def launch_of(job: Job) -> Launch:
     """The launch whose kernel a job compiles."""
+    if job.fused in PASSES:
+        launches = {
+            "tile moments": lambda: moments.tile_launch(65536, 256),
+            "merge moments": lambda: moments.merge_launch(512, 128, 65536, 256),
+            "statistics": lambda: half_block.statistics_launch(64, 1024, 256, 2),
+            "sample sums": lambda: half_block.sums_launch(64, 1024, 256),
+        }
+        return launches[job.fused]()
+    if job.fused:
+        fusion = FUSED[job.fused]
+        if isinstance(job.config, WeightGradConfig):
+            return weight_grad_norm.plan(job.problem, fusion, job.config, job.precision, -1).launches[0]
+        assert isinstance(job.config, GatherConfig)
+        return gather_norm.plan(job.problem, fusion, job.config, job.precision)
     if job.adds:
         scores = job.problem.op == "block_scores"
         return block_scores.adding(144, 4) if scores else weight_grad.add_parts(job.problem, 4)

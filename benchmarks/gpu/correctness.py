@@ -26,6 +26,7 @@ from ddst import backends, index_cache, topology
 from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.environment import KINDS
+from ddst.benchmarks.gpu.half_blocks import HALVES, Half
 from ddst.benchmarks.gpu.problems import SHAPES, Shape, Tensors, in_slots
 from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.timing import precision, watch_of, without_cudnn
@@ -115,6 +116,9 @@ def check_group(group: Group) -> dict[str, Any]:
                 if shape.name in REPLAYED:
                     _check_replay(group, shape, dtype, report)
                     _check_changed_index(group, shape, dtype, report)
+            for half in HALVES:
+                with _noting(report, f"fused half block, {half}"):
+                    _check_half(group, half, dtype, report)
             for linear in (False, True):
                 with _noting(report, f"{'SparseLinear' if linear else 'SparseConv2d'}"):
                     _check_layer(group, linear, dtype, report)
@@ -227,6 +231,21 @@ def _check_layer(group: Group, linear: bool, dtype: torch.dtype, report: Report)
             report.worst["layer"] = max(report.worst.get("layer", 0.0), error)
             if why is not None:
                 report.wrong.append(f"{type(layer).__name__}, {name}: {why}")
+
+
+def _check_half(group: Group, half: Half, dtype: torch.dtype, report: Report) -> None:
+    """A fused half block by autograd: output, moments, every gradient; the same bits each time."""
+    results, expected = half.run(group.backend, group.device, group.block, dtype)
+    again, _ = half.run(group.backend, group.device, group.block, dtype)
+    for name, result in results.items():
+        report.checked["half block"] = report.checked.get("half block", 0) + 1
+        # The activated map is rounded once more than in float64; statistics are float32.
+        error, why = compare(result.to(dtype), expected[name], group.kind, slack=4.0)
+        report.worst["half block"] = max(report.worst.get("half block", 0.0), error)
+        if why is None and not torch.equal(result, again[name]):
+            why = "other bits when repeated"
+        if why is not None:
+            report.wrong.append(f"fused half block, {half}, {name}: {why}")
 
 
 def program(group: Group, tensors: Tensors, op: str) -> Callable[[], Tensor]:

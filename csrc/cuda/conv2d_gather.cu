@@ -7,30 +7,47 @@
 namespace ddst::cuda {
 namespace {
 
+template <class T>
+GatherParams<T> parameters(const GatherGeometry& g, const GatherTile& tile, const ddst_cuda_gather_arrays& a) {
+  return {static_cast<const T*>(a.input),
+          static_cast<const T*>(a.values),
+          a.records,
+          static_cast<const T*>(a.bias),
+          static_cast<const T*>(a.residual),
+          static_cast<T*>(a.output),
+          a.relu,
+          g,
+          gather_layout(g, tile, int(sizeof(T)))};
+}
+
 template <class Traits>
-cudaError_t launch(const GatherGeometry& g, const ddst_cuda_gather_arrays& a, cudaStream_t stream) {
-  using T = typename Traits::T;
-  const GatherParams<T> p{static_cast<const T*>(a.input),
-                          static_cast<const T*>(a.values),
-                          a.records,
-                          static_cast<const T*>(a.bias),
-                          static_cast<const T*>(a.residual),
-                          static_cast<T*>(a.output),
-                          a.relu,
-                          g,
-                          gather_layout(g, Traits::kTile, int(sizeof(T)))};
+cudaError_t launch(const typename Traits::Params& p, cudaStream_t stream) {
   const auto kernel = &conv2d_gather<Traits>;
   const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.layout.bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<gather_blocks(g), Traits::kThreads, p.layout.bytes, stream>>>(p);
+  kernel<<<gather_blocks(p.g), Traits::kThreads, p.layout.bytes, stream>>>(p);
   return cudaGetLastError();
+}
+
+template <class Number, bool kTransposed, bool kLarge>
+cudaError_t launch_source(const GatherGeometry& g, const ddst_cuda_gather_arrays& a, cudaStream_t stream) {
+  using T = stored_t<Number>;
+  const GatherParams<T> plain = parameters<T>(g, gather_tile(kLarge, sizeof(T)), a);
+  if (!a.fused) return launch<GatherTraits<Number, kTransposed, kLarge, PlainSource>>(plain, stream);
+  FusedGatherParams<T> p{};
+  static_cast<GatherParams<T>&>(p) = plain;
+  p.prologue = {a.mean, a.scale, a.shift, a.norm, a.slope};
+  p.activated = static_cast<const T*>(a.activated);
+  p.halved = a.halved, p.residual_halved = a.residual_halved;
+  p.squares = a.squares, p.factor = a.factor;
+  return launch<GatherTraits<Number, kTransposed, kLarge, FusedSource>>(p, stream);
 }
 
 template <class Number, bool kLarge>
 cudaError_t launch_direction(bool input_gradient, const GatherGeometry& g, const ddst_cuda_gather_arrays& a,
                              cudaStream_t stream) {
-  return input_gradient ? launch<GatherTraits<Number, true, kLarge, PlainSource>>(g, a, stream)
-                        : launch<GatherTraits<Number, false, kLarge, PlainSource>>(g, a, stream);
+  return input_gradient ? launch_source<Number, true, kLarge>(g, a, stream)
+                        : launch_source<Number, false, kLarge>(g, a, stream);
 }
 
 template <class Number>

@@ -8,14 +8,14 @@
 // Pipeline: while slice i is multiplied, slices i + 1 ... i + kStages - 1 are under way. What to copy for a slice
 // stands in its record, which has to be there before; records travel 2 kStages - 2 slices ahead.
 #pragma once
-#include "gather_epilogue.cuh"
+#include "gather_fused.cuh"
 
 namespace ddst::cuda {
 
 // Grid: phases * tiles * groups. Dynamic shared memory: p.layout.bytes.
 template <class Traits>
 DDST_KERNEL(Traits::kThreads, Traits::kMinBlocks)
-conv2d_gather(const GatherParams<typename Traits::T> p) {
+conv2d_gather(const typename Traits::Params p) {
   using T = typename Traits::T;
   constexpr int kStages = Traits::kStages, kAhead = 2 * kStages - 2, kRecords = Traits::kRecords;
   const GatherPlace place = gather_place(p.g, dev::block_index_x());
@@ -42,18 +42,22 @@ conv2d_gather(const GatherParams<typename Traits::T> p) {
     copy_slice(i);
     dev::cp_async_commit();
   }
-  const WarpPixels pixels = warp_pixels<Traits>(p.g, place, sources, shifts);
+  const WarpPixels pixels = warp_pixels<Traits>(p, place, sources, shifts);
 
   Accumulators<Traits> acc = {};
   for (int i = 0; i < p.g.slices; ++i) {
     dev::cp_async_wait<kStages - 2>();
+    if constexpr (Traits::Source::kFused) change_patch<Traits>(p, place, patch(i), sources, i);
     dev::sync_threads();  // slice i has landed for all; all have left slice i - 1, whose place the next copies take
     copy_slice(i + kStages - 1);
     if (i + kAhead < p.g.slices) stage_record<Traits>(p, place, record(i + kAhead), i + kAhead);
     dev::cp_async_commit();  // also if there was nothing to copy: the wait counts groups
     multiply_stage<Traits>(p.g, acc, patch(i), weights(i), record(i), shifts, pixels);
   }
-  store_tile<Traits>(p, place, acc);
+  if constexpr (Traits::Source::kFused)
+    store_fused_tile<Traits>(p, place, acc);
+  else
+    store_tile<Traits>(p, place, acc);
 }
 
 }  // namespace ddst::cuda

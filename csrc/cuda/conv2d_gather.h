@@ -12,6 +12,12 @@ struct ddst_cuda_gather_arrays {
   const void *bias, *residual;  // [channels of the output] or null; like the output, or null
   void* output;                 // not any of the others
   int32_t relu;
+  // What follows is of a fused half block only (gather_fused.cuh), which has no relu.
+  bool fused;
+  const float *mean, *scale, *shift;
+  const void* activated;
+  int32_t norm, halved, residual_halved, squares;
+  float slope, factor;
 };
 
 // Returns a cudaError_t. `geometry` is what gather_geometry makes for this dtype, direction and tile. Does not wait.

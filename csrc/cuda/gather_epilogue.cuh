@@ -4,15 +4,6 @@
 
 namespace ddst::cuda {
 
-// Pixel `m` of the block of threads' tile; images are the fastest dimension, then columns.
-struct GridPixel {
-  int image, row, column;  // within the tile
-};
-DDST_DEVICE GridPixel grid_pixel(const GatherGeometry& g, int m) {
-  return {m & ((1 << g.log_tile_images) - 1), m >> (g.log_tile_images + g.log_tile_cols),
-          m >> g.log_tile_images & ((1 << g.log_tile_cols) - 1)};
-}
-
 // Index of the output pixel, -1 outside of the images.
 DDST_DEVICE int output_pixel(const GatherGeometry& g, const GatherPlace& place, const GridPixel& pixel) {
   const int image = place.first_image + pixel.image;
@@ -22,12 +13,13 @@ DDST_DEVICE int output_pixel(const GatherGeometry& g, const GatherPlace& place, 
 }
 
 template <class Traits>
-DDST_DEVICE WarpPixels warp_pixels(const GatherGeometry& g, const GatherPlace& place, dev::shared_ptr<int> sources,
-                                   dev::shared_ptr<int> shifts) {
+DDST_DEVICE WarpPixels warp_pixels(const typename Traits::Params& p, const GatherPlace& place,
+                                   dev::shared_ptr<int> sources, dev::shared_ptr<int> shifts) {
+  const GatherGeometry& g = p.g;
   WarpPixels pixels;
   DDST_UNROLL
   for (int m = 0; m < Traits::kPixelTiles; ++m) {
-    const GridPixel pixel = grid_pixel(g, dev::thread_index() / 32 * 32 + m * 16 + dev::thread_index() % 16);
+    const GridPixel pixel = Traits::Source::grid_pixel(p, dev::thread_index() / 32 * 32 + m * 16 + dev::thread_index() % 16);
     pixels.slot[m] = pixel.image * g.image_pitch + pixel.row * g.step_y * g.patch_cols + pixel.column;
     pixels.taps[m] = 0;
     if (output_pixel(g, place, pixel) >= 0)

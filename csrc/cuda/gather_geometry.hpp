@@ -39,6 +39,11 @@ struct GatherGeometry {
   int in_blocks;
 };
 
+// What a fused half block (gather_fused.cuh) asks of the geometry; squares: the 2 x 2 pixels of one are in one tile.
+struct GatherShape {
+  bool fused, squares;
+};
+
 // Tile of a block of threads.
 struct GatherTile {
   int pixels, channels, stages;
@@ -94,7 +99,7 @@ inline void set_pixel_tile(GatherGeometry& g, const GatherTile& tile, int log_ro
 
 // Fills `g` and returns "", or says why the kernel cannot run the problem.
 inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input_gradient, const GatherTile& tile,
-                                   int shared_limit, GatherGeometry& g) {
+                                   int shared_limit, GatherGeometry& g, const GatherShape& shape = {}) {
   const int element_bytes = ddst_cuda_element_bytes(p.dtype), vector = 16 / element_bytes;
   const auto text = [](int a, int b) { return std::to_string(a) + " x " + std::to_string(b); };
   const auto side = [](int b) { return b == 16 || b == 32 || b == 64; };
@@ -119,6 +124,9 @@ inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
       std::int64_t(p.images) * p.out_height * p.out_width >= limit)
     return "the images must have less than 2^31 pixels in all";
 
+  if (shape.squares && input_gradient && p.stride_y * p.stride_x > 1)
+    return "the input gradient of an upsampled map has stride 1 only";
+
   g = {};
   g.images = p.images;
   g.in_height = input_gradient ? p.out_height : p.height, g.in_width = input_gradient ? p.out_width : p.width;
@@ -127,7 +135,7 @@ inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
   g.out_channels = input_gradient ? p.in_channels : p.out_channels;
   const bool pointwise =
       p.kernel_height * p.kernel_width == 1 && p.stride_y * p.stride_x == 1 && p.padding_y == 0 && p.padding_x == 0;
-  if (pointwise) {  // the images play no role: one row of pixels
+  if (pointwise && !shape.fused) {  // the images play no role: one row of pixels
     g.in_width = g.out_width = p.images * p.height * p.width;
     g.images = g.in_height = g.out_height = 1;
   }
@@ -148,8 +156,8 @@ inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
   const int log_pixels = log2_ceil(tile.pixels);
   std::int64_t least = -1;
   GatherGeometry best{};
-  for (int rows = 0; rows <= log_pixels; ++rows)
-    for (int cols = 0; rows + cols <= log_pixels; ++cols) {
+  for (int rows = shape.squares; rows <= log_pixels; ++rows)
+    for (int cols = shape.squares; rows + cols <= log_pixels; ++cols) {
       set_pixel_tile(g, tile, rows, cols);
       if (gather_layout(g, tile, element_bytes).bytes > shared_limit) continue;
       const std::int64_t work = std::int64_t(g.tiles) * (tile.pixels + g.patch_slots);

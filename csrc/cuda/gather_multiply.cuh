@@ -144,10 +144,7 @@ DDST_DEVICE void multiply_tap(Accumulators<Traits>& acc, dev::shared_ptr<typenam
   F::template load_weights<Traits::kTransposed>(next, granule, lane);
   typename F::Pixels a[kCount];
   DDST_UNROLL
-  for (int m = 0; m < kCount; ++m) {
-    F::load_pixels(a[m], patch, pixels.slot[kFirst + m] + shift, lane);
-    Traits::Source::apply(a[m]);
-  }
+  for (int m = 0; m < kCount; ++m) F::load_pixels(a[m], patch, pixels.slot[kFirst + m] + shift, lane);
   DDST_UNROLL
   for (int o = 0; o < Traits::kGranules; ++o) {
     if (!(mask >> o & 1)) continue;

@@ -20,13 +20,14 @@ struct GatherParams {
   GatherLayout layout;
 };
 
-// Number: what is multiplied (tf32x3.cuh), T: the type of the tensors. kTransposed: the input gradient. Source: what a
-// source pixel goes through before it is multiplied.
+// Number: what is multiplied (tf32x3.cuh), T: the type of the tensors. kTransposed: the input gradient. Source: what
+// pixels go through on their way.
 template <class Number_, bool kTransposed_, bool kLarge, class Source_>
 struct GatherTraits {
   using Number = Number_;
   using T = stored_t<Number>;
   using Source = Source_;
+  using Params = typename Source::template Params<T>;
   static constexpr bool kTransposed = kTransposed_;
   static constexpr GatherTile kTile = gather_tile(kLarge, sizeof(T));
   static constexpr int kStages = kTile.stages, kThreads = kTile.threads(), kRecords = kTile.records();
@@ -38,14 +39,29 @@ struct GatherTraits {
   static constexpr int kGranuleElements = kSlice * kSlice;
 };
 
-// What lies between stored pixels and the product: nothing. A policy with another `pixel` reads an image that is
-// enlarged on the way; one with another `apply` changes the channels in registers.
+// Pixel `m` of the block of threads' tile; images are the fastest dimension, then columns.
+struct GridPixel {
+  int image, row, column;  // within the tile
+};
+DDST_DEVICE GridPixel grid_pixel(const GatherGeometry& g, int m) {
+  return {m & ((1 << g.log_tile_images) - 1), m >> (g.log_tile_images + g.log_tile_cols),
+          m >> g.log_tile_images & ((1 << g.log_tile_cols) - 1)};
+}
+
+// What lies between stored pixels and the product, and behind it: nothing. gather_fused.cuh has the other policy.
 struct PlainSource {
-  static DDST_DEVICE int pixel(const GatherGeometry& g, int image, int y, int x) {
-    return (image * g.in_height + y) * g.in_width + x;
+  template <class T>
+  using Params = GatherParams<T>;
+  static constexpr bool kFused = false;
+  // The stored pixel of a place in the image, negative if there is none.
+  template <class T>
+  static DDST_DEVICE int pixel(const GatherParams<T>& p, int image, int y, int x) {
+    return (image * p.g.in_height + y) * p.g.in_width + x;
   }
-  template <class Fragment>
-  static DDST_DEVICE void apply(Fragment&) {}
+  template <class T>
+  static DDST_DEVICE GridPixel grid_pixel(const GatherParams<T>& p, int m) {
+    return cuda::grid_pixel(p.g, m);
+  }
 };
 
 // Place of a 16-byte chunk of a row of kChunks chunks; rows that differ modulo 8 hit 8 different bank groups. The
@@ -90,7 +106,7 @@ DDST_DEVICE int tap_offset(int k, int phases, int reach) {
 
 // Fills `sources` (stored pixel of each patch slot, -1 outside) and `shifts` (slots between a pixel's and a tap's).
 template <class Traits>
-DDST_DEVICE void build_tables(const GatherParams<typename Traits::T>& p, const GatherPlace& place,
+DDST_DEVICE void build_tables(const typename Traits::Params& p, const GatherPlace& place,
                               dev::shared_ptr<int> sources, dev::shared_ptr<int> shifts) {
   const GatherGeometry& g = p.g;
   const int top = place.first_row * g.step_y +
@@ -102,7 +118,7 @@ DDST_DEVICE void build_tables(const GatherParams<typename Traits::T>& p, const G
     const int row = in_image / g.patch_cols, column = in_image % g.patch_cols;
     const int y = top + row, x = left + column % g.patch_half * g.step_x + column / g.patch_half;
     const bool inside = image < g.images && row < g.patch_rows && y >= 0 && y < g.in_height && x >= 0 && x < g.in_width;
-    dev::store(sources + slot, inside ? Traits::Source::pixel(g, image, y, x) : -1);
+    dev::store(sources + slot, inside ? Traits::Source::pixel(p, image, y, x) : -1);
   }
   const int tap = dev::thread_index();
   if (tap < g.taps) {

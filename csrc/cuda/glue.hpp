@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "../topology.hpp"
 #include "ddst_cuda.h"
@@ -87,6 +88,30 @@ inline const int32_t* check_index(const char* op, const char* name, const Tensor
          ", expected a contiguous int32 vector of ", numel);
   }
   return t.const_data_ptr<int32_t>();
+}
+
+// The tables of a fused half block's norm (prologue.cuh), null where there is none.
+struct Prologues {
+  const float *mean = nullptr, *scale = nullptr, *shift = nullptr;
+  int norm = 0;
+};
+inline Prologues check_prologue(const char* op, const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
+                                const std::optional<Tensor>& shift, int64_t images, int64_t channels, int32_t device) {
+  if (!mean.has_value() || !scale.has_value() || !shift.has_value()) {
+    if (mean.has_value() || scale.has_value() || shift.has_value())
+      fail(op, "mean, scale and shift must all be there or all be None");
+    return {};
+  }
+  const auto table = [&](const char* name, const Tensor& t, const Ints& shape) {
+    check_device(op, name, t, device);
+    check_shape(op, name, t, shape);
+    if (t.scalar_type() != ScalarType::Float || !t.is_contiguous()) fail(op, name, " is not contiguous float32 memory");
+    check_aligned(op, name, t);
+    return t.const_data_ptr<float>();
+  };
+  const Ints shape = scale->dim() == 2 ? Ints{images, channels} : Ints{channels};
+  return {table("mean", *mean, {channels}), table("scale", *scale, shape), table("shift", *shift, shape),
+          static_cast<int>(shape.size())};
 }
 
 inline void check_ints(const char* op, const char* name, const Ints& ints, size_t count, int64_t least) {

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "glue.hpp"
 #include "weight_grad.h"
 
@@ -15,7 +17,9 @@ constexpr const char* kOp = "conv2d_weight_grad";
 Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& block_row,
                           const Tensor& block_col, const Tensor& block_tap, const Tensor& units,
                           const Ints& weight_shape, const Ints& block, const Ints& stride, const Ints& padding,
-                          const Ints& dilation, const Ints& band, const Ints& tile, int64_t shares, bool allow_tf32) {
+                          const Ints& dilation, const Ints& band, const Ints& tile, int64_t shares, bool allow_tf32,
+                          bool fused, const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
+                          const std::optional<Tensor>& shift, double slope, int64_t upsample, int64_t pool) {
   const WeightGrid grid = grid_of_block(kOp, block, weight_shape, 4);
   check_ints(kOp, "stride", stride, 2, 1);
   check_ints(kOp, "padding", padding, 2, 0);
@@ -30,17 +34,23 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   check_channels_last(kOp, "grad_output", grad_output, device);
   check_dtype(kOp, "grad_output", grad_output, input.scalar_type(), "input");
   check_shape(kOp, "input", input, {input.size(0), grid.in_channels, input.size(2), input.size(3)});
+  for (const int64_t factor : {upsample, pool})
+    if (factor < 1 || factor > (fused ? 2 : 1)) fail(kOp, "a factor is ", factor, ", expected 1, or 2 where fused");
   const auto out_size = [&](int i) {
-    const int64_t room = input.size(2 + i) + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1;
+    const int64_t room = input.size(2 + i) * upsample + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1;
     return room < 0 ? int64_t{0} : room / stride[i] + 1;
   };
-  check_shape(kOp, "grad_output", grad_output, {input.size(0), grid.out_channels, out_size(0), out_size(1)});
+  check_shape(kOp, "grad_output", grad_output, {input.size(0), grid.out_channels, out_size(0) / pool, out_size(1) / pool});
+  const Prologues tables = check_prologue(kOp, mean, scale, shift, input.size(0), grid.in_channels, device);
+  const int64_t vector = 16 / ddst_cuda_element_bytes(dtype);
+  if (fused && (grid.in_channels % vector || grid.out_channels % vector))
+    fail(kOp, "channels must be multiples of ", vector, " in a fused half block");
   const int64_t slots = block_row.numel();
   const auto narrow = [](int64_t value) { return static_cast<int>(value); };
   WeightGradShape s{};
-  s.images = narrow(input.size(0)), s.in_h = narrow(input.size(2)), s.in_w = narrow(input.size(3));
+  s.images = narrow(input.size(0)), s.in_h = narrow(input.size(2) * upsample), s.in_w = narrow(input.size(3) * upsample);
   s.in_channels = narrow(grid.in_channels), s.out_channels = narrow(grid.out_channels);
-  s.out_h = narrow(grad_output.size(2)), s.out_w = narrow(grad_output.size(3));
+  s.out_h = narrow(out_size(0)), s.out_w = narrow(out_size(1));
   s.kernel_h = narrow(grid.kernel_h), s.kernel_w = narrow(grid.kernel_w);
   s.stride_h = narrow(stride[0]), s.stride_w = narrow(stride[1]);
   s.pad_h = narrow(padding[0]), s.pad_w = narrow(padding[1]);
@@ -76,6 +86,14 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
       check_index(kOp, "units", units, units.numel(), device),
       partials.mutable_data_ptr<float>(),
       values_grad.data_ptr(),
+      fused,
+      tables.mean,
+      tables.scale,
+      tables.shift,
+      tables.norm,
+      upsample == 2,
+      pool == 2,
+      static_cast<float>(slope),
   };
   check_launch(kOp, ddst_cuda_weight_grad(dtype, &s, &arrays, current_stream(kOp, device)));
   return values_grad;
@@ -88,7 +106,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ddst_cuda, m) {
   m.def(
       "conv2d_weight_grad(Tensor grad_output, Tensor input, Tensor block_row, Tensor block_col, Tensor block_tap, "
       "Tensor units, int[] weight_shape, int[] block, int[] stride, int[] padding, int[] dilation, int[] band, "
-      "int[] tile, int shares, bool allow_tf32) -> Tensor");
+      "int[] tile, int shares, bool allow_tf32, bool fused, Tensor? mean, Tensor? scale, Tensor? shift, "
+      "float slope, int upsample, int pool) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ddst_cuda, CUDA, m) {
   m.impl("conv2d_weight_grad", TORCH_BOX(&ddst::cuda::conv2d_weight_grad));

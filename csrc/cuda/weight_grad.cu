@@ -9,9 +9,8 @@
 namespace ddst::cuda {
 namespace {
 
-template <class Number, class U>
-cudaError_t launch_kernels(const WeightGradParams<stored_t<Number>>& p, cudaStream_t stream) {
-  const auto kernel = &weight_grad<Number, U>;
+template <class Number, class U, class Params>
+cudaError_t launch_kernels(void (*kernel)(Params), const Params& p, cudaStream_t stream) {
   const int shared_bytes = static_cast<int>(p.sizes.shared_bytes);
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
@@ -21,6 +20,19 @@ cudaError_t launch_kernels(const WeightGradParams<stored_t<Number>>& p, cudaStre
   weight_grad_reduce<stored_t<Number>, U>
       <<<dim3(p.shape.groups, kAccumulators / 4), kWeightGradThreads, 0, stream>>>(p);
   return cudaGetLastError();
+}
+
+template <class Number, class U>
+cudaError_t launch_half(const WeightGradParams<stored_t<Number>>& plain, const ddst_cuda_weight_grad_arrays& a,
+                        cudaStream_t stream) {
+  if (!a.fused)
+    return launch_kernels<Number, U, const WeightGradParams<stored_t<Number>>>(&weight_grad<Number, U>, plain, stream);
+  FusedWeightGradParams<stored_t<Number>> p{};
+  static_cast<WeightGradParams<stored_t<Number>>&>(p) = plain;
+  p.prologue = {a.mean, a.scale, a.shift, a.norm, a.slope};
+  p.x_halved = a.x_halved, p.gy_halved = a.gy_halved;
+  return launch_kernels<Number, U, const FusedWeightGradParams<stored_t<Number>>>(&fused_weight_grad<Number, U>, p,
+                                                                                  stream);
 }
 
 template <class Number>
@@ -37,9 +49,9 @@ cudaError_t launch_unit(const WeightGradShape& shape, const ddst_cuda_weight_gra
                               static_cast<T*>(arrays.values_grad),
                               shape,
                               sizes};
-  if (sizes.unit_rows == 16) return launch_kernels<Number, Unit<16, 16>>(p, stream);
-  if (sizes.unit_cols == 16) return launch_kernels<Number, Unit<32, 16>>(p, stream);
-  return launch_kernels<Number, Unit<32, 32>>(p, stream);
+  if (sizes.unit_rows == 16) return launch_half<Number, Unit<16, 16>>(p, arrays, stream);
+  if (sizes.unit_cols == 16) return launch_half<Number, Unit<32, 16>>(p, arrays, stream);
+  return launch_half<Number, Unit<32, 32>>(p, arrays, stream);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "device/primitives.cuh"
+#include "prologue.cuh"
 #include "tf32x3.cuh"
 #include "weight_grad_shape.hpp"
 
@@ -30,6 +31,14 @@ struct WeightGradParams {
   dev::global_ptr<T> values_grad;   // [slots, block_out, block_in]
   WeightGradShape shape;
   WeightGradSizes sizes;
+};
+
+// In a fused half block x is act(norm(x)), stored with half of the sides where x_halved, and gy a quarter of the pooled
+// gradient, which has half of the sides, where gy_halved.
+template <class T>
+struct FusedWeightGradParams : WeightGradParams<T> {
+  Prologue prologue;
+  int x_halved, gy_halved;
 };
 
 // What a warp accumulates for one entry of its list: kRows output channels by kCols input channels.
@@ -154,11 +163,12 @@ struct Source {
   dev::global_ptr<const T> data;
   int images, height, width, channels;
   int image0, y0, x0, first_channel;
+  int halved;  // 1: what is stored has half the sides
 };
 
 // Copies `pixels` pixels of `staged` channels into shared memory; what lies outside of the images or channels becomes
 // zero. 2^lane_bits threads copy one pixel.
-template <class T>
+template <class T, bool kFused>
 DDST_DEVICE void stage_pixels(dev::shared_ptr<T> target, int pitch, dev::shared_ptr<int> places, int pixels,
                               int lane_bits, int staged, const Source<T>& s) {
   constexpr int kVector = 16 / int(sizeof(T));
@@ -174,13 +184,36 @@ DDST_DEVICE void stage_pixels(dev::shared_ptr<T> target, int pitch, dev::shared_
     const int image = s.image0 + (place >> 20), y = s.y0 + (place >> 10 & 1023), x = s.x0 + (place & 1023);
     const bool inside = present && place >= 0 && image < s.images && unsigned(y) < unsigned(s.height) &&
                         unsigned(x) < unsigned(s.width);
-    const int index = int((unsigned(image) * s.height + y) * s.width + x);
+    const int half = kFused ? s.halved : 0;
+    const int index = int((unsigned(image) * (s.height >> half) + (y >> half)) * (s.width >> half) + (x >> half));
     const auto first = from + std::int64_t(index) * s.channels;
     if (vector) {
       dev::cp_async16(to, first, inside ? 16 : 0);
     } else {
       dev::store_words(to, load_channels(first, inside ? s.channels - channel : 0));
     }
+  }
+}
+
+// The prologue of what this thread has copied (stage_pixels); zero outside of the images and channels stays.
+template <class T>
+DDST_DEVICE void change_pixels(dev::shared_ptr<T> target, int pitch, dev::shared_ptr<int> places, int pixels,
+                               int lane_bits, int staged, const Source<T>& s, const Prologue& f) {
+  constexpr int kVector = 16 / int(sizeof(T));
+  const int thread = dev::thread_index(), chunk = thread & ((1 << lane_bits) - 1),
+            step = kWeightGradThreads >> lane_bits;
+  const int channel = s.first_channel + chunk * kVector;
+  if (chunk * kVector >= staged || channel >= s.channels) return;
+  ChannelFactors<kVector> factors;
+  factors.load_mean(f, channel);
+  if (f.norm < 2) factors.load_factors(f, 0, s.channels, channel);
+  auto at = target + ((thread >> lane_bits) * pitch + chunk * kVector);
+  for (int pixel = thread >> lane_bits; pixel < pixels; pixel += step, at = at + step * pitch) {
+    const int place = dev::load(places + pixel);
+    const int image = s.image0 + (place >> 20), y = s.y0 + (place >> 10 & 1023), x = s.x0 + (place & 1023);
+    if (place < 0 || image >= s.images || unsigned(y) >= unsigned(s.height) || unsigned(x) >= unsigned(s.width)) continue;
+    if (f.norm == 2) factors.load_factors(f, image, s.channels, channel);
+    change_words(at, factors, f.slope);
   }
 }
 
@@ -194,10 +227,10 @@ struct UnitPlace {
   DDST_DEVICE bool same_gy(UnitPlace other) const { return ((packed ^ other.packed) & 15) == 0; }
 };
 
-template <class Number, class U>
+template <class Number, class U, bool kFused>
 struct WeightGrad {
   using T = stored_t<Number>;
-  using Params = WeightGradParams<T>;
+  using Params = std::conditional_t<kFused, FusedWeightGradParams<T>, WeightGradParams<T>>;
 
   static DDST_DEVICE void fill_tables(const Params& p, dev::shared_ptr<int> patch_places,
                                       dev::shared_ptr<int> tile_places, dev::shared_ptr<int> tile_offsets) {
@@ -277,16 +310,30 @@ struct WeightGrad {
     dev::sync_threads();
 
     const int begin = int(z.tiles * share / s.shares), end = int(z.tiles * (share + 1) / s.shares);
+    const auto target = [&](int tile) { return stages + (tile - begin) % kWeightGradStages * stage_elements; };
+    const auto source = [&](int tile, bool of_x) {
+      const int across = tile % z.tiles_w, down = tile / z.tiles_w % z.tiles_h;
+      const int image = tile / z.tiles_w / z.tiles_h * s.tile_images, y = down * s.tile_h, x = across * s.tile_w;
+      if constexpr (kFused) {
+        if (of_x)
+          return Source<T>{p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
+                           x * s.stride_w - s.pad_w, in_channel, p.x_halved};
+        // Pooling leaves an odd last row out.
+        const int height = s.out_h >> p.gy_halved << p.gy_halved, width = s.out_w >> p.gy_halved << p.gy_halved;
+        return Source<T>{p.gy, s.images, height, width, s.out_channels, image, y, x, out_channel, p.gy_halved};
+      }
+      if (of_x)
+        return Source<T>{p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
+                         x * s.stride_w - s.pad_w, in_channel, 0};
+      return Source<T>{p.gy, s.images, s.out_h, s.out_w, s.out_channels, image, y, x, out_channel, 0};
+    };
     const auto stage = [&](int tile) {
       if (tile < end) {
-        const auto to = stages + (tile - begin) % kWeightGradStages * stage_elements;
-        const int across = tile % z.tiles_w, down = tile / z.tiles_w % z.tiles_h;
-        const int image = tile / z.tiles_w / z.tiles_h * s.tile_images, y = down * s.tile_h, x = across * s.tile_w;
-        stage_pixels<T>(to, z.grad_pitch, tile_places, z.pixels, z.grad_bits, s.band_rows * s.block_out,
-                        {p.gy, s.images, s.out_h, s.out_w, s.out_channels, image, y, x, out_channel});
-        stage_pixels<T>(to + gy_elements, z.input_pitch, patch_places, z.patch, z.input_bits, s.band_cols * s.block_in,
-                        {p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
-                         x * s.stride_w - s.pad_w, in_channel});
+        const auto to = target(tile);
+        stage_pixels<T, kFused>(to, z.grad_pitch, tile_places, z.pixels, z.grad_bits, s.band_rows * s.block_out,
+                                source(tile, false));
+        stage_pixels<T, kFused>(to + gy_elements, z.input_pitch, patch_places, z.patch, z.input_bits,
+                                s.band_cols * s.block_in, source(tile, true));
       }
       dev::cp_async_commit();  // empty groups at the end keep the count of groups in flight constant
     };
@@ -295,9 +342,14 @@ struct WeightGrad {
     for (int i = 0; i < kWeightGradStages - 1; ++i) stage(begin + i);
     for (int tile = begin; tile < end; ++tile) {
       dev::cp_async_wait<kWeightGradStages - 2>();
+      if constexpr (kFused) {
+        if (p.prologue.present())
+          change_pixels<T>(target(tile) + gy_elements, z.input_pitch, patch_places, z.patch, z.input_bits,
+                           s.band_cols * s.block_in, source(tile, true), p.prologue);
+      }
       dev::sync_threads();  // this tile has landed for all; everyone has left the one that the next copy overwrites
       stage(tile + kWeightGradStages - 1);
-      const auto from = stages + (tile - begin) % kWeightGradStages * stage_elements;
+      const auto from = target(tile);
       multiply_tile(p, from, from + gy_elements, tile_offsets, places, acc);
     }
     dev::cp_async_wait<0>();
@@ -309,7 +361,9 @@ struct WeightGrad {
       if (!places[u].present()) break;
       DDST_UNROLL
       for (int i = 0; i < U::kM * U::kN * 4; ++i) {
-        dev::store(out + std::int64_t(u * U::kM * U::kN * 4 + i) * 32, acc[u][i / 4 / U::kN][i / 4 % U::kN][i % 4]);
+        float sum = acc[u][i / 4 / U::kN][i / 4 % U::kN][i % 4];
+        if constexpr (kFused) sum *= p.gy_halved ? 0.25f : 1.f;
+        dev::store(out + std::int64_t(u * U::kM * U::kN * 4 + i) * 32, sum);
       }
     }
   }
@@ -319,7 +373,13 @@ struct WeightGrad {
 template <class Number, class U>
 DDST_KERNEL(kWeightGradThreads, std::is_same_v<Number, tf32x3> ? 1 : 2)
 weight_grad(const WeightGradParams<stored_t<Number>> p) {
-  WeightGrad<Number, U>::run(p);
+  WeightGrad<Number, U, false>::run(p);
+}
+
+template <class Number, class U>
+DDST_KERNEL(kWeightGradThreads, std::is_same_v<Number, tf32x3> ? 1 : 2)
+fused_weight_grad(const FusedWeightGradParams<stored_t<Number>> p) {
+  WeightGrad<Number, U, true>::run(p);
 }
 
 DDST_DEVICE void store_element(dev::global_ptr<float> to, float value) { dev::store(to, value); }

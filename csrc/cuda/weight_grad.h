@@ -10,6 +10,11 @@ struct ddst_cuda_weight_grad_arrays {
   const int32_t *block_row, *block_col, *block_tap, *units;
   float* partials;
   void* values_grad;
+  // Of a fused half block only: Prologue in prologue.cuh.
+  bool fused;
+  const float *mean, *scale, *shift;
+  int32_t norm, x_halved, gy_halved;
+  float slope;
 };
 
 // dtype: DDST_CUDA_…. Returns a cudaError_t. The shape has passed weight_grad_error. Does not wait for the device.

@@ -28,7 +28,7 @@ from ..topology import slot_count
 from .autograd import has_tangent
 from .conv2d import conv2d, output_is_channels_last, pair, resolve_padding
 from .gradient_record import gradient_is_wanted, recorder_of, values_gradient
-from .precision import in_compute_dtype
+from .precision import compute_dtype, in_compute_dtype
 
 _ops = torch.ops.ddst
 _library = torch.library.Library("ddst", "IMPL")
@@ -60,7 +60,8 @@ def channel_moments(input: Tensor) -> Tensor:
         input: ``[N, C, H, W]``, float32 or float64, or a 16-bit float, computed in float32.
 
     Returns:
-        ``[2, C]`` in the compute dtype. Not differentiable: :func:`norm_act_conv2d` knows what its statistics are of.
+        ``[2, C]``, float32 where the input is of 16 bits. Not differentiable: :func:`norm_act_conv2d` knows what its
+        statistics are of.
 
     Numerics: sums of squares of differences from a mean close by, merged in float64 by the formula of Chan, Golub and
     LeVeque; nothing cancels where the mean is large.
@@ -70,7 +71,7 @@ def channel_moments(input: Tensor) -> Tensor:
     """
     check_tensor("input", input, 4)
     x = input.detach()
-    return _ops.channel_moments(x.float() if x.element_size() < 4 else x)
+    return _ops.channel_moments(x.to(compute_dtype(x.dtype, x.device.type)))
 
 
 def norm_act_conv2d(
@@ -165,7 +166,9 @@ def norm_act_conv2d(
                 f"{(x.shape[0], shape[0], *size)}, got the shape {tuple(residual.shape)}"
             )
         residual = residual.to(x.dtype)
-    statistics = [None if t is None else t.to(x.dtype) for t in norm[:4]] if norm else [None] * 4
+    # A mean of 1,000 and a spread of 1 are too much for 16 bits.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    statistics = [None if t is None else t.to(wide) for t in norm[:4]] if norm else [None] * 4
     eps, batch_stats = (norm.eps, norm.batch_stats) if norm else (0.0, False)
     problem = backends.Problem.of(x, values, (shape[2], shape[3]), strides, dilations)
     chosen = backend if x.is_meta else backends.choose(backend, problem)
@@ -214,15 +217,16 @@ def activated(
     batch_stats: bool,
 ) -> Tensor:
     """What the convolution reads: norm, activation and upsampling as torch's functions, differentiable."""
-    z = input
+    z = input.to(torch.promote_types(input.dtype, torch.float32))
     if mean is not None and var is not None:
         if batch_stats:
-            var, mean = torch.var_mean(input, (0, 2, 3), correction=0)
+            var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
         z = (z - mean[:, None, None]) * torch.rsqrt(var + eps)[:, None, None]
         if gamma is not None and beta is not None:
             z = z * gamma[..., None, None] + beta[..., None, None]
     if negative_slope != 1:
         z = F.leaky_relu(z, negative_slope)
+    z = z.to(input.dtype)
     return F.interpolate(z, scale_factor=2.0, mode="nearest") if upsample == 2 else z
 
 
@@ -280,7 +284,11 @@ def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
 
 @torch.library.register_fake("ddst::channel_moments")
 def _channel_moments_fake(input: Tensor) -> Tensor:
-    return input.new_empty([2, input.shape[1]])
+    return _moments_like(input, [2, input.shape[1]])
+
+
+def _moments_like(input: Tensor, shape: list[int]) -> Tensor:
+    return input.new_empty(shape, dtype=torch.promote_types(input.dtype, torch.float32))
 
 
 @torch.library.register_fake("ddst::norm_act_conv2d")
@@ -311,7 +319,7 @@ def _norm_act_conv2d_fake(
 ) -> tuple[Tensor, Tensor]:
     size = _output_size(input.shape[2:], weight_shape, stride, padding, dilation, upsample, pool)
     y = _empty(input, [input.shape[0], weight_shape[0], *size], channels_last)
-    return y, input.new_empty([2, weight_shape[0]] if moments else [0])
+    return y, _moments_like(input, [2, weight_shape[0]] if moments else [0])
 
 
 @torch.library.register_fake("ddst::norm_act_conv2d_input_grad")
@@ -456,7 +464,7 @@ def _kernel(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
     if has_tangent(args) or torch._C._are_functorch_transforms_active():
         moments, _, *rest = (*args[19:], 0, 0)[:4]
         y = composed(*args[:19], *rest)
-        return y, channel_moments(y) if moments else y.new_empty([0])
+        return y, channel_moments(y) if moments else _moments_like(y, [0])
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return _NormActConv2d.apply(*args, keyset)
     return _compute(keyset, args)

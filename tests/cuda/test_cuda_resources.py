@@ -54,8 +54,9 @@ def test_weight_gradients_leave_room_for_two_blocks_of_threads(
     resources: dict[str, dict[str, dict[str, int]]],
 ) -> None:
     for kernels in resources.values():
-        counts = {name: numbers["REG"] for name, numbers in kernels.items() if name.startswith("weight_grad<")}
-        assert len(counts) == 12
+        starts = ("weight_grad<", "fused_weight_grad<")
+        counts = {name: numbers["REG"] for name, numbers in kernels.items() if name.startswith(starts)}
+        assert len(counts) == 24
         two = [count for name, count in counts.items() if "tf32x3" not in name]
         assert max(two) <= 128  # 2 · 256 threads · 128 registers are a multiprocessor's 65536
 
@@ -70,8 +71,9 @@ def count(instructions: Counter[str], start: str, *parts: str) -> int:
 
 
 def test_tensor_cores_and_wide_copies(sass: dict[str, Counter[str]]) -> None:
-    kernels = {name: counts for name, counts in sass.items() if name.startswith(("conv2d_gather<", "weight_grad<"))}
-    assert len(kernels) == 26
+    starts = ("conv2d_gather<", "weight_grad<", "fused_weight_grad<")
+    kernels = {name: counts for name, counts in sass.items() if name.startswith(starts)}
+    assert len(kernels) == 52
     for name, counts in kernels.items():
         wide = "float" in name or "tf32x3" in name
         assert count(counts, "HMMA.1688" if wide else "HMMA.16816", "TF32" if wide else "F32") >= 16, name
@@ -79,5 +81,5 @@ def test_tensor_cores_and_wide_copies(sass: dict[str, Counter[str]]) -> None:
         assert count(counts, "LDL") == count(counts, "STL") == 0, name
         if not wide:
             assert count(counts, "LDSM", "88.4") >= 2, name
-            if name.startswith("weight_grad<"):
+            if "weight_grad<" in name:
                 assert count(counts, "LDSM", ".M88.4") == 0, name  # both operands are transposed on the way

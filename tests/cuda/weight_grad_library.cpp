@@ -15,12 +15,15 @@ struct Arrays {
   const void *gy, *x, *block_row, *block_col, *block_tap, *units;
   void* values_grad;
   std::int64_t units_count;
+  const void *mean, *scale, *shift;
+  int fused, norm, x_halved, gy_halved;
+  float slope;
 };
 
 template <class T>
 Buffer input(const char* name, const void* from, std::int64_t count) {
   Buffer buffer(name, std::size_t(count) * sizeof(T), Buffer::Role::input);
-  if (count) std::memcpy(buffer.host<T>(), from, std::size_t(count) * sizeof(T));
+  if (count && from) std::memcpy(buffer.host<T>(), from, std::size_t(count) * sizeof(T));
   return buffer;
 }
 
@@ -28,8 +31,8 @@ template <class Number, class U>
 emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::Options& options) {
   using T = cuda::stored_t<Number>;
   const cuda::WeightGradSizes sizes = cuda::weight_grad_sizes(s, sizeof(T));
-  Buffer gy = input<T>("gy", arrays.gy, std::int64_t(s.images) * s.out_h * s.out_w * s.out_channels);
-  Buffer x = input<T>("x", arrays.x, std::int64_t(s.images) * s.in_h * s.in_w * s.in_channels);
+  Buffer gy = input<T>("gy", arrays.gy, std::int64_t(s.images) * (s.out_h >> arrays.gy_halved) * (s.out_w >> arrays.gy_halved) * s.out_channels);
+  Buffer x = input<T>("x", arrays.x, std::int64_t(s.images) * (s.in_h >> arrays.x_halved) * (s.in_w >> arrays.x_halved) * s.in_channels);
   Buffer row = input<int>("block_row", arrays.block_row, s.slots),
          col = input<int>("block_col", arrays.block_col, s.slots);
   Buffer tap = input<int>("block_tap", arrays.block_tap, s.slots);
@@ -50,8 +53,20 @@ emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::
   static emu::Block block;  // keeps the fiber stacks
   block.options = options;
   block.stats = {};
-  block.launch({s.groups, s.shares, 1}, cuda::kWeightGradThreads, std::size_t(sizes.shared_bytes),
-               [&] { cuda::weight_grad<Number, U>(p); });
+  const std::int64_t factors = std::int64_t(arrays.norm == 2 ? s.images : 1) * s.in_channels;
+  Buffer mean = input<float>("mean", arrays.mean, s.in_channels), scale = input<float>("scale", arrays.scale, factors);
+  Buffer shift = input<float>("shift", arrays.shift, factors);
+  using Table = dev::global_ptr<const float>;
+  cuda::FusedWeightGradParams<T> fused{};
+  static_cast<cuda::WeightGradParams<T>&>(fused) = p;
+  fused.prologue = {Table(mean), Table(scale), Table(shift), arrays.norm, arrays.slope};
+  fused.x_halved = arrays.x_halved, fused.gy_halved = arrays.gy_halved;
+  block.launch({s.groups, s.shares, 1}, cuda::kWeightGradThreads, std::size_t(sizes.shared_bytes), [&] {
+    if (arrays.fused)
+      cuda::fused_weight_grad<Number, U>(fused);
+    else
+      cuda::weight_grad<Number, U>(p);
+  });
   block.launch({s.groups, cuda::kAccumulators / 4, 1}, cuda::kWeightGradThreads, 0,
                [&] { cuda::weight_grad_reduce<T, U>(p); });
   if (!values_grad.fully_written()) throw emu::Failure("values_grad was not fully written");

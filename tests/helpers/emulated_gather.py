@@ -16,7 +16,10 @@ from ddst.ops.cuda import gather
 class _Arrays(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("input", "values", "records", "bias", "residual", "output")),
-        ("blocks", ctypes.c_int64), ("record_ints", ctypes.c_int64), ("relu", ctypes.c_int), ("seed", ctypes.c_int),
+        ("blocks", ctypes.c_int64), ("record_ints", ctypes.c_int64),
+        *((n, ctypes.c_void_p) for n in ("mean", "scale", "shift", "activated")),
+        *((n, ctypes.c_int) for n in ("relu", "seed", "fused", "norm", "halved", "residual_halved", "squares")),
+        ("slope", ctypes.c_float), ("factor", ctypes.c_float),
     ]  # fmt: skip
 
 
@@ -36,21 +39,27 @@ class EmulatedOps:
     def conv2d_gather(
         self, input: Tensor, values: Tensor, records: Tensor, bias: Tensor | None, residual: Tensor | None,
         weight_shape: list[int], input_size: list[int], stride: list[int], padding: list[int], input_gradient: bool,
-        relu: bool, large_tile: bool, allow_tf32: bool,
+        relu: bool, large_tile: bool, allow_tf32: bool, fused: bool, mean: Tensor | None, scale: Tensor | None,
+        shift: Tensor | None, activated: Tensor | None, slope: float, upsample: int, pool: int, residual_upsample: int,
     ) -> Tensor:  # fmt: skip
         self.calls.append(large_tile)
         block, dtype = values.shape[1:], gather.dtype_code(input.dtype, allow_tf32)
         window = gather.Window(tuple(input_size), tuple(stride), tuple(padding))
         problem = gather.problem_of(dtype, weight_shape, block, window, input.shape[0])
-        size = input_size if input_gradient else list(problem)[4:6]
+        whole, by = (input_size, upsample) if input_gradient else (list(problem)[4:6], pool)
+        size = [side // by for side in whole]
         output = input.new_empty(input.shape[0], *size, weight_shape[1 if input_gradient else 0])
         kept = [
             None if t is None else t.permute(0, 2, 3, 1).contiguous() if t.dim() == 4 else t.contiguous()
-            for t in (input, values, records, bias, residual)
+            for t in (input, values, records, bias, residual, activated)
         ]
+        tables = [mean, scale, shift, kept.pop()]
+        halved = (pool if input_gradient else upsample) == 2
         arrays = _Arrays(
-            *(None if t is None else t.data_ptr() for t in (*kept, output)),
-            values.shape[0], records.numel(), relu, self.seed,
+            *(None if t is None else t.data_ptr() for t in (*kept, output)), values.shape[0], records.numel(),
+            *(None if t is None else t.data_ptr() for t in tables), relu, self.seed, fused,
+            0 if scale is None else scale.dim(), halved, residual_upsample == 2, by == 2, slope,
+            0.25 if pool == 2 else 1.0,
         )  # fmt: skip
         message = ctypes.create_string_buffer(2000)
         self.library.gather(problem, input_gradient, large_tile, ctypes.byref(arrays), message, len(message))

@@ -45,7 +45,8 @@ class Options:
 class _Arrays(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("gy", "x", "block_row", "block_col", "block_tap", "units", "values_grad")),
-        ("units_count", ctypes.c_int64),
+        ("units_count", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("mean", "scale", "shift")),
+        *((n, ctypes.c_int) for n in ("fused", "norm", "x_halved", "gy_halved")), ("slope", ctypes.c_float),
     ]  # fmt: skip
 
 
@@ -150,18 +151,29 @@ class Library:
     def conv2d_weight_grad(
         self, grad_output: Tensor, input: Tensor, block_row: Tensor, block_col: Tensor, block_tap: Tensor,
         units: Tensor, weight_shape: list[int], block: list[int], stride: list[int], padding: list[int],
-        dilation: list[int], band: list[int], tile: list[int], shares: int, allow_tf32: bool,
+        dilation: list[int], band: list[int], tile: list[int], shares: int, allow_tf32: bool, fused: bool = False,
+        mean: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None, slope: float = 1.0,
+        upsample: int = 1, pool: int = 1,
     ) -> Tensor:  # fmt: skip
         """`Caught` if the emulator reports anything."""
         for tensor in (grad_output, input):
             assert tensor.permute(0, 2, 3, 1).is_contiguous() and tensor.data_ptr() % 16 == 0
-        sizes = (tuple(input.shape[2:]), tuple(grad_output.shape[2:]), tuple(weight_shape), tuple(block))
+        size = [side * upsample for side in input.shape[2:]]
+        out = [
+            (size[i] + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+        ]
+        assert list(grad_output.shape[2:]) == [side // pool for side in out]
+        sizes = (tuple(size), tuple(out), tuple(weight_shape), tuple(block))
         geometry = cwg.Geometry(input.shape[0], *sizes, tuple(stride), tuple(padding), tuple(dilation))
         slots, group = block_row.numel(), cwg.WARPS * cwg.parts_of(geometry.block)[1]
         plan = cwg.Plan(tuple(band), tuple(tile), units.numel() // group, shares)
         got = torch.empty(slots, *block, dtype=input.dtype)
         operands = (grad_output, input, block_row, block_col, block_tap, units, got)
-        arrays = _Arrays(*(t.data_ptr() for t in operands), units.numel())
+        tables = (None if t is None else t.data_ptr() for t in (mean, scale, shift))
+        arrays = _Arrays(
+            *(t.data_ptr() for t in operands), units.numel(), *tables, fused, 0 if scale is None else scale.dim(),
+            upsample == 2, pool == 2, slope,
+        )  # fmt: skip
         o = self.options
         chosen = (ctypes.c_int * 4)(o.seed, o.delay_copies, o.drop_barrier, o.drop_wait)
         stats, message = (ctypes.c_long * 3)(), ctypes.create_string_buffer(2000)

@@ -141,7 +141,11 @@ def test_fused_multiply_adds_are_asked_for() -> None:
 
 LOOPS = {  # what the variable of every loop in a kernel begins with, none of which is below zero
     "gather.py": ["TAPS", "start", "start", "start", "2"],
+    "gather_norm.py": ["start"],
+    "half_block.py": ["0"],
+    "moments.py": ["0"],
     "weight_grad.py": ["0", "first"],
+    "weight_grad_norm.py": ["first"],
     "block_scores.py": ["0"],
 }
 

@@ -72,6 +72,15 @@ DDST_DEVICE void store(shared_ptr<T> p, T value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(p.address), "r"(bits) : "memory");
 }
 template <class T>
+DDST_DEVICE Words4 load_words(shared_ptr<T> p) {
+  Words4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "r"(p.address)
+               : "memory");
+  return v;
+}
+template <class T>
 DDST_DEVICE void store_words(shared_ptr<T> p, Words4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(p.address), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]),
                "r"(v.w[3])

@@ -13,6 +13,7 @@ import torch
 from ... import _extension, backends
 from ..precision import tf32_allowed
 from . import gather, weight_grad
+from .fused import norm_act_conv2d, norm_act_conv2d_input_grad, norm_act_conv2d_weight_grad
 from .gather import conv2d, conv2d_input_grad, linear, linear_input_grad
 from .weight_grad import conv2d_weight_grad, linear_weight_grad
 
@@ -23,12 +24,16 @@ __all__ = [
     "linear",
     "linear_input_grad",
     "linear_weight_grad",
+    "norm_act_conv2d",
+    "norm_act_conv2d_input_grad",
+    "norm_act_conv2d_weight_grad",
     "supports",
     "supports_all",
 ]
 
 _GATHERS = {"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True}  # input_gradient
-_WEIGHT_GRADS = ("conv2d_weight_grad", "linear_weight_grad")
+_GATHERS |= {"norm_act_conv2d": False, "norm_act_conv2d_input_grad": True}
+_WEIGHT_GRADS = ("conv2d_weight_grad", "linear_weight_grad", "norm_act_conv2d_weight_grad")
 
 
 def supports(
@@ -69,6 +74,9 @@ def supports(
         pairs = ((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
         geometry = weight_grad.Geometry(1, (1, 1), (1, 1), shape, sides, *pairs)
         why = weight_grad.refusal(geometry, dtype.itemsize, facts.shared_bytes)
+        vector = 16 // dtype.itemsize
+        if op.startswith("norm") and (shape[0] % vector or shape[1] % vector):
+            why = f"channels must be multiples of {vector}, got {shape[1]} in, {shape[0]} out"
         return not why, why
     if tuple(dilation) != (1, 1):
         return False, f"dilation must be 1, got {tuple(dilation)}"

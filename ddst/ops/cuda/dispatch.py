@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from . import compiled, preferred
 AUTO, TRITON, CUDA = (backends.code(name) for name in ("auto", "triton", "cuda"))
 _library = torch.library.Library("ddst", "IMPL")
 Shape = tuple[int, ...]
+Result = TypeVar("Result")
 
 
 class Meta(NamedTuple):
@@ -222,12 +223,12 @@ def supports_triton(problem: backends.Problem) -> tuple[bool, str]:
 backends.register("triton", supports_triton)
 
 
-def _serves(op: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def _serves(op: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Registers a function for CUDA tensors; the device of its first argument is the current one while it runs."""
 
-    def register(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def register(kernel: Callable[..., Result]) -> Callable[..., Result]:
         @wraps(kernel)
-        def on_its_device(first: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        def on_its_device(first: Tensor, *arguments: Any, **named: Any) -> Result:
             if first.device.index == torch.cuda.current_device():
                 return kernel(first, *arguments, **named)
             with torch.cuda.device(first.device):

@@ -42,6 +42,22 @@ class Device(NamedTuple):
     capability: tuple[int, int]
 
 
+class Fused(NamedTuple):
+    """What a fused half block adds to a pass (csrc/cuda/gather_fused.cuh).
+
+    Attributes:
+        norm: float32 tables: mean ``[C]``, scale and shift ``[C]`` or ``[N, C]``; None without a norm.
+        activated: the forward input, in the input gradient of what is normalized or activated.
+    """
+
+    norm: tuple[Tensor, Tensor, Tensor] | None
+    activated: Tensor | None
+    slope: float
+    upsample: int
+    pool: int
+    residual_upsample: int = 1
+
+
 @lru_cache(maxsize=64)
 def facts(device: torch.device) -> Device:
     """The facts of a CUDA device."""
@@ -136,13 +152,16 @@ def refusal(
     large_tile: bool,
     allow_tf32: bool,
     device: Device,
+    fused: bool = False,
+    squares: bool = False,
 ) -> str:
     """Why the kernel cannot run this on the device, from the kernel's own geometry; empty if it can."""
     message = ctypes.create_string_buffer(256)
     problem = problem_of(dtype_code(dtype, allow_tf32), weight_shape, block, window, images)
     _library().ddst_cuda_gather_refusal(
-        problem, ctypes.c_bool(input_gradient), ctypes.c_bool(large_tile), device.shared_bytes, message, len(message)
-    )
+        problem, ctypes.c_bool(input_gradient), ctypes.c_bool(large_tile), ctypes.c_bool(fused), ctypes.c_bool(squares),
+        device.shared_bytes, message, len(message),
+    )  # fmt: skip
     return message.value.decode()
 
 
@@ -157,6 +176,8 @@ def _large_tile(
     input_gradient: bool,
     allow_tf32: bool,
     device: Device,
+    fused: bool = False,
+    squares: bool = False,
 ) -> bool:
     """Whether to take the large tile: where it fits and occupies three of four multiprocessors; unmeasured."""
     channels = weight_shape[1] if input_gradient else weight_shape[0]
@@ -165,7 +186,8 @@ def _large_tile(
         return False
     return not refusal(
         dtype, weight_shape, block, window, images,
-        input_gradient=input_gradient, large_tile=True, allow_tf32=allow_tf32, device=device,
+        input_gradient=input_gradient, large_tile=True, allow_tf32=allow_tf32, device=device, fused=fused,
+        squares=squares,
     )  # fmt: skip
 
 
@@ -193,14 +215,21 @@ def _gather(
     input_gradient: bool,
     relu: bool,
     linear: bool,
+    fused: Fused | None = None,
 ) -> Tensor:
+    """``output_size``: of the result before its squares are summed, where ``fused`` sums them."""
     shape, block, images = tuple(weight_shape), (values.shape[1], values.shape[2]), input.shape[0]
     channels, pixels = shape[1 if input_gradient else 0], images * output_size[0] * output_size[1]
+    half = fused or Fused(None, None, 1.0, 1, 1)
+    squares = (half.upsample if input_gradient else half.pool) == 2
     if pixels == 0:
-        output = input.new_empty(images, *output_size, channels)
+        output = input.new_empty(images, *(side // (1 + squares) for side in output_size), channels)
     else:
         device, allow_tf32 = facts(input.device), tf32_allowed(linear=linear)
-        large = _large_tile(input.dtype, shape, block, window, images, pixels, input_gradient, allow_tf32, device)
+        large = _large_tile(
+            input.dtype, shape, block, window, images, pixels, input_gradient, allow_tf32, device, fused is not None,
+            squares,
+        )  # fmt: skip
         tile = _TILE_CHANNELS[large]
         phases = window.stride if input_gradient else (1, 1)
         rows, cols, _ = tp.grid(shape, block)
@@ -216,7 +245,8 @@ def _gather(
             _dense_channels_last(input), _dense(values), records.view(-1),
             None if bias is None else _dense(bias), None if residual is None else _dense_channels_last(residual),
             list(shape), list(window.input_size), list(window.stride), list(window.padding),
-            input_gradient, relu, large, allow_tf32,
+            input_gradient, relu, large, allow_tf32, fused is not None, *(half.norm or (None, None, None)),
+            half.activated, half.slope, half.upsample, half.pool, half.residual_upsample,
         )  # fmt: skip
     output = output.permute(0, 3, 1, 2)
     return output if channels_last else output.contiguous()

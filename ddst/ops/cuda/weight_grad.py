@@ -21,6 +21,7 @@ from torch import Tensor
 from ... import topology as tp
 from ...index_cache import cached
 from ..precision import tf32_allowed
+from .gather import Fused
 
 WARPS = 8  # of a CTA
 _ACCUMULATORS = 2048  # fp32 sums of a warp
@@ -297,6 +298,7 @@ def conv2d_weight_grad(
     dilation: Sequence[int],
     *,
     linear: bool = False,
+    fused: Fused | None = None,
 ) -> Tensor:
     """``∂L/∂values[slot, i, j] = Σ_{n, y, x} grad_output[n, row · b_out + i, y, x] · input[n, col · b_in + j, y′, x′]``
 
@@ -308,6 +310,7 @@ def conv2d_weight_grad(
             bfloat16, float16 or float32. Other memory than channels_last is copied.
         topology: int32 vector (:mod:`ddst.topology`); block: one that `refusal` accepts.
         linear: as for `ddst.ops.cuda.gather.conv2d`.
+        fused: where it is that of a fused half block, of whose convolution the stored operands may have half the sides.
 
     Returns:
         ``[slots, b_out, b_in]`` in their dtype.
@@ -319,8 +322,11 @@ def conv2d_weight_grad(
     float32 is multiplied as `ddst.ops.cuda.gather.conv2d` says. A NaN or infinity in a pixel may reach every tap of its
     channel.
     """
+    half = fused or Fused(None, None, 1.0, 1, 1)
+    size = [side * half.upsample for side in input.shape[2:]]
+    out = [(size[i] + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     geometry = Geometry(
-        input.shape[0], (input.shape[2], input.shape[3]), (grad_output.shape[2], grad_output.shape[3]),
+        input.shape[0], (size[0], size[1]), (out[0], out[1]),
         (weight_shape[0], weight_shape[1], weight_shape[2], weight_shape[3]), (block[0], block[1]),
         (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
     )  # fmt: skip
@@ -329,7 +335,9 @@ def conv2d_weight_grad(
     slots = index.block_row.numel()
     if slots == 0 or input.numel() == 0 or grad_output.numel() == 0:
         return input.new_zeros(slots, *block)
-    flat, (gy, x) = flattened(geometry, *(_dense_channels_last(t) for t in (grad_output, input)))
+    flat, (gy, x) = geometry, [_dense_channels_last(t) for t in (grad_output, input)]
+    if fused is None:
+        flat, (gy, x) = flattened(geometry, gy, x)
     allow_tf32 = tf32_allowed(linear=linear)
     chosen = plan(flat, slots, x.element_size(), _device(x.device.index), allow_tf32=allow_tf32)
     key = ("cuda_weight_grad", geometry.block, chosen.band)
@@ -341,7 +349,7 @@ def conv2d_weight_grad(
     return torch.ops.ddst_cuda.conv2d_weight_grad(
         gy, x, index.block_row, index.block_col, index.block_tap, units.view(-1), list(weight_shape), list(block),
         list(stride), list(padding), list(dilation), list(chosen.band), list(chosen.tile), chosen.shares,
-        allow_tf32,
+        allow_tf32, fused is not None, *(half.norm or (None, None, None)), half.slope, half.upsample, half.pool,
     )  # fmt: skip
 
 

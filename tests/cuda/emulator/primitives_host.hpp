@@ -67,6 +67,10 @@ void store(emu::SharedPtr<T> p, std::type_identity_t<T> value, Where where = Whe
   std::memcpy(to, &value, sizeof(T));
 }
 template <class T>
+Words4 load_words(emu::SharedPtr<T> p, Where where = Where::current()) {
+  return load(p.template as<Words4>(), where);
+}
+template <class T>
 void store_words(emu::SharedPtr<T> p, Words4 v, Where where = Where::current()) {
   store(p.template as<Words4>(), v, where);
 }

@@ -50,6 +50,8 @@ LOOPS = (
     Loop(f"{GATHER}, blocks of 16x1", "row_tile<float, 4, 2, 5>", "row_tile<float, 4, 4, 6>", True),
     Loop(f"{GATHER}, 1 channel, few pixels", None, "dot_tile<float, 4, 1, 12>"),
     Loop(f"{GATHER}, 2 channels, few pixels", None, "dot_tile<float, 4, 2, 10>"),
+    Loop("linear layers, panels of pixels", "panel_tile<float, 4, 4, 3>", "panel_tile<float, 4, 8, 3>"),
+    Loop("linear layers, fp64", "panel_tile<double, 2, 4, 3>", "panel_tile<double, 2, 8, 3>"),
     Loop(f"{PLANES}, 1 to 3 channels", "plane_tile<float, 4, 4, 2>", "plane_tile<float, 4, 4, 6>"),
     Loop(f"{PLANES}, blocks of 4", "plane_gather_tile<float, 4, 4, 2>", "plane_gather_tile<float, 4, 4, 6>"),
     Loop(f"{PLANES}, fp64", "plane_gather_tile<double, 2, 4, 2>", "plane_gather_tile<double, 2, 4, 6>"),

@@ -96,9 +96,14 @@ struct Simd {
 #endif
   }
 
-  // From an address that the compiler forms as it likes.
-  static DDST_INLINE V broadcast_from(const T* p) {
-#if defined(__AVX2__)
+  // A factor of all lanes for fma_factor, from an address that the compiler forms as it likes.
+  static DDST_INLINE V factor_from(const T* p) {
+#if defined(DDST_NEON)
+    V v;
+    if constexpr (sizeof(T) == 4) asm volatile("ldr %s0, %1" : "=w"(v) : "m"(*p));
+    if constexpr (sizeof(T) == 8) asm volatile("ldr %d0, %1" : "=w"(v) : "m"(*p));
+    return v;
+#elif defined(__AVX2__)
     V v;
     if constexpr (sizeof(T) == 4) {
       asm volatile("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
@@ -186,6 +191,15 @@ struct Simd {
     }
   }
 #endif
+
+  // acc += a * factor, one that factor_from gave.
+  static DDST_INLINE void fma_factor(V& acc, V a, V factor) {
+#if defined(DDST_NEON)
+    fma_lane<0>(acc, a, factor);
+#else
+    fma(acc, a, factor);
+#endif
+  }
 };
 
 DDST_INLINE void compiler_barrier() { asm volatile("" ::: "memory"); }

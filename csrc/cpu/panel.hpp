@@ -72,9 +72,9 @@ __attribute__((noinline)) void panel_tile(const PanelJob<T>& job, const T* panel
       for (int v = 0; v < V; ++v) xv[v] = S::load_at(x, v * S::kBytes);
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) {
-        const typename S::V wv = S::broadcast_from(w + j * out_step);
+        const typename S::V wv = S::factor_from(w + j * out_step);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) S::fma(acc[j][v], xv[v], wv);
+        for (int v = 0; v < V; ++v) S::fma_factor(acc[j][v], xv[v], wv);
       }
       x += kStep;
       w += k_step;

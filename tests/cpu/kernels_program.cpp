@@ -6,7 +6,9 @@
 #include <cstring>
 #include <exception>
 
+#include "cpu/panel_pass.hpp"
 #include "problem.hpp"
+#include "rows_check.hpp"
 #include "watched.hpp"
 
 extern int64_t threads_to_pretend;
@@ -114,6 +116,7 @@ class Case {
         });
       });
     check(s_, "forward", out.get(), expected);
+    pointwise("forward by panels", lists, true, bias, input_.get(), expected);
   }
 
   void input_grad() {
@@ -139,6 +142,30 @@ class Case {
         });
       });
     check(s_, "input gradient", out.get(), expected);
+    pointwise("input gradient by panels", lists, false, nullptr, output_.get(), expected);
+  }
+
+  // Where pixels know no neighbours: the same by panels of pixels, and of the first pixel alone.
+  void pointwise(const char* what, const BlockLists& lists, bool forward, const T* bias, const T* source,
+                 const Sums& expected) {
+    if (g_.kernel_h * g_.kernel_w * g_.stride_h * g_.stride_w != 1 || g_.pad_h + g_.pad_w != 0) return;
+    const int64_t pixels = g_.images * g_.in_h * g_.in_w, from = forward ? g_.in_channels : g_.out_channels;
+    const int64_t to = forward ? g_.out_channels : g_.in_channels;
+    const int64_t block = forward ? s_.block_out : s_.block_in, block_k = forward ? s_.block_in : s_.block_out;
+    Memory<T> out(pixels * to), first(to);
+    panel_pass<T>(kernels_, {{pixels, from, 1, 1}, {pixels, to, 1, 1}, 1, block, block_k}, lists, forward,
+                  values_.get(), bias, source, out.get());
+    check(s_, what, out.get(), expected);
+    kernels_.block_vector(
+        {values_.get(), source, first.get(), from, to, lists.ptr, lists.ids, lists.k_block, block, block_k, forward}, 0,
+        lists.out_blocks);
+    Sums of_first(to);
+    for (int64_t c = 0; c < to; ++c) {
+      of_first.value[c] = expected.value[c] - (bias != nullptr ? bias[c] : 0);
+      of_first.magnitude[c] = expected.magnitude[c];
+      of_first.terms[c] = expected.terms[c];
+    }
+    check(s_, "block_vector", first.get(), of_first);
   }
 
   // What the gradient of one block is, added at first + o * block_in + i.
@@ -287,9 +314,22 @@ void check_transpose(const Kernels<T>& kernels) {
 }
 
 template <typename T>
+void check_rows(const Kernels<T>& kernels) {
+  std::mt19937_64 random(3);
+  for (int64_t channels : {1, 3, 8, 15, 16, 33, 64, 130})
+    for (int variant = 0; variant < 12; ++variant) {
+      const T slopes[] = {T(0), T(0.25), T(1)};
+      Shape shape = conv(1, 1, 5, channels, channels, 1, 1, 0, 1, 1, 1, 0);
+      RowsCase<T>(kernels.rows, 5, channels, variant % 2 == 0, slopes[variant / 2 % 3], variant >= 6, random)
+          .run([&](const char* what, const T* got, const Sums& expected) { check(shape, what, got, expected); });
+    }
+}
+
+template <typename T>
 bool check_set(const char* dtype, const Kernels<T>& kernels, bool all) {
   const Kernels<T> watched = Watched<T>::of(kernels);
   check_transpose(watched);
+  check_rows(watched);
   std::vector<Shape> shapes = chosen_shapes(all);
   std::mt19937_64 random(7);
   for (int i = 0; i < (all ? 150 : 30); ++i) shapes.push_back(random_shape(random));

@@ -6,6 +6,7 @@
 #include <new>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/gather_pass.hpp"
@@ -21,6 +22,7 @@ class Memory {
  public:
   explicit Memory(int64_t count) : count_(count), data_(static_cast<T*>(::operator new(count * sizeof(T)))) {}
   Memory(const Memory&) = delete;
+  Memory(Memory&& other) noexcept : count_(other.count_), data_(std::exchange(other.data_, nullptr)) {}
   ~Memory() { ::operator delete(data_); }
   T* get() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }

@@ -22,6 +22,8 @@ struct Watched {
     watched.gather = &gather;
     watched.planes = &planes;
     watched.plane_gather = &plane_gather;
+    watched.panels = &panels;
+    watched.block_vector = &block_vector;
     watched.pack_weights = &pack_weights;
     watched.transpose = &transpose;
     watched.weight_grad = &weight_grad;
@@ -30,7 +32,13 @@ struct Watched {
 
   // Every form that a set names in its tables.
   static std::set<std::string> forms(const Kernels<T>& kernels) {
-    std::set<std::string> all{"planes", "pack_weights transposed", "pack_weights straight", "transpose"};
+    std::set<std::string> all{"planes",
+                              "panels",
+                              "block_vector by rows",
+                              "block_vector by columns",
+                              "pack_weights transposed",
+                              "pack_weights straight",
+                              "transpose"};
     for (const SliceShape* s = kernels.gather_slices; s->width != 0; ++s) {
       for (const char* source : {"pixels", "planes"}) all.insert(gather_form(s->width, source, false));
       if (s->width * sizeof(T) % 64 == 0) all.insert(gather_form(s->width, "pixels", true));
@@ -79,6 +87,14 @@ struct Watched {
                            const char** pixels, T** outs) {
     seen.insert(plane_gather_form(job.slice, job.stream));
     inner.plane_gather(job, c0, c1, planes, spare, pixels, outs);
+  }
+  static void panels(const PanelJob<T>& job, int64_t v0, int64_t v1, int64_t b0, int64_t b1, T* panels) {
+    seen.insert("panels");
+    inner.panels(job, v0, v1, b0, b1, panels);
+  }
+  static void block_vector(const BlockVectorJob<T>& job, int64_t b0, int64_t b1) {
+    seen.insert(job.row_major ? "block_vector by rows" : "block_vector by columns");
+    inner.block_vector(job, b0, b1);
   }
   static void pack_weights(const T* block, int block_out, int block_in, int width, bool transposed, T* packed) {
     seen.insert(transposed ? "pack_weights transposed" : "pack_weights straight");

@@ -83,3 +83,20 @@ def _fused_weight_grad(grad_output: Tensor, input: Tensor, *args: Any, out_val: 
 @register_flop_formula([_ops.conv2d_block_scores, _ops.linear_block_scores], get_raw=True)
 def _block_scores(grad_output: Tensor, input: Tensor, weight_shape: Sequence[int], *args: Any, out_val: Tensor) -> int:
     return 2 * math.prod(weight_shape) * (grad_output.numel() // weight_shape[0])
+
+
+@register_flop_formula([_ops.power_iteration], get_raw=True)
+def _power_iteration(
+    values: Tensor,
+    topology: Tensor,
+    u: Tensor,
+    v: Tensor,
+    matrix_shape: Sequence[int],
+    channels: int,
+    taps: int,
+    iterations: int,
+    *args: Any,
+    out_val: Tensor,
+) -> int:
+    # Two products an iteration, and u vᵀ as a weight gradient counts.
+    return 2 * _active(topology, matrix_shape, values.shape[1:]) * (2 * iterations + 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddst.nn import SparseConv2d, SparseConvTranspose2d, SparseLayer, SparseLinear
 from ddst.nn.spectral_norm import spectral_norm
@@ -198,6 +199,18 @@ def test_one_call_of_an_operator_does_what_its_parts_do(kind: str, style: str, n
             weights = torch.randn_like(got)
             gradients = [torch.autograd.grad(y, one.values, weights) for y, one in ((got, layer), (expected, parts))]
             torch.testing.assert_close(*gradients, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_its_operations_count_as_those_of_its_parts() -> None:
+    layer = spectral_norm(make_layer("conv"), 3)
+    counts = []
+    for whole in (True, False):
+        with FlopCounterMode(display=False) as counter, pytest.MonkeyPatch.context() as patch:
+            if not whole:
+                patch.setattr(type(layer.spectral_norm), "_in_one_call", lambda *_: False)
+            layer.spectral_norm(layer)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * layer.nnz * 64 * (2 * 3 + 1)
 
 
 def test_the_operator_of_the_iteration_names_what_does_not_fit() -> None:

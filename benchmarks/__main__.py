@@ -11,7 +11,7 @@
     python -m ddst.benchmarks --memory                                   peak memory and time of a GAN iteration
     python -m ddst.benchmarks goals                                      what a training step shall reach, and reaches
     python -m ddst.benchmarks operator-share                             time of an iteration outside sparse operators
-    python -m ddst.benchmarks biggan                                     an iteration of BigGAN at 64 pixels
+    python -m ddst.benchmarks biggan-iteration                           an iteration of BigGAN at 64 pixels
     python -m ddst.benchmarks freed-memory                               what it gains that freed memory is kept
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
     python -m ddst.benchmarks quality-of-distributions                   Fréchet distances at equal multiply-adds
@@ -25,6 +25,7 @@ With --against: ms of both builds, and the median of the paired ratios this / ot
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import sys
@@ -41,6 +42,19 @@ import ddst
 from ddst.benchmarks import against, registry, report
 from ddst.benchmarks.problem import LAYOUTS
 from ddst.benchmarks.runner import Row, Settings, measure
+
+#: Commands that are modules of their own; a dash in a name is an underscore in the module's.
+COMMANDS = (
+    "biggan-iteration",
+    "freed-memory",
+    "goals",
+    "memory-over-time",
+    "models",
+    "operator-share",
+    "prefer",
+    "quality-of-distributions",
+    "tune",
+)
 
 
 def block_of(text: str) -> tuple[int, int]:
@@ -222,51 +236,19 @@ def run_against(arguments: argparse.Namespace, cases: list[registry.Case], setti
     return rows
 
 
+def _main_of(module: str) -> Callable[[list[str]], int]:
+    return importlib.import_module(f"ddst.benchmarks.{module}").main
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns 1 if a row was wrong."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["table"]:
         return table(argv[1:])
-    if argv[:1] == ["tune"]:
-        from ddst.benchmarks import tune
-
-        return tune.main(argv[1:])
-    if argv[:1] == ["prefer"]:
-        from ddst.benchmarks import prefer
-
-        return prefer.main(argv[1:])
     if "--memory" in argv:
-        from ddst.benchmarks import memory
-
-        return memory.main([argument for argument in argv if argument != "--memory"])
-    if argv[:1] == ["operator-share"]:
-        from ddst.benchmarks import operator_share
-
-        return operator_share.main(argv[1:])
-    if argv[:1] == ["biggan"]:
-        from ddst.benchmarks import biggan_iteration
-
-        return biggan_iteration.main(argv[1:])
-    if argv[:1] == ["goals"]:
-        from ddst.benchmarks import goals
-
-        return goals.main(argv[1:])
-    if argv[:1] == ["freed-memory"]:
-        from ddst.benchmarks import freed_memory
-
-        return freed_memory.main(argv[1:])
-    if argv[:1] == ["memory-over-time"]:
-        from ddst.benchmarks import memory_over_time
-
-        return memory_over_time.main(argv[1:])
-    if argv[:1] == ["quality-of-distributions"]:
-        from ddst.benchmarks import quality_of_distributions
-
-        return quality_of_distributions.main(argv[1:])
-    if argv[:1] == ["models"]:
-        from ddst.benchmarks import models
-
-        return models.main(argv[1:])
+        return _main_of("memory")([argument for argument in argv if argument != "--memory"])
+    if argv and argv[0] in COMMANDS:
+        return _main_of(argv[0].replace("-", "_"))(argv[1:])
     command = parser()
     arguments = command.parse_args(argv)
     if arguments.exchanges < 0 or (arguments.exchanges and not arguments.against):

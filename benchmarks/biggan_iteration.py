@@ -1,7 +1,7 @@
 """An iteration of a BigGAN-like GAN at 64 pixels, sparse at a share of the multiply-adds, beside dense in one process.
 
-    python -m ddst.benchmarks biggan
-    python -m ddst.benchmarks biggan --width 16 --batch 4 --density 0.2
+    python -m ddst.benchmarks biggan-iteration
+    python -m ddst.benchmarks biggan-iteration --width 16 --batch 4 --density 0.2
 
 The networks of `ddst.models.biggan` with the published multiples for 64 pixels of --width (published 64), conditional
 batch norm, attention at 32 pixels, spectral norm in both; one D step and one G step with Adam. The density is one of
@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     from ddst.benchmarks.__main__ import block_of, density_of, positive
 
     command = argparse.ArgumentParser(
-        prog="python -m ddst.benchmarks biggan",
+        prog="python -m ddst.benchmarks biggan-iteration",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -136,7 +136,7 @@ GOALS = {
         "--layer linear-1024-1024 --batch 64 --density 0.1 --repeats 15",
     ),
     "biggan": Goal(
-        "biggan",
+        "biggan-iteration",
         (Figure("BigGAN-like iteration at 64², 10 % of the multiply-adds", "-", 6.0, whole),),
     ),
 }  # fmt: skip

@@ -68,7 +68,7 @@ def peak_memory(
     Cost: the three calls, two of them recorded: seconds for networks of many layers.
 
     >>> layer = nn.Linear(1000, 1, bias=False)
-    >>> peak_memory(lambda: layer.weight.detach() + 1, [layer])
+    >>> peak_memory(lambda: layer.weight.detach().clone(), [layer])
     PeakMemory(state=4000, peak=8000)
     """
     if device not in ("cpu", "cuda"):

@@ -21,7 +21,7 @@ PARSERS = {
     "--memory": memory.parser,
     "operator-share": operator_share.parser,
     "freed-memory": freed_memory.parser,
-    "biggan": biggan_iteration.parser,
+    "biggan-iteration": biggan_iteration.parser,
 }
 #: The same commands at sizes that take seconds.
 SMALL = {
@@ -30,7 +30,7 @@ SMALL = {
     "share": "operator-share --layer tiny --batch 2 --block 8x8 --density 0.5 --repeats 1",
     "step": "freed-memory --channels 16 --size 4 --batch 2 --density 0.5 --repeats 1",
     "linear": "--layer linear-32-48 --density 0.1 --batch 2 --repeats 1 --baseline dense",
-    "biggan": "biggan --width 4 --batch 2 --block 8x8 --density 0.5 --repeats 1",
+    "biggan": "biggan-iteration --width 8 --batch 2 --block 8x8 --density 0.5 --repeats 1",
 }
 
 

@@ -59,16 +59,11 @@ def test_a_row_that_computes_something_else_is_named_and_not_measured(
 def test_checkpointing_updates_statistics_once_and_saves_memory(method: str) -> None:
     case = replace(CASE, batch=64)  # of fewer images the optimizers' state decides
     plain, saving = Runner(case, Variant(method)), Runner(case, Variant(method, memory.checkpointed))
-    for runner in (plain, saving):
-        torch.manual_seed(0)
-        for _ in range(2):
-            runner.iteration()
-    pairs = list(zip(plain.players.generator.buffers(), saving.players.generator.buffers(), strict=True))
-    assert len(pairs) > 0
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert wrong(case, saving) == []  # running statistics among what is compared
+    for _ in range(2):
+        saving.iteration()
     counts = [b for name, b in saving.players.generator.named_buffers() if name.endswith("num_batches_tracked")]
-    assert {int(count) for count in counts} == {12}  # two iterations of five D steps and one G step
+    assert {int(count) for count in counts} == {14}  # a D and a G step in the check, two iterations of five and one
     assert saving.peak().peak < plain.peak().peak
 
 

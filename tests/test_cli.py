@@ -279,7 +279,11 @@ def test_help_shows_every_option_with_its_default(capsys):
         "mean_of_ratios leaves out samples whose denominator is not above --br-eps",
     ):
         assert text in said
-    for default in ("(default: 0.45 0.55)", "(default: 16x16)", "(default: relaxed 1, strict 0.5)"):
+    for default in (
+        "(default: 0.45 0.55, dda 0.5 0.65, ddst-ada 0.55 0.65)",
+        "(default: 16x16)",
+        "(default: 1, ddst-strict 0.5)",
+    ):
         assert default in said
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from torch import nn
 
@@ -133,42 +132,40 @@ def _check_resnet(s: Sizes) -> None:
 
 
 #: By the name that ``ddst train --model`` takes.
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "sngan": Family(
-            lambda s: sngan.Generator(s.resolution, s.width_g, s.channels, s.latent),
-            lambda s: sngan.Discriminator(s.resolution, s.width_d, s.channels),
-            check_sizes=lambda s: sngan.generator_plan(s.resolution, s.width_g),
-        ),
-        "resnet": Family(
-            lambda s: resnet.Generator(s.resolution, s.width_g, s.channels, s.latent),
-            lambda s: resnet.Discriminator(s.resolution, s.width_d, s.channels),
-            loss="wgan",
-            check_sizes=_check_resnet,
-        ),
-        "biggan": Family(_biggan_g, _biggan_d, conditional=True, check_sizes=_check_biggan),
-        "dcgan": Family(
-            lambda s: dcgan.Generator(s.resolution, _dcgan_widths(s)[0], s.channels, s.latent),
-            lambda s: dcgan.Discriminator(s.resolution, _dcgan_widths(s)[1], s.channels),
-            loss="bce",
-            joint=False,  # batch norm
-            check_sizes=_dcgan_widths,
-        ),
-        "r3gan": Family(
-            lambda s: r3gan.Generator((s.width_g,) * _r3gan_stages(s), latent=s.latent, channels=s.channels),
-            lambda s: r3gan.Discriminator((s.width_d,) * _r3gan_stages(s), channels=s.channels),
-            loss="relativistic",
-            r1=1.0,
-            r2=1.0,
-            check_sizes=_r3gan_stages,
-        ),
-        "stylegan2": Family(
-            lambda s: stylegan2.Generator(s.resolution, s.width_g, s.latent, channels=s.channels),
-            lambda s: stylegan2.Discriminator(s.resolution, s.width_d, s.channels),
-            loss="bce",
-            r1=1.0,
-            joint=False,  # the deviation over the batch
-            check_sizes=lambda s: dcgan.doublings(s.resolution),
-        ),
-    }
-)
+FAMILIES: Mapping[str, Family] = {
+    "sngan": Family(
+        lambda s: sngan.Generator(s.resolution, s.width_g, s.channels, s.latent),
+        lambda s: sngan.Discriminator(s.resolution, s.width_d, s.channels),
+        check_sizes=lambda s: sngan.generator_plan(s.resolution, s.width_g),
+    ),
+    "resnet": Family(
+        lambda s: resnet.Generator(s.resolution, s.width_g, s.channels, s.latent),
+        lambda s: resnet.Discriminator(s.resolution, s.width_d, s.channels),
+        loss="wgan",
+        check_sizes=_check_resnet,
+    ),
+    "biggan": Family(_biggan_g, _biggan_d, conditional=True, check_sizes=_check_biggan),
+    "dcgan": Family(
+        lambda s: dcgan.Generator(s.resolution, _dcgan_widths(s)[0], s.channels, s.latent),
+        lambda s: dcgan.Discriminator(s.resolution, _dcgan_widths(s)[1], s.channels),
+        loss="bce",
+        joint=False,  # batch norm
+        check_sizes=_dcgan_widths,
+    ),
+    "r3gan": Family(
+        lambda s: r3gan.Generator((s.width_g,) * _r3gan_stages(s), latent=s.latent, channels=s.channels),
+        lambda s: r3gan.Discriminator((s.width_d,) * _r3gan_stages(s), channels=s.channels),
+        loss="relativistic",
+        r1=1.0,
+        r2=1.0,
+        check_sizes=_r3gan_stages,
+    ),
+    "stylegan2": Family(
+        lambda s: stylegan2.Generator(s.resolution, s.width_g, s.latent, channels=s.channels),
+        lambda s: stylegan2.Discriminator(s.resolution, s.width_d, s.channels),
+        loss="bce",
+        r1=1.0,
+        joint=False,  # the deviation over the batch
+        check_sizes=lambda s: dcgan.doublings(s.resolution),
+    ),
+}

@@ -199,7 +199,7 @@ class TrainConfig:
     interval_d: int = option(
         lambda known: (40 if known["preset"] == "demo" else 1000) * (2 if known["method"] == "ddst-strict" else 1),
         int, "steps between decisions on D's density, or exchanges of its blocks",
-        shown="demo 40, published 1000; ddst-strict: twice that", range=COUNT, metavar="STEPS", methods=SPARSE_D)
+        shown="demo 40, published 1000; strict: twice that", range=COUNT, metavar="STEPS", methods=SPARSE_D)
     bounds: tuple[float, float] = option(
         lambda known: {"dda": (0.5, 0.65), "ddst-ada": (0.55, 0.65)}.get(known["method"], (0.45, 0.55)), float,
         "D grows where the balance ratio is above HI and shrinks where it is below LO (ddst-ada: the other way round, "

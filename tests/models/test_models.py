@@ -156,5 +156,5 @@ def test_models_know_torch_only() -> None:
 
 def test_every_family_is_one_short_file() -> None:
     for source in SOURCES:
-        if source.name not in ("sngan.py", "registry.py"):
+        if source.name not in ("sngan.py", "registry.py", "families.py"):
             assert len(source.read_text().splitlines()) < 150, source.name

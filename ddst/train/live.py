@@ -70,6 +70,6 @@ def live(config: TrainConfig, step: int) -> Iterator[Watcher]:
         try:
             yield to_wandb
         finally:
-            run.finish(quiet=True)
+            run.finish()
     else:
         yield lambda entry: None

@@ -106,7 +106,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(BUILD_FILES)
-	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,bench,integrations,onnx]'
+	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,bench,integrations,onnx,live]'
 	$(BIN)/pip install --no-compile --no-deps torch-fidelity==0.4.0 # its torchvision asks for a build of torch of its own
 	touch $@
 

@@ -159,9 +159,14 @@ def _guarded(command: str, do: Callable[[], int]) -> int:
 def _extra(module: str | None) -> str:
     """The extra that brings a module."""
     name = (module or "").partition(".")[0]
-    return {"onnx": "onnx", "onnxscript": "onnx", "torch_fidelity": "metrics", "torchvision": "metrics"}.get(
-        name, "train"
-    )
+    return {
+        "onnx": "onnx",
+        "onnxscript": "onnx",
+        "torch_fidelity": "metrics",
+        "torchvision": "metrics",
+        "tensorboard": "live",
+        "wandb": "live",
+    }.get(name, "train")
 
 
 def _ended(command: str, code: int, why: str) -> int:

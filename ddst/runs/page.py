@@ -123,7 +123,7 @@ def _row(run: Run) -> list[str]:
     memory = [net.get(key, "") for key in ("state_bytes", "dense_state_bytes") for net in (generator, discriminator)]
     share = (memory[0] + memory[1]) / (memory[2] + memory[3]) if all(type(m) is int and m > 0 for m in memory) else None
     values = [m["value"] for m in run.metrics if m["value"] is not None]
-    per_step = last["seconds"] / last["step"] if isinstance(last.get("seconds"), int | float) else None
+    per_step = last["seconds"] / max(last["step"], 1) if isinstance(last.get("seconds"), int | float) else None
     timing = _dict(run.summary.get("timing"))
     both = all(isinstance(timing.get(key), float) and timing[key] > 0 for key in ("seconds", "dense"))
     return [

@@ -59,6 +59,7 @@ def plot(
         return ""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif"}
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
@@ -72,6 +73,8 @@ def plot(
             axes.plot(line.x, line.y, line.style, color=_SERIES[line.colour % COLOURS], lw=1.4, **marker)
         if log_scale and all(value > 0 for line in lines for value in line.y):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter())
         if limits is not None:
             axes.set_ylim(*limits)
         axes.set(xlabel=x_label, ylabel=y_label)

@@ -57,7 +57,7 @@ REPLAYED = (
 
 # Settings of where and how long a process runs: a resumed run may be given others and is still the same run. So it is
 # wherever its images lie: the checkpoint knows them by their contents.
-NOT_SAVED = ("out", "resume", "stop_after", "data_cache")
+NOT_SAVED = ("out", "resume", "stop_after", "data_cache", "live")
 FREE_ON_RESUME = (
     *NOT_SAVED,
     "data",
@@ -281,6 +281,8 @@ class TrainConfig:
     metric_every: int = option(_published(100, 5000), int, "steps between measurements of the averaged generator (0: "
                                "none), by the embedded distance for digits, by FID with --inception; the best one is "
                                "kept", shown="demo 100, published 5000", range=NATURAL, metavar="STEPS")
+    live: str = option("none", str, "where curves can be watched, too; needs ddst[live]",
+                       choices=("none", "tensorboard", "wandb"))
     inception: str | None = option(None, str, "weights of Inception-v3 as a local file, for FID", shown="none",
                                    metavar="FILE")
     compare_steps: int = option(5, int, "iterations timed beside a dense twin at the end (0: none)", range=NATURAL,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,9 @@ class RunLog:
     Args:
         path: the file; created when missing, otherwise appended to.
 
+    Attributes:
+        watcher: is called with every entry, too.
+
     Raises:
         OSError: here, in `write` and in `sync`: the disk is full, for one; names the file.
 
@@ -52,12 +55,14 @@ class RunLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.watcher: Callable[[Mapping[str, Any]], None] = lambda entry: None
         self._file = path.open("a+b")
         self._file.seek(0)
         self._digest = hashlib.file_digest(self._file, "sha256")
 
     def write(self, **entry: Any) -> None:
         """Append one line."""
+        self.watcher(entry)
         line = (json.dumps(_finite(entry), allow_nan=False) + "\n").encode()
         with naming(self.path):
             self._file.write(line)

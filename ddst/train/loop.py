@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +30,7 @@ from ddst.train.config import TrainConfig, fitting, out_of_memory, setting_error
 from ddst.train.folder import CHECKPOINT, LOG, SAMPLES, clear_folder, versions
 from ddst.train.game import Inputs
 from ddst.train.judging import Judging
+from ddst.train.live import live, require
 from ddst.train.log import Kept, RunLog, cut_log
 from ddst.train.options import ConfigError, flag
 from ddst.train.players import (
@@ -108,6 +109,7 @@ class Trainer:
             raise ConfigError(
                 "--batch-norm synced: torch's SyncBatchNorm trains on CUDA devices only, with --device cuda"
             )
+        require(config.live)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = torch.device(config.device)
@@ -355,7 +357,12 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
         _clear(trainer.out, kept)
     last = config.steps if config.stop_after is None else min(config.steps, config.stop_after)
     ended_by = None
-    with RunLog(trainer.out / LOG) if first() else nullcontext() as log, stop.listening(), _others_alive(trainer):
+    with ExitStack() as held:
+        log = held.enter_context(RunLog(trainer.out / LOG)) if first() else None
+        if log is not None:
+            log.watcher = held.enter_context(live(config, trainer.step))
+        held.enter_context(stop.listening())
+        held.enter_context(_others_alive(trainer))
         if log is not None and (kept is None or kept.bytes == 0):
             log.write(
                 event="start",

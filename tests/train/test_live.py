@@ -1,0 +1,52 @@
+"""Curves of a run in TensorBoard and in Weights & Biases, beside the log and without a change of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ddst.cli import main
+from ddst.train import run
+from ddst.train.log import read_log
+from helpers.runs import log_without_seconds, tiny
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out, plain = tmp_path / "watched", tmp_path / "plain"
+    assert run(tiny(out=str(out), live="tensorboard", stop_after=7)) == 0
+    assert run({"out": str(out), "resume": True, "live": "tensorboard"}) == 0
+    assert run(tiny(out=str(plain))) == 0
+    assert log_without_seconds(out) == log_without_seconds(plain)
+    events = accumulator.EventAccumulator(str(out / "tensorboard")).Reload()
+    steps = [entry for entry in read_log(out / "log.jsonl") if "event" not in entry]
+    held = [(e.step, e.value) for e in events.Scalars("loss_d")]
+    assert [step for step, _ in held] == [entry["step"] for entry in steps] == list(range(1, 15))
+    assert [value for _, value in held] == pytest.approx([entry["loss_d"] for entry in steps], rel=1e-6)
+    assert {"loss_g", "density_d", "balance_ratio", "seconds", "metric/digits"} <= set(events.Tags()["scalars"])
+
+
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb"))
+    out = tmp_path / "watched"
+    assert run(tiny(out=str(out), live="wandb", steps=3)) == 0
+    (file,) = out.glob("wandb/offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    assert all(name in content for name in (b"loss_d", b"density_g", b"metric/digits", b"ddst-relaxed"))
+
+
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    options = [
+        word for name, value in (("width-g", 16), ("width-d", 16), ("steps", 2)) for word in (f"--{name}", str(value))
+    ]
+    assert main(["train", "--out", str(tmp_path / "run"), "--live", "wandb", "--resolution", "8", *options]) == 2
+    assert not (tmp_path / "run").exists()
+    assert "ddst train: error: wandb is missing: pip install 'ddst[live]'" in capsys.readouterr().err

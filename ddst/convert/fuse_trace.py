@@ -170,7 +170,8 @@ def traces_of(model: nn.Module) -> tuple[list[Trace], dict[str, str]]:
             try:
                 trace = trace_of(module)
             except Exception as error:
-                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                message = (str(error).splitlines() or [""])[0].partition(". ")[0]
+                failures[name] = f"{type(error).__name__}: {message}"
             else:
                 traces.append(trace)
                 called.update(id(call.module) for call in trace.calls)

@@ -39,7 +39,7 @@ def test_fused_unless_told_otherwise() -> None:
     ("words", "expected"), [([], {}), (["--no-fuse"], {"fuse": False}), (["--fuse"], {"fuse": True})]
 )
 def test_the_option(words: list[str], expected: dict[str, bool]) -> None:
-    given = vars(build_parser().parse_args(["train", *words]))
+    given = vars(build_parser()[0].parse_args(["train", *words]))
     assert {name: value for name, value in given.items() if name != "command"} == expected
 
 

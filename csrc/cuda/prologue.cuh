@@ -10,8 +10,8 @@ namespace ddst::cuda {
 // act((x - mean) * scale + shift); the tables are float32 and aligned to 16 bytes.
 struct Prologue {
   dev::global_ptr<const float> mean, scale, shift;  // [channels]; scale and shift also [images, channels]
-  int norm;     // 0: none, 1: per channel, 2: per image and channel
-  float slope;  // of the leaky ReLU: 0 is ReLU, 1 no activation
+  int norm;                                         // 0: none, 1: per channel, 2: per image and channel
+  float slope;                                      // of the leaky ReLU: 0 is ReLU, 1 no activation
   DDST_DEVICE bool present() const { return norm != 0 || slope != 1.f; }
 };
 

@@ -211,7 +211,8 @@ DDST_DEVICE void change_pixels(dev::shared_ptr<T> target, int pitch, dev::shared
   for (int pixel = thread >> lane_bits; pixel < pixels; pixel += step, at = at + step * pitch) {
     const int place = dev::load(places + pixel);
     const int image = s.image0 + (place >> 20), y = s.y0 + (place >> 10 & 1023), x = s.x0 + (place & 1023);
-    if (place < 0 || image >= s.images || unsigned(y) >= unsigned(s.height) || unsigned(x) >= unsigned(s.width)) continue;
+    if (place < 0 || image >= s.images || unsigned(y) >= unsigned(s.height) || unsigned(x) >= unsigned(s.width))
+      continue;
     if (f.norm == 2) factors.load_factors(f, image, s.channels, channel);
     change_words(at, factors, f.slope);
   }
@@ -316,15 +317,31 @@ struct WeightGrad {
       const int image = tile / z.tiles_w / z.tiles_h * s.tile_images, y = down * s.tile_h, x = across * s.tile_w;
       if constexpr (kFused) {
         if (of_x)
-          return Source<T>{p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
-                           x * s.stride_w - s.pad_w, in_channel, p.x_halved};
+          return Source<T>{p.x,
+                           s.images,
+                           s.in_h,
+                           s.in_w,
+                           s.in_channels,
+                           image,
+                           y * s.stride_h - s.pad_h,
+                           x * s.stride_w - s.pad_w,
+                           in_channel,
+                           p.x_halved};
         // Pooling leaves an odd last row out.
         const int height = s.out_h >> p.gy_halved << p.gy_halved, width = s.out_w >> p.gy_halved << p.gy_halved;
         return Source<T>{p.gy, s.images, height, width, s.out_channels, image, y, x, out_channel, p.gy_halved};
       }
       if (of_x)
-        return Source<T>{p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
-                         x * s.stride_w - s.pad_w, in_channel, 0};
+        return Source<T>{p.x,
+                         s.images,
+                         s.in_h,
+                         s.in_w,
+                         s.in_channels,
+                         image,
+                         y * s.stride_h - s.pad_h,
+                         x * s.stride_w - s.pad_w,
+                         in_channel,
+                         0};
       return Source<T>{p.gy, s.images, s.out_h, s.out_w, s.out_channels, image, y, x, out_channel, 0};
     };
     const auto stage = [&](int tile) {

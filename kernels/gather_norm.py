@@ -245,7 +245,7 @@ def config_of(problem: Problem, fusion: Fusion, device: str) -> GatherConfig:
         if isinstance(c, GatherConfig)
         and c.box is None
         and c.rows == 1
-        and (c.pixels == 64 or side == 16 or not forward)
+        and (c.pixels == 64 or side == 16 or (side == 32 and not forward))
     )
     if forward and not wide and side == 16:
         return replace(found, stages=4)

@@ -9,15 +9,10 @@ namespace {
 
 template <class T>
 GatherParams<T> parameters(const GatherGeometry& g, const GatherTile& tile, const ddst_cuda_gather_arrays& a) {
-  return {static_cast<const T*>(a.input),
-          static_cast<const T*>(a.values),
-          a.records,
-          static_cast<const T*>(a.bias),
-          static_cast<const T*>(a.residual),
-          static_cast<T*>(a.output),
-          a.relu,
-          g,
-          gather_layout(g, tile, int(sizeof(T)))};
+  return {
+      static_cast<const T*>(a.input),        static_cast<const T*>(a.values), a.records, static_cast<const T*>(a.bias),
+      static_cast<const T*>(a.residual),     static_cast<T*>(a.output),       a.relu,    g,
+      gather_layout(g, tile, int(sizeof(T)))};
 }
 
 template <class Traits>

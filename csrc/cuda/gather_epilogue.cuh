@@ -19,7 +19,8 @@ DDST_DEVICE WarpPixels warp_pixels(const typename Traits::Params& p, const Gathe
   WarpPixels pixels;
   DDST_UNROLL
   for (int m = 0; m < Traits::kPixelTiles; ++m) {
-    const GridPixel pixel = Traits::Source::grid_pixel(p, dev::thread_index() / 32 * 32 + m * 16 + dev::thread_index() % 16);
+    const GridPixel pixel =
+        Traits::Source::grid_pixel(p, dev::thread_index() / 32 * 32 + m * 16 + dev::thread_index() % 16);
     pixels.slot[m] = pixel.image * g.image_pitch + pixel.row * g.step_y * g.patch_cols + pixel.column;
     pixels.taps[m] = 0;
     if (output_pixel(g, place, pixel) >= 0)

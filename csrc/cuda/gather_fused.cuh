@@ -12,12 +12,12 @@ namespace ddst::cuda {
 
 template <class T>
 struct FusedGatherParams : GatherParams<T> {
-  Prologue prologue;                  // of the forward input; in the input gradient its derivative comes behind the product
+  Prologue prologue;  // of the forward input; in the input gradient its derivative comes behind the product
   dev::global_ptr<const T> activated;  // input gradient: the forward input, like the output; null without a prologue
-  int halved;                         // 1: the source has half the sides of what is read
-  int residual_halved;                // 1: the residual has half the sides of the output
-  int squares;                        // 1: the 2 x 2 pixels of a square are summed before they are written
-  float factor;                       // of the sums
+  int halved;                          // 1: the source has half the sides of what is read
+  int residual_halved;                 // 1: the residual has half the sides of the output
+  int squares;                         // 1: the 2 x 2 pixels of a square are summed before they are written
+  float factor;                        // of the sums
 };
 
 struct FusedSource {

@@ -106,8 +106,8 @@ DDST_DEVICE int tap_offset(int k, int phases, int reach) {
 
 // Fills `sources` (stored pixel of each patch slot, -1 outside) and `shifts` (slots between a pixel's and a tap's).
 template <class Traits>
-DDST_DEVICE void build_tables(const typename Traits::Params& p, const GatherPlace& place,
-                              dev::shared_ptr<int> sources, dev::shared_ptr<int> shifts) {
+DDST_DEVICE void build_tables(const typename Traits::Params& p, const GatherPlace& place, dev::shared_ptr<int> sources,
+                              dev::shared_ptr<int> shifts) {
   const GatherGeometry& g = p.g;
   const int top = place.first_row * g.step_y +
                   source_origin<Traits::kTransposed>(g.padding_y, place.phase_y, g.phases_y, g.reach_y);

@@ -138,7 +138,7 @@ extern "C" __attribute__((visibility("default"))) void ddst_cuda_gather_refusal(
                                                                                 int size) {
   ddst::cuda::GatherGeometry geometry;
   const auto tile = ddst::cuda::gather_tile(large_tile, ddst_cuda_element_bytes(problem->dtype));
-  const std::string why = ddst::cuda::
-      gather_geometry(*problem, input_gradient, tile, shared_bytes, geometry, {fused, squares});
+  const std::string why =
+      ddst::cuda::gather_geometry(*problem, input_gradient, tile, shared_bytes, geometry, {fused, squares});
   std::snprintf(message, static_cast<size_t>(size), "%s", why.c_str());
 }

@@ -40,7 +40,8 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
     const int64_t room = input.size(2 + i) * upsample + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1;
     return room < 0 ? int64_t{0} : room / stride[i] + 1;
   };
-  check_shape(kOp, "grad_output", grad_output, {input.size(0), grid.out_channels, out_size(0) / pool, out_size(1) / pool});
+  check_shape(kOp, "grad_output", grad_output,
+              {input.size(0), grid.out_channels, out_size(0) / pool, out_size(1) / pool});
   const Prologues tables = check_prologue(kOp, mean, scale, shift, input.size(0), grid.in_channels, device);
   const int64_t vector = 16 / ddst_cuda_element_bytes(dtype);
   if (fused && (grid.in_channels % vector || grid.out_channels % vector))
@@ -48,7 +49,8 @@ Tensor conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, const 
   const int64_t slots = block_row.numel();
   const auto narrow = [](int64_t value) { return static_cast<int>(value); };
   WeightGradShape s{};
-  s.images = narrow(input.size(0)), s.in_h = narrow(input.size(2) * upsample), s.in_w = narrow(input.size(3) * upsample);
+  s.images = narrow(input.size(0)), s.in_h = narrow(input.size(2) * upsample),
+  s.in_w = narrow(input.size(3) * upsample);
   s.in_channels = narrow(grid.in_channels), s.out_channels = narrow(grid.out_channels);
   s.out_h = narrow(out_size(0)), s.out_w = narrow(out_size(1));
   s.kernel_h = narrow(grid.kernel_h), s.kernel_w = narrow(grid.kernel_w);

@@ -10,8 +10,8 @@ namespace ddst::cuda {
 // act((x - mean) * scale + shift); the tables are float32 and aligned to 16 bytes.
 struct Prologue {
   dev::global_ptr<const float> mean, scale, shift;  // [channels]; scale and shift also [images, channels]
-  int norm;     // 0: none, 1: per channel, 2: per image and channel
-  float slope;  // of the leaky ReLU: 0 is ReLU, 1 no activation
+  int norm;                                         // 0: none, 1: per channel, 2: per image and channel
+  float slope;                                      // of the leaky ReLU: 0 is ReLU, 1 no activation
   DDST_DEVICE bool present() const { return norm != 0 || slope != 1.f; }
 };
 
@@ -24,7 +24,7 @@ DDST_DEVICE float leaky(float z, float by, float slope) {
 // A prologue's numbers for kCount channels from `channel` on.
 template <int kCount>
 struct ChannelFactors {
-  float mean[kCount], scale[kCount], shift[kCount];
+  float mean[kCount] = {}, scale[kCount] = {}, shift[kCount] = {};
   DDST_DEVICE void load_mean(const Prologue& f, int channel) {
     DDST_UNROLL
     for (int i = 0; i < kCount; ++i) mean[i] = f.norm ? dev::load(f.mean + (channel + i)) : 0.f;
@@ -43,19 +43,24 @@ struct ChannelFactors {
   }
 };
 
-// The prologue of the 16 bytes at a place in shared memory, whose channels the factors are of.
+// The prologue of the channels in a word, which the factors are of from `first` on.
+template <class T, int kCount>
+DDST_DEVICE std::uint32_t change_word(std::uint32_t word, const ChannelFactors<kCount>& factors, float slope,
+                                      int first = 0) {
+  if constexpr (sizeof(T) == 2) {
+    const float low = factors.apply(first, dev::widen<T>(std::uint16_t(word)), slope);
+    return dev::pack2<T>(low, factors.apply(first + 1, dev::widen<T>(std::uint16_t(word >> 16)), slope));
+  } else {
+    return dev::float_bits(factors.apply(first, dev::float_of(word), slope));
+  }
+}
+
+// The same of the 16 bytes at a place in shared memory.
 template <class T>
 DDST_DEVICE void change_words(dev::shared_ptr<T> at, const ChannelFactors<16 / int(sizeof(T))>& factors, float slope) {
   dev::Words4 words = dev::load_words(at);
   DDST_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 2) {
-      const float low = factors.apply(2 * i, dev::widen<T>(std::uint16_t(words.w[i])), slope);
-      words.w[i] = dev::pack2<T>(low, factors.apply(2 * i + 1, dev::widen<T>(std::uint16_t(words.w[i] >> 16)), slope));
-    } else {
-      words.w[i] = dev::float_bits(factors.apply(i, dev::float_of(words.w[i]), slope));
-    }
-  }
+  for (int i = 0; i < 4; ++i) words.w[i] = change_word<T>(words.w[i], factors, slope, i * (4 / int(sizeof(T))));
   dev::store_words(at, words);
 }
 

@@ -204,16 +204,22 @@ DDST_DEVICE void change_pixels(dev::shared_ptr<T> target, int pitch, dev::shared
             step = kWeightGradThreads >> lane_bits;
   const int channel = s.first_channel + chunk * kVector;
   if (chunk * kVector >= staged || channel >= s.channels) return;
-  ChannelFactors<kVector> factors;
-  factors.load_mean(f, channel);
-  if (f.norm < 2) factors.load_factors(f, 0, s.channels, channel);
-  auto at = target + ((thread >> lane_bits) * pitch + chunk * kVector);
-  for (int pixel = thread >> lane_bits; pixel < pixels; pixel += step, at = at + step * pitch) {
-    const int place = dev::load(places + pixel);
-    const int image = s.image0 + (place >> 20), y = s.y0 + (place >> 10 & 1023), x = s.x0 + (place & 1023);
-    if (place < 0 || image >= s.images || unsigned(y) >= unsigned(s.height) || unsigned(x) >= unsigned(s.width)) continue;
-    if (f.norm == 2) factors.load_factors(f, image, s.channels, channel);
-    change_words(at, factors, f.slope);
+  // One word's channels after the other, so that few factors are in registers at a time, beside all accumulators.
+  constexpr int kInWord = kVector / 4;
+  for (int word = 0; word < 4; ++word) {
+    const int own = channel + word * kInWord;
+    ChannelFactors<kInWord> factors;
+    factors.load_mean(f, own);
+    if (f.norm < 2) factors.load_factors(f, 0, s.channels, own);
+    auto at = (target + ((thread >> lane_bits) * pitch + chunk * kVector)).template as<std::uint32_t>() + word;
+    for (int pixel = thread >> lane_bits; pixel < pixels; pixel += step, at = at + step * pitch / kInWord) {
+      const int place = dev::load(places + pixel);
+      const int image = s.image0 + (place >> 20), y = s.y0 + (place >> 10 & 1023), x = s.x0 + (place & 1023);
+      if (place < 0 || image >= s.images || unsigned(y) >= unsigned(s.height) || unsigned(x) >= unsigned(s.width))
+        continue;
+      if (f.norm == 2) factors.load_factors(f, image, s.channels, own);
+      dev::store(at, change_word<T>(dev::load(at), factors, f.slope));
+    }
   }
 }
 
@@ -310,30 +316,23 @@ struct WeightGrad {
     dev::sync_threads();
 
     const int begin = int(z.tiles * share / s.shares), end = int(z.tiles * (share + 1) / s.shares);
-    const auto target = [&](int tile) { return stages + (tile - begin) % kWeightGradStages * stage_elements; };
-    const auto source = [&](int tile, bool of_x) {
-      const int across = tile % z.tiles_w, down = tile / z.tiles_w % z.tiles_h;
-      const int image = tile / z.tiles_w / z.tiles_h * s.tile_images, y = down * s.tile_h, x = across * s.tile_w;
-      if constexpr (kFused) {
-        if (of_x)
-          return Source<T>{p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
-                           x * s.stride_w - s.pad_w, in_channel, p.x_halved};
-        // Pooling leaves an odd last row out.
-        const int height = s.out_h >> p.gy_halved << p.gy_halved, width = s.out_w >> p.gy_halved << p.gy_halved;
-        return Source<T>{p.gy, s.images, height, width, s.out_channels, image, y, x, out_channel, p.gy_halved};
-      }
-      if (of_x)
-        return Source<T>{p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
-                         x * s.stride_w - s.pad_w, in_channel, 0};
-      return Source<T>{p.gy, s.images, s.out_h, s.out_w, s.out_channels, image, y, x, out_channel, 0};
-    };
     const auto stage = [&](int tile) {
       if (tile < end) {
-        const auto to = target(tile);
+        const auto to = stages + (tile - begin) % kWeightGradStages * stage_elements;
+        const int across = tile % z.tiles_w, down = tile / z.tiles_w % z.tiles_h;
+        const int image = tile / z.tiles_w / z.tiles_h * s.tile_images, y = down * s.tile_h, x = across * s.tile_w;
+        int out_h = s.out_h, out_w = s.out_w, gy_halved = 0, x_halved = 0;
+        if constexpr (kFused) {
+          gy_halved = p.gy_halved, x_halved = p.x_halved;
+          out_h = out_h >> gy_halved << gy_halved,
+          out_w = out_w >> gy_halved << gy_halved;  // an odd last row is left out
+        }
         stage_pixels<T, kFused>(to, z.grad_pitch, tile_places, z.pixels, z.grad_bits, s.band_rows * s.block_out,
-                                source(tile, false));
+                                {p.gy, s.images, out_h, out_w, s.out_channels, image, y, x, out_channel, gy_halved});
         stage_pixels<T, kFused>(to + gy_elements, z.input_pitch, patch_places, z.patch, z.input_bits,
-                                s.band_cols * s.block_in, source(tile, true));
+                                s.band_cols * s.block_in,
+                                {p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
+                                 x * s.stride_w - s.pad_w, in_channel, x_halved});
       }
       dev::cp_async_commit();  // empty groups at the end keep the count of groups in flight constant
     };
@@ -343,13 +342,19 @@ struct WeightGrad {
     for (int tile = begin; tile < end; ++tile) {
       dev::cp_async_wait<kWeightGradStages - 2>();
       if constexpr (kFused) {
-        if (p.prologue.present())
-          change_pixels<T>(target(tile) + gy_elements, z.input_pitch, patch_places, z.patch, z.input_bits,
-                           s.band_cols * s.block_in, source(tile, true), p.prologue);
+        if (p.prologue.present()) {
+          const int image = tile / z.tiles_w / z.tiles_h * s.tile_images;
+          const int y = tile / z.tiles_w % z.tiles_h * s.tile_h, x = tile % z.tiles_w * s.tile_w;
+          change_pixels<T>(stages + ((tile - begin) % kWeightGradStages * stage_elements + gy_elements), z.input_pitch,
+                           patch_places, z.patch, z.input_bits, s.band_cols * s.block_in,
+                           {p.x, s.images, s.in_h, s.in_w, s.in_channels, image, y * s.stride_h - s.pad_h,
+                            x * s.stride_w - s.pad_w, in_channel, p.x_halved},
+                           p.prologue);
+        }
       }
       dev::sync_threads();  // this tile has landed for all; everyone has left the one that the next copy overwrites
       stage(tile + kWeightGradStages - 1);
-      const auto from = target(tile);
+      const auto from = stages + (tile - begin) % kWeightGradStages * stage_elements;
       multiply_tile(p, from, from + gy_elements, tile_offsets, places, acc);
     }
     dev::cp_async_wait<0>();

@@ -90,8 +90,8 @@ void run_tile(const ddst_cuda_conv2d_problem& problem, bool input_gradient, bool
 extern "C" {
 
 // Both write why they fail into `message`, "" if they do not.
-void ddst_cuda_gather_refusal(const ddst_cuda_conv2d_problem* problem, bool input_gradient, bool large,
-                              bool fused, bool squares, int shared_bytes, char* message, int size) {
+void ddst_cuda_gather_refusal(const ddst_cuda_conv2d_problem* problem, bool input_gradient, bool large, bool fused,
+                              bool squares, int shared_bytes, char* message, int size) {
   GatherGeometry g;
   const GatherTile tile = gather_tile(large, ddst_cuda_element_bytes(problem->dtype));
   std::snprintf(message, std::size_t(size), "%s",

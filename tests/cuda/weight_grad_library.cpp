@@ -31,8 +31,12 @@ template <class Number, class U>
 emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::Options& options) {
   using T = cuda::stored_t<Number>;
   const cuda::WeightGradSizes sizes = cuda::weight_grad_sizes(s, sizeof(T));
-  Buffer gy = input<T>("gy", arrays.gy, std::int64_t(s.images) * (s.out_h >> arrays.gy_halved) * (s.out_w >> arrays.gy_halved) * s.out_channels);
-  Buffer x = input<T>("x", arrays.x, std::int64_t(s.images) * (s.in_h >> arrays.x_halved) * (s.in_w >> arrays.x_halved) * s.in_channels);
+  Buffer gy =
+      input<T>("gy", arrays.gy,
+               std::int64_t(s.images) * (s.out_h >> arrays.gy_halved) * (s.out_w >> arrays.gy_halved) * s.out_channels);
+  Buffer x =
+      input<T>("x", arrays.x,
+               std::int64_t(s.images) * (s.in_h >> arrays.x_halved) * (s.in_w >> arrays.x_halved) * s.in_channels);
   Buffer row = input<int>("block_row", arrays.block_row, s.slots),
          col = input<int>("block_col", arrays.block_col, s.slots);
   Buffer tap = input<int>("block_tap", arrays.block_tap, s.slots);

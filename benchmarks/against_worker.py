@@ -105,6 +105,8 @@ def gan_programs(request: dict[str, Any]) -> tuple[list[str], Programs]:
     for net in (generator, discriminator):
         ddst.sparsify(net, request["density"], block=tuple(request["block"]))
         exchange(sparse_layers(net), request["exchanges"])
+        if hasattr(ddst, "fuse"):  # builds of before have none
+            ddst.fuse(net)
     betas = tuple(request["betas"])
     adam_g = torch.optim.Adam(generator.parameters(), lr=request["lr"], betas=betas)
     adam_d = torch.optim.Adam(discriminator.parameters(), lr=request["lr_d"], betas=betas)

@@ -34,7 +34,7 @@ def measure_gan(case: Case, settings: Settings) -> dict[str, Any]:
     """
     from ddst.train.players import gan_iteration
 
-    sparse, dense = players_of(case, "static"), players_of(case, "dense")
+    sparse, dense = players_of(case, "static", fused=True), players_of(case, "dense")
     wrong = wrong_gradients(sparse)
     if wrong:
         return {"wrong": wrong}
@@ -65,10 +65,10 @@ def measure_gan(case: Case, settings: Settings) -> dict[str, Any]:
     return {"wrong": [], "step": step}
 
 
-def players_of(case: Case, method: str) -> Players:
-    """Networks and optimizers of a method, from the same seed."""
+def players_of(case: Case, method: str, *, fused: bool = False) -> Players:
+    """Networks and optimizers of a method, from the same seed; fused as ``ddst train`` runs sparse ones."""
     from ddst.train.config import resolve
-    from ddst.train.players import build_networks, make_sparse, with_optimizers
+    from ddst.train.players import build_networks, fuse_networks, make_sparse, with_optimizers
 
     settings = {"out": "unused", "method": method, "density": case.density, "block": case.block, "batch": case.batch}
     config = resolve({**settings, **GANS[case.layer]})
@@ -76,6 +76,8 @@ def players_of(case: Case, method: str) -> Players:
     generator, discriminator = build_networks(config, 3)
     if method != "dense":
         make_sparse(config, generator, discriminator)
+    if fused:
+        fuse_networks(config, generator, discriminator)
     return with_optimizers(config, generator.to(case.device), discriminator.to(case.device))
 
 

@@ -24,7 +24,7 @@ from ddst.benchmarks import report
 
 BEHIND = 1.10
 #: The row of `--memory` that stands for the sparse networks at their best.
-SPARSE = "sparse"
+SPARSE = "sparse-fused"
 Run = dict[str, Any]
 
 

@@ -57,13 +57,20 @@ def checkpointed(players: Players) -> None:
     assert checkpoint_blocks(players.generator) and checkpoint_blocks(players.discriminator)
 
 
-#: Row -> how its networks run. What is sparse and fused takes one line more: "sparse-fused": Variant("static", fused).
+def fused(players: Players) -> None:
+    """Both networks with fused half blocks, as ``ddst train`` runs them."""
+    for network in (players.generator, players.discriminator):
+        ddst.fuse(network)
+
+
+#: Row -> how its networks run.
 ROWS = {
     "dense": Variant("dense"),
     "dense-compiled": Variant("dense", budget=1.0),
     "dense-budget-0.5": Variant("dense", budget=0.5),
     "dense-budget-0.3": Variant("dense", budget=0.3),
     "dense-checkpointed": Variant("dense", checkpointed),
+    "sparse-fused": Variant("static", fused),
     "sparse": Variant("static"),
     "sparse-checkpointed": Variant("static", checkpointed),
     "sparse-compiled": Variant("static", budget=1.0),

@@ -73,7 +73,7 @@ def watch(case: registry.Case, steps: int, every: int) -> Iterator[Memory]:
     """The memory at every so many iterations of a case's networks, of fixed masks, on the same random images."""
     from ddst.train.players import gan_iteration
 
-    players = players_of(case, "static")
+    players = players_of(case, "static", fused=True)
     size, latent = players.generator.resolution, players.generator.latent
     reals = [torch.rand(case.batch, 3, size, size) * 2 - 1 for _ in range(D_STEPS)]
     for step in range(1, steps + 1):

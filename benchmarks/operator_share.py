@@ -52,7 +52,7 @@ def recorded(iteration: Any) -> tuple[float, float, Counter[str]]:
 def measure(case: registry.Case, settings: Settings) -> Row:
     """``share`` (outside), its spread, and the operators outside with their shares of the iteration."""
     torch.set_num_threads(settings.threads)
-    players = players_of(case, "static")
+    players = players_of(case, "static", fused=True)
     row: Row = {"layer": case.layer, "batch": case.batch, "density": case.density, "threads": settings.threads}
     row["wrong"] = wrong_gradients(players)
     if row["wrong"]:

@@ -13,6 +13,7 @@ from torch._decomp import register_decomposition
 
 from ..topology import as_blocks, split_topology
 from . import reference
+from .norm_act_conv2d import activated, finished
 
 _ops = torch.ops.ddst
 
@@ -95,3 +96,39 @@ def _linear_weight_grad(
     # One block of zeros more, for the free slots.
     flat = (index.block_row.long() * cols + index.block_col).clamp(max=rows * cols)
     return torch.nn.functional.pad(blocks.flatten(0, 1), (0, 0, 0, 0, 0, 1))[flat]
+
+
+@register_decomposition(_ops.norm_act_conv2d.default)
+def _norm_act_conv2d(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    topology: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    eps: float,
+    negative_slope: float,
+    upsample: int,
+    pool: int,
+    residual_upsample: int,
+    batch_stats: bool,
+    moments: bool,
+    channels_last: bool,
+    backend: int = 0,
+    record: int = 0,
+) -> tuple[Tensor, Tensor]:
+    h = activated(input, mean, var, gamma, beta, eps, negative_slope, upsample, batch_stats)
+    weight = reference.dense_weight(values, topology, weight_shape)
+    y = torch.nn.functional.conv2d(h, weight, bias, stride, padding, dilation)
+    y = finished(y, residual, pool, residual_upsample)
+    if not moments:
+        return y, y.new_empty([0])
+    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    return y, torch.stack([mean, var])

@@ -101,3 +101,42 @@ def test_a_file_is_as_small_as_its_blocks(tmp_path: Path) -> None:
     dense = size(net)
     ddst.sparsify(net, 0.1)
     assert 0.1 < size(net) / dense < 0.11
+
+
+class Half(nn.Module):
+    """The fused operator called as a function, with all that it can have in front of and behind the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = ddst.SparseConv2d(32, 32, 3, padding=1, density=0.4)
+        self.norm = nn.BatchNorm2d(32)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        layer, norm = self.layer, self.norm
+        settled = ddst.ops.Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        geometry = (layer.topology, layer.op_shape, 1, 1)
+        y, moments = ddst.ops.norm_act_conv2d(
+            x, layer.values, layer.bias, *geometry, norm=settled, negative_slope=0.2, upsample=2, pool=2,
+            residual=residual, residual_upsample=2, moments=True,
+        )  # fmt: skip
+        return y - moments[0][:, None, None]
+
+
+def test_the_fused_half_of_a_block(tmp_path: Path) -> None:
+    net = Half()
+    for number in (net.norm.running_mean, net.norm.running_var, *net.norm.parameters()):
+        nn.init.uniform_(number, 0.5, 2)
+    inputs = (torch.randn(2, 32, 6, 6), torch.randn(2, 32, 3, 3))
+    with torch.no_grad():
+        expected = net.eval()(*inputs)
+    torch.testing.assert_close(run_exported(net, inputs, tmp_path / "x.onnx"), expected)
+
+
+def test_a_fused_model(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
+    ddst.sparsify(net, 0.4, distribution="uniform")
+    assert ddst.fuse(net).fused == 1
+    x = torch.randn(2, 32, 6, 6)
+    with torch.no_grad():
+        expected = net.eval()(x)
+    torch.testing.assert_close(run_exported(net, (x,), tmp_path / "x.onnx"), expected)

@@ -8,31 +8,27 @@
 
 namespace ddst::cpu {
 
-// most_tasks: threads to use, 0 for all of torch's. reused: it runs more than once.
 template <typename T>
 std::unique_ptr<GatherPass<T>> forward_pass(const Kernels<T>& kernels, const Topology& topology, const WeightGrid& grid,
-                                            const ConvGeometry& geometry, const T* values, const T* bias,
-                                            int64_t most_tasks = 0, bool reused = false) {
+                                            const ConvGeometry& geometry, const T* values, const T* bias) {
   const ConvGeometry g = flattened(geometry);
   return std::make_unique<GatherPass<T>>(
       kernels, GatherShape{input_shape(g), output_shape(g), g.kernel_w, grid.block_out, grid.block_in},
       BlockLists{grid.rows, topology.nnz, topology.row_ptr, topology.row_order, topology.block_col, topology.block_tap},
       forward_axis(g.out_h, g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
-      forward_axis(g.out_w, g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), true, values, bias, most_tasks,
-      reused);
+      forward_axis(g.out_w, g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), true, values, bias, 0, false);
 }
 
 template <typename T>
 std::unique_ptr<GatherPass<T>> input_grad_pass(const Kernels<T>& kernels, const Topology& topology,
-                                               const WeightGrid& grid, const ConvGeometry& geometry, const T* values,
-                                               int64_t most_tasks = 0, bool reused = false) {
+                                               const WeightGrid& grid, const ConvGeometry& geometry, const T* values) {
   const ConvGeometry g = flattened(geometry);
   return std::make_unique<GatherPass<T>>(
       kernels, GatherShape{output_shape(g), input_shape(g), g.kernel_w, grid.block_in, grid.block_out},
       BlockLists{grid.cols, topology.nnz, topology.col_ptr, topology.col_order, topology.block_row, topology.block_tap},
       input_grad_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
-      input_grad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), false, values, nullptr,
-      most_tasks, reused);
+      input_grad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), false, values, nullptr, 0,
+      false);
 }
 
 }  // namespace ddst::cpu

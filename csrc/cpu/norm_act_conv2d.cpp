@@ -401,18 +401,22 @@ void activation_grad(const Kernels<T>& kernels, const Half& half, const NormTerm
   int64_t pixels = 0;
   const RowForm<T> form = norm.form(image, half.slope);
   for (int64_t r = 0; r < rows; ++r) {
-    const T* const row = from + half.upsample * r * from_line;
-    kernels.rows.activate_grad(row, half.upsample == 2 ? row + from_line : nullptr, x + r * line, half.w, channels,
-                               form, grad + r * line, sums.data(), products.data());
-    pixels += half.w;
-    if (!norm.present || (pixels < kPiece && r + 1 < rows)) continue;
-    for (int64_t c = 0; c < channels; ++c) {
-      sums_of_rows[c] += static_cast<double>(sums[c]);
-      products_of_rows[c] += static_cast<double>(products[c]);
+    for (int64_t begin = 0; begin < half.w; begin += kPiece) {
+      const int64_t count = std::min(kPiece, half.w - begin), at = r * line + begin * channels;
+      const T* const row = from + half.upsample * (r * from_line + begin * channels);
+      kernels.rows.activate_grad(row, half.upsample == 2 ? row + from_line : nullptr, x + at, count, channels, form,
+                                 grad + at, sums.data(), products.data());
+      pixels += count;
+      const bool last = r + 1 == rows && begin + count == half.w;
+      if (!norm.present || (pixels < kPiece && !last)) continue;
+      for (int64_t c = 0; c < channels; ++c) {
+        sums_of_rows[c] += static_cast<double>(sums[c]);
+        products_of_rows[c] += static_cast<double>(products[c]);
+      }
+      std::fill(sums.begin(), sums.end(), T(0));
+      std::fill(products.begin(), products.end(), T(0));
+      pixels = 0;
     }
-    std::fill(sums.begin(), sums.end(), T(0));
-    std::fill(products.begin(), products.end(), T(0));
-    pixels = 0;
   }
 }
 

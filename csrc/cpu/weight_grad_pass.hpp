@@ -113,8 +113,8 @@ WeightGradPlan<T> plan_weight_grad(const Kernels<T>& kernels, const ConvGeometry
   return plan;
 }
 
-// Called before a chunk is computed: puts its activations somewhere and points the job there. share: of the pixels;
-// first: whether no other task computes other blocks of the same chunk before this one.
+// Called before a chunk is computed: puts its activations somewhere and points the job there. first: whether the task
+// computes the first of the blocks, which one task does for every chunk.
 template <typename T>
 using ChunkStage = std::function<void(int64_t task, bool first, int64_t chunk, WeightGradJob<T>& job)>;
 

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._arguments import check_module
 from ..nn import PackedParameter, SparseConv2d, SparseLayer
-from ..nn.deferred.plan import Plan, Put, PutInput, PutOutput, hooked
+from ..nn.deferred.plan import Plan, Put, PutInput, PutOutput, Settle, hooked
 from ..nn.deferred.run import refusal
 from .fuse_chains import Mark, Proof, Vote
 from .fuse_report import FusedConv, FuseReport
@@ -69,6 +69,8 @@ def fuse(model: nn.Module) -> FuseReport:
     made = {mark for mark, found in votes.items() if len(found) == calls[mark[1]] and _alike(found)}
     for mark in made:
         _make(mark, votes[mark])
+    if made:
+        model.register_forward_hook(Settle())
     return FuseReport(tuple(_rows(model, proofs, made)), failures)
 
 
@@ -79,7 +81,7 @@ def unfuse(model: nn.Module) -> None:
     """
     for module in check_module("model", model).modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Put)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Put | Settle)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         if isinstance(module, SparseConv2d):

@@ -136,7 +136,8 @@ def norm_act_conv2d(
     check_operands(input, values, bias, topology)
     if len(check_weight_shape("weight_shape", weight_shape)) != 4:
         raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
-    negative_slope = check_number("negative_slope", negative_slope)
+    if not torch.compiler.is_compiling():  # where it may be a symbol
+        negative_slope = check_number("negative_slope", negative_slope)
     check_bool("moments", moments)
     if residual is not None:
         check_tensor("residual", residual, 4)
@@ -165,6 +166,10 @@ def norm_act_conv2d(
                 f"residual, upsampled by {residual_upsample}, must have the output's shape "
                 f"{(x.shape[0], shape[0], *size)}, got the shape {tuple(residual.shape)}"
             )
+        if residual.device != input.device:
+            raise RuntimeError(f"residual must be on the device of input, {input.device}, got {residual.device}")
+        if not residual.is_floating_point() or residual.element_size() > max(x.element_size(), 4):
+            raise TypeError(f"residual must have the dtype of input, {dtype}, got {residual.dtype}")
         residual = residual.to(x.dtype)
     # A mean of 1,000 and a spread of 1 are too much for 16 bits.
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -225,7 +230,8 @@ def activated(
         if gamma is not None and beta is not None:
             z = z * gamma[..., None, None] + beta[..., None, None]
     if negative_slope != 1:
-        z = F.leaky_relu(z, negative_slope)
+        # A slope of 0 is not the same: it makes a NaN of an infinity.
+        z = F.relu(z) if negative_slope == 0 else F.leaky_relu(z, negative_slope)
     z = z.to(input.dtype)
     return F.interpolate(z, scale_factor=2.0, mode="nearest") if upsample == 2 else z
 

@@ -71,7 +71,7 @@ def _now(value: Any) -> Activated | None:
 
 def _became(value: Deferred, work: Activated, step: Step, in_place: bool) -> Deferred | None:
     """The value after a step; None where it has to be taken, as others see the tensor change."""
-    after = work._replace(steps=(*work.steps, step), takes_norm=False)
+    after = work._replace(steps=(*work.steps, step), takes_norm=False).noting()
     if not in_place:
         return Deferred(after)
     if not work.steps and work.shared:

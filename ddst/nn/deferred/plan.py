@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_map
 
+from ..packed.callers import inside_a_function
 from .run import run, takes
 from .value import Deferred, tensor_of
-from .work import Activated, Convolved, mode_of, version_of
+from .work import Activated, Convolved, mode_of, version_of, versions_of
 
 if TYPE_CHECKING:
     from ..conv2d import SparseConv2d
@@ -96,6 +98,13 @@ class PutOutput(Put):
         return self.value(module, output)
 
 
+class Settle:
+    """A forward hook of a fused model: what leaves it is tensors, whichever way its code took."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return None if isinstance(output, Tensor) else tree_map(tensor_of, output)
+
+
 def may_defer(value: Any) -> bool:
     """Whether a value is a tensor that can wait: of four dimensions, and nothing that follows what is done with it."""
     if type(value) is not Tensor and type(value) is not nn.Parameter:
@@ -105,7 +114,14 @@ def may_defer(value: Any) -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
     following = torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or value.is_inference()
-    return not following and not global_hooks()
+    return not following and not global_hooks() and not inside_a_checkpoint()
+
+
+def inside_a_checkpoint() -> bool:
+    """Whether a torch.autograd.Function runs the code, which hands on tensors only: a reentrant checkpoint, say."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return inside_a_function(checkpoints=True)
 
 
 def global_hooks() -> bool:
@@ -141,7 +157,7 @@ def hooked(module: nn.Module) -> bool:
     if module._backward_hooks or module._backward_pre_hooks:
         return True
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if not isinstance(hook, Put | SpectralNorm | WeightNorm):
+        if not isinstance(hook, Put | Settle | SpectralNorm | WeightNorm):
             return True
     return False
 
@@ -162,7 +178,8 @@ def convolve(layer: SparseConv2d, input: Tensor | Deferred) -> Any:
         return None
     if not read.steps:
         read = read._replace(version=version_of(read.source))
-    work = Convolved(layer, read, layer.effective_values(), mode_of(read.source.device))
+    values = layer.effective_values()
+    work = Convolved(layer, read, values, mode_of(read.source.device), noted=versions_of(values, layer.bias))
     plan = layer.plan
     waits = plan is not None and plan.waits and not any_hooks(plan.seen_by)
     return Deferred(work) if waits or read.asks else finish(work)
@@ -171,7 +188,7 @@ def convolve(layer: SparseConv2d, input: Tensor | Deferred) -> Any:
 def finish(work: Convolved, residual: Tensor | None = None, residual_upsample: int = 1) -> Any:
     """Runs a convolution with its epilogue: the tensor, or for what comes next a deferred one, held by nobody else."""
     plan = work.layer.plan
-    if plan is None or not plan.hands_on or any_hooks(plan.seen_by):
+    if plan is None or not plan.hands_on or any_hooks(plan.seen_by) or inside_a_checkpoint():
         return run(work, residual, residual_upsample)[0]
     output, moments = run(work, residual, residual_upsample, plan.wants_moments)
     return Deferred.of(output, moments, takes_norm=plan.takes_norm, shared=False)

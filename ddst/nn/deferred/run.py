@@ -46,7 +46,7 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """``pool(conv(input)) + up(residual)``, and the moments of it."""
     layer, input = work.layer, work.input
-    input.check_source()
+    work.check()
     x = layer._input_images(input.source)
     geometry: tuple[Any, ...] = (layer.topology, layer.op_shape, layer.stride, layer.padding, layer.dilation)
     settings: dict[str, Any] = {"backend": layer.backend, "record": layer._record}

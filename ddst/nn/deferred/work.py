@@ -43,7 +43,12 @@ def in_mode(mode: Mode, device: torch.device) -> AbstractContextManager[Any]:
 
 def version_of(tensor: Tensor) -> int:
     """Counts the changes in place; compiled code knows none."""
-    return 0 if torch.compiler.is_compiling() else tensor._version
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def versions_of(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Those of all that are there."""
+    return tuple(version_of(tensor) for tensor in tensors if tensor is not None)
 
 
 class Activated(NamedTuple):
@@ -52,7 +57,7 @@ class Activated(NamedTuple):
     Attributes:
         source: ``[N, C, H, W]``.
         mode: in which the last of it was asked for.
-        version: of source, when it was.
+        version: of source, when it was. noted: of what the norm holds, when it was.
         moments: of source, if they are known.
         norm: with batch statistics or running ones; gamma and beta, one of which may be missing.
         slope: of the leaky ReLU; 1 for none.
@@ -74,6 +79,15 @@ class Activated(NamedTuple):
     takes_norm: bool = False
     asks: bool = False
     shared: bool = True
+    noted: tuple[int, ...] = ()
+
+    def noting(self) -> Activated:
+        """The same with the versions of what the norm holds."""
+        return self._replace(noted=self.versions())
+
+    def versions(self) -> tuple[int, ...]:
+        """Of mean, variance, gain and shift as they are now."""
+        return () if self.norm is None else versions_of(*self.norm[:4])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,11 +110,16 @@ class Activated(NamedTuple):
 
     def check_source(self) -> None:
         """Raises where the value is lost."""
-        if version_of(self.source) != self.version:
-            raise RuntimeError(
-                "the input of a fused norm, activation or convolution was changed in place before it was read: call "
-                "ddst.unfuse(model), or do not change it"
-            )
+        if version_of(self.source) != self.version or self.versions() != self.noted:
+            raise lost("the input, a parameter or a buffer")
+
+
+def lost(what: str) -> RuntimeError:
+    """The error of a value that can no longer be computed as it would have been."""
+    return RuntimeError(
+        f"{what} of a fused norm, activation or convolution was changed in place before its value was read: call "
+        "ddst.unfuse(model), or read it before"
+    )
 
 
 class Convolved(NamedTuple):
@@ -110,6 +129,7 @@ class Convolved(NamedTuple):
         layer: the convolution. input: what it reads. values: the packed weight it was called with.
         mode: in which it was called.
         pool: 1 or 2.
+        noted: versions of values and bias, when it was called.
     """
 
     layer: SparseConv2d
@@ -117,3 +137,10 @@ class Convolved(NamedTuple):
     values: Tensor
     mode: Mode
     pool: int = 1
+    noted: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Raises where the value is lost."""
+        self.input.check_source()
+        if versions_of(self.values, self.layer.bias) != self.noted:
+            raise lost("the weight or bias")

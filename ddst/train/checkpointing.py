@@ -50,7 +50,22 @@ class Checkpointed(nn.Module):
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), as_before(block)
+    return nullcontext(), _AsOftenAsBefore(block)
+
+
+class _AsOftenAsBefore(AbstractContextManager[None]):
+    """:func:`as_before`, entered for each of the times: the second derivative of a penalty repeats a block twice."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(as_before(self.block))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.pop().__exit__(*error)
 
 
 def checkpoint_blocks(network: nn.Module) -> bool:

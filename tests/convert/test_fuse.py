@@ -258,3 +258,77 @@ def test_distributed_data_parallel() -> None:
         assert ddst.fuse(nn.parallel.DistributedDataParallel(model)).fused >= 4
     finally:
         dist.destroy_process_group()
+
+
+class Half(nn.Module):
+    """Norm, activation, convolution; what ``forward`` does with the activated map is a subclass's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.bn(x)))
+
+
+class Branching(Half):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn(x))
+        return self.conv(h) if self.training else h
+
+
+class Keeping(Half):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = F.relu(self.bn(x))
+        return self.conv(self.kept)
+
+
+class Checkpointing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Half(), Half()
+        self.saves = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(self.first, x, use_reentrant=True) if self.saves else self.first(x)
+        return self.second(h)
+
+
+def fused_pair(make: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain = make().double()
+    ddst.sparsify(plain, 0.5, block=8, distribution="uniform")
+    fused = copy.deepcopy(plain)
+    assert ddst.fuse(fused).fused
+    return plain, fused
+
+
+def test_a_reentrant_checkpoint_that_begins_later_keeps_its_gradients() -> None:
+    plain, fused = fused_pair(Checkpointing)
+    gradients = []
+    for net in (plain, fused):
+        net.saves = True
+        x = torch.ones(2, 16, 4, 4, dtype=torch.float64).cumsum(0).requires_grad_()
+        net(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in net.parameters())])
+    for theirs, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_leaves_a_fused_model_is_a_tensor_whichever_way_it_took() -> None:
+    plain, fused = fused_pair(Branching)
+    x = torch.randn(2, 16, 4, 4, dtype=torch.float64)
+    y = fused.eval()(x)
+    assert type(y) is Tensor
+    torch.testing.assert_close(y, plain.eval()(x))
+    ddst.unfuse(fused)
+    assert not fused._forward_hooks
+
+
+def test_a_kept_value_whose_parameters_have_changed_is_refused() -> None:
+    _, fused = fused_pair(Keeping)
+    fused(torch.randn(2, 16, 4, 4, dtype=torch.float64)).sum().backward()
+    with torch.no_grad():
+        fused.bn.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        fused.kept + 1

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ddst.models import Discriminator
 from ddst.train.checkpointing import Checkpointed, as_before, checkpoint_blocks
 
 
@@ -43,6 +44,22 @@ def test_outputs_gradients_and_buffers_are_those_without(container: type[nn.Modu
     for (name, theirs), ours in zip(plain.named_buffers(), saving.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
     assert int(saving.blocks[0].block[1].num_batches_tracked) == 2
+
+
+def test_a_gradient_penalty_repeats_blocks_twice() -> None:
+    torch.manual_seed(0)
+    plain = Discriminator(16, 16, 1).double()
+    saving = copy.deepcopy(plain)
+    assert checkpoint_blocks(saving)
+    images = torch.randn(2, 1, 16, 16, dtype=torch.float64)
+    gradients = []
+    for network in (plain, saving):
+        x = images.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_what_is_repeated_leaves_the_module_as_it_was_also_after_an_error() -> None:

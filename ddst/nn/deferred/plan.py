@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_map
 
-from ..packed.callers import inside_a_function
+from ..packed.callers import inside_a_function, recomputing
 from .run import run, takes
 from .value import Deferred, tensor_of
 from .work import Activated, Convolved, mode_of, version_of, versions_of
@@ -119,9 +119,9 @@ def may_defer(value: Any) -> bool:
 
 def inside_a_checkpoint() -> bool:
     """Whether a torch.autograd.Function runs the code, which hands on tensors only: a reentrant checkpoint, say."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return False
-    return inside_a_function(checkpoints=True)
+    return recomputing() if torch.is_grad_enabled() else inside_a_function(checkpoints=True)
 
 
 def global_hooks() -> bool:

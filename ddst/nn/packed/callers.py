@@ -37,6 +37,16 @@ def inside_a_function(checkpoints: bool = False) -> bool:
     return False
 
 
+def recomputing() -> bool:
+    """Whether a reentrant checkpoint runs its code again, in the backward pass."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            return True
+    return False
+
+
 def raised_here(error: BaseException) -> bool:
     """Whether an error was raised by code of this package, which says itself what is wrong."""
     trace = error.__traceback__

@@ -63,7 +63,7 @@ def sparse_model() -> nn.Sequential:
 def generator_file() -> Path:
     path = Path(tempfile.mkdtemp(), "generator.safetensors")
     settings = {"method": "dense", "resolution": 8, "width_g": 8, "width_d": 8, "latent": 4}
-    about = About(settings, channels=1, layers={}, step=0, versions={})
+    about = About(settings, channels=1, classes=1, layers={}, step=0, versions={})
     write_generator(path, Generator(8, 8, 1, 4), about)
     return path
 

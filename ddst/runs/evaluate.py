@@ -37,7 +37,7 @@ def evaluate(
         source: see :func:`ddst.load_generator`.
         metrics: of :data:`ddst.metrics.judge.METRICS`.
         samples: generated images; None: as many as there are real ones, at most 50,000.
-        seed: of their noise.
+        seed: of their noise, and of what the generator draws itself.
         weights: of the Inception network. reference: an .npz in place of real images.
         data: the real images where the run's own have moved. held_out: those set aside for tests.
         statistics: a new .npz file for the mean and covariance of the real images.
@@ -58,7 +58,7 @@ def evaluate(
         metrics, real, f"{name}, {'held out' if held_out else 'training'}", weights=weights, reference=reference
     )
     count = samples if samples is not None else min(MOST, MOST if real is None else len(real))
-    figures = judge(draw(generator, noise_of(generator, count, seed), labels_of(generator, count)))
+    figures = judge(draw(generator, noise_of(generator, count, seed), labels_of(generator, count), seed))
     if statistics is not None:
         write_statistics(statistics, judge.moments())
     if source.is_dir():

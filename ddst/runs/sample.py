@@ -35,7 +35,7 @@ def sample(
         source: see :func:`ddst.load_generator`.
         grid: a PNG file, about as many columns as rows; it is replaced.
         folder: gets `00000.png`, `00001.png`, ... at the images' own size; must be new or empty.
-        label: class of all; without, a generator that knows classes is given them in turn.
+        label: class of all; without, a generator that knows classes is given them in turn, walks one to a row.
         interpolate: each row of the grid is a walk from one noise to another (spherical, so every step has the length
             that noise has).
 
@@ -51,7 +51,8 @@ def sample(
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--folder {folder} must be new or empty")
     generator, about = read_generator(source)
-    labels, columns = labels_of(generator, count, label), math.ceil(math.sqrt(count))
+    columns = math.ceil(math.sqrt(count))
+    labels = labels_of(generator, count, label, each=columns if interpolate else 1)
     if interpolate:
         noise = walks(latent_of(generator), count, columns, seed)
     else:
@@ -59,7 +60,7 @@ def sample(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     shown = []
-    for start, images in zip(range(0, count, BATCH), draw(generator, noise, labels), strict=True):
+    for start, images in zip(range(0, count, BATCH), draw(generator, noise, labels, seed), strict=True):
         if folder is not None:
             _save_each(folder, start, images)
         if grid is not None:
@@ -89,8 +90,8 @@ def noise_of(generator: nn.Module, count: int, seed: int) -> Tensor:
     return torch.randn(count, latent_of(generator), generator=torch.Generator().manual_seed(seed))
 
 
-def labels_of(generator: nn.Module, count: int, label: int | None = None) -> Tensor | None:
-    """`[count]` classes: `label`, or all classes in turn; None for a generator without.
+def labels_of(generator: nn.Module, count: int, label: int | None = None, each: int = 1) -> Tensor | None:
+    """`[count]` classes: `label`, or all classes in turn, each for `each` images; None for a generator without.
 
     Raises:
         ConfigError: a label for a generator without classes, or one that it does not have.
@@ -102,7 +103,7 @@ def labels_of(generator: nn.Module, count: int, label: int | None = None) -> Ten
         return None
     if label is not None and not 0 <= label < classes:
         raise ConfigError(f"--class must be from 0 to {classes - 1}, got {label}")
-    return torch.arange(count) % classes if label is None else torch.full((count,), label)
+    return torch.arange(count) // each % classes if label is None else torch.full((count,), label)
 
 
 def walks(latent: int, count: int, columns: int, seed: int) -> Tensor:
@@ -131,13 +132,18 @@ def walks(latent: int, count: int, columns: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw(generator: nn.Module, noise: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
+def draw(generator: nn.Module, noise: Tensor, labels: Tensor | None = None, seed: int = 0) -> Iterator[Tensor]:
     """Images `[<= 128, C, H, W]` in [-1, 1] on the CPU, in parts, of a generator in eval mode.
 
     Args:
         noise: `[N, latent]`. labels: `[N]` int64 for a generator that knows classes.
+        seed: of what a generator draws itself (stylegan2's noise for each pixel); torch's random state stays as it is.
     """
     device = next(generator.parameters()).device
     parts = [noise.split(BATCH)] + ([] if labels is None else [labels.split(BATCH)])
+    seeds = torch.Generator().manual_seed(seed)  # Drawn: from `seed` itself would come the numbers of `noise_of`.
     for inputs in zip(*parts, strict=True):
-        yield generator(*(x.to(device) for x in inputs)).cpu()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=seeds)))
+            images = generator(*(x.to(device) for x in inputs)).cpu()
+        yield images

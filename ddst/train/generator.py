@@ -1,7 +1,7 @@
 """The averaged generator of a run, by itself: read back from a run's checkpoint, or from one safetensors file.
 
-Both say what they hold: the settings and the image channels that the architecture follows from, and for each packed
-weight its block, density and shape. Nothing is guessed, and nothing of a file is unpickled.
+Both say what they hold: the settings, image channels and classes that the architecture follows from, and for each
+packed weight its block, density and shape. Nothing is guessed, and nothing of a file is unpickled.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class About:
     """What a file says of the generator in it.
 
     Attributes:
-        settings: of the run, by the names of `TrainConfig`; the architecture follows from them and from `channels`.
-        channels: of the images.
+        settings: of the run, by the names of `TrainConfig`; with `channels` and `classes` they make the architecture.
+        channels: of the images. classes: of the images, 1 for a network that takes none.
         layers: name of a packed layer -> its "weight_shape", "block" and "density"; empty for a dense generator.
         step: training steps that made it.
         versions: of the programs that wrote it.
@@ -47,6 +47,7 @@ class About:
 
     settings: Mapping[str, Any]
     channels: int
+    classes: int
     layers: Mapping[str, Mapping[str, Any]]
     step: int
     versions: Mapping[str, str]
@@ -62,7 +63,7 @@ class About:
 
 
 def load_generator(path: str | PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
-    """The averaged generator of a run, in eval mode: ``images = generator(noise)``.
+    """The averaged generator of a run, in eval mode: ``generator(noise)``, of biggan ``generator(noise, classes)``.
 
     Args:
         path: folder of a run, its checkpoint, or a file of ``ddst export --safetensors`` or ``--dense``.
@@ -70,13 +71,15 @@ def load_generator(path: str | PathLike[str], device: torch.device | str = "cpu"
 
     Returns:
         A network of :mod:`ddst.models` with the packed layers of the file (of ``--dense``: torch's own layers). Noise
-        is ``[N, generator.latent]``, standard normal; images are ``[N, channels, resolution, resolution]`` in [-1, 1].
+        is ``[N, generator.latent]``, standard normal, classes ``[N]``, int64, below ``generator.classes``. Images are
+        ``[N, channels, resolution, resolution]`` in [-1, 1]; those of r3gan and stylegan2 may go beyond.
 
     Raises:
         CheckpointError: (a ValueError) the file is missing, damaged, of another kind, or its tensors are not those of
             the architecture, block or density that it says it has; one line that names both.
 
-    Numerics: the bits of the generator that was written. torch's random state is left as it is.
+    Numerics: the bits of the generator that was written. torch's random state is left as it is. A stylegan2 generator
+    draws noise for each pixel from it at every call, in eval mode, too: `torch.manual_seed` before a call repeats one.
 
     Example:
         >>> import ddst
@@ -118,6 +121,7 @@ def write_generator(path: Path, generator: nn.Module, about: About) -> None:
         {
             "settings": dict(about.settings),
             "channels": about.channels,
+            "classes": about.classes,
             "layers": _facts(generator),
             "step": about.step,
             "versions": versions(),
@@ -155,14 +159,17 @@ def _of_safetensors(file: Path) -> tuple[dict[str, Tensor], About]:
 
 def _about(said: Any) -> About:
     """The description as it was written; tuples came back as lists, which `resolve` takes."""
-    channels, step, layers = said["channels"], said["step"], dict(said["layers"])
-    if type(channels) is not int or not 1 <= channels <= 64 or type(step) is not int:
-        raise ValueError(f"channels {channels!r}, step {step!r}")
+    step, layers = said["step"], dict(said["layers"])
+    if type(step) is not int:
+        raise ValueError(f"step {step!r}")
+    for name, most in (("channels", 64), ("classes", 2**24)):
+        if type(said[name]) is not int or not 1 <= said[name] <= most:
+            raise ValueError(f"{name} {said[name]!r}")
     for name, facts in layers.items():
         shape, block, density = facts["weight_shape"], facts["block"], facts["density"]
         if not all(type(n) is int for n in [*shape, *block]) or len(block) != 2 or type(density) is not float:
             raise ValueError(f"layer {name!r}: {facts!r}")
-    return About(dict(said["settings"]), channels, layers, step, dict(said["versions"]))
+    return About(dict(said["settings"]), said["channels"], said["classes"], layers, step, dict(said["versions"]))
 
 
 def _of_checkpoint(file: Path) -> tuple[dict[str, Tensor], About]:
@@ -179,8 +186,8 @@ def _built(config: TrainConfig, about: About) -> nn.Module:
     """A new generator as the trainer made it; what is random in it is overwritten."""
     config = replace(config, batch_norm="local", backend="auto", device="cpu")
     with torch.random.fork_rng(devices=[]), fitting("networks"):
-        check_memory(config, about.channels)
-        generator, discriminator = build_networks(config, about.channels)
+        check_memory(config, about.channels, about.classes)
+        generator, discriminator = build_networks(config, about.channels, about.classes)
         if about.layers:
             make_sparse(config, generator, discriminator)
     return generator

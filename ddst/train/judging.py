@@ -42,11 +42,13 @@ class Judging:
             return
         noise = torch.Generator().manual_seed(config.seed + 3)
         z = torch.randn(config.fd_samples, config.latent, generator=noise)
-        (figure,) = self._judge(generate(trainer.ema.module, part) for part in z.split(4096))
+        turns = torch.arange(len(z)) % trainer.classes  # Of all parts together, as of `ddst evaluate`.
+        parts = zip(z.split(4096), turns.split(4096), strict=True)
+        (figure,) = self._judge(generate(trainer.ema.module, part, labels=labels) for part, labels in parts)
         best = trainer.best is None or figure.value < trainer.best
         if best:
             trainer.best = figure.value
-            about = About(config.saved(), trainer.images.channels, {}, trainer.step, versions())
+            about = About(config.saved(), trainer.images.channels, trainer.classes, {}, trainer.step, versions())
             write_generator(trainer.out / BEST, trainer.ema.module, about)
         seconds, flops = round(trainer.seconds, 4), trainer.flops.counted
         log.write(event="metric", step=trainer.step, seconds=seconds, flops=flops, best=best, **figure.as_dict())

@@ -118,7 +118,7 @@ class Trainer:
         self._share = share(config.batch)
         self.out = Path(config.out)
         with setting_errors(), fitting("networks of these --width-g, --width-d and --latent"):
-            check_memory(config, images.channels)
+            check_memory(config, images.channels, self.classes)
             generator, discriminator = build_networks(config, images.channels, self.classes)
             sparse(config, generator, discriminator)
             fuse_networks(config, generator, discriminator)
@@ -235,6 +235,7 @@ class Trainer:
             "versions": versions(),
             "images": self._fingerprint(),
             "channels": self.images.channels,
+            "classes": self.classes,
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,

@@ -79,15 +79,15 @@ def learning_rates(config: TrainConfig, step: int) -> tuple[float, float]:
     return config.lr * left, config.lr_d * left
 
 
-def check_memory(config: TrainConfig, channels: int) -> None:
+def check_memory(config: TrainConfig, channels: int, classes: int) -> None:
     """Raises MemoryError if this machine could never hold the networks as they are built, dense."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # No layer has more weights than 36 of these squares (a 6x6 map, a 3x3 kernel), and there are no 128 layers: to
     # build networks on the meta device takes half a second, which those of usual sizes are spared.
-    if 128 * 36 * 8 * max(config.latent, config.width_g, config.width_d, channels) ** 2 < there:
+    if 128 * 36 * 8 * max(config.latent, config.width_g, config.width_d, channels, classes) ** 2 < there:
         return
     with torch.device("meta"):
-        networks = build_networks(config, channels)
+        networks = build_networks(config, channels, classes)
     needed = sum(p.numel() * p.element_size() for net in networks for p in net.parameters())
     if needed > there:
         raise MemoryError(f"built dense they need {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB")

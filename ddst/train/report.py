@@ -97,8 +97,10 @@ def _quality(trainer: Trainer) -> Quality | None:
         return None
     noise = torch.Generator().manual_seed(trainer.config.seed + 3)
     z = torch.randn(trainer.config.fd_samples, trainer.config.latent, generator=noise)
-    parts = (generate(trainer.ema.module, part) for part in z.split(4096))
-    return evaluate_digits(trainer.images.batch(slice(None)), parts)
+    turns = torch.arange(len(z)) % trainer.classes
+    parts = zip(z.split(4096), turns.split(4096), strict=True)
+    made = (generate(trainer.ema.module, part, labels=labels) for part, labels in parts)
+    return evaluate_digits(trainer.images.batch(slice(None)), made)
 
 
 def table(summary: Summary) -> str:

@@ -18,8 +18,8 @@ def generate(generator: nn.Module, noise: Tensor, batch: int = 128, labels: Tens
     """Images `[N, C, H, W]` in [-1, 1] of a generator in eval mode, `batch` at a time; its mode is put back.
 
     The noise is taken to where the generator is; the images come back on the CPU. A conditional generator (one with
-    `classes`) makes images of `labels`, or of all classes in turn. One that draws random numbers gets the same each
-    time, and torch's generator is left as it was.
+    `classes`) makes images of `labels`, or of all classes in turn; to others they mean nothing. One that draws random
+    numbers gets the same each time, and torch's generator is left as it was.
     """
     training, device = generator.training, next(generator.parameters()).device
     inputs = [noise]

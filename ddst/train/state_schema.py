@@ -64,6 +64,7 @@ def _description(state: Mapping[str, Any], trainer: Trainer) -> dict[str, Rule]:
         "versions": mapping_of(text),
         "images": text,
         "channels": whole(trainer.images.channels, trainer.images.channels),
+        "classes": whole(trainer.classes, trainer.classes),
         "step": whole(step, step),
         "seconds": number(0),
         "best": optional(number(0)),

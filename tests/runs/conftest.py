@@ -1,4 +1,4 @@
-"""Two tiny runs, trained once for all tests of this folder."""
+"""Tiny runs, trained once for all tests of this folder."""
 
 from pathlib import Path
 
@@ -17,6 +17,12 @@ def sparse_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dense_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _trained(tmp_path_factory.mktemp("runs") / "dense", method="dense")
+
+
+@pytest.fixture(scope="session")
+def conditional_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = {"model": "biggan", "resolution": 16, "width_g": 32, "width_d": 32, "latent": 24, "batch": 8, "steps": 2}
+    return _trained(tmp_path_factory.mktemp("runs") / "conditional", metric_every=2, **settings)
 
 
 def _trained(out: Path, **settings: object) -> Path:

@@ -106,6 +106,8 @@ LAYER = ("layers", "blocks.0.conv1")
         (set_in("settings", "width_g", value=10**6), r"no generator of its settings: networks do not fit: .* GB"),
         (set_in("layers", value={"linear": {}}), r"description of its generator is damaged"),
         (set_in("channels", value=10**9), r"description of its generator is damaged"),
+        (set_in("classes", value=0), r"description of its generator is damaged: .*classes 0"),
+        (set_in("classes", value=2**40), r"description of its generator is damaged: .*classes"),
     ],
 )
 def test_a_description_that_is_not_that_of_the_tensors_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 import ddst
 from ddst.cli import main
-from ddst.models import biggan
+from ddst.models import biggan, stylegan2
 from ddst.runs.sample import draw, labels_of, noise_of, walks
 from ddst.train.options import ConfigError
 
@@ -58,6 +59,40 @@ def test_a_grid_of_walks(sparse_run: Path, tmp_path: Path) -> None:
     (images,) = draw(generator, walks(16, 9, 3, seed=0))
     middle = ((images[4] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     assert (pixels(grid)[1 + 49 :: 6, 1 + 49 :: 6][:8, :8] == middle).all()
+
+
+def test_a_generator_that_draws_noise_draws_the_same_for_a_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = stylegan2.Generator(resolution=8, width=8, latent=16, depth=1, channels=1).eval()
+    for name, parameter in generator.named_parameters():
+        if name.endswith("strength"):
+            torch.nn.init.ones_(parameter)
+    monkeypatch.setattr("ddst.runs.sample.read_generator", lambda source: (generator, SimpleNamespace(step=0)))
+
+    def sampled(*options: str) -> bytes:
+        torch.randn(3)  # Wherever torch's own generator stands.
+        before, grid = torch.get_rng_state(), tmp_path / "grid.png"
+        assert main(["sample", "a run", "--out", str(grid), "--count", "4", *options]) == 0
+        assert torch.equal(torch.get_rng_state(), before)
+        return grid.read_bytes()
+
+    assert sampled() == sampled() and sampled("--seed", "5") == sampled("--seed", "5")
+    same = torch.zeros(129, 16)
+    five, again, six = (torch.cat(list(draw(generator, same, seed=seed))) for seed in (5, 5, 6))
+    assert torch.equal(five, again) and not torch.equal(five[0], six[0])
+    assert not torch.equal(five[0], five[128])  # of two parts
+
+
+def test_a_walk_stays_in_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = biggan.Generator(multipliers=(2, 1), width=8, attention=8, classes=3).eval()
+    given: list[torch.Tensor] = []
+    generator.register_forward_pre_hook(lambda module, inputs: given.append(inputs[1]))
+    monkeypatch.setattr("ddst.runs.sample.read_generator", lambda source: (generator, SimpleNamespace(step=0)))
+    command = ["sample", "a run", "--out", str(tmp_path / "walks.png"), "--count", "14", "--interpolate"]
+    assert main(command) == 0
+    assert main([*command, "--class", "2"]) == 0
+    assert given[0].tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 2 and given[1].tolist() == [2] * 14
 
 
 def test_classes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import ddst
 from ddst.data import load_images
 from ddst.metrics import evaluate_digits
-from ddst.train import run
+from ddst.train import Trainer, judging, report, resolve, run
 from ddst.train.checkpoint import load_checkpoint
 from ddst.train.log import read_log
 from ddst.train.samples import generate
@@ -58,3 +59,19 @@ def test_measuring_changes_nothing(tmp_path: Path) -> None:
     assert not (never / "best.safetensors").exists()
     a, b = (ddst.load_generator(out).state_dict() for out in (often, never))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_classes_come_in_turn_through_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"model": "biggan", "latent": 8, "fd_samples": 4102, "out": str(tmp_path)}
+    trainer = Trainer(resolve(tiny(**settings)), load_images("digits", 8))
+    judge, given = judging.Judging(trainer), []
+    trainer.step = trainer.config.steps
+    figure = SimpleNamespace(value=1.0, as_dict=dict)
+    monkeypatch.setattr(judge, "_judge", lambda parts: [figure for _ in [list(parts)]])
+    monkeypatch.setattr(report, "evaluate_digits", lambda real, parts: list(parts))
+    for module in (judging, report):
+        monkeypatch.setattr(module, "generate", lambda generator, noise, labels: given.append(labels))
+    judge(SimpleNamespace(write=lambda **entry: None))
+    report._quality(trainer)
+    assert [len(labels) for labels in given] == [4096, 6] * 2  # 4,096 is no multiple of ten
+    assert torch.cat(given).tolist() == [i % 10 for i in range(4102)] * 2

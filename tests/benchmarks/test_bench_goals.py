@@ -25,7 +25,7 @@ PARSERS = {
 }
 #: The same commands at sizes that take seconds.
 SMALL = {
-    "memory-64": "--memory --layer tiny --batch 2 --block 8x8 --density 0.5 --repeats 1 --rows sparse",
+    "memory-64": "--memory --layer tiny --batch 2 --block 8x8 --density 0.5 --repeats 1 --rows sparse-fused",
     "iteration": "--layer tiny --batch 2 --block 8x8 --density 0.1 0.3 --repeats 1",
     "share": "operator-share --layer tiny --batch 2 --block 8x8 --density 0.5 --repeats 1",
     "step": "freed-memory --channels 16 --size 4 --batch 2 --density 0.5 --repeats 1",

@@ -30,7 +30,10 @@ def test_the_fused_steps_of_a_run_are_adams_steps(tmp_path):
             else:
                 generator_backward(players, torch.randn(4, config.latent))
             for one, other in zip(net.parameters(), twin.parameters(), strict=True):
-                assert one.grad.stride() == one.stride()
+                # The stride of a dimension of one says nothing.
+                assert [s for s, n in zip(one.grad.stride(), one.shape, strict=True) if n > 1] == [
+                    s for s, n in zip(one.stride(), one.shape, strict=True) if n > 1
+                ]
                 other.grad = one.grad.clone()
             optimizer.step()
             plain.step()

@@ -123,7 +123,9 @@ def test_cuda_library_loads_into_any_torch() -> None:
         x, index = torch.zeros(1, 16, 4, 4), torch.zeros(1, dtype=torch.int32)
         geometry = [16, 16, 1, 1], [16, 16], [1, 1], [0, 0], [1, 1], [1, 1], [1, 4, 4], 1, True
         try:
-            torch.ops.ddst_cuda.conv2d_weight_grad(x, x, index, index, index, index, *geometry)
+            torch.ops.ddst_cuda.conv2d_weight_grad(
+                x, x, index, index, index, index, *geometry, False, None, None, None, 0.0, 1, 1
+            )
         except NotImplementedError as error:
             assert "'ddst_cuda::conv2d_weight_grad' with arguments from the 'CPU' backend" in str(error)
         else:

@@ -29,7 +29,7 @@ Tensor forward(const Tensor& input, const Tensor& values, const T* bias, const T
   if (geometry.images == 0) return out.finish(kernels);
   const NhwcInput<T> source(input, input_shape(geometry), kernels);
   const Tensor packed = as_contiguous(values);
-  forward_pass<T>(kernels, topology, grid, geometry, packed.const_data_ptr<T>(), bias)->run(source.data(), out.data());
+  forward_pass<T>(kernels, topology, grid, geometry, packed.const_data_ptr<T>(), bias).run(source.data(), out.data());
   return out.finish(kernels);
 }
 
@@ -41,7 +41,7 @@ Tensor input_grad(const Tensor& grad_output, const Tensor& values, const Topolog
   if (geometry.images == 0) return out.finish(kernels);
   const NhwcInput<T> source(grad_output, output_shape(geometry), kernels);
   const Tensor packed = as_contiguous(values);
-  input_grad_pass<T>(kernels, topology, grid, geometry, packed.const_data_ptr<T>())->run(source.data(), out.data());
+  input_grad_pass<T>(kernels, topology, grid, geometry, packed.const_data_ptr<T>()).run(source.data(), out.data());
   return out.finish(kernels);
 }
 

@@ -1,18 +1,16 @@
 // The two passes of a convolution that gather: forward and input gradient, over images of given sizes.
 #pragma once
 
-#include <memory>
-
 #include "conv_geometry.hpp"
 #include "gather_pass.hpp"
 
 namespace ddst::cpu {
 
 template <typename T>
-std::unique_ptr<GatherPass<T>> forward_pass(const Kernels<T>& kernels, const Topology& topology, const WeightGrid& grid,
-                                            const ConvGeometry& geometry, const T* values, const T* bias) {
+GatherPass<T> forward_pass(const Kernels<T>& kernels, const Topology& topology, const WeightGrid& grid,
+                           const ConvGeometry& geometry, const T* values, const T* bias) {
   const ConvGeometry g = flattened(geometry);
-  return std::make_unique<GatherPass<T>>(
+  return GatherPass<T>(
       kernels, GatherShape{input_shape(g), output_shape(g), g.kernel_w, grid.block_out, grid.block_in},
       BlockLists{grid.rows, topology.nnz, topology.row_ptr, topology.row_order, topology.block_col, topology.block_tap},
       forward_axis(g.out_h, g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
@@ -20,10 +18,10 @@ std::unique_ptr<GatherPass<T>> forward_pass(const Kernels<T>& kernels, const Top
 }
 
 template <typename T>
-std::unique_ptr<GatherPass<T>> input_grad_pass(const Kernels<T>& kernels, const Topology& topology,
-                                               const WeightGrid& grid, const ConvGeometry& geometry, const T* values) {
+GatherPass<T> input_grad_pass(const Kernels<T>& kernels, const Topology& topology, const WeightGrid& grid,
+                              const ConvGeometry& geometry, const T* values) {
   const ConvGeometry g = flattened(geometry);
-  return std::make_unique<GatherPass<T>>(
+  return GatherPass<T>(
       kernels, GatherShape{output_shape(g), input_shape(g), g.kernel_w, grid.block_in, grid.block_out},
       BlockLists{grid.cols, topology.nnz, topology.col_ptr, topology.col_order, topology.block_row, topology.block_tap},
       input_grad_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),

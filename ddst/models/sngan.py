@@ -98,8 +98,7 @@ class ImageConv2d(nn.Conv2d):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-        with torch.device("cpu"):
-            self.topology = full_topology(torch.empty_like(self.weight, device="cpu"))
+        full_topology((out_channels, in_channels, kernel_size, kernel_size))  # which compiled code cannot make
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Deferred):

@@ -7,6 +7,7 @@ torch and does not load beside another.
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,8 @@ def import_fidelity() -> None:
     except (ImportError, RuntimeError):
         for name in ("", ".datasets", ".transforms", ".transforms.functional"):
             sys.modules[f"torchvision{name}"] = ModuleType(f"torchvision{name}")
+            # Others ask importlib whether there is one.
+            sys.modules[f"torchvision{name}"].__spec__ = ModuleSpec(f"torchvision{name}", None)
         vision, functional = sys.modules["torchvision"], sys.modules["torchvision.transforms.functional"]
         vision.transforms = sys.modules["torchvision.transforms"]
         vision.transforms.functional = functional

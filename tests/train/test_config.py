@@ -98,7 +98,7 @@ def test_resume_takes_the_saved_settings_and_names_the_one_that_differs():
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n not in FREE_ON_RESUME])
 def test_every_other_setting_is_pinned_on_resume(name):
     saved, declared = resolve({"out": "x"}).saved(), OPTIONS[name]
-    others = [*(declared.choices or ()), "images", "cutout", True, 3, 0.25, (2, 2), (0.25, 0.75), None]
+    others = [*(declared.choices or ()), "images", "cutout", True, False, 3, 0.25, (2, 2), (0.25, 0.75), None]
     for value in others:
         try:
             plain = declared.plain(name, value)

@@ -18,8 +18,6 @@ class Readable(Protocol):
     in_channels: int
     out_channels: int
     weight: nn.Parameter
-    #: Of :func:`full_topology`: a constant, as compiled code cannot build one.
-    topology: Tensor
 
 
 def block_of(out_channels: int, in_channels: int) -> tuple[int, int]:
@@ -27,10 +25,15 @@ def block_of(out_channels: int, in_channels: int) -> tuple[int, int]:
     return min(4, out_channels), min(32, in_channels)
 
 
-def full_topology(weight: Tensor) -> Tensor:
-    """The topology of a dense weight ``[C_out, C_in, kH, kW]``, all blocks active."""
-    block = block_of(weight.shape[0], weight.shape[1])
-    return build_topology(torch.ones(mask_shape(tuple(weight.shape), block), dtype=torch.bool))
+_FULL: dict[tuple[int, ...], Tensor] = {}
+
+
+def full_topology(shape: tuple[int, ...]) -> Tensor:
+    """The topology of a dense weight ``[C_out, C_in, kH, kW]``, all blocks active; made once for each shape."""
+    if shape not in _FULL:
+        block = block_of(shape[0], shape[1])
+        _FULL[shape] = build_topology(torch.ones(mask_shape(shape, block), dtype=torch.bool, device="cpu"))
+    return _FULL[shape]
 
 
 class Packed:
@@ -48,8 +51,9 @@ class Packed:
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
         self.padding, self.padding_mode = layer.padding, layer.padding_mode
-        self.weight, self.bias, self.topology = layer.weight, layer.bias, layer.topology
+        self.weight, self.bias = layer.weight, layer.bias
         self.op_shape = tuple(layer.weight.shape)
+        self.topology = full_topology(self.op_shape)
 
     def effective_values(self) -> Tensor:
         block = block_of(self.out_channels, self.in_channels)

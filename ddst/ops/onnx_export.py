@@ -7,18 +7,34 @@ weight is as small as here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
 from ..topology import as_blocks, split_topology
 from . import reference
-from .norm_act_conv2d import activated, finished
+from .conv2d import _conv2d_fake, _conv2d_input_grad_fake
+from .linear import _linear_fake, _linear_input_grad_fake, _linear_weight_grad_fake
+from .norm_act_conv2d import _norm_act_conv2d_fake, activated, finished
 
 _ops = torch.ops.ddst
+Function = Callable[..., Any]
 
 
-@register_decomposition(_ops.conv2d.default)
+def for_export(operator: Any, fake: Function) -> Callable[[Function], Function]:
+    """Registers what stands in a file for an operator.
+
+    Fake tensors of symbolic sizes would take it, too, in place of the fake kernel, whose memory formats it does not
+    have, and whose sizes it would compare. What stands in the table of meta functions they take first.
+    """
+    register_decomposition(operator, type="meta")(fake)
+    return register_decomposition(operator)
+
+
+@for_export(_ops.conv2d.default, _conv2d_fake)
 def _conv2d(
     input: Tensor,
     values: Tensor,
@@ -36,7 +52,7 @@ def _conv2d(
     return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation)
 
 
-@register_decomposition(_ops.conv2d_input_grad.default)
+@for_export(_ops.conv2d_input_grad.default, _conv2d_input_grad_fake)
 def _conv2d_input_grad(
     grad_output: Tensor,
     values: Tensor,
@@ -60,7 +76,7 @@ def _conv2d_input_grad(
     return torch.nn.functional.conv_transpose2d(grad_output, weight, None, stride, padding, missing, dilation=dilation)
 
 
-@register_decomposition(_ops.linear.default)
+@for_export(_ops.linear.default, _linear_fake)
 def _linear(
     input: Tensor,
     values: Tensor,
@@ -73,7 +89,7 @@ def _linear(
     return torch.nn.functional.linear(input, reference.dense_weight(values, topology, weight_shape), bias)
 
 
-@register_decomposition(_ops.linear_input_grad.default)
+@for_export(_ops.linear_input_grad.default, _linear_input_grad_fake)
 def _linear_input_grad(
     grad_output: Tensor,
     values: Tensor,
@@ -85,7 +101,7 @@ def _linear_input_grad(
     return grad_output @ reference.dense_weight(values, topology, weight_shape)
 
 
-@register_decomposition(_ops.linear_weight_grad.default)
+@for_export(_ops.linear_weight_grad.default, _linear_weight_grad_fake)
 def _linear_weight_grad(
     grad_output: Tensor, input: Tensor, topology: Tensor, weight_shape: list[int], block: list[int], backend: int = 0
 ) -> Tensor:
@@ -98,7 +114,7 @@ def _linear_weight_grad(
     return torch.nn.functional.pad(blocks.flatten(0, 1), (0, 0, 0, 0, 0, 1))[flat]
 
 
-@register_decomposition(_ops.norm_act_conv2d.default)
+@for_export(_ops.norm_act_conv2d.default, _norm_act_conv2d_fake)
 def _norm_act_conv2d(
     input: Tensor,
     values: Tensor,

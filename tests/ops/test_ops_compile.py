@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import ddst
 from helpers.tolerances import assert_close
@@ -80,7 +82,7 @@ def test_new_batch_and_image_sizes_do_not_recompile_for_ever() -> None:
     for batch, height, width in ((2, 9, 8), (5, 12, 10), (7, 10, 14)):
         x = torch.randn(batch, 3, height, width)
         assert_close(compiled(x), model(x).double(), "dynamic shapes")
-    assert counter.frame_count <= 3
+    assert counter.frame_count <= 2
 
 
 def test_compiled_model_follows_a_change_of_mask_and_of_values() -> None:
@@ -112,3 +114,26 @@ def test_reference_backend_compiles() -> None:
         layer.backend = "reference"
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     _compare(_loss_and_grads(compiled, x), _loss_and_grads(model, x))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_fakes_of_symbolic_sizes_have_the_memory_format_of_the_operator(channels_last: bool) -> None:
+    # torch prefers a registered decomposition to a fake kernel there, and ONNX's exporter needs decompositions.
+    layer = ddst.SparseConv2d(16, 16, 3, padding=1, density=0.5)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    x = mode.from_tensor(torch.randn(3, 16, 7, 9))
+    assert isinstance(x.shape[0], torch.SymInt)
+    weight = (layer.values.detach(), layer.topology, [16, 16, 3, 3])
+    geometry = ([1, 1], [1, 1], [1, 1])
+    values, topology, shape = weight
+    with mode:
+        outputs = [
+            torch.ops.ddst.conv2d(x, values, None, topology, shape, *geometry, channels_last),
+            torch.ops.ddst.conv2d_input_grad(x, values, topology, shape, x.shape[2:], *geometry, channels_last),
+            torch.ops.ddst.norm_act_conv2d(
+                x, values, None, None, *[None] * 4, topology, shape, *geometry, 0.0, 0.0, 1, 1, 1, False, False,
+                channels_last,
+            )[0],
+        ]  # fmt: skip
+    expected = torch.channels_last if channels_last else torch.contiguous_format
+    assert all(y.is_contiguous(memory_format=expected) for y in outputs)

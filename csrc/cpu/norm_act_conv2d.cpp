@@ -2,319 +2,17 @@
 // and the next norm's moments behind it. A pass runs over a few images at a time: what it reads is made of the input
 // just before and lies in L2, what it writes is finished there. ddst/ops/norm_act_conv2d.py holds the formulas.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <array>
-#include <cmath>
-#include <memory>
-#include <optional>
+#include <algorithm>
+#include <limits>
 #include <tuple>
 
 #include "chunk_view.hpp"
-#include "conv_passes.hpp"
-#include "row_source.hpp"
+#include "half_block_parts.hpp"
 #include "weight_grad_pass.hpp"
 
 namespace ddst::cpu {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
-
-// What the three operators have in common.
-struct Half {
-  WeightGrid grid;
-  Topology topology;
-  ConvGeometry geometry;  // of the convolution, over the enlarged map
-  int64_t images, h, w;   // of the input
-  int64_t upsample, pool;
-  double eps, slope;
-
-  int64_t out_h() const { return geometry.out_h / pool; }
-  int64_t out_w() const { return geometry.out_w / pool; }
-  int64_t multiply_adds() const {
-    return images * geometry.out_h * geometry.out_w * topology.nnz * grid.block_out * grid.block_in;
-  }
-};
-
-void check_factor(const char* op, const char* name, int64_t factor) {
-  if (factor != 1 && factor != 2) fail(op, name, " is ", factor, ", expected 1 or 2");
-}
-
-Half read_half(const char* op, const Tensor& input, const WeightGrid& grid, const Tensor& topology, const Ints& stride,
-               const Ints& padding, const Ints& dilation, double eps, double slope, int64_t upsample, int64_t pool) {
-  check_factor(op, "upsample", upsample);
-  check_factor(op, "pool", pool);
-  const Window window = read_window(op, stride, padding, dilation);
-  check_activation(op, "input", input, "C_in", grid.in_channels);
-  check_floating(op, "input", input);
-  const ConvGeometry g =
-      make_geometry(op, grid, window, input.size(0), input.size(2) * upsample, input.size(3) * upsample);
-  if (g.out_h < pool || g.out_w < pool)
-    fail(op, "pool is ", pool, ", expected at most the output of ", g.out_h, " x ", g.out_w, " pixels");
-  return {grid, read_topology(op, topology, grid), g, input.size(0), input.size(2), input.size(3), upsample, pool, eps,
-          slope};
-}
-
-void check_norm(const char* op, const Tensor& input, const MaybeTensor& mean, const MaybeTensor& var,
-                const MaybeTensor& gamma, const MaybeTensor& beta) {
-  const int64_t n = input.size(0), channels = input.size(1);
-  const auto check = [&](const char* name, const MaybeTensor& t, bool per_sample) {
-    if (!t) return;
-    check_cpu(op, name, *t);
-    check_dtype(op, name, *t, input.scalar_type(), "input");
-    const bool one = t->dim() == 1 && t->size(0) == channels;
-    if (one || (per_sample && t->dim() == 2 && t->size(0) == n && t->size(1) == channels)) return;
-    fail(op, name, " has shape ", shape_text(*t), ", expected [", channels, "]",
-         per_sample ? " or [" + std::to_string(n) + ", " + std::to_string(channels) + "]" : "");
-  };
-  check("mean", mean, false);
-  check("var", var, false);
-  check("gamma", gamma, true);
-  check("beta", beta, true);
-  if (mean.has_value() != var.has_value()) fail(op, "mean and var must both be there or neither");
-  if (gamma.has_value() != beta.has_value() || (gamma && gamma->dim() != beta->dim()))
-    fail(op, "gamma and beta must be of one shape or both be missing");
-  if (gamma && !mean) fail(op, "gamma is there without mean");
-}
-
-template <typename T>
-NormTerms<T> norm_terms(const Half& half, const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& gamma,
-                        const MaybeTensor& beta) {
-  NormTerms<T> terms;
-  terms.channels = half.grid.in_channels;
-  if (!mean) return terms;
-  terms.present = true;
-  const int64_t channels = terms.channels;
-  terms.samples = gamma && gamma->dim() == 2 ? half.images : 1;
-  const Tensor dense_mean = as_contiguous(*mean), dense_var = as_contiguous(*var);
-  const MaybeTensor dense_gamma = gamma ? MaybeTensor(as_contiguous(*gamma)) : std::nullopt;
-  const MaybeTensor dense_beta = beta ? MaybeTensor(as_contiguous(*beta)) : std::nullopt;
-  terms.mean.assign(dense_mean.const_data_ptr<T>(), dense_mean.const_data_ptr<T>() + channels);
-  for (int64_t c = 0; c < channels; ++c)
-    terms.rstd.push_back(1 / std::sqrt(static_cast<double>(dense_var.const_data_ptr<T>()[c]) + half.eps));
-  const int64_t count = terms.samples * channels;
-  terms.gamma.assign(count, 1.0);
-  terms.scale.resize(count);
-  terms.shift.assign(count, T(0));
-  for (int64_t i = 0; i < count; ++i) {
-    if (dense_gamma) terms.gamma[i] = static_cast<double>(dense_gamma->const_data_ptr<T>()[i]);
-    if (dense_beta) terms.shift[i] = dense_beta->const_data_ptr<T>()[i];
-    terms.scale[i] = static_cast<T>(terms.gamma[i] * terms.rstd[i % channels]);
-  }
-  return terms;
-}
-
-// The map that the convolution reads.
-template <typename T>
-RowSource<T> activated_map(const Kernels<T>& kernels, const Half& half, const NormTerms<T>& norm, const T* x) {
-  const ConvGeometry& g = half.geometry;
-  return {kernels, norm, half.slope, x, half.h, half.w, g.in_channels, half.upsample, g.in_h, g.in_w};
-}
-
-// A quarter of the pooled gradient at each of the four pixels; without pooling the gradient itself.
-template <typename T>
-struct Unpooled {
-  NormTerms<T> quarter;
-  RowSource<T> source;
-
-  Unpooled(const Kernels<T>& kernels, const Half& half, const T* grad)
-      : quarter(terms(half)),
-        source{kernels,
-               quarter,
-               1,
-               grad,
-               half.out_h(),
-               half.out_w(),
-               half.geometry.out_channels,
-               half.pool,
-               half.geometry.out_h,
-               half.geometry.out_w} {}
-  Unpooled(const Unpooled&) = delete;
-
-  static NormTerms<T> terms(const Half& half) {
-    NormTerms<T> terms;
-    terms.channels = half.geometry.out_channels;
-    if (half.pool == 1) return terms;
-    terms.present = true;
-    terms.mean.assign(terms.channels, T(0));
-    terms.scale.assign(terms.channels, T(0.25));
-    terms.shift.assign(terms.channels, T(0));
-    return terms;
-  }
-};
-
-// What is computed together: some whole images, or a strip of rows of one. Rows of the pass' source and output.
-struct Part {
-  int64_t image, images;
-  int64_t row, rows;
-  int64_t source_row, source_rows;
-  int64_t padding;  // of the strip's axis: what its first row lacks above the source rows that it has
-
-  bool same_shape(const Part& o) const {
-    return images == o.images && rows == o.rows && source_rows == o.source_rows && padding == o.padding;
-  }
-};
-
-// The parts of a pass, of equal size as far as images and rows divide, whose source and output stay in L2. Strips begin
-// at multiples of `step` rows. Where there are parts for every thread, each thread takes parts of its own.
-struct Parts {
-  Array<Part> parts;
-  int64_t tasks;    // over the parts
-  int64_t threads;  // within one
-
-  // whole: one of all images. source_rows(part): fills in what a strip reads.
-  template <typename SourceRows>
-  Parts(const Part& whole, int64_t step, int64_t image_bytes, int64_t multiply_adds, const SourceRows& source_rows) {
-    const int64_t images = whole.images, rows = whole.rows;
-    constexpr int64_t kPartBytes = 256 * 1024;
-    const int64_t most = task_count(multiply_adds);
-    const int64_t strips = std::clamp<int64_t>(image_bytes / kPartBytes, 1, std::max<int64_t>(1, rows / step));
-    const int64_t wanted = ceil_div(images, std::max<int64_t>(1, kPartBytes / image_bytes));
-    const int64_t groups = std::max(wanted, std::min(images, ceil_div(most, strips)));
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t image = images * group / groups, next = images * (group + 1) / groups;
-      for (int64_t strip = 0; strip < strips; ++strip) {
-        const int64_t row = rows / step * strip / strips * step;
-        const int64_t end = strip + 1 == strips ? rows : rows / step * (strip + 1) / strips * step;
-        Part part{image, next - image, row, end - row, 0, whole.source_rows, whole.padding};
-        if (strips > 1) source_rows(part);
-        parts.push_back(part);
-      }
-    }
-    const int64_t count = static_cast<int64_t>(parts.size());
-    tasks = count >= most ? most : 1;
-    threads = count >= most ? 1 : most;
-  }
-};
-
-// The parts of a forward pass: strips of its output.
-Parts forward_parts(const Half& half, int64_t image_bytes) {
-  const ConvGeometry& g = half.geometry;
-  const Part whole{0, half.images, 0, g.out_h, 0, g.in_h, g.pad_h};
-  return {whole, half.pool, image_bytes, half.multiply_adds(), [&](Part& part) {
-            const int64_t top = part.row * g.stride_h - g.pad_h;
-            const int64_t end = (part.row + part.rows - 1) * g.stride_h - g.pad_h + (g.kernel_h - 1) * g.dilation_h + 1;
-            part.source_row = std::clamp<int64_t>(top, 0, g.in_h - 1);
-            part.source_rows = std::max<int64_t>(1, std::min(end, g.in_h) - part.source_row);
-            part.padding = part.source_row - top;
-          }};
-}
-
-// The parts of an input gradient: strips of the enlarged map.
-Parts input_grad_parts(const Half& half, int64_t image_bytes) {
-  const ConvGeometry& g = half.geometry;
-  const Part whole{0, half.images, 0, g.in_h, 0, g.out_h, g.pad_h};
-  return {whole, half.upsample, image_bytes, half.multiply_adds(), [&](Part& part) {
-            const int64_t least = part.row + g.pad_h - (g.kernel_h - 1) * g.dilation_h;
-            const int64_t last = (part.row + part.rows - 1 + g.pad_h) / g.stride_h;
-            part.source_row = std::clamp<int64_t>(least > 0 ? ceil_div(least, g.stride_h) : 0, 0, g.out_h - 1);
-            part.source_rows = std::max<int64_t>(1, std::min(last + 1, g.out_h) - part.source_row);
-            part.padding = part.row + g.pad_h - part.source_row * g.stride_h;
-          }};
-}
-
-// Runs a pass of the convolution part by part. before(part, to) writes the rows that it reads, after(index, part, from)
-// takes those that it wrote; without staging the pass reads `source` or writes `out` itself.
-template <typename T>
-struct PartedPass {
-  const Parts& parts;
-  ImageShape source_shape, out_shape;  // of all of it
-  bool stage_in, stage_out;
-  const T* source;
-  T* out;
-  // What before() and after() read: fetched in time. Elements that a row of source or output stands for.
-  const T *raw, *finishing;
-  int64_t raw_image, finishing_image;
-
-  // make(part): its pass.
-  template <typename Make, typename Before, typename After>
-  void run(const Tensor& like, const Make& make, const Before& before, const After& after) const {
-    Array<const GatherPass<T>*> pass_of;
-    Array<std::unique_ptr<GatherPass<T>>> passes;
-    Array<const Part*> made_for;
-    int64_t most_in = 0, most_out = 0;
-    for (const Part& part : parts.parts) {
-      size_t i = 0;
-      while (i < made_for.size() && !made_for[i]->same_shape(part)) ++i;
-      if (i == made_for.size()) {
-        made_for.push_back(&part);
-        passes.push_back(make(part));
-      }
-      pass_of.push_back(passes[i].get());
-      most_in = std::max(most_in, part.images * part.source_rows * source_shape.w * source_shape.channels);
-      most_out = std::max(most_out, part.images * part.rows * out_shape.w * out_shape.channels);
-    }
-    constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t in_size = stage_in ? ceil_div(most_in, kLine) * kLine : 0;
-    const int64_t out_size = stage_out ? ceil_div(most_out, kLine) * kLine : 0;
-    const Tensor memory = empty_tensor("a workspace", {parts.tasks, in_size + out_size}, like);
-    const int64_t count = static_cast<int64_t>(parts.parts.size());
-    run_tasks(parts.tasks, [&](int64_t task) {
-      T* const staged_in = memory.mutable_data_ptr<T>() + task * (in_size + out_size);
-      T* const staged_out = staged_in + in_size;
-      const int64_t end = count * (task + 1) / parts.tasks;
-      for (int64_t i = count * task / parts.tasks; i < end; ++i) {
-        const Part& part = parts.parts[i];
-        if (stage_in) before(part, staged_in);
-        const T* const from = stage_in ? staged_in : row(source, source_shape, part.image, part.source_row);
-        T* const to = stage_out ? staged_out : const_cast<T*>(row(out, out_shape, part.image, part.row));
-        pass_of[i]->run(from, to, fetch(part, i + 1 < end ? &parts.parts[i + 1] : nullptr));
-        after(i, part, to);
-      }
-    });
-  }
-
- private:
-  static const T* row(const T* base, const ImageShape& shape, int64_t image, int64_t row) {
-    return base + (image * shape.h + row) * shape.w * shape.channels;
-  }
-  typename GatherPass<T>::Fetch fetch(const Part& part, const Part* next) const {
-    typename GatherPass<T>::Fetch fetch;
-    if (stage_in && next != nullptr) {
-      fetch.ahead = raw + (next->image * source_shape.h + next->source_row) * raw_image / source_shape.h;
-      fetch.ahead_image = raw_image * next->source_rows / source_shape.h;
-    }
-    if (stage_out && finishing != nullptr) {
-      fetch.beside = finishing + (part.image * out_shape.h + part.row) * finishing_image / out_shape.h;
-      fetch.beside_image = finishing_image * part.rows / out_shape.h;
-    }
-    return fetch;
-  }
-};
-
-// The pass of one part. Its columns are those of the whole.
-template <typename T>
-std::unique_ptr<GatherPass<T>> part_pass(const Kernels<T>& kernels, const Half& half, const Part& part, bool forward,
-                                         const T* values, const T* bias, int64_t threads) {
-  const ConvGeometry& g = half.geometry;
-  const WeightGrid& grid = half.grid;
-  const Topology& t = half.topology;
-  if (forward) {
-    return std::make_unique<GatherPass<T>>(
-        kernels,
-        GatherShape{{part.images, g.in_channels, part.source_rows, g.in_w},
-                    {part.images, g.out_channels, part.rows, g.out_w},
-                    g.kernel_w,
-                    grid.block_out,
-                    grid.block_in},
-        BlockLists{grid.rows, t.nnz, t.row_ptr, t.row_order, t.block_col, t.block_tap},
-        forward_axis(part.rows, part.source_rows, g.kernel_h, g.stride_h, part.padding, g.dilation_h),
-        forward_axis(g.out_w, g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), true, values, bias, threads,
-        true);
-  }
-  return std::make_unique<GatherPass<T>>(
-      kernels,
-      GatherShape{{part.images, g.out_channels, part.source_rows, g.out_w},
-                  {part.images, g.in_channels, part.rows, g.in_w},
-                  g.kernel_w,
-                  grid.block_in,
-                  grid.block_out},
-      BlockLists{grid.cols, t.nnz, t.col_ptr, t.col_order, t.block_row, t.block_tap},
-      input_grad_axis(part.rows, part.source_rows, g.kernel_h, g.stride_h, part.padding, g.dilation_h),
-      input_grad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), false, values, nullptr, threads,
-      true);
-}
 
 template <typename T>
 std::tuple<Tensor, Tensor> forward(const Half& half, const Tensor& input, const Tensor& values, const T* bias,
@@ -355,7 +53,8 @@ std::tuple<Tensor, Tensor> forward(const Half& half, const Tensor& input, const 
   pass.run(
       input,
       [&](const Part& part) {
-        return part_pass<T>(kernels, half, part, true, packed.const_data_ptr<T>(), bias, parts.threads);
+        return forward_pass<T>(kernels, half.topology, half.grid, part_geometry(half, part, true),
+                               packed.const_data_ptr<T>(), bias, parts.threads, true);
       },
       [&](const Part& part, T* to) {
         for (int64_t n = 0; n < part.images; ++n)
@@ -498,7 +197,8 @@ Tensor input_grad(const Half& half, const Tensor& grad_output, const Tensor& inp
     pass.run(
         input,
         [&](const Part& part) {
-          return part_pass<T>(kernels, half, part, false, packed.const_data_ptr<T>(), nullptr, parts.threads);
+          return input_grad_pass<T>(kernels, half.topology, half.grid, part_geometry(half, part, false),
+                                    packed.const_data_ptr<T>(), parts.threads, true);
         },
         [&](const Part& part, T* to) {
           for (int64_t n = 0; n < part.images; ++n) {
@@ -574,7 +274,7 @@ std::tuple<Tensor, Tensor> weight_grad(const Half& half, const Tensor& grad_outp
     const ChunkView<T> view = chunk_view(staged, chunk);
     T* const in = memory.mutable_data_ptr<T>() + task * task_size;
     T* const out = in + in_size;
-    for (int64_t n = 0; !map.identity() && n < view.images; ++n)
+    for (int64_t n = 0; topo.nnz > 0 && !map.identity() && n < view.images; ++n)
       map.write(view.image_begin + n, view.in_row_begin, view.in_rows, in + n * map.image_size());
     for (int64_t n = 0; !gradient.identity() && n < view.images; ++n)
       gradient.write(view.image_begin + n, view.out_row_begin, view.out_rows, out + n * gradient.image_size());

@@ -263,11 +263,6 @@ def composed(
     h = activated(input, mean, var, gamma, beta, eps, negative_slope, upsample, batch_stats)
     name = backends.name_of(backend)
     y = conv2d(h, values, bias, topology, weight_shape, stride, padding, dilation, backend=name, record=record)
-    return finished(y, residual, pool, residual_upsample)
-
-
-def finished(y: Tensor, residual: Tensor | None, pool: int, residual_upsample: int) -> Tensor:
-    """What stands behind the convolution: pooling and the residual's sum as torch's functions, differentiable."""
     if pool == 2:
         y = F.avg_pool2d(y, 2)
     if residual is not None:

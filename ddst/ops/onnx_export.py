@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 
+from .. import backends
 from ..topology import as_blocks, split_topology
 from . import reference
 from .conv2d import _conv2d_fake, _conv2d_input_grad_fake
 from .linear import _linear_fake, _linear_input_grad_fake, _linear_weight_grad_fake
-from .norm_act_conv2d import _norm_act_conv2d_fake, activated, finished
+from .norm_act_conv2d import _norm_act_conv2d_fake, composed
 
 _ops = torch.ops.ddst
 Function = Callable[..., Any]
@@ -115,35 +116,9 @@ def _linear_weight_grad(
 
 
 @for_export(_ops.norm_act_conv2d.default, _norm_act_conv2d_fake)
-def _norm_act_conv2d(
-    input: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    topology: Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    eps: float,
-    negative_slope: float,
-    upsample: int,
-    pool: int,
-    residual_upsample: int,
-    batch_stats: bool,
-    moments: bool,
-    channels_last: bool,
-    backend: int = 0,
-    record: int = 0,
-) -> tuple[Tensor, Tensor]:
-    h = activated(input, mean, var, gamma, beta, eps, negative_slope, upsample, batch_stats)
-    weight = reference.dense_weight(values, topology, weight_shape)
-    y = torch.nn.functional.conv2d(h, weight, bias, stride, padding, dilation)
-    y = finished(y, residual, pool, residual_upsample)
+def _norm_act_conv2d(*args: Any) -> tuple[Tensor, Tensor]:
+    *parts, moments = args[:20]
+    y = composed(*parts, backends.code("reference"), 0)
     if not moments:
         return y, y.new_empty([0])
     var, mean = torch.var_mean(y, (0, 2, 3), correction=0)

@@ -230,7 +230,10 @@ def test_bad_arguments_are_refused_before_anything_runs(on_triton: list[str]) ->
         "upsample is 3": (15, 3),
         "pool is 0": (16, 0),
         "residual_upsample is 4": (17, 4),
-        "backend cuda: (libddst_cuda.so is not loaded|norm_act_conv2d is not written in CUDA)": (21, backends.code("cuda")),
+        "backend cuda: (libddst_cuda.so is not loaded|norm_act_conv2d is not written in CUDA)": (
+            21,
+            backends.code("cuda"),
+        ),
     }
     for text, (position, value) in wrong.items():
         with pytest.raises(ValueError, match=text):

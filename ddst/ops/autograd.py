@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 _library = torch.library.Library("ddst", "IMPL")
+#: Operator -> what ``torch.onnx.export`` writes for it (:mod:`ddst.ops.onnx_export`).
+formulas: dict[str, Callable[..., Any]] = {}
 
 
 def register_autograd(
@@ -85,6 +87,8 @@ def register_autograd(
     lifted_dual_function = made(_SingleLevelFunction, _lifted(forward_keeping), jvp=jvp)
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            return formulas[name](*args)
         if has_tangent(args):
             chosen, lifted = dual_function, lifted_dual_function
         elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):

@@ -25,7 +25,7 @@ from .._arguments import (
     check_weight_shape,
 )
 from ..topology import slot_count
-from .autograd import has_tangent
+from .autograd import formulas, has_tangent
 from .conv2d import conv2d, output_is_channels_last, pair, resolve_padding
 from .gradient_record import gradient_is_wanted, recorder_of, values_gradient
 from .precision import compute_dtype, in_compute_dtype
@@ -467,6 +467,8 @@ def _compute(keyset: Any, args: Sequence[Any]) -> tuple[Tensor, Tensor]:
 
 
 def _kernel(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    if torch.onnx.is_in_onnx_export():
+        return formulas["norm_act_conv2d"](*args)
     if has_tangent(args) or torch._C._are_functorch_transforms_active():
         moments, _, *rest = (*args[19:], 0, 0)[:4]
         y = composed(*args[:19], *rest)

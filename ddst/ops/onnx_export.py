@@ -1,41 +1,35 @@
-"""The operators in torch's own, for ``torch.onnx.export``: it takes what is registered here, and nothing else does.
+"""The operators in torch's own, for ``torch.onnx.export``, which calls them when it decomposes a program.
 
-(``run_decompositions()``, AOTAutograd and inductor have tables of their own; registered implementations of ONNX would
-have to be handed to each call of the exporter.) The packed values are scattered into zeros in the file, too: there a
-weight is as small as here.
+Not in torch's table of decompositions: there fake tensors of symbolic sizes would take them in place of the fake
+kernels, whose memory formats they do not have, and inductor refuses them where the environment has ``CI``. Functions
+registered with ONNX's exporter would have to be handed to each call of it. The packed values are scattered into zeros
+in the file, too: there a weight is as small as here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from .. import backends
 from ..topology import as_blocks, split_topology
 from . import reference
-from .conv2d import _conv2d_fake, _conv2d_input_grad_fake
-from .linear import _linear_fake, _linear_input_grad_fake, _linear_weight_grad_fake
-from .norm_act_conv2d import _norm_act_conv2d_fake, composed
+from .autograd import formulas
+from .norm_act_conv2d import composed
 
-_ops = torch.ops.ddst
 Function = Callable[..., Any]
 
 
-def for_export(operator: Any, fake: Function) -> Callable[[Function], Function]:
-    """Registers what stands in a file for an operator.
-
-    Fake tensors of symbolic sizes would take it, too, in place of the fake kernel, whose memory formats it does not
-    have, and whose sizes it would compare. What stands in the table of meta functions they take first.
-    """
-    register_decomposition(operator, type="meta")(fake)
-    return register_decomposition(operator)
+def for_export(name: str) -> Callable[[Function], Function]:
+    """Registers what stands in a file for an operator."""
+    return partial(formulas.setdefault, name)
 
 
-@for_export(_ops.conv2d.default, _conv2d_fake)
+@for_export("conv2d")
 def _conv2d(
     input: Tensor,
     values: Tensor,
@@ -53,7 +47,7 @@ def _conv2d(
     return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation)
 
 
-@for_export(_ops.conv2d_input_grad.default, _conv2d_input_grad_fake)
+@for_export("conv2d_input_grad")
 def _conv2d_input_grad(
     grad_output: Tensor,
     values: Tensor,
@@ -77,7 +71,7 @@ def _conv2d_input_grad(
     return torch.nn.functional.conv_transpose2d(grad_output, weight, None, stride, padding, missing, dilation=dilation)
 
 
-@for_export(_ops.linear.default, _linear_fake)
+@for_export("linear")
 def _linear(
     input: Tensor,
     values: Tensor,
@@ -90,7 +84,7 @@ def _linear(
     return torch.nn.functional.linear(input, reference.dense_weight(values, topology, weight_shape), bias)
 
 
-@for_export(_ops.linear_input_grad.default, _linear_input_grad_fake)
+@for_export("linear_input_grad")
 def _linear_input_grad(
     grad_output: Tensor,
     values: Tensor,
@@ -102,7 +96,7 @@ def _linear_input_grad(
     return grad_output @ reference.dense_weight(values, topology, weight_shape)
 
 
-@for_export(_ops.linear_weight_grad.default, _linear_weight_grad_fake)
+@for_export("linear_weight_grad")
 def _linear_weight_grad(
     grad_output: Tensor, input: Tensor, topology: Tensor, weight_shape: list[int], block: list[int], backend: int = 0
 ) -> Tensor:
@@ -115,7 +109,7 @@ def _linear_weight_grad(
     return torch.nn.functional.pad(blocks.flatten(0, 1), (0, 0, 0, 0, 0, 1))[flat]
 
 
-@for_export(_ops.norm_act_conv2d.default, _norm_act_conv2d_fake)
+@for_export("norm_act_conv2d")
 def _norm_act_conv2d(*args: Any) -> tuple[Tensor, Tensor]:
     moments, asked = args[19], (*args[:19], backends.code("reference"), 0)
     y = composed(*asked)

@@ -278,7 +278,7 @@ def test_a_value_of_a_chain_acts_as_the_tensor() -> None:
     changed = x.clone()
     waiting = twin[1](twin[0](changed))
     changed.add_(1)
-    with pytest.raises(RuntimeError, match="changed in place before it was read"):
+    with pytest.raises(RuntimeError, match="changed in place before its value was read"):
         twin[2](waiting)
 
 

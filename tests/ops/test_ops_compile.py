@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import ddst
+from ddst.ops.autograd import formulas
 from helpers.tolerances import assert_close
 
 
@@ -118,7 +119,7 @@ def test_reference_backend_compiles() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_fakes_of_symbolic_sizes_have_the_memory_format_of_the_operator(channels_last: bool) -> None:
-    # torch prefers a registered decomposition to a fake kernel there, and ONNX's exporter needs decompositions.
+    # torch prefers a registered decomposition to a fake kernel there.
     layer = ddst.SparseConv2d(16, 16, 3, padding=1, density=0.5)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     x = mode.from_tensor(torch.randn(3, 16, 7, 9))
@@ -137,3 +138,9 @@ def test_fakes_of_symbolic_sizes_have_the_memory_format_of_the_operator(channels
         ]  # fmt: skip
     expected = torch.channels_last if channels_last else torch.contiguous_format
     assert all(y.is_contiguous(memory_format=expected) for y in outputs)
+
+
+def test_no_operator_has_a_registered_decomposition() -> None:
+    # Inductor refuses to call such an operator as it is where the environment has CI.
+    operators = [getattr(torch.ops.ddst, name).default for name in formulas]
+    assert len(operators) == 6 and not torch._decomp.get_decompositions(operators)

@@ -56,6 +56,8 @@ def test_packed_and_reference_runs_agree_over_50_steps(tmp_path, settings, expec
         elif a.get("event") == "decision":
             assert (a["action"], a["new_density"]) == (b["action"], b["new_density"])
             kinds.add(a["action"])
+        elif a.get("event") == "densities":
+            assert a == b
         else:
             assert (a["density_g"], a["density_d"]) == (b["density_g"], b["density_d"])
             for name in ("loss_d", "loss_g", "balance_ratio"):

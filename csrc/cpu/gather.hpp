@@ -55,6 +55,21 @@ DDST_INLINE void store_tile(const typename Simd<T, N>::V (&acc)[P][NV], T* const
   }
 }
 
+// Whether multiply-adds read pixels at addresses without an index, which the pixels' pointers then move to with each
+// entry: where that is paid back by a whole entry's instructions that take one slot and not two.
+template <int NV, int kUnroll>
+#if defined(__AVX512F__)
+constexpr bool kMovesPixels = NV == 1 && kUnroll >= 8;
+#else
+constexpr bool kMovesPixels = false;
+#endif
+
+template <int P>
+DDST_INLINE void move_pixels(const char* (&pixel)[P], int64_t bytes) {
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) pixel[p] += bytes;
+}
+
 // P pixels x (NV * N) channels stay in registers while the whole entry list streams past.
 template <typename T, int N, int NV, int P, int kUnroll>
 __attribute__((noinline)) void gather_tile(const char* const* pixels, T* const* outs, const TileWork<T>& work) {
@@ -71,21 +86,34 @@ __attribute__((noinline)) void gather_tile(const char* const* pixels, T* const* 
   const Entry* entry = work.begin;
   const Entry* const full_end = work.full_end;
   const char* const weights = work.weights;
+  constexpr int64_t kGroup = kUnroll * static_cast<int64_t>(sizeof(T));
+  int64_t moved = 0;  // bytes that the pixels' pointers have moved
 #pragma GCC unroll 1
   for (; entry != full_end; ++entry) {
     int64_t offset = entry->source;
     const char* w = weights + entry->weight;
     int groups = work.k_groups;
-    do {
-      multiply_steps<T, N, NV, P, 0, kUnroll>(acc, pixel, offset, w);
-      offset += kUnroll * static_cast<int64_t>(sizeof(T));
-      w += kUnroll * NV * S::kBytes;
-    } while (--groups > 0);
+    if constexpr (kMovesPixels<NV, kUnroll>) {
+      move_pixels<P>(pixel, offset - moved);
+      moved = offset + (groups - 1) * kGroup;
+      for (;;) {
+        multiply_near_steps<T, N, P, 0, kUnroll>(acc, pixel, w);
+        if (--groups == 0) break;
+        move_pixels<P>(pixel, kGroup);
+        w += kUnroll * S::kBytes;
+      }
+    } else {
+      do {
+        multiply_steps<T, N, NV, P, 0, kUnroll>(acc, pixel, offset, w);
+        offset += kGroup;
+        w += kUnroll * NV * S::kBytes;
+      } while (--groups > 0);
+    }
   }
   const Entry* const end = work.end;
 #pragma GCC unroll 1
   for (; entry != end; ++entry) {
-    int64_t offset = entry->source;
+    int64_t offset = entry->source - moved;
     const char* w = weights + entry->weight;
 #pragma GCC unroll 1
     for (int k = work.k_cut; k > 0; --k) {

@@ -13,6 +13,17 @@
 
 #define DDST_INLINE inline __attribute__((always_inline))
 
+// The multiply-add of T and N, by DDST_FMA_BROADCAST(instruction, lanes).
+#define DDST_FMA_BROADCAST_OF_ALL                                   \
+  if constexpr (sizeof(T) == 4) {                                   \
+    if constexpr (N == 16) DDST_FMA_BROADCAST("vfmadd231ps", "16"); \
+    if constexpr (N == 8) DDST_FMA_BROADCAST("vfmadd231ps", "8");   \
+    if constexpr (N == 4) DDST_FMA_BROADCAST("vfmadd231ps", "4");   \
+  } else {                                                          \
+    if constexpr (N == 8) DDST_FMA_BROADCAST("vfmadd231pd", "8");   \
+    if constexpr (N == 4) DDST_FMA_BROADCAST("vfmadd231pd", "4");   \
+  }
+
 namespace ddst::cpu {
 namespace {
 
@@ -146,17 +157,24 @@ struct Simd {
 #if defined(__AVX512F__)
 #define DDST_FMA_BROADCAST(op, lanes) \
   asm volatile(op " %c4(%2,%3)%{1to" lanes "%}, %1, %0" : "+v"(acc) : "v"(w), "r"(base), "r"(offset), "i"(kDisp))
-    if constexpr (sizeof(T) == 4) {
-      if constexpr (N == 16) DDST_FMA_BROADCAST("vfmadd231ps", "16");
-      if constexpr (N == 8) DDST_FMA_BROADCAST("vfmadd231ps", "8");
-      if constexpr (N == 4) DDST_FMA_BROADCAST("vfmadd231ps", "4");
-    } else {
-      if constexpr (N == 8) DDST_FMA_BROADCAST("vfmadd231pd", "8");
-      if constexpr (N == 4) DDST_FMA_BROADCAST("vfmadd231pd", "4");
-    }
+    DDST_FMA_BROADCAST_OF_ALL
 #undef DDST_FMA_BROADCAST
 #else
     fma(acc, broadcast_at<kDisp>(base, offset), w);
+#endif
+  }
+
+  // The same at base + kDisp. Intel's processors split the instruction in two where its address has an index register,
+  // which costs a third of the speed while another thread computes on the same core (docs/notes/cpu-kernels.md).
+  template <int kDisp>
+  static DDST_INLINE void fma_broadcast(V& acc, V w, const char* base) {
+#if defined(__AVX512F__)
+#define DDST_FMA_BROADCAST(op, lanes) \
+  asm volatile(op " %c3(%2)%{1to" lanes "%}, %1, %0" : "+v"(acc) : "v"(w), "r"(base), "i"(kDisp))
+    DDST_FMA_BROADCAST_OF_ALL
+#undef DDST_FMA_BROADCAST
+#else
+    fma(acc, broadcast_at<kDisp>(base, 0), w);
 #endif
   }
 
@@ -244,6 +262,17 @@ DDST_INLINE void load_row(typename Simd<T, N>::V (&row)[NV], const char* p) {
   if constexpr (kFirst + 1 < NV) load_row<T, N, NV, kDisp, kFirst + 1>(row, p);
 }
 
+// acc[p] += w * source of pixel p, for the steps [kStep, kSteps) of the reduction.
+template <typename T, int N, int P, int kStep, int kSteps>
+DDST_INLINE void multiply_near_steps(typename Simd<T, N>::V (&acc)[P][1], const char* const (&pixel)[P],
+                                     const char* w) {
+  using S = Simd<T, N>;
+  const typename S::V w0 = S::template load_at<kStep * S::kBytes>(w);
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) S::template fma_broadcast<kStep* static_cast<int>(sizeof(T))>(acc[p][0], w0, pixel[p]);
+  if constexpr (kStep + 1 < kSteps) multiply_near_steps<T, N, P, kStep + 1, kSteps>(acc, pixel, w);
+}
+
 }  // namespace
 }  // namespace ddst::cpu
 
@@ -291,7 +320,7 @@ DDST_INLINE void outer_step(typename Simd<T, N>::V (&acc)[J][NV], const typename
   using S = Simd<T, N>;
   constexpr int kDisp = kFirst * static_cast<int>(sizeof(T));
   if constexpr (NV == 1) {
-    S::template fma_broadcast<kDisp>(acc[kFirst][0], x[0], scalars, 0);
+    S::template fma_broadcast<kDisp>(acc[kFirst][0], x[0], scalars);
   } else {
     const typename S::V y = S::template broadcast_at<kDisp>(scalars, 0);
 #pragma GCC unroll 4

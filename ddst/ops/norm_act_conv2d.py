@@ -192,6 +192,11 @@ def norm_act_conv2d(
 def _check_norm(norm: Norm | None, input: Tensor) -> None:
     if norm is None:
         return
+    for name in ("mean", "var"):
+        check_tensor(f"norm.{name}", getattr(norm, name))
+    if not torch.compiler.is_compiling():
+        check_number("norm.eps", norm.eps, 0)
+        check_bool("norm.batch_stats", norm.batch_stats)
     n, c = input.shape[:2]
     for name, tensor, shapes in (
         ("mean", norm.mean, ((c,),)),

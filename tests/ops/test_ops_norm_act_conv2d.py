@@ -325,8 +325,17 @@ def test_wrong_arguments_are_named() -> None:
         ({"residual": torch.zeros(2, 4, 3, 3)}, "residual, upsampled by 1, must have the output's shape"),
         ({"norm": Norm(torch.zeros(2), torch.ones(3))}, r"norm.mean must have the shape \(3,\), got \(2,\)"),
         ({"norm": Norm(torch.zeros(3), torch.ones(3), torch.ones(3))}, "norm.gamma and norm.beta must be of one shape"),
+        ({"norm": Norm(torch.zeros(3), torch.ones(3), eps=-1.0)}, r"norm\.eps must be"),
     ):
         with pytest.raises(ValueError, match=message):
             norm_act_conv2d(*call, padding=1, **named)
+    nothing: Any = None
+    for norm, message in (
+        (Norm(nothing, nothing), r"norm\.mean must be a tensor, got None"),
+        (Norm(torch.zeros(3), torch.ones(3), eps="a"), r"norm\.eps must be a number"),  # type: ignore[arg-type]
+        (Norm(torch.zeros(3), torch.ones(3), batch_stats=1), r"norm\.batch_stats must be"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=message):
+            norm_act_conv2d(*call, padding=1, norm=norm)
     with pytest.raises(ValueError, match="input must have 3 channels"):
         norm_act_conv2d(torch.zeros(2, 5, 4, 4), *call[1:])

@@ -71,7 +71,7 @@ def settle(discriminator: nn.Module) -> None:
     """
     norms = [m for m in discriminator.modules() if hasattr(m, "weight")]
     with torch.no_grad():
-        for _ in range(50):
+        for _ in range(500):
             for module in norms:
                 _ = module.weight
 

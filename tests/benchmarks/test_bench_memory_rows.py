@@ -88,6 +88,9 @@ def test_the_command_prints_keeps_and_tabulates(tmp_path: Path, capsys: pytest.C
     cells = line.split("|")[2:-1]
     assert [cell.strip() for cell in cells[:2]] == ["", ""]  # not measured at batch 2
     assert cells[2].strip().startswith("**")  # the smallest dense row at batch 64
+    drawn = tmp_path / "bars.svg"
+    assert command.main(["picture", str(second), str(drawn)]) == 0
+    assert f"<!-- {rows['dense-checkpointed']['memory']:.2f} -->" in drawn.read_text()
     layers = tmp_path / "c.json"
     layers.write_text(json.dumps({**run, "kind": "layers"}))
     with pytest.raises(SystemExit):

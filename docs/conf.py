@@ -3,6 +3,8 @@
 Pages are Markdown (MyST); those in api/ are made of docstrings, which are Google style in reStructuredText.
 """
 
+import contextlib
+import inspect
 import re
 from typing import Any
 
@@ -45,16 +47,39 @@ nitpick_ignore_regex = [
 _LABELLED = re.compile(r"(Numerics and cost|Numerics|Cost|Source|Shapes?): (.*)")
 
 
-def label(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Makes "Cost: …", whose further lines are indented as an argument's are, a paragraph with a bold label."""
+def arrange(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Our docstrings in napoleon's words.
+
+    "Cost: …", whose further lines are indented as an argument's are, is a paragraph with a bold label. Arguments and
+    attributes that share a line get one each.
+    """
+    names = "|".join(names_of(obj)) or "$"
+    another = re.compile(rf"(?<=[.;]) (?=(?:{names})(?:, (?:{names}))*: )")
     made: list[str] = []
-    inside = False
+    section = ""
     for line in lines:
         found = _LABELLED.fullmatch(line)
-        inside = bool(found) or (inside and line.startswith(" "))
-        made += ["", f"**{found[1]}.** {found[2]}"] if found else [line.strip() if inside else line]
+        if line and not line.startswith(" "):
+            section = "label" if found else line
+        if found:
+            made += ["", f"**{found[1]}.** {found[2]}"]
+        elif section == "label":
+            made.append(line.strip())
+        elif section in ("Args:", "Attributes:"):
+            first, *more = another.split(line)
+            made += [first, *(f"    {entry}" for entry in more)]
+        else:
+            made.append(line)
     lines[:] = made
 
 
+def names_of(obj: Any) -> list[str]:
+    """Names that a docstring's arguments and attributes may have."""
+    named = [*getattr(obj, "__annotations__", {})]
+    with contextlib.suppress(TypeError, ValueError):  # no function, or one without a signature
+        named += inspect.signature(obj).parameters
+    return [re.escape(name) for name in named]
+
+
 def setup(app: Any) -> None:
-    app.connect("autodoc-process-docstring", label, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", arrange, priority=400)  # before napoleon

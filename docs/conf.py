@@ -23,13 +23,12 @@ html_show_copyright = False
 highlight_language = "none"
 
 myst_heading_anchors = 3
-# docs/results.md comes from `make paper`, and may not have been made.
-suppress_warnings = ["toc.empty_glob"]
 
 # `x` in a docstring is code, and -- in it an option's two dashes.
 default_role = "code"
 smartquotes = False
 autodoc_default_options = {"members": True}
+autodoc_inherit_docstrings = False
 autodoc_member_order = "groupwise"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
@@ -41,6 +40,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Other projects' objects: their inventories would have to be fetched.
     ("py:.*", r"(torch|numpy|nn|np|PIL|types|pathlib|collections|argparse|os)\..*"),
+    # Types of arguments without an entry, and one whose default (of a dataclass) ends Sphinx's reading of it.
+    ("py:.*", r"(.*\.)?LayerT|Axes|PathLike|SafetensorError|int64|dict\[str"),
     ("py:.*", r"Tensor|Optimizer|ProcessGroup|NDArray|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|Image|IO"),
 ]
 

@@ -25,7 +25,7 @@ class Decision:
         density: before. new_density: the density asked for; equal to ``density`` for "keep" and "exchange".
         reason: one sentence.
         window: the summary the decision was made from.
-        lowest, highest: the densities the discriminator can reach, see :meth:`DensityController.decide`.
+        lowest, highest: the densities the discriminator can reach, see :meth:`ddst.gan.controller.DecisionRule.decide`.
         resolution: the smallest change of density that can be made.
     """
 

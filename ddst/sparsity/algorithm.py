@@ -36,7 +36,7 @@ class SparseTraining:
     drop_fraction        0.5       0.3                  the smaller half of 16×16 blocks holds half of the squared norm
     scope                "global"  "layer"              norms of large blocks differ by layer much more than within one
     ranking              "raw"     "relative"           the same, and edge blocks have fewer weights
-    grown_second_moment  "mean"    "score", SET "mean"  see :func:`~ddst.sparsity.carry_state`
+    grown_second_moment  "mean"    "score", SET "mean"  see :func:`~ddst.carry_state`
     ===================  ========  ===================  ===============================================================
 
     Args:
@@ -158,7 +158,7 @@ class SparseTraining:
 
     @property
     def density(self) -> float:
-        """Active share of the weights, see :attr:`TopologyUpdater.density`."""
+        """Active share of the weights, see :attr:`ddst.sparsity.TopologyUpdater.density`."""
         return self.updater.density
 
     def drop_fraction(self, step: int) -> float:

@@ -25,7 +25,8 @@ class NetworkDensity:
 
     Attributes:
         layers: the sparse layers by name. dense_weights: of what is dense. total_weights: of all.
-        sizes: per sparse layer int64 ``[R · C · T]``, weights in each block, in the order of :func:`ddst.sparsity.density.flat_mask`.
+        sizes: per sparse layer int64 ``[R · C · T]``, weights in each block, in the order of
+            :func:`ddst.sparsity.density.flat_mask`.
 
     Cost: none to speak of; every layer keeps count of its weights.
 

@@ -24,9 +24,8 @@ highlight_language = "none"
 
 myst_heading_anchors = 3
 
-# `x` in a docstring is code, and -- in it an option's two dashes.
 default_role = "code"
-smartquotes = False
+smartquotes_action = "D"  # dashes only: a quoted word is a value that is typed as it stands
 autodoc_default_options = {"members": True}
 autodoc_inherit_docstrings = False
 autodoc_member_order = "groupwise"
@@ -52,11 +51,11 @@ def arrange(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
     """Our docstrings in napoleon's words.
 
     "Cost: …", whose further lines are indented as an argument's are, is a paragraph with a bold label. Arguments and
-    attributes that share a line get one each.
+    attributes that share a line get one each. What stands before a colon in a property's first line is no type.
     """
     names = "|".join(names_of(obj)) or "$"
     another = re.compile(rf"(?<=[.;]) (?=(?:{names})(?:, (?:{names}))*: )")
-    made: list[str] = []
+    made = ["..", ""] if what in ("attribute", "data", "property") else []  # an empty comment as the first line
     section = ""
     for line in lines:
         found = _LABELLED.fullmatch(line)

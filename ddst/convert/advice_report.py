@@ -68,7 +68,7 @@ class LayerAdvice:
 
     @property
     def break_even(self) -> float:
-        """Sparse wins at densities below this, 0 where it never does, 1 where it does at every measured density."""
+        """Sparse wins at densities below this: 0 where it never does, 1 where it does at every measured density."""
         points = [(point.density, point.sparse / point.dense) for point in self.points]
         if points[0][1] >= 1.0:
             return 0.0
@@ -140,7 +140,7 @@ class BlockAdvice:
 
     @property
     def gain(self) -> float:
-        """Step time of the dense model over that with the winning layers sparse, computed from the layers' times."""
+        """Step time of the dense model over that with the winning layers sparse: computed from the layers' times."""
         return self.model_seconds / self.step_seconds({layer.name: layer.asked for layer in self.layers})
 
     def step_seconds(self, densities: Mapping[str, float]) -> float:

@@ -123,7 +123,7 @@ class Candidate:
 
     @property
     def ranked_weight(self) -> Tensor | None:
-        """What blocks are compared in, the weight, under weight norm ``g · v / ‖v‖``."""
+        """What blocks are compared in: the weight, under weight norm ``g · v / ‖v‖``."""
         if self.weight is None or not isinstance(self.norm, DenseWeightNorm):
             return self.weight
         return normed_weight(self.norm.g.detach(), self.weight.detach(), self.norm.dim)

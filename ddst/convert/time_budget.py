@@ -11,7 +11,7 @@ from .advice_report import BlockAdvice
 from .candidates import Candidate
 from .shares import Plan, make_plan, share_out
 
-#: Where each layer is measured, as a rule gives wide layers less than the whole's density.
+#: Where each layer is measured: a rule gives wide layers less than the whole's density.
 DENSITIES = (0.03, 0.1, 0.3, 1.0)
 #: Steps of the search: down by this factor to the first density that fits, then bisection in between.
 _COARSE, _FINE = 0.95, 12

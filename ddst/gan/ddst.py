@@ -287,7 +287,7 @@ class DDST:
 
     @property
     def waiting(self) -> Decision | None:
-        """A decision about D that is not carried out yet, as D has made no step since, or one without a gradient."""
+        """A decision about D that is not carried out yet: D has made no step since, or one without a gradient."""
         return None if self._steering is None else self._steering.waiting
 
     @property
@@ -297,7 +297,7 @@ class DDST:
 
     @property
     def density_d(self) -> float:
-        """Active share of all the discriminator's weights, which the controller steers."""
+        """Active share of all the discriminator's weights: what the controller steers."""
         return self.network_d.density
 
     def is_decision_step(self, step: int) -> bool:

@@ -253,7 +253,7 @@ class PackedStorage(nn.Module):
 
     @property
     def topologies(self) -> list[Tensor]:
-        """Every vector that operators have been given so far, the topology and those of :meth:`topology_as`."""
+        """Every vector that operators have been given so far: the topology, and those of :meth:`topology_as`."""
         return [self.topology, *self._turned.values()]
 
     def topology_as(

@@ -194,7 +194,7 @@ class TopologyUpdater:
 
     @property
     def attainable_density(self) -> tuple[float, float]:
-        """Lowest and highest density in reach, with one block in every layer that may change, or all of them full."""
+        """Lowest and highest density in reach: one block in every layer that may change, or all of them full."""
         network = self.network
         if not network.total_weights:
             return (1.0, 1.0)
@@ -205,7 +205,7 @@ class TopologyUpdater:
 
     @property
     def resolution(self) -> float:
-        """Half the largest block's share of all weights. Smaller changes of density cannot be made."""
+        """Half the largest block's share of all weights: smaller changes of density cannot be made."""
         largest = max((int(self._sizes[name].max()) for name in self.layers), default=0)
         return largest / self.network.total_weights / 2 if largest else 0.0
 

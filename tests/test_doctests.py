@@ -93,6 +93,13 @@ def test_the_commands_of_the_guide_are_such_that_there_are() -> None:
             refuse_without_effect(given, resolve(given).method)
 
 
+def test_the_readmes_links_lead_somewhere() -> None:
+    """Sphinx follows those of the guide."""
+    links = re.findall(r"\]\((?!http)([^)#]+)", PAGES["README.md"].read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
 def test_the_reference_of_ddst_has_all_its_names() -> None:
     """The other pages of the reference list a module whole."""
     page = (ROOT / "docs" / "api" / "ddst.md").read_text()

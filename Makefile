@@ -26,7 +26,7 @@ demo test test-all test-arm: export OMP_WAIT_POLICY ?= passive
 
 # Set up for tests, nvcc compiles for one architecture: what it makes for the others is recorded in
 # tests/cuda/resources.json, and compiled by the tests where that no longer holds. Elsewhere it compiles for all.
-test test-all test-arm test-newest record-kernels lint check-format check-lint check-types: export DDST_CUDA_ARCHS ?= 90-real
+test test-all test-arm test-newest record-kernels lint check-format check-lint check-types docs: export DDST_CUDA_ARCHS ?= 90-real
 
 .PHONY: demo test test-all test-arm arm-tools test-newest record-kernels lint check-format check-lint check-types docs format wheel bench bench-layers gpu clean
 .DELETE_ON_ERROR:
@@ -62,11 +62,7 @@ record-kernels: $(VENV)/built
 
 lint: check-format check-lint check-types
 
-check-# Read anew each time (-E): what was read before warns no more. Of every name (-n) that a docstring refers to.
-docs: $(VENV)/built
-	$(BIN)/sphinx-build -q -E -n -W --keep-going docs build/docs
-
-format: $(VENV)/built
+check-format: $(VENV)/built
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
@@ -76,7 +72,7 @@ check-lint: $(VENV)/built
 check-types: $(VENV)/built
 	$(BIN)/mypy
 
-# Read anew each time (-E): what was read before warns no more. Of every name (-n) that a docstring refers to.
+# Every page is read anew (-E), as one that was read before warns no more.
 docs: $(VENV)/built
 	$(BIN)/sphinx-build -q -E -n -W --keep-going docs build/docs
 

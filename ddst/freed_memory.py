@@ -40,9 +40,9 @@ def keep_freed_memory() -> bool:
     freed-memory`` measures it on your machine. Call it first thing in a program that trains; ``ddst train`` does.
 
     Returns:
-        True where from now on freed blocks are kept and used again. This is tried out with a block of 64 MiB, which is
-        not touched. False where nothing changes, as the C library is not glibc 2.33 or later, or another allocator
-        (jemalloc, tcmalloc, mimalloc) is loaded in its place, which keeps memory in its own way.
+        True: from now on freed blocks are kept and used again. This is tried out with a block of 64 MiB, which is not
+        touched. False: nothing changes, as the C library is not glibc 2.33 or later, or another allocator (jemalloc,
+        tcmalloc, mimalloc) is loaded in its place, which keeps memory in its own way.
 
     Cost: the process keeps the most memory it ever needed at once, and with glibc before 2.39 more: torch asks for
         aligned blocks, what is cut off in front of one goes elsewhere, and when the block is freed it is a little too

@@ -51,23 +51,26 @@ def arrange(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
     """Our docstrings in napoleon's words.
 
     "Cost: …", whose further lines are indented as an argument's are, is a paragraph with a bold label. Arguments and
-    attributes that share a line get one each. What stands before a colon in a property's first line is no type.
+    attributes that share a line get one each. What stands before the first colon of a property, or of what is returned,
+    is no type: an empty comment comes first.
     """
     names = "|".join(names_of(obj)) or "$"
     another = re.compile(rf"(?<=[.;]) (?=(?:{names})(?:, (?:{names}))*: )")
-    made = ["..", ""] if what in ("attribute", "data", "property") else []  # an empty comment as the first line
+    made = ["..", ""] if what in ("attribute", "data", "property") else []
     section = ""
     for line in lines:
         found = _LABELLED.fullmatch(line)
         if line and not line.startswith(" "):
             section = "label" if found else line
         if found:
-            made += ["", f"**{found[1]}.** {found[2]}"]
+            made += ["", f"**{found[1]}:** {found[2]}"]
         elif section == "label":
             made.append(line.strip())
         elif section in ("Args:", "Attributes:"):
             first, *more = another.split(line)
             made += [first, *(f"    {entry}" for entry in more)]
+        elif line in ("Returns:", "Yields:"):
+            made += [line, "    ..", ""]
         else:
             made.append(line)
     lines[:] = made
@@ -81,5 +84,11 @@ def names_of(obj: Any) -> list[str]:
     return [re.escape(name) for name in named]
 
 
+def is_field_of_tuple(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leaves out what a NamedTuple says of its fields, their numbers."""
+    return True if str(obj.__doc__).startswith("Alias for field number") else None
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", arrange, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", is_field_of_tuple)

@@ -39,7 +39,7 @@ def fuse(model: nn.Module) -> FuseReport:
         model: any module. Its mode does not matter.
 
     Returns:
-        A report, which prints as a table, of what was fused with each convolution, and why not more.
+        A report that prints as a table: what was fused with each convolution, and why not more.
 
     Raises:
         TypeError: the model is no module.

@@ -91,6 +91,11 @@ def test_the_command_prints_keeps_and_tabulates(tmp_path: Path, capsys: pytest.C
     drawn = tmp_path / "bars.svg"
     assert command.main(["picture", str(second), str(drawn)]) == 0
     assert f"<!-- {rows['dense-checkpointed']['memory']:.2f} -->" in drawn.read_text()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**run, "kind": "models"}))
+    with pytest.raises(SystemExit):
+        command.main(["picture", str(other), str(drawn)])
+    assert "runs of layers and of --memory have pictures, got one of 'models'" in capsys.readouterr().err
     layers = tmp_path / "c.json"
     layers.write_text(json.dumps({**run, "kind": "layers"}))
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 #   make test    set up, then formatting, lint, types and the tests; make test-all leaves none out (an hour)
 #   make wheel   dist/ddst-*.whl          make format   rewrite the sources in the project's format
 #   make bench   what is to be reached    make clean    remove builds and caches (not .venv, not runs)
+#   make docs    the guide, in build/docs: part of make test
 #   make record-kernels  compile what changed since tests/**/{compiled,resources,recorded}.json were written, and write them
 #   make test-newest     the tests that need no compiled kernels with the newest torch and Triton, in a venv of their own
 #   make test-arm        cross-compile for Arm (aarch64), try the CPU kernels on an emulated processor: part of test-all
@@ -25,9 +26,9 @@ demo test test-all test-arm: export OMP_WAIT_POLICY ?= passive
 
 # Set up for tests, nvcc compiles for one architecture: what it makes for the others is recorded in
 # tests/cuda/resources.json, and compiled by the tests where that no longer holds. Elsewhere it compiles for all.
-test test-all test-arm test-newest record-kernels lint check-format check-lint check-types: export DDST_CUDA_ARCHS ?= 90-real
+test test-all test-arm test-newest record-kernels lint check-format check-lint check-types docs: export DDST_CUDA_ARCHS ?= 90-real
 
-.PHONY: demo test test-all test-arm arm-tools test-newest record-kernels lint check-format check-lint check-types format wheel bench bench-layers gpu clean
+.PHONY: demo test test-all test-arm arm-tools test-newest record-kernels lint check-format check-lint check-types docs format wheel bench bench-layers gpu clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the second demo goes to runs/demo-2.
@@ -35,12 +36,12 @@ demo: $(VENV)/built
 	@out=$(OUT); n=1; while [ -e "$$out" ]; do n=$$((n + 1)); out=$(OUT)-$$n; done; \
 	echo "$(BIN)/ddst train --out $$out"; exec $(BIN)/ddst train --out "$$out"
 
-test: lint
+test: lint docs
 	$(BIN)/pytest -q -n 2 --dist loadfile --durations=20 -m "not torture"
 
 # Every kernel is compiled, every randomised test tries all it has, and the torture suite runs.
 test-all: export DDST_TEST_ALL = 1
-test-all: lint arm-tools
+test-all: lint docs arm-tools
 	$(BIN)/pytest -q -n 2 --dist loadfile --durations=20
 
 test-arm: export DDST_TEST_ALL = 1
@@ -70,6 +71,10 @@ check-lint: $(VENV)/built
 
 check-types: $(VENV)/built
 	$(BIN)/mypy
+
+# Every page is read anew (-E), as one that was read before warns no more.
+docs: $(VENV)/built
+	$(BIN)/sphinx-build -q -E -n -W --keep-going docs build/docs
 
 format: $(VENV)/built
 	$(BIN)/ruff format .
@@ -106,7 +111,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(BUILD_FILES)
-	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,bench,integrations,onnx,live]'
+	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,docs,bench,integrations,onnx,live]'
 	$(BIN)/pip install --no-compile --no-deps torch-fidelity==0.4.0 # its torchvision asks for a build of torch of its own
 	touch $@
 

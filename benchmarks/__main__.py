@@ -7,6 +7,7 @@
     python -m ddst.benchmarks --layer targets sngan32 --against main     this build beside that of another commit
     python -m ddst.benchmarks --list --layer all                         what there is to measure
     python -m ddst.benchmarks table RUN.json [--readme README.md]        kept runs as a Markdown table
+    python -m ddst.benchmarks picture RUN.json FILE.png                  a kept run as a picture
     python -m ddst.benchmarks tune --help                                the fastest configurations of a GPU's kernels
     python -m ddst.benchmarks --memory                                   peak memory and time of a GAN iteration
     python -m ddst.benchmarks goals                                      what a training step shall reach, and reaches
@@ -150,6 +151,21 @@ def table(argv: list[str]) -> int:
     return 0
 
 
+def picture(argv: list[str]) -> int:
+    """`picture RUN.json FILE`: draws a kept run of layers or of --memory."""
+    command = argparse.ArgumentParser(prog="python -m ddst.benchmarks picture", description="A kept run as a picture.")
+    command.add_argument("run", type=Path, metavar="RUN.json")
+    command.add_argument("file", type=Path, metavar="FILE", help="its ending says the format: .png, .svg, .pdf")
+    arguments = command.parse_args(argv)
+    from ddst.benchmarks.picture import draw
+
+    try:
+        draw(report.load(arguments.run), arguments.file)
+    except (OSError, ValueError) as error:
+        command.error(str(error))
+    return 0
+
+
 def table_of(runs: list[dict[str, Any]]) -> tuple[str, tuple[str, str]]:
     """The table of some runs, and between which markers it stands.
 
@@ -245,6 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["table"]:
         return table(argv[1:])
+    if argv[:1] == ["picture"]:
+        return picture(argv[1:])
     if "--memory" in argv:
         return _main_of("memory")([argument for argument in argv if argument != "--memory"])
     if argv and argv[0] in COMMANDS:

@@ -131,7 +131,9 @@ def interleaved(
 
 
 #: A ratio counts as known when its 95 % interval is no wider than this factor.
+#: Widest interval of :func:`paired`, as a factor.
 TIGHT = 1.25
+#: How many times as often it measures at most.
 PATIENCE = 8
 
 

@@ -159,6 +159,8 @@ def test_source_distribution_holds_what_a_build_reads(tmp_path: Path) -> None:
         ("kernels", "*.py"),
         ("tests", "*.py"),
         ("cmake", "*.cmake"),
+        ("docs", "*.md"),
+        ("docs", "*.png"),
         ("tests/cpu", "*.[ch]*"),
         ("tests/cuda", "*.[ch]*"),
     ]

@@ -36,7 +36,7 @@ def let_attach(candidate: Candidate, owners: Mapping[int, list[str]]) -> Candida
     """Lets a weight be packed where it is, if its module computes in its own way and holds it as a plain parameter.
 
     Args:
-        candidate: of :func:`~ddst.convert.weights.find_weights`; changed and returned.
+        candidate: of :func:`~ddst.convert.find_weights`; changed and returned.
         owners: ``id(parameter) -> names``.
     """
     c = candidate

@@ -72,7 +72,7 @@ class Candidate:
         reason: why it cannot be sparse, or None.
         counted: whether a density over all layers counts it: a layer of a kind with a sparse twin that is not excluded.
         attribute: name of the parameter that is packed where it is, in a module that computes in its own way
-            (:mod:`ddst.convert.attached`); None for a layer that is swapped.
+            (``ddst.convert.attached``); None for a layer that is swapped.
         as_tensor: whether that module takes its weight as a tensor only. note: what the report says of it.
         multiplies: False for what a run has shown to be looked up, or not used.
     """
@@ -104,7 +104,7 @@ class Candidate:
 
     @property
     def oriented(self) -> tuple[int, ...]:
-        """:attr:`shape` with the output channels first."""
+        """``shape`` with the output channels first."""
         first, second, *space = self.shape
         return (second, first, *space) if self.transposed else self.shape
 

@@ -29,7 +29,7 @@ class LayerReport:
         multiply_adds: of a forward pass of the sample with all weights active (weights × output positions × calls),
             see :func:`~ddst.convert.watch.multiply_adds`; None without a sample.
         dense_seconds, seconds: of its part in a training step, dense and as it is now, on the scale of
-            :attr:`SparsifyReport.dense_seconds`; None where it was not measured.
+            ``SparsifyReport.dense_seconds``; None where it was not measured.
         note: of a weight packed in a module that computes in its own way: which code makes it dense, if any does.
     """
 
@@ -60,7 +60,7 @@ class SparsifyReport:
 
     Attributes:
         layers: a row for every convolution and linear layer of the model and every other parameter that acts as a
-            weight (:func:`~ddst.convert.weights.find_weights`), in module order.
+            weight (:func:`~ddst.convert.find_weights`), in module order.
         dense_seconds: of a training step of the dense model, as measured; None if it was not.
     """
 

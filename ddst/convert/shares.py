@@ -133,7 +133,7 @@ def make_plan(
     """Shares a density out; with measurements, layers stay dense that these did not find to be faster sparse.
 
     Args:
-        candidates: of :func:`~ddst.convert.weights.find_weights`; they are not changed.
+        candidates: of :func:`~ddst.convert.find_weights`; they are not changed.
         work: multiply-adds of each candidate, which ``distribution="work"`` needs.
     """
     candidates = [replace(c) for c in candidates]

@@ -101,7 +101,7 @@ def sparsify(
             as their gradients and optimizer state). Layers with room are grown first; where none has any, one is
             enlarged. None: none are set aside.
         only_if_faster: True measures every layer here (:func:`ddst.advise`, which needs ``sample``) and leaves those
-            dense that were not found to be faster sparse; an :class:`~ddst.Advice` that holds this block is
+            dense that were not found to be faster sparse; an :class:`~ddst.convert.Advice` that holds this block is
             used instead of measuring. The other layers keep the density they would have had, so with "erk" the density
             over all layers comes out higher than asked for. Weights packed in place are not measured, and are packed.
         sample: what a training step calls the model with, a tensor or a sequence of arguments. The model is run on it

@@ -60,7 +60,7 @@ def multiply_adds(model: nn.Module, run: Callable[[], object], weights: Sequence
 
     Args:
         model: nothing of it is changed. run: calls it once, forward.
-        weights: of :func:`~ddst.convert.weights.find_weights`.
+        weights: of :func:`~ddst.convert.find_weights`.
 
     Raises:
         ValueError: the model is lazy.

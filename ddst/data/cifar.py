@@ -78,7 +78,7 @@ def cifar(path: Path, held_out: bool) -> Source | None:
     A folder holds the files of one form under the names in the published archives: ``data_batch_1`` to
     ``data_batch_5`` and ``test_batch``, with or without ``.bin``; or ``train`` and ``test``, likewise (of these two,
     or one of them and ``meta`` or ``fine_label_names.txt``). Python batches are read by
-    :class:`ddst.data.pickled.BatchReader`, which runs nothing of what they name.
+    ``ddst.data.pickled.BatchReader``, which runs nothing of what they name.
 
     Raises:
         DataError: a file is missing; when it is read: it is damaged.

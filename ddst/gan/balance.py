@@ -109,8 +109,8 @@ class BalanceRatio:
         """Takes one measurement into the window; the oldest leaves when it is full.
 
         Args:
-            alpha, beta: as in :class:`BalanceSample`. sign: ``E[sign D(x)]``, of which only the mean is kept
-                (:attr:`WindowSummary.mean_sign`, the signal of StyleGAN2-ADA); it is no part of the ratio.
+            alpha, beta: as in :class:`ddst.gan.BalanceSample`. sign: ``E[sign D(x)]``, of which only the mean is kept
+                (``WindowSummary.mean_sign``, the signal of StyleGAN2-ADA); it is no part of the ratio.
         """
         if sign is not None:
             sign = check_number("sign", sign, -1, 1)

@@ -25,7 +25,7 @@ class Decision:
         density: before. new_density: the density asked for; equal to ``density`` for "keep" and "exchange".
         reason: one sentence.
         window: the summary the decision was made from.
-        lowest, highest: the densities the discriminator can reach, see :meth:`DensityController.decide`.
+        lowest, highest: the densities the discriminator can reach, see :meth:`ddst.gan.controller.DecisionRule.decide`.
         resolution: the smallest change of density that can be made.
     """
 
@@ -114,12 +114,14 @@ class DecisionRule:
 class DensityController(DecisionRule):
     """``d += Δ`` where ``BR > B+``, ``d −= Δ`` where ``BR < B−``, within ``[d_min, d_max]``.
 
-    | | "relaxed" | "strict" |
-    | --- | --- | --- |
-    | density range | 0.05 … 1 | 0.05 … 0.5 |
-    | BR > B+ | ``d + Δ``, at most d_max | the same; at d_max "exchange": DST at constant density |
-    | BR < B− | ``d − Δ``, at least d_min | the same |
-    | B− ≤ BR ≤ B+ | keep | keep |
+    =============  =========================  ======================================================
+    mode           "relaxed"                  "strict"
+    =============  =========================  ======================================================
+    density range  0.05 … 1                   0.05 … 0.5
+    BR > B+        ``d + Δ``, at most d_max   the same; at d_max "exchange": DST at constant density
+    BR < B−        ``d − Δ``, at least d_min  the same
+    B− ≤ BR ≤ B+   keep                       keep
+    =============  =========================  ======================================================
 
     Kept, with the reason: in the first ``warmup`` steps, before the window is full, where the window has no ratio (β
     near zero or negative), and at the end of the range. A density that starts outside the range is never moved further

@@ -47,7 +47,7 @@ class DDST:
     One object for every sparse method: DDST relaxed and strict; SDST (``mode="sdst"``: D's density is never changed)
     with ``method`` "rigl" or "set"; static (``mode="sdst", method="static"``), which measures only; and what can be
     made of these parts (:data:`ddst.gan.PRESETS` names the published ones). Sparsify both networks first (DDST starts
-    at ``d_D = d_G``), make the optimizers, then call :meth:`step` once per generator iteration:
+    at ``d_D = d_G``), make the optimizers, then call :meth:`step` once per generator iteration::
 
         d_loss.backward(); opt_d.step()          # once or several times
         fake_scores = discriminator(generator(noise))

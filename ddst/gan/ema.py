@@ -16,7 +16,7 @@ from ddst.nn.origin import follow
 class EMA:
     """``w̄ ← γ w̄ + (1 − γ) w``, on active blocks: what the model drops leaves the average, what it grows enters as 0.
 
-    :attr:`module` is a copy of the model to generate images with. Its masks follow the model's at the moment they
+    ``module`` is a copy of the model to generate images with. Its masks follow the model's at the moment they
     change (:func:`ddst.follow`), dtypes and devices before each update, so it is as sparse as the model. Buffers (batch
     norm's statistics) are copied, not averaged.
 
@@ -58,8 +58,8 @@ class EMA:
     def update(self) -> None:
         """Takes the model's present weights into the average. Call it once per step, after every change of topology.
 
-        Not while another thread computes with :attr:`module`: slots that change hands and weights are written one after
-        the other, see :meth:`ddst.nn.SparseLayer.set_block_mask`.
+        Not while another thread computes with ``module``: slots that change hands and weights are written one after
+        the other, see :meth:`ddst.nn.storage.PackedStorage.set_block_mask`.
 
         Raises:
             ValueError: the model has other layers than when the average was made.

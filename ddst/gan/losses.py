@@ -16,12 +16,14 @@ LOSSES = ("hinge", "wgan", "bce", "relativistic")
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
     """D's loss from its scores of data and of generated images, a scalar.
 
-    | kind | loss of D | loss of G |
-    | --- | --- | --- |
-    | "hinge" | ``E max(0, 1 − D(x)) + E max(0, 1 + D(G(z)))`` | ``−E D(G(z))`` |
-    | "wgan" | ``E D(G(z)) − E D(x)`` | ``−E D(G(z))`` |
-    | "bce" | ``E softplus(−D(x)) + E softplus(D(G(z)))`` | ``E softplus(−D(G(z)))`` |
-    | "relativistic" | ``E softplus(D(G(z)) − D(x))`` | ``E softplus(D(x) − D(G(z)))`` |
+    ==============  ==============================================  ==============================
+    kind            loss of D                                       loss of G
+    ==============  ==============================================  ==============================
+    "hinge"         ``E max(0, 1 − D(x)) + E max(0, 1 + D(G(z)))``  ``−E D(G(z))``
+    "wgan"          ``E D(G(z)) − E D(x)``                          ``−E D(G(z))``
+    "bce"           ``E softplus(−D(x)) + E softplus(D(G(z)))``     ``E softplus(−D(G(z)))``
+    "relativistic"  ``E softplus(D(G(z)) − D(x))``                  ``E softplus(D(x) − D(G(z)))``
+    ==============  ==============================================  ==============================
 
     "bce" is the binary cross-entropy of ``sigmoid(D)`` and the non-saturating loss of G, which StyleGAN writes as
     softplus. "wgan" needs :func:`gradient_penalty`, "relativistic" (R3GAN's) both of :func:`zero_centred_penalty`.

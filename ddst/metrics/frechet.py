@@ -14,7 +14,7 @@ from ddst.metrics.statistics import Moments
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|μa − μb|² + tr(Σa + Σb − 2 (Σa^½ Σb Σa^½)^½), the Fréchet distance of two Gaussians fitted to the sets.
+    """``|μa − μb|² + tr(Σa + Σb − 2 (Σa^½ Σb Σa^½)^½)``, the Fréchet distance of two Gaussians fitted to the sets.
 
     Args:
         a: features `[N, F]`, any float type, N ≥ 2.

@@ -28,8 +28,8 @@ class Manifolds:
 
 
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> Manifolds:
-    """With B(x) = {y : |y − x| ≤ distance of x to its k-th neighbour in its own set}: precision = P(fake ∈ ∪ B(real)),
-    recall = P(real ∈ ∪ B(fake)), density = E[#{r : fake ∈ B(r)}] / k, coverage = P(B(real) holds a fake).
+    """``precision = P(fake ∈ ∪ B(real))``, ``recall = P(real ∈ ∪ B(fake))``, ``density = E[#{r : fake ∈ B(r)}] / k``,
+    ``coverage = P(B(real) holds a fake)``; B(x) reaches as far as the k-th neighbour of x in its own set.
 
     Args:
         real, fake: features `[N, F]` and `[M, F]`, more than k rows each. **The order matters**: precision is of fake,

@@ -156,7 +156,7 @@ class SparseLayer(PackedStorage):
     def weight(self) -> PackedWeight | Tensor:
         """``W`` as code for the dense layer uses it, under spectral norm divided by σ, under weight norm
         ``g · v / ‖v‖``: a :class:`~ddst.nn.packed.weight.PackedWeight`, or a dense tensor where
-        :attr:`gives_dense_weight` says so.
+        ``gives_dense_weight`` says so.
 
         Writing into it in place (``nn.init.normal_(layer.weight)``) sets the values at active blocks, and ``g`` to
         their norms.

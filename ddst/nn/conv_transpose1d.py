@@ -15,8 +15,9 @@ class SparseConvTranspose1d(SparseConvTransposeNd):
     """``y = Wᵀ ⋆ x + b`` where ``W`` is block-sparse and stored packed; otherwise :class:`torch.nn.ConvTranspose1d`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode,
-        device, dtype: as in :class:`torch.nn.ConvTranspose1d`; groups as in :class:`SparseConvTranspose2d`.
+        in_channels, out_channels, kernel_size, stride, padding: as in :class:`torch.nn.ConvTranspose1d`.
+        groups: as in :class:`SparseConvTranspose2d`.
+        output_padding, bias, dilation, padding_mode, device, dtype: as in :class:`torch.nn.ConvTranspose1d`.
         density: share of blocks that are active, above 0 and at most 1. A block is ``b_in × b_out`` channels at a tap.
         block: ``(b_in, b_out)`` or one int, entries from 1 to 64: rows and columns of torch's weight of this layer,
             ``[C_in, C_out / groups, k]``, which is what is packed. Multiples of 8 are fast.

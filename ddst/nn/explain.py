@@ -53,7 +53,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found. ``str()`` gives the text.
+    """What :func:`ddst.explain` found. ``str()`` gives the text.
 
     Attributes:
         backend: the backend that runs.

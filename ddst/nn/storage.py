@@ -161,8 +161,8 @@ class PackedStorage(nn.Module):
         Where the slots suffice, only the entries of slots that change hands are written, in place: ``values``, its
         gradient, their addresses and their place in autograd, optimizers, averages and graphs stay what they are. More
         blocks than slots enlarge the storage, and more than a tenth of the slots left free, beyond ``reserve``, shrinks
-        it (:attr:`storage_version`); ``values`` stays the same Parameter object then, too. Optimizer state is not the
-        layer's: :func:`ddst.sparsity.carry_state` brings it along with what this returns.
+        it (``storage_version``); ``values`` stays the same Parameter object then, too. Optimizer state is not the
+        layer's: :func:`ddst.carry_state` brings it along with what this returns.
 
         Not to be called while another thread computes with the layer, as with any change of a module's parameters.
 

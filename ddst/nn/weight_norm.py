@@ -237,7 +237,7 @@ class WeightNorm(nn.Module):
 
     @torch.no_grad()
     def rescale_loaded(self, state_dict: dict[str, Any], prefix: str, weight: Tensor, kept: Tensor) -> None:
-        """:func:`g_of_kept` of a dense state dict, in that state dict, for the values that are kept of its weight."""
+        """``g_of_kept`` of a dense state dict, in that state dict, for the values that are kept of its weight."""
         g = state_dict.get(prefix + "g")
         if isinstance(g, Tensor) and g.shape == self.g.shape:
             state_dict[prefix + "g"] = g_of_kept(g.to(weight.device), weight, kept, self.dim)

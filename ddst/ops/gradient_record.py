@@ -86,8 +86,8 @@ class ScoreRecorder:
     a gradient scaler skipped, or between the two passes of SAM), what was recorded of it goes, too.
 
     Attributes:
-        key: what the operators are called with so that their formulas find it, plus :data:`TRANSPOSED` and
-            :data:`FLIPPED`; never 0, never used twice.
+        key: what the operators are called with so that their formulas find it, plus ``TRANSPOSED`` and
+            ``FLIPPED``; never 0, never used twice.
         record: what has come since the last :meth:`take`.
         on_first: called before something comes into an empty record.
         keep_gradient: whether records hold a copy of ``values.grad``.

@@ -30,12 +30,14 @@ class SparseTraining:
     Defaults in the table below hold where every block is a single weight (the paper's settings) or where blocks are
     larger.
 
-    | default of | 1×1 | larger blocks | why |
-    | --- | --- | --- | --- |
-    | drop_fraction | 0.5 | 0.3 | the smaller half of 16×16 blocks holds half of a layer's squared norm |
-    | scope | "global" | "layer" | norms of large blocks differ by layer much more than within one |
-    | ranking | "raw" | "relative" | the same, and edge blocks have fewer weights |
-    | grown_second_moment | "mean" | "score", SET "mean" | see :func:`~ddst.sparsity.carry_state` |
+    ===================  ========  ===================  ===============================================================
+    default of           1×1       larger blocks        why
+    ===================  ========  ===================  ===============================================================
+    drop_fraction        0.5       0.3                  the smaller half of 16×16 blocks holds half of the squared norm
+    scope                "global"  "layer"              norms of large blocks differ by layer much more than within one
+    ranking              "raw"     "relative"           the same, and edge blocks have fewer weights
+    grown_second_moment  "mean"    "score", SET "mean"  see :func:`~ddst.carry_state`
+    ===================  ========  ===================  ===============================================================
 
     Args:
         model: has been through :func:`ddst.sparsify`, or is built of sparse layers.
@@ -156,7 +158,7 @@ class SparseTraining:
 
     @property
     def density(self) -> float:
-        """Active share of the weights, see :attr:`TopologyUpdater.density`."""
+        """Active share of the weights, see :attr:`ddst.sparsity.TopologyUpdater.density`."""
         return self.updater.density
 
     def drop_fraction(self, step: int) -> float:

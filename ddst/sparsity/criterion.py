@@ -68,7 +68,8 @@ def choose_drop(
         norms: per layer ``[nnz]``, L2 norms of its active blocks. Norms that are not finite count as 0 (leave first).
         amount: how much to drop, in units of ``sizes`` (blocks when ``sizes`` is None). The ranking's prefix whose
             total comes nearest is taken; of two equally near ones the shorter.
-        keys: per layer ``[nnz]``, what is ranked; ``norms`` when None (the paper's), see :func:`relative_keys`.
+        keys: per layer ``[nnz]``, what is ranked; ``norms`` when None (the paper's), see
+            :func:`ddst.sparsity.relative_keys`.
         sizes: per layer ``[nnz]``, the weights in each block.
         max_norm_share: cap on the dropped share of the group's squared norm: blocks that would pass it stay, so
             that fewer than ``amount``, perhaps none, may be dropped.

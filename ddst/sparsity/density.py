@@ -13,7 +13,7 @@ class NetworkDensity:
     """``d = active weights / weights`` over every weight of a model, as ``model_density`` of a report.
 
     Weights that :func:`ddst.sparsify` left dense, of any kind of layer or module, count as they are: all are active
-    (:func:`~ddst.convert.weights.find_weights` says what is a weight). Biases, normalisation layers and embeddings do
+    (:func:`~ddst.convert.find_weights` says what is a weight). Biases, normalisation layers and embeddings do
     not count; neither do the parts of edge blocks that lie outside their weight.
 
     For a network of convolution and linear layers, such as the paper's, this is the paper's density: that of all
@@ -25,7 +25,8 @@ class NetworkDensity:
 
     Attributes:
         layers: the sparse layers by name. dense_weights: of what is dense. total_weights: of all.
-        sizes: per sparse layer int64 ``[R · C · T]``, weights in each block, in the order of :func:`flat_mask`.
+        sizes: per sparse layer int64 ``[R · C · T]``, weights in each block, in the order of
+            :func:`ddst.sparsity.density.flat_mask`.
 
     Cost: none to speak of; every layer keeps count of its weights.
 

@@ -46,7 +46,7 @@ class WeightMemory:
 
     @property
     def relative(self) -> float:
-        """:attr:`total` over :attr:`dense`."""
+        """``total`` over ``dense``."""
         return self.total / self.dense if self.dense else 1.0
 
 
@@ -80,7 +80,7 @@ def network_stats(
     Args:
         model: the network.
         optimizer: of its parameters; its state counts, and that of one that it holds.
-        average: an averaged copy (:attr:`ddst.EMA.module`); its parameters and indices count.
+        average: an averaged copy (``ddst.EMA(...).module``); its parameters and indices count.
 
     Numerics: bytes are those of the allocated storages, so a small view of a large tensor counts with the large one.
 

@@ -80,7 +80,7 @@ class TopologyUpdater:
         scope: "layer" ranks blocks within their layer in :meth:`exchange`, "global" over the network. None: "layer"
             for blocks larger than 1×1, "global" (the paper's) for 1×1. :meth:`change_density` is always global.
         ranking: "raw" ranks norms (the paper's), "relative" a block's RMS over its layer's RMS (see
-            :func:`~ddst.sparsity.criterion.relative_keys`). None: "relative" for blocks larger than 1×1.
+            :func:`~ddst.sparsity.relative_keys`). None: "relative" for blocks larger than 1×1.
         max_norm_share: cap on the share of squared norm that may be dropped at once, of each layer or, in a global
             ranking, of the network; None for no cap.
         exempt: names of layers that never change, or "ends": the first and the last weight layer of the model (sparse
@@ -90,7 +90,7 @@ class TopologyUpdater:
             squared score per weight), "mean" (the layer's mean over kept blocks), "zero" or "dense" (the paper's: both
             of Adam's moments as they are when it sees the dense gradient in every step, see
             :class:`~ddst.sparsity.dense_moments.DenseMoments`). None: "mean" for 1×1 blocks, else "score" where there
-            are scores and "mean" where there are none. See :func:`~ddst.sparsity.carry_state`.
+            are scores and "mean" where there are none. See :func:`~ddst.carry_state`.
         random_share: share of the grown blocks that is drawn at random, the rest by gradient; 0 … 1, with
             ``growth="gradient"``.
         generator: source of random growth, on the CPU; a new one with seed 0 when None.

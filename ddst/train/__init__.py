@@ -2,13 +2,26 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ddst.train.checkpoint import CheckpointError
 from ddst.train.config import TrainConfig, resolve
+from ddst.train.options import ConfigError
 
 if TYPE_CHECKING:
     from ddst.train.job import run
-    from ddst.train.loop import Trainer, train
+    from ddst.train.loop import Trainer, TrainingError, train
+    from ddst.train.processes import ProcessError
 
-__all__ = ["TrainConfig", "Trainer", "resolve", "run", "train"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ProcessError",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "resolve",
+    "run",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,7 +30,11 @@ def __getattr__(name: str) -> Any:
         from ddst.train.job import run
 
         return run
-    if name in ("Trainer", "train"):
+    if name == "ProcessError":
+        from ddst.train.processes import ProcessError
+
+        return ProcessError
+    if name in ("Trainer", "TrainingError", "train"):
         from ddst.train import loop
 
         return getattr(loop, name)

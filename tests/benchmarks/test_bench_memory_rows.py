@@ -88,6 +88,14 @@ def test_the_command_prints_keeps_and_tabulates(tmp_path: Path, capsys: pytest.C
     cells = line.split("|")[2:-1]
     assert [cell.strip() for cell in cells[:2]] == ["", ""]  # not measured at batch 2
     assert cells[2].strip().startswith("**")  # the smallest dense row at batch 64
+    drawn = tmp_path / "bars.svg"
+    assert command.main(["picture", str(second), str(drawn)]) == 0
+    assert f"<!-- {rows['dense-checkpointed']['memory']:.2f} -->" in drawn.read_text()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**run, "kind": "models"}))
+    with pytest.raises(SystemExit):
+        command.main(["picture", str(other), str(drawn)])
+    assert "runs of layers and of --memory have pictures, got one of 'models'" in capsys.readouterr().err
     layers = tmp_path / "c.json"
     layers.write_text(json.dumps({**run, "kind": "layers"}))
     with pytest.raises(SystemExit):

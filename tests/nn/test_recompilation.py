@@ -15,7 +15,7 @@ COUNTS = (32, 30, 28, 36, 20, 41)
 def test_a_compiled_layer_is_compiled_anew_where_the_number_of_slots_changes(
     static: bool, reserve: float | None
 ) -> None:
-    """README's limit: torch takes a parameter's shape for a constant unless it is told otherwise."""
+    """A limit in docs/layers.md: torch takes a parameter's shape for a constant unless it is told otherwise."""
     layer = ddst.SparseLinear(64, 64, density=0.5, block=8, reserve=reserve)
     seen = []
 

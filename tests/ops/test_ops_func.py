@@ -159,7 +159,7 @@ def test_a_copy_that_was_called_with_other_parameters_first_is_still_found_to_tr
 
 
 def test_spectral_norm_in_evaluation_mode() -> None:
-    """README's limit: in training mode it writes its vectors, which torch refuses inside a transform."""
+    """A limit in docs/layers.md: in training mode it writes its vectors, which torch refuses inside a transform."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))
     ddst.sparsify(net, 0.5, block=4)

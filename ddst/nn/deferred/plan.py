@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Plan:
-    """Of a :class:`~ddst.nn.SparseConv2d`.
+    """Of a :class:`~ddst.SparseConv2d`.
 
     Attributes:
         pool, sum: whether its output goes to a 2x2 average pool, and then to a sum, and nowhere else.

@@ -38,7 +38,7 @@ class PackedParameter(SparseLayer):
     Args:
         shape: of the parameter, ``(rows, columns, …)`` with up to two spatial dimensions, after any number of
             dimensions of size 1.
-        density, block, reserve, device, dtype: as in :class:`~ddst.nn.SparseConv2d`.
+        density, block, reserve, device, dtype: as in :class:`~ddst.SparseConv2d`.
 
     Attributes:
         leading: number of dimensions of size 1 before those of ``weight_shape``.

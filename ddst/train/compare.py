@@ -79,6 +79,7 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
             average = EMA(who.generator)
 
             def iteration() -> None:
+                who.game.steps_of_d = 0  # One that has the penalties.
                 gan_iteration(who, reals[: config.accumulate], draw_noise)
                 average.update()
 

@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from ddst.gan.augment import diff_augment
-from ddst.gan.losses import discriminator_loss, generator_loss, gradient_penalty, zero_centred_penalty
+from ddst.gan.losses import (
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    lazy_weight,
+    zero_centred_penalty,
+)
 
 #: What a network is called with: one tensor, or with classes (noise, labels) and (images, labels).
 Inputs = Tensor | tuple[Tensor, ...]
@@ -33,6 +39,8 @@ class Game:
         augment: kinds of :func:`ddst.gan.augment.diff_augment`. random: draws them, on the CPU.
         dtype: of autocast, None for none. scaler_g, scaler_d: of float16's losses, one for each optimizer.
         joint: whether real and generated images pass D as one batch. accumulate: batches that make one step.
+        lazy: R1 and R2 are part of every so many of D's steps (:func:`ddst.gan.losses.lazy_weight`).
+        steps_of_d: that D has made.
     """
 
     loss: str = "hinge"
@@ -44,6 +52,8 @@ class Game:
     dtype: torch.dtype | None = None
     joint: bool = True
     accumulate: int = 1
+    lazy: int = 1
+    steps_of_d: int = 0
     random: torch.Generator = field(default_factory=torch.Generator)
     scaler_g: GradScaler | None = None
     scaler_d: GradScaler | None = None
@@ -108,10 +118,11 @@ class Game:
 
         if self.gradient_penalty:
             loss = loss + self.gradient_penalty * gradient_penalty(score(classes), x, made)
-        if self.r1:
-            loss = loss + self.r1 * zero_centred_penalty(score(classes), x)
-        if self.r2:
-            loss = loss + self.r2 * zero_centred_penalty(score(wanted), made)
+        times = lazy_weight(self.steps_of_d, self.lazy)
+        if self.r1 and times:
+            loss = loss + times * self.r1 * zero_centred_penalty(score(classes), x)
+        if self.r2 and times:
+            loss = loss + times * self.r2 * zero_centred_penalty(score(wanted), made)
         return loss
 
     def loss_of_g(

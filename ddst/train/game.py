@@ -40,7 +40,7 @@ class Game:
         dtype: of autocast, None for none. scaler_g, scaler_d: of float16's losses, one for each optimizer.
         joint: whether real and generated images pass D as one batch. accumulate: batches that make one step.
         lazy: R1 and R2 are part of every so many of D's steps (:func:`ddst.gan.losses.lazy_weight`).
-        steps_of_d: that D has made.
+        steps_of_d: that D has made. augmented_from: state of `random` before the images of G's last loss, if augmented.
     """
 
     loss: str = "hinge"
@@ -57,7 +57,7 @@ class Game:
     random: torch.Generator = field(default_factory=torch.Generator)
     scaler_g: GradScaler | None = None
     scaler_d: GradScaler | None = None
-    _augmented_from: Tensor | None = None
+    augmented_from: Tensor | None = None
 
     @property
     def plain(self) -> bool:
@@ -83,8 +83,8 @@ class Game:
     def scores_again(self, discriminator: nn.Module, images: Inputs) -> Tensor:
         """The same, augmented as the images of G's last loss were: what G's step changed is not hidden by chance."""
         again = torch.Generator()
-        if self._augmented_from is not None:
-            again.set_state(self._augmented_from)
+        if self.augmented_from is not None:
+            again.set_state(self.augmented_from)
         return self.scores(discriminator, images, again)
 
     def augmented(self, images: Tensor, random: torch.Generator | None = None) -> Tensor:
@@ -129,7 +129,7 @@ class Game:
         self, generator: nn.Module, discriminator: nn.Module, noise: Inputs, real: Inputs | None
     ) -> tuple[Tensor, Tensor]:
         """G's loss, and the scores of its images."""
-        self._augmented_from = self.random.get_state()
+        self.augmented_from = self.random.get_state() if self.augment else None
         scores = self.scores(discriminator, self.images(generator, noise))
         of_real = None
         if self.loss == "relativistic":

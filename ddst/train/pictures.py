@@ -14,8 +14,11 @@ from ddst.train.checkpoint import replacing
 
 Points = Sequence[tuple[float, float]]
 
-#: Signal of :class:`ddst.DensityController` -> how it is called, and the range in which it is shown.
-_SIGNALS = {"balance_ratio": ("balance ratio", (-0.25, 1.5)), "real_sign": ("mean sign of D(x)", (-1.05, 1.05))}
+# Signal of ddst.DensityController -> how it is called, the range in which it is shown, and where it leaves room.
+_SIGNALS = {
+    "balance_ratio": ("balance ratio", (-0.25, 1.5), "upper right"),
+    "real_sign": ("mean sign of D(x)", (-1.05, 1.05), "lower right"),
+}
 _MARKERS = {"grow": "^", "drop": "v", "exchange": "o"}
 
 
@@ -36,11 +39,15 @@ def panels(path: Path, count: int) -> Iterator[list[Any]]:
         yield axes
         axes[-1].set(xlabel="step")
         for each in axes:
-            if each.get_legend_handles_labels()[0]:
-                each.legend(loc="best", fontsize=8)
+            _legend(each, "upper right")
             each.grid(alpha=0.3)
         with replacing(path) as file:
             figure.savefig(file, format="png", dpi=110)
+
+
+def _legend(axes: Any, where: str) -> None:
+    if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
+        axes.legend(loc=where, fontsize=8)
 
 
 def line(axes: Any, points: Points, style: str = "-", **how: Any) -> None:
@@ -54,12 +61,13 @@ def draw_signal(
     axes: Any, signal: str, window: Points, bounds: tuple[float, float] | None, single: Points = ()
 ) -> None:
     """A signal's average over its window, single measurements, and the bounds that it is held within."""
-    name, limits = _SIGNALS[signal]
+    name, limits, room = _SIGNALS[signal]
     line(axes, single, ".", ms=2, color="0.7", label="single measurement")
     line(axes, window, color="C0", label="window")
     if bounds is not None:
         axes.axhspan(*bounds, color="C2", alpha=0.2, label="bounds")
     axes.set(ylabel=name, ylim=limits)
+    _legend(axes, room)
 
 
 def draw_decisions(axes: Any, decisions: Iterable[tuple[int, str, float]], label: str) -> None:

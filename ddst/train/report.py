@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -174,7 +175,7 @@ def plot_report(out: Path) -> Path:
     """
     entries = list(read_log(out / LOG))
     steps = [e for e in entries if "event" not in e]
-    settings = next((e["settings"] for e in entries if e.get("event") == "start"), {})
+    settings: dict[str, Any] = next((e["settings"] for e in entries if e.get("event") == "start"), {})
     steered, bounds = steered_by(settings) or ("balance_ratio", None)
     decisions = [e for e in entries if e.get("event") == "decision"]
 

@@ -9,7 +9,7 @@ import torch
 from ddst.cli import main
 from ddst.data import load_images
 from ddst.sparsity.schedule import DropSchedule
-from ddst.train import Trainer, resolve, run
+from ddst.train import Trainer, resolve, run, train
 from ddst.train.log import lengths, read_log
 from ddst.train.options import ConfigError
 from ddst.train.players import learning_rates
@@ -21,24 +21,36 @@ ALWAYS_GROW = (-2e9, -1e9)
 SETTINGS = {**TINY, "bounds": ALWAYS_GROW, "interval_g": 4, "interval_d": 6, "metric_every": 0, "steps": 20}
 
 
+CONSTANT = {**SETTINGS, "drop_schedule": "constant", "steps": 14}
+
+
 @pytest.fixture
 def _without_report(monkeypatch):
     monkeypatch.setattr("ddst.train.job._finish", lambda trainer: None)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    trainer = Trainer(resolve({**CONSTANT, "out": str(out)}), load_images("digits", 8))
+    train(trainer)
+    assert {e["step"] for e in read_log(out / "log.jsonl") if e.get("event") == "update"} == {4, 6, 8, 12}
+    return out
+
+
 @pytest.mark.usefixtures("_without_report")
 @pytest.mark.parametrize(
-    "parts", [[{"steps": 11}, {"steps": 20}], [{"stop_after": 11}, {"steps": 11}, {"steps": 20}]], ids=str
+    "parts", [[{"steps": 11}, {"steps": 14}], [{"stop_after": 11}, {"steps": 11}, {"steps": 14}]], ids=str
 )
-def test_what_does_not_depend_on_the_length_is_the_same_bit_for_bit(tmp_path, parts):
-    whole, out = tmp_path / "whole", tmp_path / "parts"
-    constant = {**SETTINGS, "drop_schedule": "constant"}
-    assert run({**constant, "out": str(whole)}) == 0
-    assert {e["step"] for e in read_log(whole / "log.jsonl") if e.get("event") == "update"} == {4, 6, 8, 12, 16, 18}
+def test_what_does_not_depend_on_the_length_is_the_same_bit_for_bit(whole, tmp_path, parts):
+    out = tmp_path / "parts"
     for i, part in enumerate(parts):
-        assert run({**({"resume": True} if i else constant), **part, "out": str(out)}) == 0
+        assert run({**({"resume": True} if i else CONSTANT), **part, "out": str(out)}) == 0
         torch.manual_seed(i)
-    assert differences(checkpoint_of(whole), checkpoint_of(out)) == []
+    states = checkpoint_of(whole), checkpoint_of(out)
+    for state in states:
+        state["config"].pop("prune_at")  # a share of the steps it was begun with, which this method does not look at
+    assert differences(*states) == []
     ours, theirs = (
         [e for e in log_without_seconds(folder) if e.get("event") not in ("start", "settings")]
         for folder in (whole, out)

@@ -41,7 +41,13 @@ def _converter(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Namespace], int]]]:
     """The parser, and what the commands run that need a run. `train` puts only given options into its namespace."""
-    parser = _Parser(prog="ddst", description="Sparse GAN training on packed block-sparse layers.", allow_abbrev=False)
+    parser = _Parser(
+        prog="ddst",
+        description="Sparse GAN training on packed block-sparse layers.",
+        epilog="Exit code 0: done; 2: what was asked for cannot be, and nothing was written; 1: it broke off; "
+        "130, 143: ended by Ctrl-C or SIGTERM.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"ddst {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     train = commands.add_parser(
@@ -66,7 +72,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argpars
     replay.add_argument("log", metavar="LOG", type=Path, help="log.jsonl of a run, or the run's folder")
     replay.add_argument("--mode", choices=MODES, help="range and what is done at its end (default: the run's)")
     replay.add_argument("--signal", choices=SIGNALS, help="what is held within the bounds (default: the run's)")
-    replay.add_argument("--out", metavar="FILE", type=Path, help="the picture (default: replay.png beside the log)")
+    replay.add_argument(
+        "--out", metavar="FILE", type=Path, help="the picture, FILE.png (default: replay.png beside the log)"
+    )
     for name in REPLAYED:
         _add_option(replay, name)
     after = add_commands(commands)
@@ -132,7 +140,10 @@ def _train(given: dict[str, Any]) -> int:
 
 
 def _guarded(command: str, do: Callable[[], int]) -> int:
-    """The exit code of a command; what can go wrong in one is one line."""
+    """The exit code of a command; what can go wrong in one is one line.
+
+    2: what was asked for cannot be, which is said before anything is written. 1: it broke off in the midst.
+    """
     try:
         from ddst.data import DataError
         from ddst.train.checkpoint import CheckpointError

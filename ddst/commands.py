@@ -38,7 +38,7 @@ def _add_sample(commands: Any) -> None:
         allow_abbrev=False,
     )
     sample.add_argument("run", metavar="RUN", type=Path, help=RUN)
-    sample.add_argument("--out", metavar="FILE", type=Path, help="the grid, a PNG; it is replaced")
+    sample.add_argument("--out", metavar="FILE", type=Path, help="the grid, FILE.png; it is replaced")
     sample.add_argument("--folder", metavar="DIR", type=Path, help="one PNG an image; a new or empty folder")
     sample.add_argument("--count", metavar="N", type=_whole(1, 10**6), default=64, help="images (default: 64)")
     sample.add_argument("--seed", metavar="S", type=_whole(0, 2**63 - 1), default=0, help="of the noise (default: 0)")
@@ -105,7 +105,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     from ddst.runs.evaluate import evaluate
     from ddst.train.terminal import one_line
 
-    figures = evaluate(
+    evaluate(
         given.run,
         given.metrics,
         samples=given.samples,
@@ -115,9 +115,8 @@ def _evaluate(given: argparse.Namespace) -> int:
         data=given.data,
         held_out=given.held_out,
         statistics=given.statistics,
+        tell=lambda figure: print(one_line(str(figure))),
     )
-    for figure in figures:
-        print(one_line(str(figure)))
     return 0
 
 

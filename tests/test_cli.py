@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ddst import __version__, cli
+from ddst.data import DataError
 from ddst.train.checkpoint import load_checkpoint, save_checkpoint
 from ddst.train.config import OPTIONS
 from ddst.train.folder import versions
@@ -117,6 +118,16 @@ def test_what_only_the_library_refuses_is_one_line_that_names_the_option(tmp_pat
     monkeypatch.setattr("ddst.train.scheduler.DDST", refuses)
     assert code_of(["train", *WORDS, "--out", tmp_path / "run"]) == 2
     assert_one_line(capsys, "error: --drop-fraction must be something else")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_judges_it_is_there_before_a_run_begins(tmp_path, capsys, monkeypatch):
+    def missing(trainer):
+        raise DataError("weights none cannot be read: No such file or directory")
+
+    monkeypatch.setattr("ddst.train.job.Judging", missing)
+    assert code_of(["train", *WORDS, "--out", tmp_path / "run"]) == 2
+    assert_one_line(capsys, "weights none cannot be read")
     assert not (tmp_path / "run").exists()
 
 

@@ -33,6 +33,17 @@ def default_folder() -> Path:
         raise DataError("there is no home folder to keep images in: name another folder, or 'none'") from error
 
 
+def cache_folder(data: str, stated: str | None) -> Path | None:
+    """Where resized images of `data` are kept: in the folder that `stated` names, None the default one.
+
+    Returns:
+        None where none are kept: "none" is stated, or `data` is "digits".
+    """
+    if data == "digits" or stated == "none":
+        return None
+    return default_folder() if stated is None else Path(stated)
+
+
 def kept_file(folder: Path, source: Source, root: Path, resolution: int) -> Path:
     """Where the pixels of a source are kept: named by a digest of what they are made from.
 

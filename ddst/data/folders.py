@@ -56,9 +56,12 @@ def image_folder(path: Path, held_out: bool) -> Source:
         made_of = [*made_of, stated]
     else:
         tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
-        if None not in tops and len(folders := sorted({str(top) for top in tops})) > 1:
+        folders = sorted({str(top) for top in tops}) if None not in tops else []
+        if len(folders) > 1:
             labels = as_labels([folders.index(str(top)) for top in tops])
             classes = f"{len(folders)} class folders, {shown(folders[0])} to {shown(folders[-1])}"
+        elif folders:
+            classes = f"without labels (all in one folder, {shown(folders[0])}, which makes no classes)"
     return Source(f"folder of image files, {classes}", made_of, _reader(found.files, labels), found)
 
 

@@ -106,5 +106,7 @@ def _read(source: Source, path: Path, resolution: int, cache: Path | None) -> tu
     try:
         kept.write(file, pixels)
     except (OSError, SafetensorError) as error:
-        return pixels, f"; resized images not kept: {shown(error)}"
+        # Not the whole of an OSError, which names a temporary file.
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        return pixels, f"; resized images not kept in {shown(cache)}: {shown(why)}"
     return pixels, f"; resized images kept in {shown(file)}"

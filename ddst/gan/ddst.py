@@ -392,6 +392,9 @@ class DDST:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`. Load the networks first.
 
+        The state may be of a run of another length: from there on ``total_steps``, and what follows from it (the drop
+        fractions, ``warmup=None``, the line of ``mode="ramp"``, which iteration is the last), are this one's.
+
         Raises:
             ValueError: it is the state of another mode.
         """
@@ -401,7 +404,7 @@ class DDST:
         self.balance.load_state_dict(state["balance"])
         self.training_g.load_state_dict(state["generator"])
         if self._steering is not None:
-            self._steering.load(state["discriminator"], state["waiting"])
+            self._steering.load(state["discriminator"], state["waiting"], state["steps"])
         self.steps = state["steps"]
 
     def close(self) -> None:

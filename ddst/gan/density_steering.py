@@ -70,7 +70,7 @@ class DensitySteering:
         updater.scores.steps.forget()
         if self.waiting is None:
             updater.scores.cancel()
-        if self.decides_at(step + 1) and step + 1 > self.rule.warmup and not updater.scores.requested:
+        if self._asks_before(step + 1) and not updater.scores.requested:
             updater.scores.request()
         return decision, update
 
@@ -79,7 +79,16 @@ class DensitySteering:
         scores = self.updater.scores
         return scores.steps.any and (action == DROP or self.updater.growth == "random" or scores.arrived)
 
-    def load(self, updater: Mapping[str, Any], waiting: Mapping[str, Any] | None) -> None:
-        """Restores the updater's state and the decision that waits."""
+    def load(self, updater: Mapping[str, Any], waiting: Mapping[str, Any] | None, step: int) -> None:
+        """Restores the updater's state and the decision that waits after `step`, of a run that may be longer now."""
         self.updater.load_state_dict(updater)
         self.waiting = None if waiting is None else Decision.from_dict(waiting)
+        scores = self.updater.scores
+        if self.waiting is None and not self._asks_before(step + 1):
+            scores.cancel()
+        elif not scores.requested:
+            scores.request()
+
+    def _asks_before(self, step: int) -> bool:
+        """Whether the iteration `step` is to bring scores for a decision that may need them."""
+        return self.decides_at(step) and step > self.rule.warmup

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddst._arguments import check_one_of, check_tensor
+from ddst._arguments import check_int, check_one_of, check_tensor
 
 LOSSES = ("hinge", "wgan", "bce", "relativistic")
 
@@ -86,6 +86,27 @@ def zero_centred_penalty(score: Callable[[Tensor], Tensor], images: Tensor) -> T
     18.0
     """
     return _squared_slopes(score, check_tensor("images", images)).mean() / 2
+
+
+def lazy_weight(step: int, every: int) -> int:
+    """``k`` at every k-th step, the first one included, and 0 between: how often a rarely computed penalty counts.
+
+    Over k steps it weighs as much as one of weight 1 in each. A step that has it takes k times the penalty's gradient,
+    which an optimizer with second moments answers with a shorter step of those weights for a while.
+
+    Args:
+        step: of D, from 0. every: ``k``, at least 1, which is the penalty in every step.
+
+    Cost: of :func:`zero_centred_penalty`, a k-th.
+    Source: Karras et al., *Analyzing and Improving the Image Quality of StyleGAN* (2020), section 3.1, lazy
+        regularisation, with k = 16 for R1. Theirs is a step of its own and changes Adam's settings for it; here the
+        penalty joins the loss of the step.
+
+    >>> [lazy_weight(step, 4) for step in range(6)]
+    [4, 0, 0, 0, 4, 0]
+    """
+    check_int("step", step, 0)
+    return 0 if step % check_int("every", every, 1) else every
 
 
 def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:

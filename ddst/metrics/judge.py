@@ -81,7 +81,7 @@ class Judge:
         self.metrics, self._real, self._split = tuple(metrics), real, split
         unknown = [name for name in metrics if name not in METRICS]
         if unknown:
-            raise DataError(f"metric must be of {', '.join(METRICS)}, got {unknown[0]}")
+            raise DataError(f"metrics must be some of {', '.join(METRICS)}, got {unknown[0]!r}")
         by_network = [name for name in metrics if name != "digits"]
         if by_network and weights is None:
             raise DataError(
@@ -94,8 +94,16 @@ class Judge:
         self._file = Reference(None, None) if reference is None else read_reference(reference, FEATURES)
         if "prdc" in metrics and reference is not None and self._file.images is None:
             raise DataError(f"reference {reference} holds no images (arr_0), which metric prdc needs")
-        if reference is not None:
-            self._split = f"{reference.name}"
+        # What metrics of the network compare with; "digits" is always beside the real images.
+        self._against = split if reference is None else reference.name
+        self._resizer = f"of a file that does not say; {RESIZER}"
+        if reference is None and real is not None:
+            self._resizer = f"ddst.data's to {real.resolution}; {RESIZER}"
+        images = real if reference is None else self._file.images
+        for metric, least in (("fid", 2), ("prdc", NEIGHBOURS + 1)):
+            by_images = metric == "prdc" or self._file.moments is None
+            if metric in metrics and by_images and images is not None and len(images) < least:
+                raise DataError(f"metric {metric} needs at least {least} real images, got {len(images)}")
 
     def __call__(self, parts: Iterable[Tensor]) -> list[Figure]:
         """The figures of generated images `[N, C, H, W]` in [-1, 1], given in parts.
@@ -129,7 +137,7 @@ class Judge:
         if "fid" in self.metrics:
             moments, real = self._moments
             distance = frechet_of_moments(moments, Moments.of(fake.pool))
-            figures.append(Figure("fid", distance, count, real, self._split, self._resizer))
+            figures.append(Figure("fid", distance, count, real, self._against, self._resizer))
         if "is" in self.metrics:
             splits = min(10, count)
             mean, spread = inception_score(fake.logits, splits)
@@ -139,16 +147,10 @@ class Judge:
             real_pool, fake_pool = self._features.pool[:MOST_NEIGHBOURS], fake.pool[:MOST_NEIGHBOURS]
             found = prdc(real_pool, fake_pool, NEIGHBOURS)
             figures += [
-                Figure(name, value, len(fake_pool), len(real_pool), self._split, self._resizer, {"k": NEIGHBOURS})
+                Figure(name, value, len(fake_pool), len(real_pool), self._against, self._resizer, {"k": NEIGHBOURS})
                 for name, value in asdict(found).items()
             ]
         return figures
-
-    @property
-    def _resizer(self) -> str:
-        if self._real is None:
-            return f"of a file that does not say; {RESIZER}"
-        return f"ddst.data's to {self._real.resolution}; {RESIZER}"
 
     @cached_property
     def _features(self) -> Features:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +60,14 @@ def read_reference(path: Path, features: int) -> Reference:
         with opened as file:
             held = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}
             names = list(file.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"reference {path} cannot be read: {error}") from None
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"reference {path} cannot be read: {error.strerror or 'it is damaged'}") from None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError):
+        # What numpy says of it is advice on how to unpickle it all the same.
+        why = "it is no .npz file, damaged, or holds more than arrays of numbers"
+        raise DataError(f"reference {path} cannot be read: {why}") from None
     if "arr_0" not in held and not {"mu", "sigma"} <= held.keys():
         raise DataError(f"reference {path} holds {', '.join(names) or 'nothing'}; expected mu and sigma, or arr_0")
     moments = _moments(path, held["mu"], held["sigma"], features) if {"mu", "sigma"} <= held.keys() else None
@@ -68,8 +75,13 @@ def read_reference(path: Path, features: int) -> Reference:
 
 
 def write_statistics(path: Path, moments: Moments) -> None:
-    """Write "mu" and "sigma" as `read_reference` and the usual programs read them."""
-    np.savez(path, mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
+    """Write "mu" and "sigma" as `read_reference` and the usual programs read them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("wb") as file:  # Of a name alone numpy would make one that ends in .npz.
+        np.savez(file, mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
 
 
 def _moments(path: Path, mu: np.ndarray, sigma: np.ndarray, features: int) -> Moments:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddst.data import DataError, load_images
-from ddst.data.cache import default_folder
-from ddst.metrics.judge import Figure, Judge
+from ddst.data.cache import cache_folder
+from ddst.metrics.judge import METRICS, Figure, Judge
 from ddst.metrics.statistics import write_statistics
 from ddst.runs.sample import draw, labels_of, noise_of
 from ddst.train.checkpoint import replacing
 from ddst.train.folder import EVALUATION, versions
 from ddst.train.generator import read_generator
+from ddst.train.options import ConfigError
+from ddst.train.target import check_target
 
 MOST = 50_000  # Samples, where none are asked for: FID's usual number.
 
@@ -30,6 +32,7 @@ def evaluate(
     data: str | None = None,
     held_out: bool = False,
     statistics: Path | None = None,
+    tell: Callable[[Figure], object] = lambda figure: None,
 ) -> list[Figure]:
     """Judge the averaged generator of a run, and keep the figures as `evaluation.json` where `source` is its folder.
 
@@ -40,17 +43,25 @@ def evaluate(
         seed: of their noise, and of what the generator draws itself.
         weights: of the Inception network. reference: an .npz in place of real images.
         data: the real images where the run's own have moved. held_out: those set aside for tests.
-        statistics: a new .npz file for the mean and covariance of the real images.
+        statistics: an .npz file for the mean and covariance of the real images; it is replaced.
+        tell: is called with each figure before a file is written.
 
     Raises:
+        ConfigError: metrics that there are not, statistics without a metric that needs them, or where no file can be.
         DataError, CheckpointError: what is needed is not there. OSError: a file cannot be written.
     """
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise ConfigError(f"--metrics must be some of {', '.join(METRICS)} joined by commas, got {unknown[0]!r}")
+    if statistics is not None:
+        check_target("--statistics", statistics, ".npz")
+        if not set(metrics) - {"digits"}:
+            raise ConfigError("--statistics are those of the Inception network: they need --metrics fid, is or prdc")
     generator, about = read_generator(source)
     config = about.config
     name = config.data if data is None else data
     real = None
     if reference is None or "digits" in metrics:
-        cache = None if name == "digits" or config.data_cache == "none" else default_folder()
+        cache = cache_folder(name, config.data_cache)
         real = load_images(name, config.resolution, held_out=held_out, cache=cache)
         if real.channels != about.channels and real.channels == 1:
             raise DataError(f"{name} is grey, the generator makes {about.channels} channels")
@@ -59,6 +70,8 @@ def evaluate(
     )
     count = samples if samples is not None else min(MOST, MOST if real is None else len(real))
     figures = judge(draw(generator, noise_of(generator, count, seed), labels_of(generator, count), seed))
+    for figure in figures:
+        tell(figure)
     if statistics is not None:
         write_statistics(statistics, judge.moments())
     if source.is_dir():

@@ -17,6 +17,7 @@ from ddst.nn import sparse_layers
 from ddst.train.checkpoint import replacing
 from ddst.train.generator import read_generator, write_generator
 from ddst.train.options import ConfigError
+from ddst.train.target import check_target
 
 FORMS = ("onnx", "dense", "safetensors")
 
@@ -31,8 +32,10 @@ def export(source: Path, form: str, out: Path) -> str:
         out: the file; it is written whole or not at all.
 
     Raises:
-        CheckpointError: no generator at `source`. ConfigError: `out` exists. OSError: it cannot be written.
+        CheckpointError: no generator at `source`. ConfigError: `out` exists, or lies where nothing can be written.
+        OSError: writing broke off.
     """
+    check_target("--out", out)
     if out.exists():
         raise ConfigError(f"--out {out} exists")
     generator, about = read_generator(source)

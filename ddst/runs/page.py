@@ -12,10 +12,14 @@ from typing import Any
 from ddst.runs.plots import COLOURS, Line, plot, thinned
 from ddst.train.checkpoint import replacing
 from ddst.train.folder import EVALUATION, LOG, SAMPLES, SUMMARY
-from ddst.train.log import read_log
+from ddst.train.log import lengths, read_log
+from ddst.train.methods import steered_by
 from ddst.train.options import ConfigError
+from ddst.train.target import check_target
 
 MOST_GRIDS = 6
+
+_Plot = tuple[str, str, list[tuple[int, str]]]  # Its title, the drawing, and the colours and names of its lines.
 
 
 @dataclass
@@ -23,7 +27,7 @@ class Run:
     """What a run's folder says: its log's lines by kind, the numbers of its end, its grids."""
 
     name: str
-    colour: int
+    number: int
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -34,14 +38,20 @@ class Run:
     figures: list[list[str]] = field(default_factory=list)
     grids: list[tuple[int, str]] = field(default_factory=list)
 
-    def series(self, name: str) -> tuple[list[float], list[float]]:
-        return thinned([e["step"] for e in self.steps], [e[name] for e in self.steps])
+    @property
+    def colour(self) -> int:
+        return self.number % COLOURS
 
     @property
-    def bounds(self) -> tuple[float, float] | None:
-        bounds: Any = self.settings.get("bounds")
-        numbers = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
-        return (float(bounds[0]), float(bounds[1])) if numbers else None
+    def dashed(self) -> bool:
+        """A second round of the colours is dashed."""
+        return self.number >= COLOURS
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        return thinned([e["step"] for e in self.steps], [e.get(name) for e in self.steps])
+
+    def line(self, name: str, colour: int) -> Line:
+        return Line(*self.series(name), colour)
 
 
 def report(folders: Sequence[Path], out: Path) -> None:
@@ -51,9 +61,14 @@ def report(folders: Sequence[Path], out: Path) -> None:
         folders: of runs, finished or not. out: the page; it is replaced.
 
     Raises:
-        ConfigError: a folder without a log of a run. OSError: a file cannot be read or written.
+        ConfigError: a folder without a log of a run, or one that cannot be read; a page that cannot be, or whose name
+            ends otherwise than in .html or .htm. OSError: writing broke off.
     """
-    runs = [_read(folder, i) for i, folder in enumerate(folders)]
+    check_target("--out", out, ".html", ".htm")
+    try:
+        runs = [_read(folder, i) for i, folder in enumerate(folders)]
+    except OSError as error:
+        raise ConfigError(f"RUN cannot be read: {error.filename}: {error.strerror}") from None
     page = _template().render(
         runs=runs,
         table=[_row(run) for run in runs],
@@ -74,19 +89,32 @@ def _template() -> Any:
 
 
 def _read(folder: Path, number: int) -> Run:
+    if not folder.is_dir():
+        raise ConfigError(f"RUN {folder} is no folder of a run")
     if not (folder / LOG).is_file():
         raise ConfigError(f"RUN {folder} holds no {LOG} of a run")
-    run = Run(str(folder), number % COLOURS)
+    run, entries = Run(str(folder), number), list(read_log(folder / LOG))
     kinds = {None: run.steps, "metric": run.metrics, "densities": run.layers, "decision": run.decisions}
-    for entry in read_log(folder / LOG):
+    for entry in entries:
         event = entry.get("event")
         if event == "start":
-            run.settings, run.versions = _dict(entry.get("settings")), _dict(entry.get("versions"))
+            run.settings, run.versions = dict(entry["settings"]), _dict(entry.get("versions"))
+        elif event == "settings":
+            run.settings |= entry["now"]
         elif event in kinds:
             kinds[event].append(entry)
-    run.summary = _json(folder / SUMMARY)
-    figures = _json(folder / EVALUATION).get("figures")
-    run.figures = [_figure(f) for f in figures if isinstance(f, dict)] if isinstance(figures, list) else []
+    if not (run.settings or run.steps):
+        raise ConfigError(f"RUN {folder}: {LOG} is no log of ddst train, none of its lines is one of a run")
+    if len(planned := lengths(entries)) > 1:
+        run.settings["steps"] = ", then ".join(
+            f"{total} from step {step} on" if step else f"{total}" for step, total in planned
+        )
+    summary = _json(folder / SUMMARY)
+    # Of a run that goes on after its end, they are numbers of a time that is past.
+    run.summary = summary if run.steps and summary.get("steps") == run.steps[-1]["step"] else {}
+    judged = _json(folder / EVALUATION)
+    figures = judged.get("figures")
+    run.figures = [_figure(f, judged) for f in figures if isinstance(f, dict)] if isinstance(figures, list) else []
     run.decisions = [d for d in run.decisions if isinstance(d.get("reason"), str)]
     pictures = sorted((folder / SAMPLES).glob("step_*.png")) if (folder / SAMPLES).is_dir() else []
     numbered = [(int(path.stem[5:]), path) for path in pictures if path.stem[5:].isdecimal()]
@@ -107,10 +135,11 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _figure(said: dict[str, Any]) -> list[str]:
+def _figure(said: dict[str, Any], judged: dict[str, Any]) -> list[str]:
     counts = [_number(said.get(name) or None, ",d") for name in ("samples", "real")]
     words = [str(said.get(name, "–")) for name in ("split", "resizer")]
-    return [str(said.get("metric", "–")), _number(said.get("value"), ".4g"), *counts, *words]
+    step = _number(judged.get("step"), ",")
+    return [str(said.get("metric", "–")), _number(said.get("value"), ".4g"), step, *counts, *words]
 
 
 def _number(value: Any, form: str) -> str:
@@ -140,48 +169,44 @@ def _row(run: Run) -> list[str]:
     ]
 
 
-def _comparisons(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(title, plot) of the metric over steps, seconds and counted operations, every run in its colour."""
+def _comparisons(runs: Sequence[Run]) -> list[_Plot]:
+    """The metric over steps, seconds and counted operations, every run that has it in its colour."""
     kinds = list(dict.fromkeys(m["metric"] for run in runs for m in run.metrics))
-    plots = []
+    plots: list[_Plot] = []
     for kind in kinds:
         for key, label in (("step", "step"), ("seconds", "seconds of training"), ("flops", "counted operations")):
-            lines = []
+            lines, legend = [], []
             for run in runs:
                 points = [m for m in run.metrics if m["metric"] == kind and m.get(key) is not None]
                 x, y = thinned([m[key] for m in points], [m["value"] for m in points])
-                lines.append(Line(x, y, run.colour))
+                if x:
+                    lines.append(Line(x, y, run.colour, "--" if run.dashed else "-"))
+                    legend.append((run.colour, run.name + (" (dashed)" if run.dashed else "")))
             title = f"{'Embedded Fréchet distance' if kind == 'digits' else kind.upper()} over {label}"
-            plots.append((title, plot(f"{kind} {key}", lines, label, "distance", log_scale=True)))
-    return [(title, svg) for title, svg in plots if svg]
+            plots.append((title, plot(f"{kind} {key}", lines, label, "distance", log_scale=True), legend))
+    return [entry for entry in plots if entry[1]]
 
 
-def _details(run: Run) -> list[tuple[str, str, list[tuple[int, str]]]]:
-    """(title, plot, legend) of one run."""
-    name = f"{run.name} {run.colour}"
-    found = [
-        (
-            "Balance ratio, with its bounds",
-            plot(f"{name} br", [Line(*run.series("balance_ratio"), 0)], "step", "balance ratio", band=run.bounds),
-            [],
-        ),
-        (
-            "Density",
-            plot(
-                f"{name} density",
-                [Line(*run.series("density_g"), 1), Line(*run.series("density_d"), 0)],
-                "step",
-                "density",
-                limits=(0, 1.05),
-            ),
-            [(1, "generator"), (0, "discriminator")],
-        ),
-        (
-            "Losses",
-            plot(f"{name} loss", [Line(*run.series("loss_g"), 1), Line(*run.series("loss_d"), 0)], "step", "loss"),
-            [(1, "generator"), (0, "discriminator")],
-        ),
-    ]
+def _details(run: Run) -> list[_Plot]:
+    """The plots of one run."""
+    name = f"{run.name} {run.number}"
+    steered, bounds = steered_by(run.settings) or ("", None)
+
+    def signal(title: str, key: str, kind: str, label: str) -> _Plot:
+        band = bounds if steered == kind else None
+        svg = plot(f"{name} {key}", [run.line(key, 0)], "step", label, band=band)
+        return title + (", with its bounds" if band else ""), svg, []
+
+    def of_both(title: str, key: str, limits: tuple[float, float] | None) -> _Plot:
+        both = [(run.line(f"{key}_g", 1), "generator"), (run.line(f"{key}_d", 0), "discriminator")]
+        drawn = [(line, network) for line, network in both if line.x]
+        svg = plot(f"{name} {key}", [line for line, _ in drawn], "step", key, limits=limits)
+        return title, svg, [(line.colour, network) for line, network in drawn]
+
+    found = [signal("Balance ratio", "balance_ratio", "balance_ratio", "balance ratio")]
+    if steered == "real_sign":
+        found.append(signal("Mean sign of D(x)", "mean_sign", steered, "mean sign of D(x)"))
+    found += [of_both("Density", "density", (0, 1.05)), of_both("Losses", "loss", None)]
     for network in ("generator", "discriminator"):
         lines, legend = _layers(run, network)
         svg = plot(f"{name} {network}", lines, "step", "density", limits=(0, 1.05))
@@ -191,15 +216,17 @@ def _details(run: Run) -> list[tuple[str, str, list[tuple[int, str]]]]:
 
 def _layers(run: Run, network: str) -> tuple[list[Line], list[tuple[int, str]]]:
     names = list(dict.fromkeys(name for entry in run.layers for name in _dict(entry.get(network))))
-    lines = []
+    lines, legend = [], []
     for i, name in enumerate(names):
         points = [
             (e["step"], e[network][name]) for e in run.layers if isinstance(_dict(e.get(network)).get(name), float)
         ]
         x, y = thinned([p[0] for p in points], [p[1] for p in points])
-        # A second round of the colours is dashed.
-        lines.append(Line(x, y, i % COLOURS, "-" if i < COLOURS else "--"))
-    return lines, [(i % COLOURS, name + (" (dashed)" if i >= COLOURS else "")) for i, name in enumerate(names)]
+        if x:
+            # A second round of the colours is dashed.
+            lines.append(Line(x, y, i % COLOURS, "-" if i < COLOURS else "--"))
+            legend.append((i % COLOURS, name + (" (dashed)" if i >= COLOURS else "")))
+    return lines, legend
 
 
 def _differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

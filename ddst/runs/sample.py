@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddst.train.checkpoint import CheckpointError, naming
+from ddst.train.folder import make_folder
 from ddst.train.generator import About, read_generator
 from ddst.train.options import ConfigError
 from ddst.train.samples import save_grid, to_pixels
+from ddst.train.target import check_target
 
 BATCH = 128
 LARGEST_GRID = 10_000
@@ -43,9 +45,12 @@ def sample(
         What the file says of the generator.
 
     Raises:
-        ConfigError: a class that the generator does not have, a folder that holds something, a grid that is too large.
+        ConfigError: a class that the generator does not have, a folder that holds something, a grid that is too large
+            or whose name does not end in .png, a place where nothing can be written.
         CheckpointError: no generator at `source`. OSError: a file cannot be written.
     """
+    if grid is not None:
+        check_target("--out", grid, ".png")
     if grid is not None and count > LARGEST_GRID:
         raise ConfigError(f"--count must be at most {LARGEST_GRID} for one grid, got {count}; --folder takes more")
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -58,7 +63,7 @@ def sample(
     else:
         noise = noise_of(generator, count, seed)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--folder")
     shown = []
     for start, images in zip(range(0, count, BATCH), draw(generator, noise, labels, seed), strict=True):
         if folder is not None:

@@ -205,12 +205,17 @@ class SparseTraining:
                     "once per step, with the model in training"
                 )
         scores.steps.forget()
-        if self.is_update_step(step + 1) or (self._due is not None and step + 1 < self.end):
-            if report is not None or not scores.requested:
+        self._ask(anew=report is not None)
+        return report
+
+    def _ask(self, anew: bool = False) -> None:
+        """Asks for scores of the next step if an update may follow it."""
+        scores, following = self.updater.scores, self.steps + 1
+        if self.is_update_step(following) or (self._due is not None and following < self.end):
+            if anew or not scores.requested:
                 scores.request()
         else:
             scores.cancel()
-        return report
 
     def state_dict(self) -> dict[str, Any]:
         """Step counter, scores asked for and taken, generator; with the model's and the optimizer's the whole state.
@@ -220,11 +225,16 @@ class SparseTraining:
         return {"steps": self.steps, "due": self._due, "updater": self.updater.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`. Load the model first."""
+        """Restores :meth:`state_dict`. Load the model first.
+
+        The state may be of a run of another length: from there on ``total_steps``, and what follows from it (the drop
+        fraction, which step is the last), are this one's.
+        """
         check_state_keys(state, ("steps", "due", "updater"))
         self.updater.load_state_dict(state["updater"])
         self.steps = state["steps"]
         self._due = state["due"]
+        self._ask()
 
     def close(self) -> None:
         """Ends an open request and removes the hook from the optimizer; :meth:`step` is not to be called any more.

@@ -33,10 +33,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     (atomic on POSIX); the folder is flushed last, so that the new name survives a power cut.
 
     Raises:
-        OSError: names `path`, also where the system names no file (a full disk).
+        OSError: names `path`, also where the system names no file (a full disk), or the temporary one.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path):
+    temporary = path.parent / f".{path.name}.tmp"
+    with naming(path, temporary):
         try:
             with temporary.open("wb") as file:
                 yield file
@@ -54,12 +54,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError that names no file the name of `path`."""
+def naming(path: Path, *others: Path) -> Iterator[None]:
+    """Gives an OSError that names no file, or one of `others`, the name of `path`."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if error.errno is None or (error.filename is not None and str(error.filename) not in map(str, others)):
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 

@@ -79,8 +79,10 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
             average = EMA(who.generator)
 
             def iteration() -> None:
+                who.game.steps_of_d = 0  # One that has the penalties.
                 gan_iteration(who, reals[: config.accumulate], draw_noise)
                 average.update()
+                who.game.augmented_from = None  # Kept, it would be freed by the next one.
 
             networks = [who.generator, who.discriminator, average.module]
             return peak_memory(iteration, networks, [who.optimizer_g, who.optimizer_d], device.type).peak

@@ -55,12 +55,16 @@ REPLAYED = (
     "published",
 )  # fmt: skip
 
-# Settings of where and how long a process runs: a resumed run may be given others and is still the same run. So it is
-# wherever its images lie: the checkpoint knows them by their contents.
-NOT_SAVED = ("out", "resume", "stop_after", "data_cache", "live")
+# Settings of this process: no run remembers them.
+NOT_SAVED = ("out", "resume", "stop_after")
+# Those that a resumed run may be given anew, and then remembers: it is the same run at another length, with more or
+# fewer files beside it, and wherever its images lie, which the checkpoint knows by their contents.
 FREE_ON_RESUME = (
     *NOT_SAVED,
+    "steps",
     "data",
+    "data_cache",
+    "live",
     "checkpoint_every",
     "sample_every",
     "compare_steps",
@@ -111,10 +115,12 @@ class TrainConfig:
                                     shown="ddst/images in the user's cache folder", metavar="DIR")
     flips: bool = option(False, bool, "train on the images' mirror images, too")
     out: str = option(None, str, "folder for everything the run writes; required", metavar="DIR")
-    steps: int = option(_preset(800, 100_000, 100_000, 200_000), int, "generator iterations",
+    steps: int = option(_preset(800, 100_000, 100_000, 200_000), int, "generator iterations; with --resume another "
+                        "number than before, not below those made: schedules are those of the new one from there on",
                         shown="demo 800, sngan 100000, biggan32 200000", range=COUNT, metavar="N")
     seed: int = option(0, int, "of weights, masks, noise and the order of images", range=SEED, metavar="S")
-    resume: bool = option(False, bool, "continue the run in --out; settings not given are the run's own")
+    resume: bool = option(False, bool, "continue the run in --out; settings not given are the run's own, and only "
+                          "those of its length, its images and what is written beside it may be others")
     stop_after: int | None = option(None, int, "end at step K as an interruption would, to be resumed", shown="never",
                                     range=COUNT, metavar="K")
 
@@ -241,6 +247,8 @@ class TrainConfig:
                        shown="stylegan2 and r3gan 1, else 0", range=NOT_NEGATIVE, metavar="WEIGHT")
     r2: float = option(_model("r2"), float, "the same at generated images", shown="r3gan 1, else 0",
                        range=NOT_NEGATIVE, metavar="WEIGHT")
+    lazy: int = option(1, int, "R1 and R2 at every K-th step of D only, K times as heavy (StyleGAN2 16)", range=COUNT,
+                       metavar="K")
     consistency: float = option(0.0, float, "weight of the squared difference of D's scores of real images and of "
                                 "their mirrored, moved twins", range=NOT_NEGATIVE, metavar="WEIGHT")
     augment: str = option("none", parse_augment, "DiffAugment: what is changed at random in all images that D sees, "
@@ -295,7 +303,7 @@ class TrainConfig:
         return asdict(self)
 
     def saved(self) -> dict[str, Any]:
-        """What checkpoint and log keep of it: `as_dict` without where and how long this process runs."""
+        """What checkpoint and log keep of it: `as_dict` without what is this process's alone."""
         return {name: value for name, value in self.as_dict().items() if name not in NOT_SAVED}
 
 
@@ -369,6 +377,8 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(f"--density must be below 1 with --method {config.method}, which moves G's blocks, got 1.0")
     if config.method in PRUNING and not 2 <= config.prune_at < config.steps:
         raise ConfigError(f"--prune-at must be at least 2 and below --steps ({config.steps}), got {config.prune_at}")
+    if config.lazy > 1 and not (config.r1 or config.r2):
+        raise ConfigError("--lazy has no effect without --r1 or --r2")
     if config.lr_decay == "none" and config.lr_decay_start:
         raise ConfigError("--lr-decay-start has no effect without --lr-decay linear or cosine")
 

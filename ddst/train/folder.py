@@ -78,12 +78,12 @@ def settings_begun(out: Path) -> Any:
     return entry.get("settings") if entry is not None and entry.get("event") == "start" else None
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder of a new run; ConfigError if it cannot be made."""
+def make_folder(out: Path, option: str = "--out") -> None:
+    """Make a new folder that an option names; ConfigError if it cannot be made."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made: {error.strerror or error}") from error
+        raise ConfigError(f"{option} {out} cannot be made: {error.strerror or error}") from error
 
 
 def clear_folder(out: Path) -> None:

@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from ddst.gan.augment import diff_augment
-from ddst.gan.losses import discriminator_loss, generator_loss, gradient_penalty, zero_centred_penalty
+from ddst.gan.losses import (
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    lazy_weight,
+    zero_centred_penalty,
+)
 
 #: What a network is called with: one tensor, or with classes (noise, labels) and (images, labels).
 Inputs = Tensor | tuple[Tensor, ...]
@@ -33,6 +39,8 @@ class Game:
         augment: kinds of :func:`ddst.gan.augment.diff_augment`. random: draws them, on the CPU.
         dtype: of autocast, None for none. scaler_g, scaler_d: of float16's losses, one for each optimizer.
         joint: whether real and generated images pass D as one batch. accumulate: batches that make one step.
+        lazy: R1 and R2 are part of every so many of D's steps (:func:`ddst.gan.losses.lazy_weight`).
+        steps_of_d: that D has made. augmented_from: state of `random` before the images of G's last loss, if augmented.
     """
 
     loss: str = "hinge"
@@ -44,10 +52,12 @@ class Game:
     dtype: torch.dtype | None = None
     joint: bool = True
     accumulate: int = 1
+    lazy: int = 1
+    steps_of_d: int = 0
     random: torch.Generator = field(default_factory=torch.Generator)
     scaler_g: GradScaler | None = None
     scaler_d: GradScaler | None = None
-    _augmented_from: Tensor | None = None
+    augmented_from: Tensor | None = None
 
     @property
     def plain(self) -> bool:
@@ -73,8 +83,8 @@ class Game:
     def scores_again(self, discriminator: nn.Module, images: Inputs) -> Tensor:
         """The same, augmented as the images of G's last loss were: what G's step changed is not hidden by chance."""
         again = torch.Generator()
-        if self._augmented_from is not None:
-            again.set_state(self._augmented_from)
+        if self.augmented_from is not None:
+            again.set_state(self.augmented_from)
         return self.scores(discriminator, images, again)
 
     def augmented(self, images: Tensor, random: torch.Generator | None = None) -> Tensor:
@@ -108,17 +118,18 @@ class Game:
 
         if self.gradient_penalty:
             loss = loss + self.gradient_penalty * gradient_penalty(score(classes), x, made)
-        if self.r1:
-            loss = loss + self.r1 * zero_centred_penalty(score(classes), x)
-        if self.r2:
-            loss = loss + self.r2 * zero_centred_penalty(score(wanted), made)
+        times = lazy_weight(self.steps_of_d, self.lazy)
+        if self.r1 and times:
+            loss = loss + times * self.r1 * zero_centred_penalty(score(classes), x)
+        if self.r2 and times:
+            loss = loss + times * self.r2 * zero_centred_penalty(score(wanted), made)
         return loss
 
     def loss_of_g(
         self, generator: nn.Module, discriminator: nn.Module, noise: Inputs, real: Inputs | None
     ) -> tuple[Tensor, Tensor]:
         """G's loss, and the scores of its images."""
-        self._augmented_from = self.random.get_state()
+        self.augmented_from = self.random.get_state() if self.augment else None
         scores = self.scores(discriminator, self.images(generator, noise))
         of_real = None
         if self.loss == "relativistic":

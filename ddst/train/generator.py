@@ -98,7 +98,11 @@ def read_generator(path: str | PathLike[str], device: torch.device | str = "cpu"
     file = file / CHECKPOINT if file.is_dir() else file
     if not file.exists():
         raise CheckpointError(f"no run and no generator at the path {path}")
-    state, about = _of_safetensors(file) if _is_safetensors(file) else _of_checkpoint(file)
+    try:
+        read = _of_safetensors if _is_safetensors(file) else _of_checkpoint
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
+    state, about = read(file)
     try:
         config = about.config
         generator = _built(config, about)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddst.data import DataError, load_images
-from ddst.data.cache import default_folder
+from ddst.data.cache import cache_folder
 from ddst.distributed import sums
 from ddst.sparsity.density import NetworkDensity
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
@@ -25,6 +25,7 @@ from ddst.train.folder import (
     settings_begun,
     versions,
 )
+from ddst.train.judging import Judging
 from ddst.train.log import Kept, kept_log
 from ddst.train.loop import Trainer, enough_memory, train
 from ddst.train.options import ConfigError, shown_value
@@ -63,10 +64,11 @@ def _begin(config: TrainConfig, *warnings: str) -> int:
     by_first(lambda: check_folder(out))
     trainer = _trainer(config)
     trainer.try_step()
+    judge = by_first(lambda: Judging(trainer))
     by_first(lambda: make_folder(out))
     with _writer(out) as more:
         by_first(lambda: check_folder(out))  # Another process may have been faster.
-        return _train(trainer, None, [*warnings, *more])
+        return _train(trainer, None, judge, [*warnings, *more])
 
 
 @contextmanager
@@ -95,13 +97,18 @@ def _resume(given: Mapping[str, Any]) -> int:
         except ConfigError as error:
             raise CheckpointError(f"checkpoint {path} does not fit any run: config: {error}") from None
         config = _continued(settings, given)
+        if type(done := saved.get("step")) is int and config.steps < done:
+            raise ConfigError(f"cannot resume with --steps {config.steps}: the run in --out has made {done}")
         try:
             trainer = _trainer(config)
-        except (ConfigError, DataError) as error:
+        except ConfigError as error:
             raise CheckpointError(f"checkpoint {path} cannot be continued here: config: {error}") from None
+        except DataError as error:
+            raise CheckpointError(f"{path} cannot be continued: {error}; --data PATH says where they lie now") from None
         trainer.load_state_dict(saved)
         kept = by_first(lambda: kept_log(out / LOG, saved["log"], trainer.step)) or Kept(0, ())
-        return _train(trainer, kept, [*warnings, *kept.warnings, *_other_versions(saved["versions"])])
+        judge = by_first(lambda: Judging(trainer))
+        return _train(trainer, kept, judge, [*warnings, *kept.warnings, *_other_versions(saved["versions"])])
 
 
 def _continued(settings: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
@@ -117,17 +124,11 @@ def _other_versions(before: Mapping[str, str]) -> list[str]:
 
 def _trainer(config: TrainConfig) -> Trainer:
     with fitting("images of this --resolution"):
-        images = load_images(config.data, config.resolution, cache=_cache(config))
+        images = load_images(config.data, config.resolution, cache=cache_folder(config.data, config.data_cache))
     return Trainer(config, images)
 
 
-def _cache(config: TrainConfig) -> Path | None:
-    if config.data == "digits" or config.data_cache == "none":
-        return None
-    return default_folder() if config.data_cache is None else Path(config.data_cache)
-
-
-def _train(trainer: Trainer, kept: Kept | None, warnings: Sequence[str]) -> int:
+def _train(trainer: Trainer, kept: Kept | None, judge: Judging | None, warnings: Sequence[str]) -> int:
     config = trainer.config
     if first():
         print(_heading(config, trainer, kept is not None))
@@ -138,7 +139,7 @@ def _train(trainer: Trainer, kept: Kept | None, warnings: Sequence[str]) -> int:
         for warning in [*warnings, *trainer.warnings]:
             print(f"warning: {one_line(warning)}")
     writes = first()
-    ended_by = train(trainer, kept)
+    ended_by = train(trainer, kept, judge)
     parted()
     if not writes:
         return 0 if ended_by is None else 128 + ended_by
@@ -154,6 +155,8 @@ def _train(trainer: Trainer, kept: Kept | None, warnings: Sequence[str]) -> int:
 def _heading(config: TrainConfig, trainer: Trainer, resumed: bool) -> str:
     g, d = (NetworkDensity(net) for net in (trainer.players.generator, trainer.players.discriminator))
     begun = f", resumed after step {trainer.step}" if resumed else ""
+    if "steps" in trainer.changed:
+        begun += f" of {trainer.changed['steps'][0]} that were planned"
     return (
         f"{config.method}, {len(trainer.images):,} images of {one_line(trainer.images.name)} at "
         f"{config.resolution}x{config.resolution}, {config.steps} steps of batch {config.batch}{begun}\n"
@@ -166,7 +169,7 @@ def _finish(trainer: Trainer) -> None:
     out = trainer.out
     grid = trainer.save_samples()
     summary = summarize(trainer)
-    report = plot_report(out, trainer.config.bounds)
+    report = plot_report(out)
     numbers = write_summary(out, summary)
     print(table(summary))
     print("written:")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,8 @@ _READ: dict[str | None, dict[str, tuple[type, ...]]] = {
         "density_d": _NUMBER,
         "sample": (dict, type(None)),
     },
+    "start": {"settings": (dict,)},
+    "settings": {"step": (int,), "before": (dict,), "now": (dict,)},
     "decision": {"step": (int,), "action": (str,), "new_density": _NUMBER},
     "densities": {"step": (int,), "generator": (dict,), "discriminator": (dict,)},
     "metric": {"step": (int,), "metric": (str,), "value": _NUMBER, "seconds": _NUMBER, "flops": _NUMBER},
@@ -118,8 +120,27 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     if event is not None and not isinstance(event, str):
         return None
     fits = all(_fits(entry.get(name, ...), types) for name, types in _READ.get(event, {}).items())
+    fits = fits and _fits(entry.get("mean_sign"), _NUMBER)
     sample = entry.get("sample")
-    return entry if fits and (not isinstance(sample, dict) or _fits(sample.get("ratio"), _NUMBER)) else None
+    measured = [sample.get(name) for name in ("ratio", "sign")] if isinstance(sample, dict) else []
+    return entry if fits and all(_fits(value, _NUMBER) for value in measured) else None
+
+
+def lengths(entries: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """(step, steps of the whole run from there on): what was planned, and what each resumption made of it.
+
+    Example:
+        >>> start, more = {"event": "start", "settings": {"steps": 10}}, {"before": {"steps": 10}, "now": {"steps": 20}}
+        >>> lengths([start, {"event": "settings", "step": 10, **more}])
+        [(0, 10), (10, 20)]
+    """
+    found: list[tuple[int, int]] = []
+    for entry in entries:
+        event = entry.get("event")
+        stated = entry["settings"] if event == "start" else entry["now"] if event == "settings" else {}
+        if type(total := stated.get("steps")) is int:
+            found.append((0 if event == "start" else entry["step"], total))
+    return found
 
 
 def _fits(value: Any, types: tuple[type, ...]) -> bool:

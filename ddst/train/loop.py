@@ -95,6 +95,7 @@ class Trainer:
 
     Attributes:
         step: generator iterations done. seconds: time they took. best: the smallest distance found so far.
+        changed: name of a setting -> its value before and now, of those that a resumed run was given anew.
         flops: counted operations of the steps done. forward_flops: of them, sums of the two networks' single forward
             passes per image.
 
@@ -133,6 +134,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.saved_step: int | None = None  # of the checkpoint in the folder
         self.best: float | None = None
+        self.changed: dict[str, tuple[Any, Any]] = {}
 
     def _count_classes(self) -> int:
         if not FAMILIES[self.config.model].conditional:
@@ -141,7 +143,7 @@ class Trainer:
         if labels is None:
             raise ConfigError(
                 f"--model {self.config.model} needs images with classes: {flag('data')} {self.images.name} has none "
-                "(class folders, CIFAR, STL-10, TinyImageNet and digits have)"
+                "(two class folders or more, dataset.json, CIFAR, STL-10, TinyImageNet and digits have)"
             )
         return int(labels.max()) + 1
 
@@ -266,7 +268,7 @@ class Trainer:
         return [scaler for scaler in (game.scaler_g, game.scaler_d) if scaler is not None]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken.
+        """Continue exactly where `state_dict` was taken, or from there at another length: see `ddst.DDST`.
 
         Raises:
             CheckpointError: the state does not fit this run; nothing has been changed then.
@@ -294,6 +296,9 @@ class Trainer:
             scaler.load_state_dict(saved)
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.saved_step = self.step
+        players.game.steps_of_d = self.step * self.config.d_steps
+        now = self.config.saved()
+        self.changed = {name: (before, now[name]) for name, before in state["config"].items() if before != now[name]}
         self.flops.load_state_dict(state["flops"])
         self.forward_flops = state["flops"]["forward"]
         # Last: building and loading networks may draw random numbers.
@@ -336,13 +341,13 @@ def _not_finite(state: Any, where: str = "") -> str | None:
     return next((found for place, entry in pairs if (found := _not_finite(entry, place)) is not None), None)
 
 
-def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
+def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = None) -> int | None:
     """Train to the last step, to --stop-after, or to a signal, with a checkpoint at the end.
 
     Args:
         trainer: a new one, or one whose state has been loaded.
         kept: what it keeps of its log; None begins a new run in the trainer's folder. Of several processes the first
-            one's counts.
+            one's counts. judge: of the averaged generator; None: one that the settings describe.
 
     Returns:
         The signal that ended it before its last step, or None.
@@ -353,8 +358,8 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
         ProcessError: another process of the run is gone; likewise.
     """
     config, stop = trainer.config, StopFlag()
-    judge = Judging(trainer) if first() else None
     if first():
+        judge = judge or Judging(trainer)
         _clear(trainer.out, kept)
     last = config.steps if config.stop_after is None else min(config.steps, config.stop_after)
     ended_by = None
@@ -373,11 +378,15 @@ def train(trainer: Trainer, kept: Kept | None = None) -> int | None:
                 warnings=trainer.warnings,
                 versions=versions(),
             )
-        if kept is None:
-            if log is not None:
-                log.sync()
-                trainer.save_samples()
-            trainer.checkpoint(log)  # So that even a run killed in its first steps can be continued.
+        elif log is not None and trainer.changed:
+            before, now = ({name: pair[i] for name, pair in trainer.changed.items()} for i in range(2))
+            log.write(event="settings", step=trainer.step, before=before, now=now)
+        if kept is None and log is not None:
+            log.sync()
+            trainer.save_samples()
+        if kept is None or trainer.changed:
+            # So that even a run killed in its first steps can be continued, with the settings that it was given.
+            trainer.checkpoint(log)
         with _progress(config.steps, trainer.step) as bar, enough_memory(trainer):
             try:
                 while trainer.step < last and (ended_by := agreed(stop.signal)) is None:
@@ -437,11 +446,13 @@ def _progress(steps: int, done: int) -> Any:
 
 
 def _log_step(log: RunLog, trainer: Trainer, loss_d: float, loss_g: float, report: StepReport) -> None:
+    window = trainer.scheduler.balance.summary()
     log.write(
         step=report.step,
         loss_d=loss_d,
         loss_g=loss_g,
-        balance_ratio=trainer.scheduler.balance.value,
+        balance_ratio=window.balance_ratio,
+        mean_sign=window.mean_sign,
         sample=None if report.sample is None else report.sample.as_dict(),
         density_g=report.density_g,
         density_d=report.density_d,

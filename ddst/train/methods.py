@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ddst.gan.presets import PRESETS, Preset
 
@@ -33,3 +35,21 @@ CALLED = {
     CONTROLLED: "methods that steer D's density",
     EXCHANGING_D: "ddst-strict and methods that keep D's density",
 }
+
+
+def steered_by(settings: Mapping[str, Any]) -> tuple[str, tuple[float, float]] | None:
+    """The signal of :class:`ddst.DensityController` that a run's settings, as a log holds them, keep within bounds.
+
+    None for methods that steer by none.
+
+    Example:
+        >>> steered_by({"method": "ddst-ada", "bounds": [0.55, 0.65]})
+        ('real_sign', (0.55, 0.65))
+        >>> steered_by({"method": "static", "bounds": [0.45, 0.55]})
+    """
+    method, bounds = settings.get("method"), settings.get("bounds")
+    if method not in CONTROLLED or not isinstance(bounds, list | tuple) or len(bounds) != 2:
+        return None
+    if not all(isinstance(bound, float) and math.isfinite(bound) for bound in bounds):
+        return None
+    return PRESETS[method].signal, (bounds[0], bounds[1])

@@ -64,6 +64,8 @@ def game_of(config: TrainConfig) -> Game:
         dtype,
         FAMILIES[config.model].joint,
         config.accumulate,
+        config.lazy,
+        0,
         torch.Generator().manual_seed(config.seed + 4),
         *scalers,
     )
@@ -196,6 +198,7 @@ def gan_iteration(
             losses.append(discriminator_backward(players, real, draw_noise()))
         average_gradients(players.discriminator.parameters())
         game.step(players.optimizer_d, game.scaler_d)
+        game.steps_of_d += 1
     players.optimizer_g.zero_grad(set_to_none=True)
     for _ in range(game.accumulate):
         noise = draw_noise()

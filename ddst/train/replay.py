@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ddst.gan.balance import BalanceRatio, WindowSummary
-from ddst.gan.controller import GROW, MODES, Decision, DensityController
-from ddst.train.checkpoint import replacing
+from ddst.gan.controller import MODES, Decision, DensityController
+from ddst.gan.presets import PRESETS
 from ddst.train.config import TrainConfig, check_saved, resolve, setting_errors
 from ddst.train.folder import LOG
-from ddst.train.log import read_log
+from ddst.train.log import lengths, read_log
 from ddst.train.options import ConfigError
+from ddst.train.pictures import draw_decisions, draw_signal, line, panels
+from ddst.train.target import check_target
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ class Replay:
     """Decisions of a log and of a rule over it.
 
     Attributes:
-        rule: decides. ratios: ``(step, signal)`` where the window has a value. logged, replayed: by step.
-        densities: ``(step, d_D)`` of the run.
+        rule: decides; of a run that became longer, as at its end. ratios: ``(step, signal)`` where the window has a
+            value. logged, replayed: by step.
+        densities: ``(step, d_D)`` of the run. interval: steps between decisions.
     """
 
     rule: DensityController
@@ -35,6 +38,7 @@ class Replay:
     densities: Sequence[tuple[int, float]]
     logged: Mapping[int, Decision]
     replayed: Mapping[int, Decision]
+    interval: int
 
     @property
     def same(self) -> bool:
@@ -61,33 +65,45 @@ def replay(log: Path, given: Mapping[str, Any], mode: str | None = None, signal:
         entries = list(read_log(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    config, own = _settings(path, entries, given)
-    parts = config.method.removeprefix("ddst-")
-    mode = mode or (parts if parts in MODES else MODES[0])
-    signal = signal or ("real_sign" if config.method == "ddst-ada" else "balance_ratio")
-    changed = mode != (parts if parts in MODES else MODES[0])
-    highest = (1.0 if mode == "relaxed" else 0.5) if changed and "density_d_max" not in given else config.density_d_max
+    config = _settings(path, entries, given)
+    own = PRESETS[config.method]
+    own_mode = own.mode if own.mode in MODES else MODES[0]
+    mode, signal = mode or own_mode, signal or own.signal
+    highest = config.density_d_max
+    if mode != own_mode and "density_d_max" not in given:
+        highest = 1.0 if mode == "relaxed" else 0.5
+    bounds = None if signal != own.signal and "bounds" not in given else config.bounds
     with setting_errors():
-        warmup = config.warmup
-        if warmup is None:
-            single = config.published or config.block_d == (1, 1)
-            warmup = 0 if single else min(config.steps // 8, 1000)
-        swapped = signal != own and "bounds" not in given
-        bounds = None if swapped else config.bounds
-        density_range = (config.density_d_min, highest)
-        rule = DensityController(mode, bounds, config.delta, density_range, warmup, signal, config.published)
+        rule = DensityController(
+            mode, bounds, config.delta, (config.density_d_min, highest), 0, signal, config.published
+        )
     if config.br_window < config.br_every:
         raise ConfigError(f"--br-window must be at least the run's --br-every ({config.br_every})")
-    return _decided(path, entries, config, rule)
-
-
-def _settings(path: Path, entries: list[dict[str, Any]], given: Mapping[str, Any]) -> tuple[TrainConfig, str]:
-    saved = next((e.get("settings") for e in entries if e.get("event") == "start"), None)
     try:
-        config = resolve({**check_saved(saved), **given, "out": "unused"})
+        return _decided(path, entries, config, rule)
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} holds a measurement or a decision that no run of this ddst writes: {error}"
+        ) from None
+
+
+def _settings(path: Path, entries: list[dict[str, Any]], given: Mapping[str, Any]) -> TrainConfig:
+    saved = next((e["settings"] for e in entries if e.get("event") == "start"), None)
+    if saved is None:
+        raise ConfigError(f"{path} is no log of ddst train: none of its lines holds the settings of a run")
+    try:
+        saved = check_saved(saved)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if saved is None else str(error)) from None
-    return config, "real_sign" if config.method == "ddst-ada" else "balance_ratio"
+        raise ConfigError(f"{path}: {error}") from None
+    return resolve({**saved, **given, "out": "unused"})
+
+
+def _warmup(config: TrainConfig, length: int) -> int:
+    if config.warmup is not None:
+        return config.warmup
+    return 0 if config.published or config.block_d == (1, 1) else min(length // 8, 1000)
 
 
 def _decided(path: Path, entries: list[dict[str, Any]], config: TrainConfig, rule: DensityController) -> Replay:
@@ -96,9 +112,11 @@ def _decided(path: Path, entries: list[dict[str, Any]], config: TrainConfig, rul
               for e in entries if e.get("event") == "decision"}  # fmt: skip
     steps = [e for e in entries if "event" not in e]
     if not any(e["sample"] for e in steps):
-        raise ConfigError(f"{path} holds no measurement of the balance ratio")
+        every = f"it has {len(steps)} steps, measured every {config.br_every}"
+        raise ConfigError(f"{path} holds no measurement of the balance ratio: {every}")
     ratios, densities, replayed = [], [], {}
     density, agreed, ends = float(steps[0]["density_d"]), True, {}
+    planned = [(0, config.steps), *lengths(entries)]
     for entry in steps:
         step, sample = entry["step"], entry["sample"]
         if sample:
@@ -108,17 +126,19 @@ def _decided(path: Path, entries: list[dict[str, Any]], config: TrainConfig, rul
         value = _value(window, rule)
         if value is not None:
             ratios.append((step, value))
-        if 1 < step < config.steps and step % config.interval_d == 0:
+        length = [total for since, total in planned if since < step][-1]
+        if 1 < step < length and step % config.interval_d == 0:
             if step in logged:
                 ends = {k: getattr(logged[step], k) for k in ("lowest", "highest", "resolution")}
                 density = logged[step].density if agreed else density
+            rule = replace(rule, warmup=_warmup(config, length))
             replayed[step] = rule.decide(window, density, step, **ends)
             agreed = agreed and logged.get(step) == replayed[step]
             density = replayed[step].new_density
         elif agreed:
             density = float(entry["density_d"])
         densities.append((step, float(entry["density_d"])))
-    return Replay(rule, ratios, densities, logged, replayed)
+    return Replay(rule, ratios, densities, logged, replayed, config.interval_d)
 
 
 def _value(window: WindowSummary, rule: DensityController) -> float | None:
@@ -140,9 +160,14 @@ def table(result: Replay) -> str:
     rule = result.rule
     assert rule.bounds is not None
     count = sum(result.logged.get(step) != decision for step, decision in result.replayed.items())
+    said = f"{count} of {len(result.replayed)} decisions are not the run's"
+    if not result.replayed:
+        done = result.densities[-1][0]
+        said = (
+            f"no decision: there is one every {result.interval} steps, but the first and the last; the run has {done}"
+        )
     lines.append(
-        f"{rule.mode}, {rule.signal} within {rule.bounds[0]:g} and {rule.bounds[1]:g}, delta {rule.delta:g}: "
-        f"{count} of {len(result.replayed)} decisions are not the run's"
+        f"{rule.mode}, {rule.signal} within {rule.bounds[0]:g} and {rule.bounds[1]:g}, delta {rule.delta:g}: {said}"
     )
     return "\n".join(lines)
 
@@ -153,39 +178,26 @@ def plot(result: Replay, path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed. OSError: the file cannot be written.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    assert result.rule.bounds is not None
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(8, 6))
-        figure.subplots_adjust(left=0.09, right=0.98, top=0.98, bottom=0.08, hspace=0.08)
-        signal, density = figure.subplots(2, sharex=True)
-        signal.plot(*_columns(result.ratios), color="C0", label=result.rule.signal.replace("_", " "))
-        signal.axhspan(*result.rule.bounds, color="C2", alpha=0.2, label="bounds")
-        signal.set(ylabel="signal", ylim=(-0.25, 1.5))
-        density.plot(*_columns(result.densities), color="C0", label="run")
-        asked = [(step, d.new_density) for step, d in result.replayed.items()]
-        density.step(*_columns(asked), where="post", color="C3", label="replayed")
-        grown = [(step, d.new_density) for step, d in result.replayed.items() if d.action == GROW]
-        density.plot(*_columns(grown), "^", ms=5, color="C3", label="replayed: grow")
-        density.set(ylabel="density of D", xlabel="step", ylim=(0, 1.05))
-        for axes in (signal, density):
-            axes.legend(loc="upper right", fontsize=8)
-            axes.grid(alpha=0.3)
-        with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=110)
-
-
-def _columns(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    decisions = list(result.replayed.items())
+    with panels(path, 2) as (signal, density):
+        draw_signal(signal, result.rule.signal, result.ratios, result.rule.bounds)
+        line(density, result.densities, color="C0", label="run")
+        if decisions:
+            first, last = decisions[0], decisions[-1]
+            asked = [(first[0], first[1].density), *((step, d.new_density) for step, d in decisions)]
+            asked.append((result.densities[-1][0], last[1].new_density))
+            line(density, asked, color="C3", drawstyle="steps-post", label="replayed")
+        draw_decisions(density, [(step, d.action, d.new_density) for step, d in decisions], "replayed")
+        density.set(ylabel="density of D")
 
 
 def run_replay(log: Path, given: Mapping[str, Any], mode: str | None, signal: str | None, out: Path | None) -> int:
     """`ddst replay`: prints the table, writes the picture; returns the exit code."""
+    path = out or (log if log.is_dir() else log.parent) / "replay.png"
+    if out is not None:
+        check_target("--out", out, ".png")
     result = replay(log, given, mode, signal)
     print(table(result))
-    path = out or (log if log.is_dir() else log.parent) / "replay.png"
     try:
         plot(result, path)
     except ModuleNotFoundError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from ddst.sparsity.stats import network_stats
 from ddst.train.checkpoint import replacing
 from ddst.train.compare import Timing, compare_with_dense
 from ddst.train.folder import LOG, REPORT, SUMMARY
-from ddst.train.log import read_log
+from ddst.train.log import lengths, read_log
 from ddst.train.loop import Trainer
+from ddst.train.methods import steered_by
+from ddst.train.pictures import Points, draw_decisions, draw_signal, line, panels
 from ddst.train.samples import generate
 
 
@@ -164,44 +168,37 @@ def write_summary(out: Path, summary: Summary) -> Path:
     return path
 
 
-def plot_report(out: Path, bounds: tuple[float, float]) -> Path:
-    """`report.png` from the log: balance ratio with its bounds, both densities, both losses, over steps."""
-    import matplotlib
-    from matplotlib.figure import Figure
+def plot_report(out: Path) -> Path:
+    """`report.png` from the log: balance ratio, densities and losses over steps; bounds are those of what is steered.
 
+    Where the sign of D(x) is steered, it has a panel of its own.
+    """
     entries = list(read_log(out / LOG))
     steps = [e for e in entries if "event" not in e]
-    decisions = [e for e in entries if e.get("event") == "decision" and e["action"] != "keep"]
-    x = [e["step"] for e in steps]
+    settings: dict[str, Any] = next((e["settings"] for e in entries if e.get("event") == "start"), {})
+    steered, bounds = steered_by(settings) or ("balance_ratio", None)
+    decisions = [e for e in entries if e.get("event") == "decision"]
 
-    def series(name: str) -> list[Any]:
-        return [float("nan") if e[name] is None else e[name] for e in steps]
+    def series(name: str) -> Points:
+        # Gaps stay gaps in the line.
+        points = [(e["step"], math.nan if e.get(name) is None else e[name]) for e in steps]
+        return points if any(not math.isnan(value) for _, value in points) else []
 
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(8, 8))
-        figure.subplots_adjust(left=0.09, right=0.98, top=0.98, bottom=0.06, hspace=0.08)
-        ratio, density, losses = figure.subplots(3, sharex=True)
-        single = [(e["step"], e["sample"]["ratio"]) for e in steps if e["sample"] and e["sample"]["ratio"] is not None]
-        ratio.plot(
-            *zip(*single, strict=True) if single else ([], []), ".", ms=2, color="0.7", label="single measurement"
-        )
-        ratio.plot(x, series("balance_ratio"), color="C0", label="window")
-        ratio.axhspan(*bounds, color="C2", alpha=0.2, label="bounds")
-        ratio.set(ylabel="balance ratio", ylim=(-0.25, 1.5))
-        density.plot(x, series("density_g"), color="C1", lw=3, alpha=0.6, label="generator")
-        density.plot(x, series("density_d"), color="C0", label="discriminator")
-        for action, marker in (("grow", "^"), ("drop", "v"), ("exchange", "o")):
-            at = [(e["step"], e["new_density"]) for e in decisions if e["action"] == action]
-            if at:
-                density.plot(*zip(*at, strict=True), marker, ms=5, color="C3", ls="", label=f"decision: {action}")
-        density.set(ylabel="density", ylim=(0, 1.05))
-        losses.plot(x, series("loss_g"), lw=0.8, color="C1", label="generator")
-        losses.plot(x, series("loss_d"), lw=0.8, color="C0", label="discriminator")
-        losses.set(ylabel="loss", xlabel="step")
-        for axes in (ratio, density, losses):
-            axes.legend(loc="upper right", fontsize=8)
-            axes.grid(alpha=0.3)
-        path = out / REPORT
-        with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=110)
+    def single(name: str) -> Points:
+        return [(e["step"], e["sample"][name]) for e in steps if e["sample"] and e["sample"].get(name) is not None]
+
+    path = out / REPORT
+    with panels(path, 3 if steered == "balance_ratio" else 4) as (ratio, *signs, density, losses):
+        by_ratio = bounds if steered == "balance_ratio" else None
+        draw_signal(ratio, "balance_ratio", series("balance_ratio"), by_ratio, single("ratio"))
+        for sign in signs:
+            draw_signal(sign, "real_sign", series("mean_sign"), bounds, single("sign"))
+        line(density, series("density_g"), color="C1", lw=3, alpha=0.6, label="generator")
+        line(density, series("density_d"), color="C0", label="discriminator")
+        draw_decisions(density, [(e["step"], e["action"], e["new_density"]) for e in decisions], "decision")
+        line(losses, series("loss_g"), lw=0.8, color="C1", label="generator")
+        line(losses, series("loss_d"), lw=0.8, color="C0", label="discriminator")
+        losses.set(ylabel="loss")
+        for (_, before), (step, _) in pairwise(lengths(entries)):
+            losses.axvline(step, color="0.4", ls=":", label=f"planned for {before:,} steps until here")
     return path

@@ -75,7 +75,7 @@ def _description(state: Mapping[str, Any], trainer: Trainer) -> dict[str, Rule]:
         "optimizer_g": adam(players.generator, state.get("generator"), step, scaled),
         "optimizer_d": adam(players.discriminator, state.get("discriminator"), taken, scaled),
         "ema": record({"module": average(trainer.ema.module, state.get("generator")), "updates": whole(step, step)}),
-        "scheduler": scheduler(trainer.scheduler, step),
+        "scheduler": scheduler(trainer.scheduler, step, _length(state)),
         "sampler": sampler(trainer.sampler.size, taken * trainer.config.accumulate * trainer.config.batch),
         "noise": random_state,
         "augment": random_state,
@@ -153,8 +153,16 @@ def adam(net: nn.Module, state: Any, steps: int, may_skip: bool = False) -> Rule
     return check
 
 
-def scheduler(ddst: DDST, step: int) -> Rule:
-    """The state of `DDST`: its counters are the step, open requests those that this step leaves open."""
+def _length(state: Mapping[str, Any]) -> Any:
+    config = state.get("config")
+    return config.get("steps") if isinstance(config, dict) else None
+
+
+def scheduler(ddst: DDST, step: int, length: int) -> Rule:
+    """The state of `DDST`: its counters are the step, open requests those that this step leaves open.
+
+    Where the run that saved it had another `length`, it may have left others open.
+    """
     training, updater = ddst.training_g, ddst.updater_d
     moves = training.method != "static"
     oldest_g, oldest_d = max(1, step - ddst.interval_g + 1), max(1, step - ddst.interval_d + 1)
@@ -166,17 +174,18 @@ def scheduler(ddst: DDST, step: int) -> Rule:
         due = generator.get("due") if isinstance(generator, dict) else None
         asks_g = training.is_update_step(step + 1) or (due is not None and step + 1 < training.end)
         asks_d = waiting is not None or (ddst.is_decision_step(step + 1) and step + 1 > warmup)
+        same = ddst.total_steps == length
         g = {
             "steps": whole(step, step),
             "due": optional(whole(oldest_g, step)) if moves else nothing,
-            "updater": requests(training.updater, asks_g),
+            "updater": requests(training.updater, asks_g, same),
         }
         rules = {
             "mode": one_of(ddst.mode),
             "steps": whole(step, step),
             "balance": balance(ddst.balance.window, step // ddst.br_every),
             "generator": record(g),
-            "discriminator": nothing if updater is None else requests(updater, asks_d),
+            "discriminator": nothing if updater is None else requests(updater, asks_d, same),
             "waiting": nothing if updater is None else optional(decision(oldest_d, step)),
         }
         record(rules)(value, where)
@@ -184,7 +193,7 @@ def scheduler(ddst: DDST, step: int) -> Rule:
     return check
 
 
-def requests(updater: TopologyUpdater, wanted: bool) -> Rule:
+def requests(updater: TopologyUpdater, wanted: bool, certain: bool = True) -> Rule:
     """A `TopologyUpdater`: whether scores are asked for, scores that came and were not used, its random numbers."""
     masks = {name: layer.mask_shape for name, layer in updater.scores.layers.items()}
     one = {name: tensor(None, shape, low=0) for name, shape in masks.items()}
@@ -200,7 +209,7 @@ def requests(updater: TopologyUpdater, wanted: bool) -> Rule:
     scores = record(
         {
             "stepped": one_of(False),  # an iteration's end forgets it
-            "requested": one_of(wanted and bool(masks)),
+            "requested": one_of(*{wanted and bool(masks), *(() if certain else (bool(masks), False))}),
             "latest": some_of(one),
             "aside": some_of(one),
         }

@@ -110,7 +110,7 @@ def test_any_change_of_what_it_is_made_from_makes_another(tmp_path, data, monkey
 def test_what_cannot_be_kept_is_said_and_nothing_is_left(tmp_path, data, monkeypatch):
     write(tmp_path, {"file": b"x"})
     images = load_images(str(data), 8, cache=tmp_path / "file" / "kept")
-    assert "resized images not kept: " in images.took and len(images) == 5
+    assert f"resized images not kept in {tmp_path / 'file' / 'kept'}: " in images.took and len(images) == 5
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -118,7 +118,7 @@ def test_what_cannot_be_kept_is_said_and_nothing_is_left(tmp_path, data, monkeyp
 
     monkeypatch.setattr(cache, "save_file", full)
     images = load_images(str(data), 8, cache=tmp_path / "kept")
-    assert images.took.endswith("resized images not kept: [Errno 28] No space left on device")
+    assert images.took.endswith(f"resized images not kept in {tmp_path / 'kept'}: No space left on device")
     assert list((tmp_path / "kept").iterdir()) == []
 
 
@@ -145,9 +145,11 @@ def test_train_keeps_images_and_says_so(tmp_path, data, capsys):
         took = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data ")]
         (file,) = where.iterdir()
         assert took == [f"data {data}: folder of image files, 2 class folders, a to b; {words} {file}"]
-    run({"out": str(tmp_path / "b"), "resume": True, "data_cache": "none", "stop_after": 2})
-    (took,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data ")]
-    assert took == f"data {data}: folder of image files, 2 class folders, a to b"
+    again = {"out": str(tmp_path / "b"), "resume": True}
+    for given, words in (({}, f"; resized before, in {file}"), ({"data_cache": "none"}, "")):
+        run({**again, **given, "stop_after": 3})
+        (took,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data ")]
+        assert took == f"data {data}: folder of image files, 2 class folders, a to b{words}"
 
 
 def test_train_says_what_is_expected_of_data_that_are_none(tmp_path):

@@ -27,11 +27,18 @@ def test_class_folders_are_numbered_by_name(tmp_path):
     assert images.took == "folder of image files, 3 class folders, ant to dog"
 
 
-@pytest.mark.parametrize("names", [["a.png", "b.png"], ["x/a.png", "b.png"], ["x/y/a.png", "x/z/b.png"]])
-def test_no_labels_where_folders_are_no_classes(tmp_path, names):
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["a.png", "b.png"], ""),
+        (["x/a.png", "b.png"], ""),
+        (["x/y/a.png", "x/z/b.png"], " (all in one folder, x, which makes no classes)"),
+    ],
+)
+def test_no_labels_where_folders_are_no_classes(tmp_path, names, why):
     images = load_images(str(write(tmp_path, dict(zip(names, PNGS, strict=False)))), 8)
     assert images.labels is None
-    assert images.took == "folder of image files, without labels"
+    assert images.took == f"folder of image files, without labels{why}"
 
 
 def test_stylegans_zip_is_its_images_and_labels(tmp_path):

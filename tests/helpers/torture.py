@@ -395,6 +395,6 @@ def damaged_logs(out: Path, count: int, seed: int) -> str:
             log.write(event="x")
         assert path.read_bytes().endswith(b'\n{"event": "x"}\n') or kept.bytes == 0
         if i % 10 == 0:
-            plot_report(out, (0.45, 0.55))
+            plot_report(out)
     path.write_bytes(good)
     return f"{count} damaged logs, {refused} refused by name, 0 tracebacks"

@@ -74,5 +74,11 @@ def test_other_files(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and so on")
     for name in ("text", "one.npy", "cut.npz", "none.npz"):
-        with pytest.raises(DataError, match=name):
+        with pytest.raises(DataError, match=name) as raised:
             read_reference(tmp_path / name, 3)
+        assert "pickle" not in str(raised.value)
+
+
+def test_statistics_are_written_where_they_were_asked_for(tmp_path: Path) -> None:
+    write_statistics(tmp_path / "plain", Moments.of(features(0)))
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]

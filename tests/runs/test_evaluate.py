@@ -69,9 +69,12 @@ def test_figures_say_what_they_depend_on(
     assert held["figures"][5]["value"] == pytest.approx(score["inception_score_mean"], rel=1e-6)
 
     # The statistics that were written give the same distance, and say that they do not say how many.
-    assert main([*command, "--reference", str(statistics), "--metrics", "fid"]) == 0
-    line = capsys.readouterr().out
-    (again,) = json.loads((sparse_run / "evaluation.json").read_text())["figures"]
+    # Digits are beside the run's own images all the same.
+    assert main([*command, "--reference", str(statistics), "--metrics", "fid,digits"]) == 0
+    line, of_digits = capsys.readouterr().out.splitlines()
+    (again, digits) = json.loads((sparse_run / "evaluation.json").read_text())["figures"]
+    assert "11 samples against 1,797 real ones (digits, training)" in of_digits
+    assert digits["split"] == "digits, training" and again["resizer"].startswith("of a file that does not say; ")
     assert again["value"] == pytest.approx(fid["value"], rel=1e-6) and again["real"] == 0
     assert "11 samples against a file's statistics (real.npz); of a file that does not say" in line
     assert read_reference(statistics, FEATURES).images is None
@@ -86,7 +89,11 @@ def test_digits_need_no_weights(sparse_run: Path, capsys: pytest.CaptureFixture[
 
 
 def test_what_is_missing_is_one_line(
-    sparse_run: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sparse_run: Path,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pictures = tmp_path / "stats.npz"
     np.savez(pictures, mu=np.zeros(FEATURES), sigma=np.eye(FEATURES))
@@ -94,10 +101,24 @@ def test_what_is_missing_is_one_line(
     torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
     torch.save({k: v for k, v in state.items() if k != "Mixed_7c.branch1x1.conv.weight"}, tmp_path / "less.pth")
     torch.save({"net": torch.nn.ReLU()}, tmp_path / "code.pth")
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(5):
+        Image.new("RGB", (8, 8)).save(few / f"{i}.png")
+    # All is said before an image is drawn.
+    monkeypatch.setattr("ddst.runs.evaluate.draw", lambda *_: pytest.fail("images were drawn"))
     run, given = str(sparse_run), ["--weights", str(weights)]
     for arguments, message in (
         (["--metrics", "fid"], "metric fid needs the weights of Inception-v3 as a local file (--weights FILE"),
-        (["--metrics", "kid"], "metric must be of digits, fid, is, prdc, got kid"),
+        (["--metrics", "kid"], "--metrics must be some of digits, fid, is, prdc joined by commas, got 'kid'"),
+        (["--statistics", str(tmp_path / "new.npz")], "--statistics are those of the Inception network: they need"),
+        (["--statistics", str(tmp_path / "new")], "--statistics must end in .npz, got"),
+        (["--statistics", str(tmp_path / "no" / "new.npz")], f"there is no folder {tmp_path / 'no'}"),
+        (["--metrics", "prdc", *given, "--data", str(few)], "metric prdc needs at least 6 real images, got 5"),
+        (
+            ["--metrics", "fid", *given, "--reference", str(few / "0.png")],
+            "is no .npz file, damaged, or holds more than",
+        ),
         (
             ["--metrics", "prdc", *given, "--reference", str(pictures)],
             "holds no images (arr_0), which metric prdc needs",

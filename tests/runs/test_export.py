@@ -53,7 +53,8 @@ def test_nothing_is_overwritten_and_nothing_half_written(
     taken.write_text("mine")
     assert main(["export", str(sparse_run), "--dense", "--out", str(taken)]) == 2
     assert main(["export", str(tmp_path), "--dense", "--out", str(tmp_path / "new")]) == 2
-    assert main(["export", str(sparse_run), "--dense", "--out", str(tmp_path / "no" / "new")]) == 1
+    assert main(["export", str(sparse_run), "--dense", "--out", str(tmp_path / "no" / "new")]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and all(line.startswith("ddst export: error: ") for line in errors)
+    assert errors[2].endswith(f"new cannot be written: there is no folder {tmp_path / 'no'}")
     assert taken.read_text() == "mine" and list(tmp_path.iterdir()) == [taken]

@@ -90,6 +90,34 @@ def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
     assert capsys.readouterr().err == f"ddst report: error: RUN {tmp_path} holds no log.jsonl of a run\n"
     assert list(tmp_path.iterdir()) == []
+    assert main(["report", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "page.html")]) == 2
+    assert capsys.readouterr().err == f"ddst report: error: RUN {tmp_path / 'log.jsonl'} is no folder of a run\n"
+    (tmp_path / "log.jsonl").write_text('{"level": "info"}\n')
+    for out, message in (
+        ("page.html", f"RUN {tmp_path}: log.jsonl is no log of ddst train, none of its lines is one of a run"),
+        ("page.pdf", f"--out must end in .html or .htm, got {tmp_path / 'page.pdf'}"),
+        ("no/page.html", f"--out {tmp_path / 'no/page.html'} cannot be written: there is no folder {tmp_path / 'no'}"),
+    ):
+        assert main(["report", str(tmp_path), "--out", str(tmp_path / out)]) == 2
+        assert capsys.readouterr().err == f"ddst report: error: {message}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_legend_names_the_runs_that_have_the_line(sparse_run: Path, dense_run: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / f"run{i}" for i in range(9)]
+    for i, run in enumerate(runs):
+        run.mkdir()
+        shutil.copy((dense_run if i else sparse_run) / "log.jsonl", run)
+    log = runs[1] / "log.jsonl"
+    log.write_bytes(b"".join(line for line in log.read_bytes().splitlines(True) if b'"metric"' not in line))
+    out = tmp_path / "page.html"
+    assert main(["report", *map(str, runs), "--out", str(out)]) == 0
+    page = out.read_text()
+    over_steps = page[page.index("Embedded Fréchet distance over step") :].split("</figure>")[0]
+    listed = re.findall(r"</span>([^<]*)</li>", over_steps)
+    assert listed == [str(run) for run in [runs[0], *runs[2:8]]] + [f"{runs[8]} (dashed)"]
+    of_dense = page[page.index(f"</span>{runs[2]}</h2>") :].split("<h2>")[0]
+    assert "Balance ratio</figcaption>" in of_dense and "with its bounds" not in of_dense
 
 
 def test_long_series_are_thinned_by_means() -> None:

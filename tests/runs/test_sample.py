@@ -112,18 +112,25 @@ def test_classes() -> None:
 def test_what_cannot_be_is_one_line(sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.png").write_text("mine")
+    (tmp_path / "full" / "checkpoint.pt").mkdir()
+    (tmp_path / "a.png").mkdir()
     run, out = str(sparse_run), str(tmp_path / "g.png")
     for arguments, message in (
         ([run], "--out FILE or --folder DIR is required"),
         ([run, "--out", out, "--class", "1"], "--class 1: this generator knows no classes"),
         ([run, "--folder", str(tmp_path / "full")], "must be new or empty"),
         ([run, "--out", out, "--count", "10001"], "--count must be at most 10000 for one grid"),
+        ([run, "--out", str(tmp_path / "g.jpg")], "--out must end in .png, got "),
+        ([run, "--out", str(tmp_path / "no" / "g.png")], f"there is no folder {tmp_path / 'no'}"),
+        ([run, "--out", str(tmp_path / "a.png")], f"--out {tmp_path / 'a.png'} is a folder, expected a file"),
+        ([run, "--folder", str(tmp_path / "full" / "mine.png" / "x")], "x cannot be made: Not a directory"),
+        ([str(tmp_path / "full"), "--out", out], "cannot read "),
         ([str(tmp_path / "none"), "--out", out], "no run and no generator"),
     ):
         assert main(["sample", *arguments]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("ddst sample: error: ") and message in line
-    assert not Path(out).exists()
+    assert not Path(out).exists() and not (tmp_path / "g.jpg").exists()
     for option, value in (("--count", "0"), ("--count", "x"), ("--seed", "-1")):
         with pytest.raises(SystemExit) as ended:
             main(["sample", run, "--out", out, option, value])

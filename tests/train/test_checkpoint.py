@@ -60,6 +60,16 @@ def test_old_file_is_whole_until_the_last_moment(tmp_path):
     assert path.read_bytes() == b"new, half written"
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    """Not the temporary one beside it."""
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    for path in (tmp_path / "none" / "c.pt", tmp_path / "folder", tmp_path / "."):
+        with pytest.raises(OSError) as caught, replacing(path) as file:
+            file.write(b"new")
+        assert caught.value.filename == str(path) and ".tmp" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
 def test_missing_and_foreign_files_are_named_in_our_words(tmp_path):
     path = tmp_path / "c.pt"
     with pytest.raises(CheckpointError, match=r"no checkpoint .*c\.pt does not exist"):

@@ -41,6 +41,7 @@ CASES = {
     "bce": {"loss": "bce", "lr_decay": "cosine", "lr_decay_start": 2},
     "wgan": {"loss": "wgan", "accumulate": 2},
     "relativistic": {"loss": "relativistic", "r1": 0.5, "r2": 0.5},
+    "lazy": {"loss": "bce", "r1": 0.5, "r2": 0.5, "lazy": 3},
     "augmented": {"augment": "color,translation,cutout", "consistency": 1.0},
     "bfloat16": {"precision": "bfloat16", "lr_decay": "linear"},
     "float16": {"precision": "float16", "ema_ramp": 0.05},

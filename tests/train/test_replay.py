@@ -80,6 +80,8 @@ def test_the_command_writes_table_and_picture(run_of, capsys, tmp_path, monkeypa
     ("arguments", "message"),
     [
         (["nowhere"], "cannot read nowhere: No such file or directory"),
+        (["--out", "again.jpg"], "--out must end in .png, got again.jpg"),
+        (["--out", "no/again.png"], "--out no/again.png cannot be written: there is no folder no"),
         (["--bounds", "0.6", "0.5"], "--bounds must be LO not above HI, got 0.6 0.5"),
         (["--br-window", "0"], "--br-window must be at least 1"),
         (["--density-d-min", "0.9", "--density-d-max", "0.5"], "--density-d-min must not be above"),
@@ -96,9 +98,19 @@ def test_a_log_without_settings_or_measurements_is_refused(run_of, tmp_path):
     lines = (run_of("ddst-relaxed", bounds=(0.09, 0.12)) / "log.jsonl").read_text().splitlines()
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(lines[1:]) + "\n")
-    with pytest.raises(ConfigError, match="settings must be a dict, got NoneType"):
+    with pytest.raises(ConfigError, match=r"log\.jsonl is no log of ddst train: none of its lines holds the settings"):
+        replay(log, {})
+    log.write_bytes(b"\x89PNG\r\n\0" * 9)
+    with pytest.raises(ConfigError, match=r"log\.jsonl is no log of ddst train"):
         replay(log, {})
     bare = [json.dumps({**json.loads(line), "sample": None}) if '"loss_d"' in line else line for line in lines]
     log.write_text("\n".join(bare) + "\n")
-    with pytest.raises(ConfigError, match="holds no measurement"):
+    with pytest.raises(
+        ConfigError, match="holds no measurement of the balance ratio: it has 14 steps, measured every 1"
+    ):
         replay(log, {})
+    for key, value in (("sample", {"ratio": 0.5}), ("sample", {"alpha": "x", "beta": 1, "sign": 9}), ("window", 3)):
+        odd = [json.dumps({**entry, key: value}) if key in (entry := json.loads(line)) else line for line in lines]
+        log.write_text("\n".join(odd) + "\n")
+        with pytest.raises(ConfigError, match="holds a measurement or a decision that no run of this ddst writes"):
+            replay(log, {})

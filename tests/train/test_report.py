@@ -110,10 +110,12 @@ def test_timing_is_of_as_many_pairs_as_asked_within_the_limit(tmp_path):
     assert Timing(0.5, 2.0, 3, 1, 2, 3).speedup == 4
 
 
-def test_memory_of_an_iteration_holds_the_weight_state_and_more(tmp_path):
-    trainer = trainer_for(tmp_path, compare_steps=1)
+@pytest.mark.parametrize("settings", [{}, {"augment": "color,translation,cutout", "precision": "float16"}], ids=str)
+def test_memory_of_an_iteration_holds_the_weight_state_and_more(tmp_path, capfd, settings):
+    trainer = trainer_for(tmp_path, compare_steps=1, **settings)
     before = copy.deepcopy(trainer.state_dict())
     summary = summarize(trainer)
+    assert "CPUAllocator" not in capfd.readouterr().err  # No block that is older than the recording is freed in it.
     assert not differences(before, trainer.state_dict())
     timing = summary.timing
     assert timing is not None
@@ -124,6 +126,8 @@ def test_memory_of_an_iteration_holds_the_weight_state_and_more(tmp_path):
     assert sparse < timing.peak_bytes < timing.dense_peak_bytes
     assert dense < timing.checkpointed_peak_bytes < timing.dense_peak_bytes
     assert "memory of an iteration at its peak, weight state included" in table(summary)
+    trainer.train_step()
+    assert (trainer.players.game.augmented_from is None) == (not settings)
 
 
 def test_grid_repeats_pixels_and_keeps_colours():

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddst.data import DataError, load_images
+from ddst.data import EMBEDDED, DataError, load_images
 from ddst.data.cache import default_folder
+from ddst.metrics.classifier import TRAINED
 from ddst.metrics.judge import Figure, Judge
 from ddst.metrics.statistics import write_statistics
 from ddst.runs.sample import draw, labels_of, noise_of
@@ -49,8 +50,8 @@ def evaluate(
     config = about.config
     name = config.data if data is None else data
     real = None
-    if reference is None or "digits" in metrics:
-        cache = None if name == "digits" or config.data_cache == "none" else default_folder()
+    if reference is None or any(metric in TRAINED for metric in metrics):
+        cache = None if name in EMBEDDED or config.data_cache == "none" else default_folder()
         real = load_images(name, config.resolution, held_out=held_out, cache=cache)
         if real.channels != about.channels and real.channels == 1:
             raise DataError(f"{name} is grey, the generator makes {about.channels} channels")

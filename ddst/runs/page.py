@@ -11,6 +11,7 @@ from typing import Any
 
 from ddst.runs.plots import COLOURS, Line, plot, thinned
 from ddst.train.checkpoint import replacing
+from ddst.train.collapse import told, watched
 from ddst.train.folder import EVALUATION, LOG, SAMPLES, SUMMARY
 from ddst.train.log import read_log
 from ddst.train.options import ConfigError
@@ -33,6 +34,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     figures: list[list[str]] = field(default_factory=list)
     grids: list[tuple[int, str]] = field(default_factory=list)
+    signs: str = ""
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         return thinned([e["step"] for e in self.steps], [e[name] for e in self.steps])
@@ -77,13 +79,16 @@ def _read(folder: Path, number: int) -> Run:
     if not (folder / LOG).is_file():
         raise ConfigError(f"RUN {folder} holds no {LOG} of a run")
     run = Run(str(folder), number % COLOURS)
+    entries = list(read_log(folder / LOG))
     kinds = {None: run.steps, "metric": run.metrics, "densities": run.layers, "decision": run.decisions}
-    for entry in read_log(folder / LOG):
+    for entry in entries:
         event = entry.get("event")
         if event == "start":
             run.settings, run.versions = _dict(entry.get("settings")), _dict(entry.get("versions"))
         elif event in kinds:
             kinds[event].append(entry)
+    if run.bounds and isinstance(steps := run.settings.get("steps"), int):
+        run.signs = told(watched(entries, run.bounds, steps))
     run.summary = _json(folder / SUMMARY)
     figures = _json(folder / EVALUATION).get("figures")
     run.figures = [_figure(f) for f in figures if isinstance(f, dict)] if isinstance(figures, list) else []

@@ -8,11 +8,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddst.data import DataError, load_images
+from ddst.data import EMBEDDED, DataError, load_images
 from ddst.data.cache import default_folder
 from ddst.distributed import sums
 from ddst.sparsity.density import NetworkDensity
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
+from ddst.train.collapse import told, watched
 from ddst.train.config import TrainConfig, check_same_run, check_saved, fitting, refuse_without_effect, resolve
 from ddst.train.folder import (
     BEST,
@@ -25,7 +26,7 @@ from ddst.train.folder import (
     settings_begun,
     versions,
 )
-from ddst.train.log import Kept, kept_log
+from ddst.train.log import Kept, kept_log, read_log
 from ddst.train.loop import Trainer, enough_memory, train
 from ddst.train.options import ConfigError, shown_value
 from ddst.train.processes import by_first, first, joined, parted, together
@@ -122,7 +123,7 @@ def _trainer(config: TrainConfig) -> Trainer:
 
 
 def _cache(config: TrainConfig) -> Path | None:
-    if config.data == "digits" or config.data_cache == "none":
+    if config.data in EMBEDDED or config.data_cache == "none":
         return None
     return default_folder() if config.data_cache is None else Path(config.data_cache)
 
@@ -164,11 +165,12 @@ def _heading(config: TrainConfig, trainer: Trainer, resumed: bool) -> str:
 
 def _finish(trainer: Trainer) -> None:
     out = trainer.out
-    grid = trainer.save_samples()
+    grid, _ = trainer.save_samples()
     summary = summarize(trainer)
     report = plot_report(out, trainer.config.bounds)
     numbers = write_summary(out, summary)
     print(table(summary))
+    print(told(watched(read_log(out / LOG), trainer.config.bounds, trainer.config.steps)))
     print("written:")
     for path, what in (
         (grid, f"samples of the averaged generator (earlier ones in {SAMPLES})"),

@@ -1,4 +1,4 @@
-"""The paper's table: which runs, in which order, resumed after a kill; its figures by hand numbers; a tiny run of it."""
+"""The paper's table: which runs, in which order, resumed after a kill; its figures by hand; a tiny run of it."""
 
 from __future__ import annotations
 

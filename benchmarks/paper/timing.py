@@ -68,7 +68,7 @@ def time_row(records: Sequence[Record], pairs: int = PAIRS) -> dict[str, Any]:
     density_d = statistics.fmean(r["mean_density_d"] for r in records)
     with tempfile.TemporaryDirectory() as scratch:
         mine = trainer_of(record["settings"], Path(scratch), density_d)
-        dense = trainer_of({**record["settings"], "method": "dense"}, Path(scratch), 1.0)
+        dense = trainer_of({**record["settings"], "method": "dense", "algorithm_d": "static"}, Path(scratch), 1.0)
         turn = record["settings"]["interval_g"]
 
         def steps(trainer: Trainer) -> None:

@@ -26,7 +26,7 @@ from ddst.train.log import read_log
 from helpers.runs import checkpoint_of, differences
 
 TINY = [("resolution", "8"), ("width_g", "16"), ("width_d", "16"), ("latent", "16"), ("batch", "4"),
-        ("fd_samples", "40"), ("br_window", "2"), ("compare_steps", "1"), ("checkpoint_every", "1")]  # fmt: skip
+        ("fd_samples", "40"), ("br_window", "2"), ("compare_steps", "1"), ("checkpoint_every", "1"), ("block", "4x4")]  # fmt: skip
 
 
 def in_this_process(arguments: Sequence[str], output: Path, look: Callable[[], None]) -> int:
@@ -84,7 +84,8 @@ def test_every_method_is_there_once_and_every_cell_can_be_trained():
 
 
 def test_the_papers_order():
-    assert rank("ddst-relaxed", 0.1) < rank("ddst-strict", 0.1) < rank("static", 0.1)
+    # CIFAR-10 by SNGAN and STL-10: relaxed first, strict second; BigGAN: the other way round.
+    assert rank("ddst-relaxed", 0.1) == rank("ddst-strict", 0.1) == 1.5 < rank("static", 0.1)
     pairs = settled(METHODS, 0.1)
     assert ("dense", "ddst-relaxed") in pairs and ("ddst-strict", "static-strong") in pairs
     # On CIFAR-10 SDST-Balance-RigL is behind static, elsewhere before it: not settled.
@@ -117,7 +118,7 @@ def test_means_and_intervals_by_hand():
     estimate = Estimate.of([18.0, 20.0, 22.0])
     assert estimate[:3] == pytest.approx((20.0, 15.032, 24.968), abs=1e-3)
     text = page(row("static", [18.0, 20.0, 22.0]) + row("dense", [5.0]))
-    assert "| static | 10 % | 3 | 20.0 (15.0 to 25.0) | 2000 | 0.50 | 0.25 | 0.40 | 0.50 | - | 6.2 |" in text
+    assert "| static | 10 % | 3 | 20.0 (15.0 to 25.0) | 2000 | 0.50 | 0.25 | 0.40 | 0.50 | - | 5.8 |" in text
     assert "| dense | - | 1 | 5.0 | 2000 |" in text
 
 
@@ -126,13 +127,14 @@ def test_goals_by_hand():
     records += row("ddst-relaxed", [6.0, 7.0, 8.0, 7.0, 7.0], seconds_per_step=1.0)
     records += row("sdst-rigl", [22.0, 300.0], collapsed=True)
     found = goals(Runs(records), 3000, Clock({}))
-    assert [goal.reached for goal in found] == [True, True, False, None, False]
+    assert [goal.reached for goal in found] == [True, True, True, None, False]
     # DDST takes 3,000 seconds, in which the dense run is at step 1,500, the second of its four measurements.
     dense, ours = records[0], records[10]
     assert at_equal_seconds(ours, dense, Clock({})) == pytest.approx(6.0 / 12.0)
     # By a quiet timing of 1.25 s beside 2 s: 3,750 s, step 1,875, halfway between 12 and 8.
     timed = {("digits", "ddst-relaxed", 0.1, (16, 16), 3000, ()): 1.25, ("digits", "dense", None, None, 3000, ()): 2.0}
     assert at_equal_seconds(ours, dense, Clock(timed)) == pytest.approx(6.0 / 10.0)
+    assert [goal.reached for goal in goals(Runs(records), 3000, Clock({**timed, next(iter(timed)): 2.0}))][2] is False
     # Before the first measurement it is the first, after the last one the last.
     assert at_equal_seconds({**ours, "seconds_per_step": 0.1}, dense, Clock({})) == pytest.approx(6.0 / 16.0)
     assert at_equal_seconds({**ours, "seconds_per_step": 9.0}, dense, Clock({})) == pytest.approx(6.0 / 4.0)
@@ -150,7 +152,7 @@ def test_what_agrees_with_the_paper_is_by_paired_seeds():
     assert said[("ddst-relaxed", "sdst-strong-rigl")] == "does not"
     assert said[("ddst-relaxed", "sdst-rigl")] == "undecided"
     text = page(records)
-    assert "do **not** agree: ddst-relaxed before sdst-strong-rigl (-5.1, -5.8 to -4.5)." in text
+    assert "do **not** agree: ddst-relaxed before sdst-strong-rigl (-5.1, -5.7 to -4.6)." in text
     alone = verdicts(Runs(row("static", [9.0]) + row("ddst-relaxed", [1.0])), METHODS, ("digits", 0.1, (16, 16), 3000))
     assert [v.said for v in alone] == ["undecided"]
 
@@ -179,7 +181,7 @@ def test_other_settings_stand_beside_the_defaults_by_equal_seeds():
         for seed, d in enumerate([40.0, 51.0, 59.0])
     ]
     text = page(usual + changed)
-    assert "| digits sdst-rigl 10 % 16x16 | interval_g 100 | 3 | 50.0 (26.4 to 73.6; 3 seeds) | " in text
+    assert "| digits sdst-rigl 10 % 16x16 | interval_g 100 | 3 | 50.0 (26.3 to 73.7; 3 seeds) | " in text
     assert "| -10.0 (-12.5 to -7.5; 3 seeds) | 0 of 3 |" in text
     assert "| sdst-rigl | 10 % | 3 | 60.0 (35.2 to 84.8) |" in text  # not mixed with them
 
@@ -188,11 +190,12 @@ def test_other_settings_stand_beside_the_defaults_by_equal_seeds():
 
 
 def test_a_run_that_was_killed_goes_on_and_a_kept_one_is_not_made_again(tmp_path: Path):
-    cell = Cell("digits", "ddst-relaxed", 0.3, (8, 8), 0, 3).with_changes(TINY)
+    cell = Cell("digits", "ddst-relaxed", 0.3, (16, 16), 0, 3).with_changes(TINY)
     begun: list[Sequence[str]] = []
 
     def killed(arguments: Sequence[str], output: Path, look: Callable[[], None]) -> int:
         begun.append(arguments)
+        output.write_text("a bar of progress")
         assert in_this_process([*arguments, "--stop-after", "2"], output, look) == 0
         return -signal.SIGKILL
 
@@ -287,7 +290,7 @@ def test_rows_are_timed_in_pairs_and_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(timing, "paired", paired)
     cell = Cell("digits", "ddst-relaxed", 0.3, (8, 8), 0, 3)
-    given = {name: int(value) for name, value in TINY}
+    given = {name: int(value) for name, value in TINY[:-1]}
     settings = resolve({**given, "method": cell.method, "density": 0.3, "block": (8, 8), "interval_g": 2, "out": "x"})
     records = [made(cell, 9.0, settings=json.loads(json.dumps(settings.saved())), mean_density_d=0.5)]
     kept = tmp_path / "timing.json"
@@ -296,6 +299,6 @@ def test_rows_are_timed_in_pairs_and_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert timed["density_d"] == pytest.approx(0.5, abs=0.05) and timed["density_g"] == pytest.approx(0.3, abs=0.05)
     assert time_rows(records, kept) == json.loads(kept.read_text()) and len(calls) == 1
     assert "timed: 2000, 2.00× as fast as dense" in page(
-        [made(cell, 9.0, cell={**vars(cell), "block": [16, 16], "changes": {}})],
+        [{**made(cell, 9.0), "cell": {**vars(cell), "block": [16, 16], "changes": {}}}],
         {**json.loads(kept.read_text()), "rows": [{**timed, "cell": {**timed["cell"], "block": [16, 16]}}]},
     )

@@ -83,23 +83,26 @@ def test_nothing_is_said_of_an_untrained_generator_and_of_damaged_entries():
 
 
 def test_a_run_says_so_in_its_log_its_last_line_and_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """14 steps train nothing: the samples are one picture. Of a run in parts the log is that of the whole one."""
+    """Every ratio is above these bounds. Of a run in parts the log is that of the whole one."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(tiny(out=str(whole))) == 0
+    settings = tiny(bounds=(-2e9, -10.0), metric_every=0)
+    assert run({**settings, "out": str(whole)}) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "collapse" in line)
     entries = list(read_log(whole / "log.jsonl"))
     grids = [e for e in entries if e.get("event") == "samples"]
-    assert [e["step"] for e in grids] == [6, 12, 14] and all(0 < e["spread"] < 0.2 for e in grids)
-    events = [e for e in entries if e.get("event") == "collapse"]
-    assert events[0] == {"event": "collapse", "step": 6, "sign": "one picture", "begins": True,
-                         "value": grids[0]["spread"], "limit": 0.2}  # fmt: skip
-    assert line.startswith("collapsed: one picture from step 6 (samples are 0.0")
-    assert run(tiny(out=str(parts), stop_after=8)) == 0
+    assert [e["step"] for e in grids] == [6, 12, 14] and all(0.2 < e["spread"] < 1 for e in grids)
+    sign = {"step": 4, "sign": "weak discriminator", "begins": True, "value": 4.0, "limit": -10.0}
+    assert [e for e in entries if e.get("event") == "collapse"] == [{"event": "collapse", **sign}]
+    said = (
+        "none in the last pictures: weak discriminator from step 4 (the balance ratio has been above -10.00 for 4 steps"
+    )
+    assert said in line
+    assert run({**settings, "out": str(parts), "stop_after": 3}) == 0
     assert run({"out": str(parts), "resume": True}) == 0
     assert log_without_seconds(parts) == log_without_seconds(whole)
     page = tmp_path / "page.html"
     assert main(["report", str(whole), "--out", str(page)]) == 0
-    assert "<p>Collapsed: one picture from step 6 (" in page.read_text()
+    assert "<p>Signs of collapse, none in the last pictures: weak discriminator from step 4 (" in page.read_text()
 
 
 def test_a_watch_needs_no_more_than_the_log(tmp_path: Path):

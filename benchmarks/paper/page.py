@@ -41,7 +41,7 @@ with each other, on one data set and after equally many steps, and with nothing 
 - **memory**: the most that torch holds during an iteration at the end of the run, of the dense twin's.
 - **FLOPs**: counted, of the whole run, of the dense run's. **d_D**: D's density at the end. **BR**: mean(α) / mean(β)
   over the run.
-- **signs**: seeds that had collapsed at their end (C), or whose D was too weak for long (W); `ddst.train.collapse`
+- **signs**: seeds that had collapsed at their end (C), or whose D was too weak (W); `ddst.train.collapse`
   states the limits.
 - **paper's place**: of the paper's eight sparse methods at this density, 1 the best, mean over its four columns.
 """

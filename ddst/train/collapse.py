@@ -3,7 +3,10 @@
 Three signs, none of which is looked for in the first eighth of a run, where samples are still those of an untrained
 generator:
 
-* "weak discriminator": the window's balance ratio is above its upper bound for a quarter of the run without a break.
+* "weak discriminator": the window's balance ratio is above 1 (and above its upper bound) for an eighth of the run
+  without a break: one step of G makes up more than all that D sees between its images and the data. Above the upper
+  bound alone says nothing: healthy runs of small networks are so for most of their time (dense 0.6 to 0.9, DDST 0.5 to
+  0.7).
 * "one class": `exp(−Σ p log p)` of the class shares that the embedded classifier finds in samples, which is how many
   classes there are, is below 2.
 * "one picture": :func:`spread` of a sample grid is below 0.2 of that of real images.
@@ -28,8 +31,9 @@ from ddst.train.config import TrainConfig
 from ddst.train.log import RunLog, read_log
 
 WEAK, ONE_CLASS, ONE_PICTURE = "weak discriminator", "one class", "one picture"
-#: Share of the run: of its beginning without signs; for which the ratio must stay above its bound.
-FIRST, LONG = 1 / 8, 1 / 4
+#: Share of the run: of its beginning without signs; for which the ratio must stay above its limit.
+FIRST, LONG = 1 / 8, 1 / 8
+SMALLEST_RATIO = 1.0
 FEWEST_CLASSES = 2.0
 SMALLEST_SPREAD = 0.2
 MOST_REAL = 1000  # Real images that samples are compared with.
@@ -109,7 +113,8 @@ class CollapseWatch:
     """
 
     def __init__(self, bounds: Sequence[float], steps: int) -> None:
-        self._upper, self._first, self._long = float(bounds[1]), steps * FIRST, max(steps * LONG, 1)
+        self._upper = max(float(bounds[1]), SMALLEST_RATIO)
+        self._first, self._long = steps * FIRST, max(steps * LONG, 1)
         self._above = 0
         self.standing: dict[str, Sign] = {}
         self.found: list[Sign] = []

@@ -26,7 +26,8 @@ from ddst.train.log import read_log
 from helpers.runs import checkpoint_of, differences
 
 TINY = [("resolution", "8"), ("width_g", "16"), ("width_d", "16"), ("latent", "16"), ("batch", "4"),
-        ("fd_samples", "40"), ("br_window", "2"), ("compare_steps", "1"), ("checkpoint_every", "1"), ("block", "4x4")]  # fmt: skip
+        ("fd_samples", "40"), ("br_window", "2"), ("compare_steps", "1"), ("checkpoint_every", "1"),
+        ("block", "4x4")]  # fmt: skip
 
 
 def in_this_process(arguments: Sequence[str], output: Path, look: Callable[[], None]) -> int:

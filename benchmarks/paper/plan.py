@@ -84,10 +84,11 @@ class Cell:
         return words
 
 
-#: Settings of SDST-RigL's moves that are compared with the defaults (25 steps, 0.3 of the blocks) by equal seeds: the
-#: share alone, the interval alone, both with the blocks moved per step as by default, and averages of other lengths.
+#: Settings of SDST-RigL's moves that are compared with the defaults (25 steps, 0.3 of the blocks) by equal seeds: layers
+#: that keep their blocks, the share, the interval, both, where second moments of what enters start, a longer average.
 MOVES: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
+    (("exempt_g", "ends"),),
     (("drop_fraction", "0.1"),),
     (("interval_g", "100"),),
     (("interval_g", "100"), ("drop_fraction", "0.1")),
@@ -122,8 +123,8 @@ def _part(part: str, steps: int, seeds: int) -> Iterator[Cell]:
         for seed in range(20):
             yield Cell(*rigl, seed, steps)
     elif part == "moves":
-        for seed in range(seeds):
-            for changes in MOVES:
+        for changes in MOVES:
+            for seed in range(seeds):
                 yield Cell(*rigl, seed, steps, changes)
     else:
         yield from _rows("digits", (0.2, 0.5), seeds, steps)

@@ -97,7 +97,7 @@ def test_what_is_missing_is_one_line(
     run, given = str(sparse_run), ["--weights", str(weights)]
     for arguments, message in (
         (["--metrics", "fid"], "metric fid needs the weights of Inception-v3 as a local file (--weights FILE"),
-        (["--metrics", "kid"], "metric must be of digits, fid, is, prdc, got kid"),
+        (["--metrics", "kid"], "metric must be of digits, shapes, fid, is, prdc, got kid"),
         (
             ["--metrics", "prdc", *given, "--reference", str(pictures)],
             "holds no images (arr_0), which metric prdc needs",

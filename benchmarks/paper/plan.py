@@ -84,8 +84,8 @@ class Cell:
         return words
 
 
-#: Settings of SDST-RigL's moves that are compared with the defaults (25 steps, 0.3 of the blocks) by equal seeds: layers
-#: that keep their blocks, the share, the interval, both, where second moments of what enters start, a longer average.
+#: Settings of SDST-RigL's moves that are compared with the defaults (25 steps, 0.3 of the blocks) by equal seeds:
+#: layers that keep their blocks, the share, the interval, both, where second moments of what enters start, the average.
 MOVES: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
     (("exempt_g", "ends"),),

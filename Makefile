@@ -7,6 +7,8 @@
 #   make record-kernels  compile what changed since tests/**/{compiled,resources,recorded}.json were written, and write them
 #   make test-newest     the tests that need no compiled kernels with the newest torch and Triton, in a venv of their own
 #   make test-arm        cross-compile for Arm (aarch64), try the CPU kernels on an emulated processor: part of test-all
+#   make paper   train the paper's methods on the embedded data, keep each run's JSON, build docs/results.md (days; in parts:
+#                make paper ONLY='goal digits' STEPS=800 SEEDS=3 HOURS=8; ARGS=--time, --page-only, --list)
 #   make gpu     prove and measure the library on a GPU: with any python3 that has torch and CMake, no network, no .venv
 #                (make gpu PYTHON=… ARGS='--only correctness --budget 120 --out DIR')
 
@@ -22,13 +24,13 @@ BUILD_FILES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
 # Threads that wait go to sleep. OpenMP's default, waiting busily, costs several times the time where other programs want
 # the cores too (measured: 0.70 s a step instead of 0.13 s on a busy machine of two cores).
-demo test test-all test-arm: export OMP_WAIT_POLICY ?= passive
+demo test test-all test-arm paper: export OMP_WAIT_POLICY ?= passive
 
 # Set up for tests, nvcc compiles for one architecture: what it makes for the others is recorded in
 # tests/cuda/resources.json, and compiled by the tests where that no longer holds. Elsewhere it compiles for all.
 test test-all test-arm test-newest record-kernels lint check-format check-lint check-types docs: export DDST_CUDA_ARCHS ?= 90-real
 
-.PHONY: demo test test-all test-arm arm-tools test-newest record-kernels lint check-format check-lint check-types docs format wheel bench bench-layers gpu clean
+.PHONY: demo test test-all test-arm arm-tools test-newest record-kernels lint check-format check-lint check-types docs format wheel bench bench-layers paper gpu clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the second demo goes to runs/demo-2.
@@ -93,6 +95,12 @@ bench-layers: $(VENV)/built
 	$(BIN)/pytest -q benchmarks/bench_layers.py --benchmark-min-rounds=3 --benchmark-max-time=0.3 \
 		--benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
 	$(BIN)/python -P -m ddst.benchmarks
+
+# One thread a run; a second part in another shell takes the other core.
+paper: $(VENV)/built
+	@$(BIN)/python -P -m ddst.benchmarks paper $(if $(ONLY),--only $(ONLY)) $(if $(STEPS),--steps $(STEPS)) \
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(HOURS),--hours $(HOURS)) --results benchmarks/results/paper \
+		--page docs/results.md $(ARGS)
 
 # Nothing is installed: what python3 has is used, not .venv, and the library runs from this tree.
 gpu: PYTHON = python3

@@ -17,6 +17,7 @@
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
     python -m ddst.benchmarks quality-of-distributions                   Fréchet distances at equal multiply-adds
     python -m ddst.benchmarks models                                     the table of docs/models.md
+    python -m ddst.benchmarks paper                                      the paper's methods trained: docs/results.md
 
 Printed for every pass: ms, the floor (the larger of useful operations at the measured peak and bytes at the measured
 bandwidth), shares of both, then the dense time ("n" NCHW or "c" channels_last, the faster) and its share of peak.
@@ -52,6 +53,7 @@ COMMANDS = (
     "memory-over-time",
     "models",
     "operator-share",
+    "paper",
     "prefer",
     "quality-of-distributions",
     "tune",

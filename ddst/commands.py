@@ -85,8 +85,8 @@ def _add_evaluate(commands: Any) -> None:
         metavar="NAME,...",
         type=_names,
         default=["digits"],
-        help="fid, is, prdc (precision, recall, density, coverage) by Inception-v3; digits, the embedded distance "
-        "(default: digits)",
+        help="fid, is, prdc (precision, recall, density, coverage) by Inception-v3; digits or shapes, the embedded "
+        "distances (default: digits)",
     )
     evaluate.add_argument("--weights", metavar="FILE", type=Path, help="weights of Inception-v3, see docs/metrics.md")
     evaluate.add_argument(

@@ -33,13 +33,9 @@ def default_folder() -> Path:
         raise DataError("there is no home folder to keep images in: name another folder, or 'none'") from error
 
 
-def cache_folder(data: str, stated: str | None) -> Path | None:
-    """Where resized images of `data` are kept: in the folder that `stated` names, None the default one.
-
-    Returns:
-        None where none are kept: "none" is stated, or `data` is "digits".
-    """
-    if data == "digits" or stated == "none":
+def cache_folder(stated: str | None) -> Path | None:
+    """The folder that resized images are kept in: the one that `stated` names, None the default one, "none" none."""
+    if stated == "none":
         return None
     return default_folder() if stated is None else Path(stated)
 

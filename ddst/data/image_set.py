@@ -20,7 +20,7 @@ class ImageSet:
     """x = 2 · stored / top − 1: N images of one size, kept as they were stored (a byte a channel for files).
 
     Attributes:
-        name: "digits" or the path of the data.
+        name: "digits", "shapes" or the path of the data.
         stored: `[N, channels, resolution, resolution]`, uint8 for files, float32 for digits. Nobody writes to it.
         top: the stored value that stands for white (255, or 16 for digits).
         labels: `[N]` int64 class of every image, or None where there are no classes.

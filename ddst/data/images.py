@@ -1,7 +1,8 @@
-"""`digits` (scikit-learn's 1,797 real images) or a data set on disk, as one tensor at the model's resolution."""
+"""`digits` (scikit-learn's 1,797 real images), drawn `shapes`, or a data set on disk, at the model's resolution."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,20 @@ from ddst.data.cifar import cifar
 from ddst.data.files import shown
 from ddst.data.folders import image_folder, image_zip, tiny_imagenet
 from ddst.data.image_set import DataError, ImageSet
+from ddst.data.shapes import shapes
 from ddst.data.source import Pixels, Source
 from ddst.data.stl10 import stl10
 
-_EXPECTED = "give a folder of image files, a .zip of them, a folder of CIFAR, STL-10 or TinyImageNet, or 'digits'"
+_EXPECTED = (
+    "give a folder of image files, a .zip of them, a folder of CIFAR, STL-10 or TinyImageNet, 'digits' or 'shapes'"
+)
 
 
 def load_images(data: str, resolution: int, *, held_out: bool = False, cache: Path | None = None) -> ImageSet:
     """The images named by `data`, at `resolution` x `resolution`.
 
     Args:
-        data: "digits", or a path, by what lies there:
+        data: "digits", "shapes" (:func:`ddst.data.shapes.shapes`), or a path, by what lies there:
 
             * CIFAR-10 or CIFAR-100, python batches or binary (:func:`ddst.data.cifar.cifar`);
             * STL-10, binary (:func:`ddst.data.stl10.stl10`);
@@ -33,8 +37,8 @@ def load_images(data: str, resolution: int, *, held_out: bool = False, cache: Pa
             * a folder of image files, which is searched at every depth and through links; class folders, or
               ``dataset.json``, give labels (:func:`ddst.data.folders.image_folder`,
               :func:`ddst.data.files.find_images`).
-        resolution: side in pixels. Digits (8x8) are enlarged bilinearly; everything else is cropped to its central
-            square and resized by :func:`ddst.data.pixels.resized`, the values of image files read as
+        resolution: side in pixels. Digits (8x8) are enlarged bilinearly, shapes are drawn; everything else is cropped
+            to its central square and resized by :func:`ddst.data.pixels.resized`, the values of image files read as
             :func:`ddst.data.pixels.read_pixels` says.
         held_out: the images that the data set sets aside for tests (TinyImageNet's ``val``), not those to train on.
         cache: folder in which the resized images are kept and found again (:mod:`ddst.data.cache`); None keeps none.
@@ -50,10 +54,10 @@ def load_images(data: str, resolution: int, *, held_out: bool = False, cache: Pa
         >>> len(images), images.channels, float(images.batch(slice(None)).min())
         (1797, 1, -1.0)
     """
-    if data == "digits":
+    if data in EMBEDDED:
         if held_out:
-            raise DataError("digits sets no images aside, only CIFAR, STL-10 and TinyImageNet do")
-        return digits(resolution)
+            raise DataError(f"{data} sets no images aside, only CIFAR, STL-10 and TinyImageNet do")
+        return EMBEDDED[data](resolution)
     path = Path(data)
     source = _recognised(path, held_out)
     pixels, where = _read(source, path, resolution, cache)
@@ -74,6 +78,10 @@ def digits(resolution: int) -> ImageSet:
         images = F.interpolate(images, size=(resolution, resolution), mode="bilinear", antialias=True)
     labels = torch.from_numpy(np.asarray(raw.target, dtype=np.int64))
     return ImageSet("digits", images.contiguous(), 16.0, labels, took="scikit-learn's digits, 10 classes")
+
+
+#: Data sets that need no file, by the name that stands for a path.
+EMBEDDED: Mapping[str, Callable[[int], ImageSet]] = {"digits": digits, "shapes": shapes}
 
 
 def _recognised(path: Path, held_out: bool) -> Source:

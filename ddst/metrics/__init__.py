@@ -1,16 +1,16 @@
 """How good and how varied generated images are: Fréchet distances, neighbours, inception score, class shares."""
 
-from ddst.metrics.classifier import DigitClassifier, load_classifier, nearest_resolution
-from ddst.metrics.frechet import Quality, evaluate_digits, frechet_distance, frechet_of_moments, real_floor
+from ddst.metrics.classifier import EmbeddedClassifier, load_classifier, nearest_resolution
+from ddst.metrics.frechet import Quality, evaluate_embedded, frechet_distance, frechet_of_moments, real_floor
 from ddst.metrics.prdc import Manifolds, prdc
 from ddst.metrics.statistics import Moments, read_reference, write_statistics
 
 __all__ = [
-    "DigitClassifier",
+    "EmbeddedClassifier",
     "Manifolds",
     "Moments",
     "Quality",
-    "evaluate_digits",
+    "evaluate_embedded",
     "frechet_distance",
     "frechet_of_moments",
     "load_classifier",

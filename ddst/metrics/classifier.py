@@ -1,9 +1,10 @@
-"""The small digit classifier whose features the Fréchet distance compares, one per resolution 8, 16 and 32."""
+"""The small classifiers whose features the Fréchet distance compares, one for each embedded data set and resolution."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,43 +12,49 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RESOLUTIONS = (8, 16, 32)
+#: Channels, and resolutions of which there is a classifier, of each embedded data set.
+TRAINED: Mapping[str, tuple[int, tuple[int, ...]]] = {"digits": (1, (8, 16, 32)), "shapes": (3, (32,))}
 FEATURES = 64
 
 
-def weights_path(resolution: int) -> Path:
-    """Where the shipped weights of the classifier for `resolution` lie."""
-    return Path(__file__).with_name(f"digits{resolution}.safetensors")
+def weights_path(resolution: int, data: str = "digits") -> Path:
+    """Where the shipped weights of a data set's classifier for `resolution` lie."""
+    return Path(__file__).with_name(f"{data}{resolution}.safetensors")
 
 
-def nearest_resolution(resolution: int) -> int:
+def nearest_resolution(resolution: int, data: str = "digits") -> int:
     """The trained resolution nearest in octaves; the larger of two that are equally near.
 
     Example:
         >>> [nearest_resolution(r) for r in (8, 12, 16, 24, 48, 64)]
         [8, 16, 16, 32, 32, 32]
     """
-    return min(RESOLUTIONS, key=lambda r: (abs(math.log2(r / resolution)), -r))
+    return min(TRAINED[data][1], key=lambda r: (abs(math.log2(r / resolution)), -r))
 
 
-class DigitClassifier(nn.Module):
+class EmbeddedClassifier(nn.Module):
     """logits = W · h(x): convolution, ReLU and 2x max pooling until 2x2 pixels are left, then 64 ReLU units h.
 
     Args:
-        resolution: 8, 16 or 32, the side of the images it takes.
+        resolution: of `TRAINED[data]`, the side of the images it takes.
+        data: "digits" or "shapes", ten classes both.
 
     The buffer `scale` multiplies h in `features` and sets the unit of the Fréchet distance: leaving one of the ten
-    classes out of the real digits costs 20 on average, at every resolution.
+    classes out of the real images costs 20 on average, at every resolution.
 
-    `forward` takes grey images `[N, 1, resolution, resolution]` in [-1, 1] and returns logits `[N, 10]`.
+    `forward` takes images `[N, channels, resolution, resolution]` in [-1, 1], one channel for digits and three for
+    shapes, and returns logits `[N, 10]`.
     """
 
-    def __init__(self, resolution: int) -> None:
+    def __init__(self, resolution: int, data: str = "digits") -> None:
         super().__init__()
-        if resolution not in RESOLUTIONS:
-            raise ValueError(f"resolution must be one of {RESOLUTIONS}, got {resolution}")
-        self.resolution = resolution
-        widths = [1, 16, 32, 32, 32][: int(math.log2(resolution))]
+        if data not in TRAINED:
+            raise ValueError(f"data must be one of {', '.join(TRAINED)}, got {data!r}")
+        channels, resolutions = TRAINED[data]
+        if resolution not in resolutions:
+            raise ValueError(f"resolution must be one of {resolutions}, got {resolution}")
+        self.resolution, self.channels = resolution, channels
+        widths = [channels, 16, 32, 32, 32][: int(math.log2(resolution))]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
         self.hidden = nn.Linear(4 * widths[-1], FEATURES)
         self.head = nn.Linear(FEATURES, 10)
@@ -66,7 +73,7 @@ class DigitClassifier(nn.Module):
         return self.head(self._hidden(images))
 
     def _hidden(self, images: Tensor) -> Tensor:
-        expected = (1, self.resolution, self.resolution)
+        expected = (self.channels, self.resolution, self.resolution)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images must be [N, {', '.join(map(str, expected))}], got {list(images.shape)}")
         h = images
@@ -75,15 +82,15 @@ class DigitClassifier(nn.Module):
         return F.relu(self.hidden(h.flatten(1)))
 
 
-def load_classifier(resolution: int) -> DigitClassifier:
-    """The shipped classifier for `resolution` (8, 16 or 32), in eval mode, without gradients.
+def load_classifier(resolution: int, data: str = "digits") -> EmbeddedClassifier:
+    """A shipped classifier, in eval mode, without gradients; arguments as of `EmbeddedClassifier`.
 
     Example:
         >>> load_classifier(8)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
     with torch.device("meta"):  # No initialisation, which would draw from torch's default generator.
-        net = DigitClassifier(resolution)
-    weights = {name: t.to(torch.float32) for name, t in load_file(weights_path(resolution)).items()}
+        net = EmbeddedClassifier(resolution, data)
+    weights = {name: t.to(torch.float32) for name, t in load_file(weights_path(resolution, data)).items()}
     net.load_state_dict(weights, assign=True)
     return net.eval().requires_grad_(False)

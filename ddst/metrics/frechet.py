@@ -1,4 +1,4 @@
-"""Fréchet distance between feature sets, its real-versus-real floor, and the class shares of generated digits."""
+"""Fréchet distance between feature sets, its real-versus-real floor, and the class shares of generated images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddst.metrics.classifier import load_classifier, nearest_resolution
+from ddst._arguments import check_one_of
+from ddst.metrics.classifier import TRAINED, load_classifier, nearest_resolution
 from ddst.metrics.statistics import Moments
 
 
@@ -79,12 +80,12 @@ def real_floor(features: Tensor, splits: int = 5) -> float:
 
 @dataclass(frozen=True)
 class Quality:
-    """What `evaluate_digits` found.
+    """What `evaluate_embedded` found.
 
     Attributes:
-        distance: Fréchet distance of generated against real digits.
+        distance: Fréchet distance of generated against real images.
         floor: real against real, see `real_floor`.
-        shares: share of generated images the classifier puts in each class 0–9; sums to 1.
+        shares: share of generated images the classifier puts in each of ten classes; sums to 1.
         resolution: the classifier's resolution, to which the images were resized where they differ.
     """
 
@@ -95,24 +96,27 @@ class Quality:
 
 
 @torch.no_grad()
-def evaluate_digits(real: Tensor, fake: Tensor | Iterable[Tensor]) -> Quality:
-    """Fréchet distance, floor and class shares of generated digits.
+def evaluate_embedded(real: Tensor, fake: Tensor | Iterable[Tensor], data: str = "digits") -> Quality:
+    """Fréchet distance, floor and class shares of generated images, by the classifier of an embedded data set.
 
     Args:
-        real: `[N, 1, H, H]` real digits in [-1, 1].
-        fake: `[M, 1, H, H]` generated ones at the same resolution, or parts of them: of each part only the features are
+        real: `[N, C, H, H]` real images in [-1, 1]; one channel for digits, three for shapes.
+        fake: `[M, C, H, H]` generated ones at the same resolution, or parts of them: of each part only the features are
             kept, 64 numbers an image.
+        data: "digits" or "shapes": what the images are of, or are meant to be.
 
     Returns:
         A `Quality`; the same inputs give the same numbers (no random numbers but the floor's own seeded splits).
 
     Raises:
-        ValueError: images that are not grey squares of one size, or not finite.
+        ValueError: images that are no squares of one size and of the data's channels, or not finite; another data set.
     """
-    if real.ndim != 4 or real.shape[1] != 1 or real.shape[2] != real.shape[3]:
-        raise ValueError(f"real must be [N, 1, H, H], got {list(real.shape)}")
-    resolution = nearest_resolution(real.shape[-1])
-    net = load_classifier(resolution)
+    check_one_of("data", data, tuple(TRAINED))
+    channels = TRAINED[data][0]
+    if real.ndim != 4 or real.shape[1] != channels or real.shape[2] != real.shape[3]:
+        raise ValueError(f"real must be [N, {channels}, H, H], got {list(real.shape)}")
+    resolution = nearest_resolution(real.shape[-1], data)
+    net = load_classifier(resolution, data)
 
     def features(images: Tensor) -> Tensor:
         images = images.float().contiguous()

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ddst.data import DataError, ImageSet
-from ddst.metrics.frechet import evaluate_digits, frechet_of_moments
+from ddst.metrics.classifier import TRAINED
+from ddst.metrics.frechet import evaluate_embedded, frechet_of_moments
 from ddst.metrics.inception import FEATURES, RESIZER, Features, Inception, inception_score, to_bytes
 from ddst.metrics.prdc import prdc
 from ddst.metrics.statistics import Moments, Reference, read_reference
 
-METRICS = ("digits", "fid", "is", "prdc")
+METRICS = (*TRAINED, "fid", "is", "prdc")
 NEIGHBOURS = 5
 MOST_NEIGHBOURS = 10_000  # Images of each side: what is usual, and the cost grows with the square.
 
@@ -27,11 +28,11 @@ class Figure:
     """One number and what it depends on.
 
     Attributes:
-        metric: "digits" and "fid": Fréchet distances; "is"; "precision", "recall", "density", "coverage".
+        metric: "digits", "shapes" and "fid": Fréchet distances; "is"; "precision", "recall", "density", "coverage".
         value: smaller is better for distances, larger for the others.
         samples: generated images. real: real images (0: of a file that does not say).
         split: which images the real ones are. resizer: how they got their size.
-        more: spread of "is", floor and class shares of "digits".
+        more: spread of "is", floor and class shares of "digits" and "shapes".
     """
 
     metric: str
@@ -58,7 +59,7 @@ class Judge:
     """Measures generated images against one reference, whose features are computed once.
 
     Args:
-        metrics: of `METRICS`. "digits" needs grey images, the others `weights`.
+        metrics: of `METRICS`. "digits" needs grey images, "shapes" colour, the others `weights`.
         real: the reference images; None with a `reference` file.
         split: words for which images those are.
         weights: file of `Inception`'s weights. device: where it runs.
@@ -82,14 +83,17 @@ class Judge:
         unknown = [name for name in metrics if name not in METRICS]
         if unknown:
             raise DataError(f"metrics must be some of {', '.join(METRICS)}, got {unknown[0]!r}")
-        by_network = [name for name in metrics if name != "digits"]
+        by_network = [name for name in metrics if name not in TRAINED]
         if by_network and weights is None:
             raise DataError(
                 f"metric {by_network[0]} needs the weights of Inception-v3 as a local file (--weights FILE: "
                 "weights-inception-2015-12-05-6726825d.pth of torch-fidelity, or pytorch-fid's)"
             )
-        if "digits" in metrics and (real is None or real.channels != 1):
-            raise DataError("metric digits is of grey images: its classifier knows digits only")
+        self._embedded = [name for name in metrics if name in TRAINED]
+        for name in self._embedded:
+            if real is None or real.channels != TRAINED[name][0]:
+                kind = "grey" if TRAINED[name][0] == 1 else "colour"
+                raise DataError(f"metric {name} is of {kind} images: its classifier knows {name} only")
         self._network = None if not by_network or weights is None else Inception(weights, device)
         self._file = Reference(None, None) if reference is None else read_reference(reference, FEATURES)
         if "prdc" in metrics and reference is not None and self._file.images is None:
@@ -108,13 +112,13 @@ class Judge:
     def __call__(self, parts: Iterable[Tensor]) -> list[Figure]:
         """The figures of generated images `[N, C, H, W]` in [-1, 1], given in parts.
 
-        Of images only features are kept, but for "digits", which passes them through a second network, bytes.
+        Of images only features are kept; the embedded distances pass them through a second network and keep them all.
         """
         kept: list[Tensor] = []
 
         def seen() -> Iterator[Tensor]:
             for part in parts:
-                if "digits" in self.metrics:
+                if self._embedded:
                     kept.append(part)
                 yield to_bytes(part)
 
@@ -123,12 +127,12 @@ class Judge:
             figures += self._by_network(self._network.features(seen()))
         else:
             kept = list(parts)
-        if "digits" in self.metrics:
+        for name in self._embedded:
             assert self._real is not None
-            quality = evaluate_digits(self._real.batch(slice(None)), kept)
+            quality = evaluate_embedded(self._real.batch(slice(None)), kept, name)
             count, resizer = sum(map(len, kept)), f"bilinear to the classifier's {quality.resolution}"
             more = {"floor": quality.floor, "shares": list(quality.shares)}
-            figures.append(Figure("digits", quality.distance, count, len(self._real), self._split, resizer, more))
+            figures.append(Figure(name, quality.distance, count, len(self._real), self._split, resizer, more))
         order = {name: i for i, name in enumerate(self.metrics)}
         return sorted(figures, key=lambda figure: order.get(figure.metric, order.get("prdc", 0)))
 
@@ -163,7 +167,7 @@ class Judge:
         return self._network.features(to_bytes(self._real.batch(part)) for part in places)
 
     def moments(self) -> Moments:
-        """Of the real features. Needs a network: a metric other than "digits"."""
+        """Of the real features. Needs a network: a metric that is not embedded."""
         if self._network is None:
             raise DataError("there are statistics for metrics of the Inception network only")
         return self._moments[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ddst.data import DataError, load_images
 from ddst.data.cache import cache_folder
+from ddst.metrics.classifier import TRAINED
 from ddst.metrics.judge import METRICS, Figure, Judge
 from ddst.metrics.statistics import write_statistics
 from ddst.runs.sample import draw, labels_of, noise_of
@@ -60,8 +61,8 @@ def evaluate(
     config = about.config
     name = config.data if data is None else data
     real = None
-    if reference is None or "digits" in metrics:
-        cache = cache_folder(name, config.data_cache)
+    if reference is None or any(metric in TRAINED for metric in metrics):
+        cache = cache_folder(config.data_cache)
         real = load_images(name, config.resolution, held_out=held_out, cache=cache)
         if real.channels != about.channels and real.channels == 1:
             raise DataError(f"{name} is grey, the generator makes {about.channels} channels")

@@ -11,6 +11,7 @@ from typing import Any
 
 from ddst.runs.plots import COLOURS, Line, plot, thinned
 from ddst.train.checkpoint import replacing
+from ddst.train.collapse import told, watched
 from ddst.train.folder import EVALUATION, LOG, SAMPLES, SUMMARY
 from ddst.train.log import lengths, read_log
 from ddst.train.methods import steered_by
@@ -37,6 +38,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     figures: list[list[str]] = field(default_factory=list)
     grids: list[tuple[int, str]] = field(default_factory=list)
+    signs: str = ""
 
     @property
     def colour(self) -> int:
@@ -105,6 +107,7 @@ def _read(folder: Path, number: int) -> Run:
             kinds[event].append(entry)
     if not (run.settings or run.steps):
         raise ConfigError(f"RUN {folder}: {LOG} is no log of ddst train, none of its lines is one of a run")
+    run.signs = _signs(run.settings, entries)
     if len(planned := lengths(entries)) > 1:
         run.settings["steps"] = ", then ".join(
             f"{total} from step {step} on" if step else f"{total}" for step, total in planned
@@ -122,6 +125,13 @@ def _read(folder: Path, number: int) -> Run:
     chosen = sorted({round(i * last / (MOST_GRIDS - 1)) for i in range(MOST_GRIDS)}) if numbered else []
     run.grids = [(numbered[i][0], base64.b64encode(numbered[i][1].read_bytes()).decode()) for i in chosen]
     return run
+
+
+def _signs(settings: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
+    """What the log of a whole run says of its collapse; nothing if its settings do not."""
+    bounds, steps = settings.get("bounds"), settings.get("steps")
+    whole = isinstance(steps, int) and isinstance(bounds, list) and [type(b) for b in bounds] == [float, float]
+    return told(watched(entries, bounds, steps)) if whole else ""
 
 
 def _json(path: Path) -> dict[str, Any]:

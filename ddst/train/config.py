@@ -109,8 +109,9 @@ class TrainConfig:
                          "dense, then prunes G", choices=METHODS)
     model: str = option(_preset("sngan", "sngan", "sngan", "biggan"), str, "networks; biggan needs images with classes",
                         shown="biggan32: biggan, else sngan", choices=tuple(FAMILIES))
-    data: str = option("digits", str, "'digits' (1,797 real images, part of scikit-learn), a folder or .zip of image "
-                       "files, or a folder of CIFAR, STL-10 or TinyImageNet", metavar="{digits,PATH}")
+    data: str = option("digits", str, "'digits' (1,797 real images, part of scikit-learn), 'shapes' (2,000 drawn, in "
+                       "colour), a folder or .zip of image files, or a folder of CIFAR, STL-10 or TinyImageNet",
+                       metavar="{digits,shapes,PATH}")
     data_cache: str | None = option(None, str, "folder where resized images are kept for the next run, or 'none'",
                                     shown="ddst/images in the user's cache folder", metavar="DIR")
     flips: bool = option(False, bool, "train on the images' mirror images, too")
@@ -287,8 +288,8 @@ class TrainConfig:
                                    shown="demo 50, published 500", range=COUNT, metavar="STEPS")
     fd_samples: int = option(1797, int, "generated images for the Fréchet distance", range=SAMPLES, metavar="N")
     metric_every: int = option(_published(100, 5000), int, "steps between measurements of the averaged generator (0: "
-                               "none), by the embedded distance for digits, by FID with --inception; the best one is "
-                               "kept", shown="demo 100, published 5000", range=NATURAL, metavar="STEPS")
+                               "none), by the embedded distance for digits and shapes, by FID with --inception; the "
+                               "best one is kept", shown="demo 100, published 5000", range=NATURAL, metavar="STEPS")
     live: str = option("none", str, "where curves can be watched, too; needs ddst[live]",
                        choices=("none", "tensorboard", "wandb"))
     inception: str | None = option(None, str, "weights of Inception-v3 as a local file, for FID", shown="none",

@@ -13,6 +13,7 @@ from ddst.data.cache import cache_folder
 from ddst.distributed import sums
 from ddst.sparsity.density import NetworkDensity
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
+from ddst.train.collapse import told, watched
 from ddst.train.config import TrainConfig, check_same_run, check_saved, fitting, refuse_without_effect, resolve
 from ddst.train.folder import (
     BEST,
@@ -26,7 +27,7 @@ from ddst.train.folder import (
     versions,
 )
 from ddst.train.judging import Judging
-from ddst.train.log import Kept, kept_log
+from ddst.train.log import Kept, kept_log, read_log
 from ddst.train.loop import Trainer, enough_memory, train
 from ddst.train.options import ConfigError, shown_value
 from ddst.train.processes import by_first, first, joined, parted, together
@@ -124,7 +125,7 @@ def _other_versions(before: Mapping[str, str]) -> list[str]:
 
 def _trainer(config: TrainConfig) -> Trainer:
     with fitting("images of this --resolution"):
-        images = load_images(config.data, config.resolution, cache=cache_folder(config.data, config.data_cache))
+        images = load_images(config.data, config.resolution, cache=cache_folder(config.data_cache))
     return Trainer(config, images)
 
 
@@ -167,11 +168,12 @@ def _heading(config: TrainConfig, trainer: Trainer, resumed: bool) -> str:
 
 def _finish(trainer: Trainer) -> None:
     out = trainer.out
-    grid = trainer.save_samples()
+    grid, _ = trainer.save_samples()
     summary = summarize(trainer)
     report = plot_report(out)
     numbers = write_summary(out, summary)
     print(table(summary))
+    print(told(watched(read_log(out / LOG), trainer.config.bounds, trainer.config.steps)))
     print("written:")
     for path, what in (
         (grid, f"samples of the averaged generator (earlier ones in {SAMPLES})"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ddst.metrics.classifier import TRAINED
 from ddst.metrics.judge import Judge
 from ddst.train.folder import BEST, versions
 from ddst.train.generator import About, write_generator
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 class Judging:
     """Calls for a log line after each step; does something every `metric_every` steps and after the last.
 
-    The metric is the embedded distance for digits, FID with `inception` given, else none. Nothing of the run is changed
-    but `Trainer.best`, random states included.
+    The metric is the embedded distance for digits and shapes, FID with `inception` given, else none. Nothing of the
+    run is changed but `Trainer.best`, random states included.
 
     Raises:
         DataError: the weights cannot be read.
@@ -29,7 +30,7 @@ class Judging:
 
     def __init__(self, trainer: Trainer) -> None:
         config = trainer.config
-        metric = "fid" if config.inception else "digits" if config.data == "digits" else None
+        metric = "fid" if config.inception else config.data if config.data in TRAINED else None
         self._trainer, self._judge = trainer, None
         if metric and config.metric_every:
             weights = Path(config.inception) if config.inception else None

@@ -31,6 +31,7 @@ _READ: dict[str | None, dict[str, tuple[type, ...]]] = {
     "decision": {"step": (int,), "action": (str,), "new_density": _NUMBER},
     "densities": {"step": (int,), "generator": (dict,), "discriminator": (dict,)},
     "metric": {"step": (int,), "metric": (str,), "value": _NUMBER, "seconds": _NUMBER, "flops": _NUMBER},
+    "samples": {"step": (int,), "spread": _NUMBER},
 }
 
 

@@ -26,6 +26,7 @@ from ddst.models.families import FAMILIES
 from ddst.nn import sparse_layers
 from ddst.sparsity.stats import FlopCounter, TrainingFlops
 from ddst.train.checkpoint import CheckpointError, save_checkpoint
+from ddst.train.collapse import Signs
 from ddst.train.config import TrainConfig, fitting, out_of_memory, setting_errors
 from ddst.train.folder import CHECKPOINT, LOG, SAMPLES, clear_folder, versions
 from ddst.train.game import Inputs
@@ -223,11 +224,12 @@ class Trainer:
             for optimizer in (players.optimizer_g, players.optimizer_d):
                 optimizer.zero_grad(set_to_none=True)
 
-    def save_samples(self) -> Path:
-        """The fixed-noise grid of the averaged generator as `samples/step_NNNNNN.png`."""
+    def save_samples(self) -> tuple[Path, Tensor]:
+        """The fixed-noise grid of the averaged generator as `samples/step_NNNNNN.png`, and its images."""
         path = self.out / SAMPLES / f"step_{self.step:06d}.png"
-        save_grid(path, generate(self.ema.module, self.grid_noise))
-        return path
+        images = generate(self.ema.module, self.grid_noise)
+        save_grid(path, images)
+        return path, images
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continuation needs, as tensors and plain values."""
@@ -367,6 +369,7 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
         log = held.enter_context(RunLog(trainer.out / LOG)) if first() else None
         if log is not None:
             log.watcher = held.enter_context(live(config, trainer.step))
+            signs = Signs(log, config, trainer.images)
         held.enter_context(stop.listening())
         held.enter_context(_others_alive(trainer))
         if log is not None and (kept is None or kept.bytes == 0):
@@ -395,9 +398,10 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
                         _log_step(log, trainer, loss_d, loss_g, report)
                         _show(bar, trainer, loss_d, loss_g, report)
                         if trainer.step % config.sample_every == 0 or trainer.step == config.steps:
-                            trainer.save_samples()
+                            signs.samples(trainer.step, trainer.save_samples()[1])
                     if judge is not None and log is not None:
                         judge(log)
+                        signs.write()
                     if trainer.step % config.checkpoint_every == 0 and trainer.step < last:
                         trainer.checkpoint(log)
             except KeyboardInterrupt:

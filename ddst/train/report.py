@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ddst.metrics import Quality, evaluate_digits
+from ddst.metrics import Quality, evaluate_embedded
+from ddst.metrics.classifier import TRAINED
 from ddst.sparsity.stats import network_stats
 from ddst.train.checkpoint import replacing
 from ddst.train.compare import Timing, compare_with_dense
@@ -97,14 +98,14 @@ def summarize(trainer: Trainer) -> Summary:
 
 
 def _quality(trainer: Trainer) -> Quality | None:
-    if trainer.config.data != "digits" or trainer.images.labels is None:
+    if trainer.config.data not in TRAINED or trainer.images.labels is None:
         return None
     noise = torch.Generator().manual_seed(trainer.config.seed + 3)
     z = torch.randn(trainer.config.fd_samples, trainer.config.latent, generator=noise)
     turns = torch.arange(len(z)) % trainer.classes
     parts = zip(z.split(4096), turns.split(4096), strict=True)
     made = (generate(trainer.ema.module, part, labels=labels) for part, labels in parts)
-    return evaluate_digits(trainer.images.batch(slice(None)), made)
+    return evaluate_embedded(trainer.images.batch(slice(None)), made, trainer.config.data)
 
 
 def table(summary: Summary) -> str:
@@ -149,13 +150,13 @@ def table(summary: Summary) -> str:
         )
     quality = summary.quality
     if quality is None:
-        lines.append("Fréchet distance: only for digits (its classifier knows nothing else)")
+        lines.append("Fréchet distance: only for digits and shapes (its classifiers know nothing else)")
     else:
         lines.append(
             f"Fréchet distance of {summary.fd_samples} samples: {quality.distance:.1f} (real against real "
-            f"{quality.floor:.1f}, one digit missing about 20; classifier of {quality.resolution}x{quality.resolution})"
+            f"{quality.floor:.1f}, one class missing about 20; classifier of {quality.resolution}x{quality.resolution})"
         )
-        shares = "  ".join(f"{digit}: {share:.1%}" for digit, share in enumerate(quality.shares))
+        shares = "  ".join(f"{label}: {share:.1%}" for label, share in enumerate(quality.shares))
         lines.append(f"class shares  {shares}")
     return "\n".join(lines)
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from ddst.data import load_images
-from ddst.metrics import evaluate_digits, frechet_distance, load_classifier, nearest_resolution, real_floor
-from ddst.metrics.classifier import RESOLUTIONS, weights_path
+from ddst.metrics import evaluate_embedded, frechet_distance, load_classifier, nearest_resolution, real_floor
+from ddst.metrics.classifier import TRAINED, weights_path
 from ddst.metrics.train_classifier import held_out
+
+CLASSIFIERS = [(data, side) for data, (_, sides) in TRAINED.items() for side in sides]
 
 
 def gaussian(n: int, features: int, seed: int) -> torch.Tensor:
@@ -51,18 +53,18 @@ def test_bad_features_are_refused(a, b, message):
         frechet_distance(a, b)
 
 
-@pytest.mark.parametrize("resolution", RESOLUTIONS)
-def test_shipped_classifier_is_accurate_on_held_out_digits(resolution):
-    images = load_images("digits", resolution)
+@pytest.mark.parametrize("data, resolution", CLASSIFIERS)
+def test_shipped_classifier_is_accurate_on_held_out_images(data, resolution):
+    images = load_images(data, resolution)
     test = held_out(len(images))
-    predicted = load_classifier(resolution)(images.batch(test.nonzero().squeeze(1))).argmax(1)
+    predicted = load_classifier(resolution, data)(images.batch(test.nonzero().squeeze(1))).argmax(1)
     assert (predicted == images.labels[test]).float().mean() > 0.97
 
 
-@pytest.mark.parametrize("resolution", RESOLUTIONS)
-def test_distance_grows_with_missing_classes_from_the_floor(resolution):
-    images = load_images("digits", resolution)
-    features = load_classifier(resolution).features(images.batch(slice(None)))
+@pytest.mark.parametrize("data, resolution", CLASSIFIERS)
+def test_distance_grows_with_missing_classes_from_the_floor(data, resolution):
+    images = load_images(data, resolution)
+    features = load_classifier(resolution, data).features(images.batch(slice(None)))
     floor = real_floor(features)
     without = [frechet_distance(features, features[images.labels >= k]) for k in range(5)]
     assert without[0] < 1e-6
@@ -74,40 +76,47 @@ def test_distance_grows_with_missing_classes_from_the_floor(resolution):
 
 
 def test_shipped_weights_stay_small():
-    assert sum(weights_path(r).stat().st_size for r in RESOLUTIONS) < 300_000
+    assert sum(weights_path(side, data).stat().st_size for data, side in CLASSIFIERS) < 300_000
 
 
 def test_evaluate_reports_shares_and_resized_resolutions():
     images = load_images("digits", 12)
     real = images.batch(slice(None))
     ones = real[images.labels == 1]
-    same, single = evaluate_digits(real, real), evaluate_digits(real, ones)
+    same, single = evaluate_embedded(real, real), evaluate_embedded(real, ones)
     assert same.distance < 1e-6 < same.floor
     assert same.resolution == 16
     assert sum(same.shares) == pytest.approx(1)
     assert min(same.shares) > 0.08
     assert single.distance > 100
     assert single.shares[1] > 0.9
-    assert evaluate_digits(real, ones) == single  # Deterministic.
+    assert evaluate_embedded(real, ones) == single  # Deterministic.
 
 
 def test_evaluate_refuses_other_shapes():
     grey, colour = torch.zeros(4, 1, 8, 8), torch.zeros(4, 3, 8, 8)
     with pytest.raises(ValueError, match="real must be"):
-        evaluate_digits(colour, colour)
+        evaluate_embedded(colour, colour)
     with pytest.raises(ValueError, match="fake must be"):
-        evaluate_digits(grey, torch.zeros(4, 1, 16, 16))
+        evaluate_embedded(grey, torch.zeros(4, 1, 16, 16))
     with pytest.raises(ValueError, match="images must be"):
         load_classifier(8).features(torch.zeros(4, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"real must be \[N, 3, H, H\]"):
+        evaluate_embedded(grey, grey, "shapes")
+    with pytest.raises(ValueError, match=r"data must be .*digits.*shapes"):
+        evaluate_embedded(grey, grey, "faces")
+    with pytest.raises(ValueError, match=r"resolution must be one of \(32,\), got 8"):
+        load_classifier(8, "shapes")
 
 
 def test_nearest_resolution_is_by_octaves():
     assert [nearest_resolution(r) for r in (8, 11, 12, 22, 23, 48, 512)] == [8, 8, 16, 16, 32, 32, 32]
+    assert nearest_resolution(8, "shapes") == 32
 
 
 def test_generated_digits_may_come_in_parts():
     real = load_images("digits", 8).batch(slice(0, 300))
     fake = load_images("digits", 8).batch(slice(300, 600))
-    assert evaluate_digits(real, (part for part in fake.split(128))) == evaluate_digits(real, fake)
+    assert evaluate_embedded(real, (part for part in fake.split(128))) == evaluate_embedded(real, fake)
     with pytest.raises(ValueError, match="fake must be"):
-        evaluate_digits(real, [fake, fake[..., :4]])
+        evaluate_embedded(real, [fake, fake[..., :4]])

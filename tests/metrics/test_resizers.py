@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ddst.data import load_images
-from ddst.metrics.frechet import evaluate_digits
+from ddst.metrics.frechet import evaluate_embedded
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
@@ -40,6 +40,6 @@ def paths():
 )
 def test_paths_differ_as_the_table_says(paths, a, b, levels, distance):
     assert (paths[a] - paths[b]).abs().max() == pytest.approx(levels, abs=0.05)
-    quality = evaluate_digits(paths[b] / 127.5 - 1, paths[a] / 127.5 - 1)
+    quality = evaluate_embedded(paths[b] / 127.5 - 1, paths[a] / 127.5 - 1)
     assert quality.distance == pytest.approx(distance, rel=0.08)
     assert 3.4 < quality.floor < 4.2

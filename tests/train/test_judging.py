@@ -11,7 +11,7 @@ import torch
 
 import ddst
 from ddst.data import load_images
-from ddst.metrics import evaluate_digits
+from ddst.metrics import evaluate_embedded
 from ddst.train import Trainer, judging, report, resolve, run
 from ddst.train.checkpoint import load_checkpoint
 from ddst.train.log import read_log
@@ -33,10 +33,10 @@ def test_figures_are_logged_and_the_best_generator_is_kept(tmp_path: Path) -> No
 
     # The last figure, by hand, is also that of the final table.
     noise = torch.randn(40, 16, generator=torch.Generator().manual_seed(3))
-    by_hand = evaluate_digits(load_images("digits", 8).batch(slice(None)), generate(ddst.load_generator(out), noise))
+    by_hand = evaluate_embedded(load_images("digits", 8).batch(slice(None)), generate(ddst.load_generator(out), noise))
     assert values[-1] == pytest.approx(by_hand.distance, rel=1e-6)
     assert values[-1] == pytest.approx(json.loads((out / "summary.json").read_text())["quality"]["distance"])
-    best = evaluate_digits(
+    best = evaluate_embedded(
         load_images("digits", 8).batch(slice(None)), generate(ddst.load_generator(out / "best.safetensors"), noise)
     )
     assert best.distance == pytest.approx(min(values), rel=1e-6)
@@ -68,7 +68,7 @@ def test_classes_come_in_turn_through_all_parts(tmp_path: Path, monkeypatch: pyt
     trainer.step = trainer.config.steps
     figure = SimpleNamespace(value=1.0, as_dict=dict)
     monkeypatch.setattr(judge, "_judge", lambda parts: [figure for _ in [list(parts)]])
-    monkeypatch.setattr(report, "evaluate_digits", lambda real, parts: list(parts))
+    monkeypatch.setattr(report, "evaluate_embedded", lambda real, parts, data: list(parts))
     for module in (judging, report):
         monkeypatch.setattr(module, "generate", lambda generator, noise, labels: given.append(labels))
     judge(SimpleNamespace(write=lambda **entry: None))

@@ -50,7 +50,7 @@ def test_folder_run_says_that_there_is_no_distance(tmp_path, capsys, names):
     assert run({**TINY, "steps": 2, "data": str(folder), "out": str(tmp_path / "run")}) == 0
     said = capsys.readouterr().out
     assert "3 images of" in said
-    assert "Fréchet distance: only for digits" in said
+    assert "Fréchet distance: only for digits and shapes" in said
     assert "class shares" not in said
 
 

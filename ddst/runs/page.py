@@ -130,8 +130,9 @@ def _read(folder: Path, number: int) -> Run:
 def _signs(settings: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
     """What the log of a whole run says of its collapse; nothing if its settings do not."""
     bounds, steps = settings.get("bounds"), settings.get("steps")
-    whole = isinstance(steps, int) and isinstance(bounds, list) and [type(b) for b in bounds] == [float, float]
-    return told(watched(entries, bounds, steps)) if whole else ""
+    if not (isinstance(steps, int) and isinstance(bounds, list) and [type(b) for b in bounds] == [float, float]):
+        return ""
+    return told(watched(entries, bounds, steps))
 
 
 def _json(path: Path) -> dict[str, Any]:

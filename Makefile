@@ -6,7 +6,8 @@
 #   make record-kernels  compile what changed since tests/**/{compiled,resources,recorded}.json were written, and write them
 #   make test-newest     the tests that need no compiled kernels with the newest torch and Triton, in a venv of their own
 #   make test-arm        cross-compile for Arm (aarch64), try the CPU kernels on an emulated processor: part of test-all
-#   make gpu     prove and measure the library on a GPU: with any python3 that has torch and CMake, no network, no .venv
+#   make gpu     prove and measure the library on a GPU: with any python3 that has torch and CMake, no network, no .venv;
+#                at most 7 minutes, a second call from what the first compiled and proved at most 5
 #                (make gpu PYTHON=… ARGS='--only correctness --budget 120 --out DIR')
 
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))

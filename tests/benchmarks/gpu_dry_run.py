@@ -181,7 +181,7 @@ def test_faults_of_every_part_are_said(stage: Stage, monkeypatch: pytest.MonkeyP
             assert iteration.measure_all(iteration.VARIANTS, "cuda", Deadline(100.0))["wrong"]
             for check, task in (
                 (sweep.check_sweep, sweep.sweeps("cuda")[0]),
-                (tune.check, tune.Task(specs[0], "wgrad", "cuda", 1)),
+                (tune.check, tune.Task(specs[0], "wgrad", "cuda")),
                 (correctness.check_group, group),
             ):
                 assert wrongs(check, task, error is LOST)
@@ -193,7 +193,7 @@ def test_faults_of_every_part_are_said(stage: Stage, monkeypatch: pytest.MonkeyP
         patch.setattr(tune.torch, "equal", lambda a, b: False)
         assert any("other bits when repeated" in why for why in correctness.check_group(group)["wrong"])
         assert sweep.check_sweep(sweep.sweeps("cuda")[0])["wrong"]
-        assert tune.check(tune.Task(specs[1], "wgrad", "cuda", 1))["wrong"]
+        assert tune.check(tune.Task(specs[1], "wgrad", "cuda"))["wrong"]
     with monkeypatch.context() as patch:
         patch.setattr(correctness, "compare", lambda *_, **__: (1.0, "off"))
         assert len(correctness.check_group(replace(group, shapes=group.shapes[:1]))["wrong"]) > 20

@@ -153,7 +153,7 @@ def _small(stage: Stage, patch: pytest.MonkeyPatch) -> None:
         put(module, "candidates", lambda *asked: all_of(*asked)[:2])
     put(tuning, "TABLES", folder / "tables")
     put(tune, "MATTERING", 1)
-    put(tune, "PASSES", ("wgrad",))
+    put(tune, "Task", partial(tune.Task, repeats=1))
     put(tune, "tune", partial(tune.tune, rounds=1))
     put(host_time, "measure", partial(host_time.measure, number=1, rounds=1, dtype=torch.float32))
     tiny = Network("tiny", 2, 1, 8, (16, 16), (16, 16), down=1, latent=8)

@@ -7,8 +7,10 @@ it. What waits for the device while a graph is recorded raises, as it does on a 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -16,8 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from ddst.kernels.launch import Launch
 
 NAME = "NVIDIA Pretended"
 
@@ -26,6 +30,8 @@ class OnTheHost(TorchFunctionMode):
     """Makes on the CPU what is asked for on a CUDA device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         return func(*map(_moved, args), **{name: _moved(value) for name, value in (kwargs or {}).items()})
 
 
@@ -73,7 +79,7 @@ class Graph:
     """Stands for ``torch.cuda.CUDAGraph``. ``made``: all of them, in order."""
 
     made: ClassVar[list[Graph]] = []
-    capturing = False
+    recording: ClassVar[Recorder | None] = None
 
     def __init__(self) -> None:
         self._recorder = Recorder()
@@ -81,12 +87,12 @@ class Graph:
         Graph.made.append(self)
 
     def capture_begin(self, *_: Any, **__: Any) -> None:
-        Graph.capturing = True
+        Graph.recording = self._recorder
         self._random = torch.get_rng_state()
         self._recorder.__enter__()
 
     def capture_end(self) -> None:
-        Graph.capturing = False
+        Graph.recording = None
         self._recorder.__exit__(None, None, None)
         self._recorder.undo()
         torch.set_rng_state(self._random)
@@ -107,8 +113,25 @@ class Graph:
                     kept.detach().copy_(fresh)
 
 
+def _launch(run: Any) -> Any:
+    """A launch of one of Triton's kernels: one step of a graph, whatever its interpreter does."""
+
+    def launch(self: Launch, *tensors: Any) -> None:
+        trace = sys.gettrace()
+        sys.settrace(None)  # the interpreter calls a thousand functions for each, which nobody asks for
+        try:
+            with _disable_current_modes():
+                run(self, *tensors)
+        finally:
+            sys.settrace(trace)
+        if Graph.recording is not None:
+            Graph.recording.steps.append((partial(run, self), tensors, {}, None))
+
+    return launch
+
+
 class Event:
-    """Every stretch of time takes a millisecond."""
+    """Every stretch of time takes ten milliseconds."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         assert enable_timing
@@ -118,14 +141,14 @@ class Event:
     def synchronize(self) -> None: ...
 
     def elapsed_time(self, end: Event) -> float:
-        return 1.0
+        return 10.0
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes torch say that there is one such device."""
     stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     properties = SimpleNamespace(
-        name=NAME, major=9, minor=0, multi_processor_count=132, L2_cache_size=2**16, total_memory=2**37
+        name=NAME, major=9, minor=0, multi_processor_count=132, L2_cache_size=64, total_memory=2**37
     )
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     fakes: dict[str, Any] = {
@@ -133,7 +156,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
         "get_device_properties": lambda *_: properties, "get_device_name": lambda *_: NAME, "synchronize": nothing,
         "empty_cache": nothing, "reset_peak_memory_stats": nothing, "max_memory_allocated": lambda *_: 2**30,
         "Stream": lambda *_: stream, "current_stream": lambda *_: stream, "stream": lambda _: nullcontext(),
-        "CUDAGraph": Graph, "Event": Event, "is_current_stream_capturing": lambda: Graph.capturing,
+        "CUDAGraph": Graph, "Event": Event, "is_current_stream_capturing": lambda: Graph.recording is not None,
         "is_bf16_supported": lambda *_: True, "manual_seed_all": nothing, "device_count": lambda: 1,
         "graph_pool_handle": lambda: None, "set_rng_state": nothing,
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
@@ -144,7 +167,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     adam = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda *_, **__: ["cpu", "cuda"])
     monkeypatch.setattr(torch._C, "_host_emptyCache", nothing, raising=False)  # which a torch without CUDA lacks
-    Graph.made = []
+    Graph.made, Graph.recording = [], None
+    monkeypatch.setattr(Launch, "__call__", _launch(Launch.__call__))
 
 
 @contextmanager

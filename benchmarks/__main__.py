@@ -12,6 +12,7 @@
     python -m ddst.benchmarks --memory                                   peak memory and time of a GAN iteration
     python -m ddst.benchmarks goals                                      what a training step shall reach, and reaches
     python -m ddst.benchmarks operator-share                             time of an iteration outside sparse operators
+    python -m ddst.benchmarks host-cost                                  what calls cost where nothing is to compute
     python -m ddst.benchmarks biggan-iteration                           an iteration of BigGAN at 64 pixels
     python -m ddst.benchmarks freed-memory                               what it gains that freed memory is kept
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
@@ -50,6 +51,7 @@ COMMANDS = (
     "biggan-iteration",
     "freed-memory",
     "goals",
+    "host-cost",
     "memory-over-time",
     "models",
     "operator-share",

@@ -26,6 +26,7 @@ from ddst.benchmarks.gpu import workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.correctness import device_is_lost, poisoned
 from ddst.benchmarks.gpu.environment import KINDS, describe
+from ddst.benchmarks.gpu.journal import NOTHING, Progress
 from ddst.benchmarks.gpu.kernel_rows import BATCHES, Spec, activations, problems_of, specs
 from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.sweep import TABLE_NAMES
@@ -35,6 +36,7 @@ from ddst.benchmarks.registry import GANS, layer_of
 from ddst.measure import Spread
 
 FEW_IMAGES, FEW_ROWS = 4, 256  # of the exactness check, whose reference is computed in float64
+MATTERING = 10  # of the specs of `make gpu`, the first, are tuned there
 CHECKING = 0.6  # share of the time for checking, which also compiles; the rest is for timing
 
 
@@ -59,6 +61,7 @@ def tune(
     rounds: int = 5,
     path: Path | None = None,
     watch: Watch | None = None,
+    progress: Progress = NOTHING,
 ) -> dict[str, Any]:
     """The part "tune": what was chosen for each pass of each spec, ``wrong`` configurations, ``trimmed`` passes.
 
@@ -71,15 +74,21 @@ def tune(
     part: dict[str, Any] = {"chosen": [], "trimmed": [], "wrong": []}
     source = source_of(device)
     checked = []
-    tasks = [Task(spec, op, device) for spec in chosen for op in PASSES]
+    tasks = []
+    for task in (Task(spec, op, device) for spec in chosen for op in PASSES):
+        line = progress.earlier(str(task))
+        if line is None or tuning.table_of(model).fastest(table_problem(task)) is None:
+            tasks.append(task)
+        else:
+            part["chosen"].append(line)
     for done in workers.run(check, tasks, processes, Deadline(CHECKING * deadline.left)):
         if done.result is None:
             late = done.trouble is not None and done.trouble.startswith(("not begun", "cut off"))
             part["trimmed" if late else "wrong"].append(f"{done.task}: {done.trouble}")
             continue
         part["wrong"] += [f"{done.task}: {why}" for why in done.result["wrong"]]
-        checked.append((done.task, done.result["exact"]))
-    for task, exact in sorted(checked, key=lambda pair: tasks.index(pair[0])):
+        checked.append((done.task, done.result["exact"], not done.result["wrong"]))
+    for task, exact, right in sorted(checked, key=lambda triple: tasks.index(triple[0])):
         if deadline.passed:
             part["trimmed"].append(f"{task}: checked, not timed")
         elif exact:
@@ -94,10 +103,11 @@ def tune(
             best = min(measured, key=lambda pair: pair[1])
             default = next((ms for config, ms in measured if config == tuning.candidates_for(problem)[0]), None)
             gain = default / best[1] if default else None
-            part["chosen"].append({"what": str(task), "config": str(best[0]), "ms": best[1], "over_default": gain})
+            line = {"what": str(task), "config": str(best[0]), "ms": best[1], "over_default": gain}
+            part["chosen"].append(line)
+            part["file"] = tuning.save(model, path).name
+            progress.keep(str(task), line, part, right)
             forget(device, collect=False)
-    if part["chosen"]:
-        part["file"] = tuning.save(model, path).name
     return part
 
 

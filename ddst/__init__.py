@@ -13,6 +13,7 @@ _extension.load()  # before anything that registers derivatives of the compiled 
 from . import distributed as distributed  # noqa: E402
 from . import functional as functional  # noqa: E402
 from ._extension import build_info  # noqa: E402
+from .captured_step import capture  # noqa: E402
 from .convert import advise, dense_state_dict, densify, fuse, sparsify, unfuse  # noqa: E402
 from .distributed import synchronize, watch  # noqa: E402
 from .freed_memory import keep_freed_memory  # noqa: E402
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "advise",
     "build_info",
+    "capture",
     "carry_state",
     "dense_state_dict",
     "densify",

@@ -3,7 +3,8 @@
 They are kept under the tensor itself, by weak reference, each with the version of the tensor that it was made of. Where
 the tensor was written to since, the next call that asks for a list makes it anew *into the memory of the old one*
 (its sizes follow from the number of slots alone), and :func:`refresh` does that at once for every list: a captured CUDA
-graph that walks lists from here goes on with those of the new blocks, and needs no new capture.
+graph that walks lists from here goes on with those of the new blocks, and needs no new capture. A list of the Triton
+kernels takes one launch each; no list has the host wait for the device.
 
 Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and those that
 are missing or outdated while a CUDA graph is captured. The latter belong to that graph, which makes them anew at every
@@ -27,17 +28,26 @@ _Lists = TypeVar("_Lists", bound=Tensor | tuple[Tensor, ...])
 @dataclass
 class _Entry:
     build: Callable[[Tensor], Any]
+    rewrite: Callable[[Tensor, Any], None] | None
     lists: Any
+    length: int  # of the topology that they were made of
     version: int
 
 
 _cache = WeakTensorKeyDictionary()  # topology -> key -> _Entry
 
 
-def cached(topology: Tensor, key: Hashable, build: Callable[[Tensor], _Lists]) -> _Lists:
+def cached(
+    topology: Tensor,
+    key: Hashable,
+    build: Callable[[Tensor], _Lists],
+    rewrite: Callable[[Tensor, _Lists], None] | None = None,
+) -> _Lists:
     """``build(topology)``, a tensor or a tuple of tensors, kept under ``key`` as long as the topology lives.
 
-    ``build`` is kept, too: it must hold no reference to the topology, nor return a view of it.
+    ``rewrite(topology, lists)`` writes what ``build`` would return into the memory of lists of the same number of
+    slots; without it they are built anew and copied there. Both are kept, too: they must hold no reference to the
+    topology, nor return a view of it.
 
     >>> topology = torch.zeros(4, dtype=torch.int32)
     >>> first, again = (cached(topology, "name", lambda t: t + 1) for _ in range(2))
@@ -53,7 +63,7 @@ def cached(topology: Tensor, key: Hashable, build: Callable[[Tensor], _Lists]) -
     if _is_captured(topology):
         return build(topology)
     if entry is None:
-        entry = _Entry(build, None, -1)
+        entry = _Entry(build, rewrite, None, -1, -1)
         _cache.setdefault(topology, {})[key] = entry
     _rewrite(topology, entry)
     return entry.lists
@@ -80,6 +90,10 @@ def refresh(topology: Tensor) -> None:
 
 def _rewrite(topology: Tensor, entry: _Entry) -> None:
     with torch.inference_mode(False):  # or what is made in inference mode could not be written to outside of it
+        if entry.rewrite is not None and entry.length == topology.numel():
+            entry.rewrite(topology, entry.lists)
+            entry.version = topology._version
+            return
         made = entry.build(topology)
         old, new = _tensors(entry.lists), _tensors(made)
         if [t.shape for t in old] == [t.shape for t in new]:
@@ -87,7 +101,7 @@ def _rewrite(topology: Tensor, entry: _Entry) -> None:
                 kept.copy_(fresh)
         else:  # new, or the topology got another number of slots
             entry.lists = made
-    entry.version = topology._version
+    entry.length, entry.version = topology.numel(), topology._version
 
 
 def _tensors(lists: Any) -> tuple[Tensor, ...]:

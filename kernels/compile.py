@@ -38,7 +38,7 @@ from triton.compiler import ASTSource
 
 from ddst.topology import block_count
 
-from . import block_scores, gather, gather_norm, half_block, moments, weight_grad, weight_grad_norm
+from . import block_scores, gather, gather_norm, half_block, lists, moments, weight_grad, weight_grad_norm
 from .configs import SIDES, GatherConfig, Problem, WeightGradConfig, candidates
 from .fingerprint import fingerprint
 from .gather_norm import Fusion
@@ -55,6 +55,7 @@ HOLDS = dict.fromkeys(
     ("partial", "squares", "mean", "scale", "offset", "shift", "moments", "per_pixel", "sums"), "fp32"
 )
 HOLDS |= dict.fromkeys(("bounds", "ids", "row", "col", "tap", "ptr", "entries", "order"), "i32")
+HOLDS |= dict.fromkeys(("topology", "held", "starts"), "i32")
 #: What the kernels of the fused half block are compiled with; others are cases of less.
 FUSED = {
     "batch norm": Fusion(1, 0.0, 1, 1, bias=True, residual=1, moments=True, sums=True),
@@ -63,12 +64,14 @@ FUSED = {
 }
 #: Its kernels that multiply nothing.
 PASSES = ("tile moments", "merge moments", "statistics", "sample sums")
+#: Kernels that write index lists.
+LISTS = ("row lists", "unions of rows", "lists of phases", "groups by row", "groups by column")
 
 
 class Job(NamedTuple):
     """One kernel to compile: the one that does a problem's products, or else the one that ``adds`` parts of sums.
 
-    ``precision`` is that of float32 products. ``fused``: one of :data:`FUSED`, or of :data:`PASSES`.
+    ``precision`` is that of float32 products. ``fused``: one of :data:`FUSED`, of :data:`PASSES`, or of :data:`LISTS`.
     """
 
     arch: int
@@ -129,13 +132,20 @@ def _all_jobs(architectures: Sequence[int]) -> Iterator[Job]:
                 yield Job(arch, problem, config, precision, fused=fused)
         if precision == "ieee":
             problem = example("forward", dtype, (16, 16), False)
-            yield from (Job(arch, problem, None, precision, adds=True, fused=fused) for fused in PASSES)
+            names = (*PASSES, *LISTS) if dtype == torch.float32 else PASSES
+            yield from (Job(arch, problem, None, precision, adds=True, fused=fused) for fused in names)
 
 
 def launch_of(job: Job) -> Launch:
     """The launch whose kernel a job compiles."""
-    if job.fused in PASSES:
+    if job.fused in (*PASSES, *LISTS):
+        rows, groups, ones = (16, 16, 9, 3, 230, 16, 16, 1, 16), (16, 16, 9, 230, 100, 4), (1, 1, 0, 0, 1, 1)
         launches = {
+            "row lists": lambda: lists.row_lists_launch((*rows, *ones), False, 1, 5),
+            "unions of rows": lambda: lists.row_lists_launch((*rows, *ones), False, 4, 5),
+            "lists of phases": lambda: lists.row_lists_launch((*rows, *ones), True, 1, 5),
+            "groups by row": lambda: lists.groups_launch(groups, True),
+            "groups by column": lambda: lists.groups_launch(groups, False),
             "tile moments": lambda: moments.tile_launch(65536, 256),
             "merge moments": lambda: moments.merge_launch(512, 128, 65536, 256),
             "statistics": lambda: half_block.statistics_launch(64, 1024, 256, 2),

@@ -1,21 +1,25 @@
 """Index lists of the kernels, built from a topology on its device and kept as long as it lives.
 
-All torch operations here have results of fixed size (the number of slots is known from the topology's shape), so
-nothing waits for the device and everything may run while a CUDA graph is captured. How many slots hold a block is known
-to the device only; free ones come last in every list. :mod:`ddst.index_cache` keeps the lists, and rewrites them in
-place when blocks move.
+Each list is written by one launch (:mod:`.lists`), the first time and, in place, whenever blocks have moved. Its size
+follows from the number of slots, which the topology's shape tells, so nothing waits for the device and everything may
+run while a CUDA graph is captured. How many slots hold a block is known to the device only. :mod:`ddst.index_cache`
+keeps the lists.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ddst.index_cache import cached
-from ddst.topology import grid, split_topology
+from ddst.topology import grid, slot_count
+
+from .launch import Launch
+from .lists import groups_launch, row_lists_launch
 
 
 class RowLists(NamedTuple):
@@ -26,7 +30,7 @@ class RowLists(NamedTuple):
     Attributes:
         ptr: ``[groups + 1]``; group g owns the positions ``ptr[g] … ptr[g + 1] - 1``.
         entries: ``[slots + 1]``, packed (channel block, tap) as :mod:`.tile` says, each once in a group. What follows
-            the last group's is read ahead and never used: one spare, free slots, and what the unions save.
+            the last group's is 0, read ahead and never used: one spare, free slots, and what the unions save.
         ids: ``[(slots + 1) · rows]``, for each position the slot of each row's block, -1 where it has none.
         order: ``[groups]``, the groups by falling number of entries.
     """
@@ -76,62 +80,56 @@ def max_channel_blocks(kernel: Sequence[int]) -> int:
     return 1 << (31 - 2 * tap_bits(kernel))
 
 
-def _with_spare(values: Tensor) -> Tensor:
-    return torch.nn.functional.pad(values.to(torch.int32), (0, 1))
+class _RowLists(NamedTuple):
+    """What decides on row lists beside the topology; of the phases of an input gradient's stride, or one.
 
-
-def _pack(block: Tensor, tap: Tensor, kernel: Sequence[int]) -> Tensor:
-    bits = tap_bits(kernel)
-    width = kernel[1] if len(kernel) else 1
-    return (block << 2 * bits) | (tap // width << bits) | tap % width
-
-
-def _heavy_first(ptr: Tensor) -> Tensor:
-    return torch.argsort(ptr[:-1] - ptr[1:], stable=True).to(torch.int32)
-
-
-def _starts(sorted_keys: Tensor, count: int) -> Tensor:
-    """``[count + 1]``: position of the first key that is at least 0, 1, … ``count``."""
-    bounds = torch.arange(count + 1, dtype=sorted_keys.dtype, device=sorted_keys.device)
-    return torch.searchsorted(sorted_keys, bounds, out_int32=True)
-
-
-def _unions(row: Tensor, across: int, entry: Tensor, phases: int, rows: int, free: Tensor) -> RowLists:
-    """Lists of groups of ``rows`` of the ``across`` rows of each of ``phases``, entries in rising order.
-
-    Args:
-        row, entry, free: ``[slots]``, phase · across + row, packed entry of each slot, and whether it is free instead.
+    Attributes:
+        rows, cols: of the block grid. across: rows of a phase. channels: entries that a row can have at a tap.
+        together: rows of a group.
     """
-    groups = -(-across // rows)
-    group = torch.where(free, phases * groups, row // across * groups + row % across // rows)  # free ones come last,
-    entry = torch.where(free, 0, entry)  # at one position
-    key, order = torch.sort(group.long() << 31 | entry, stable=True)
-    first = torch.ones_like(key, dtype=torch.bool)
-    first[1:] = key[1:] != key[:-1]
-    position = first.cumsum(0) - 1
-    starts = _starts(key >> 31, phases * groups).long()
-    before = torch.nn.functional.pad(first.cumsum(0, dtype=torch.int32), (1, 0))
-    ptr = before[starts]
-    entries = entry.new_zeros(entry.numel() + 1).scatter_(0, position, entry[order])
-    ids = entry.new_full(((entry.numel() + 1) * rows,), -1)
-    slot = torch.where(free[order], -1, order).to(torch.int32)
-    ids.scatter_(0, position * rows + row[order] % across % rows, slot)
-    return RowLists(ptr, entries, ids, _heavy_first(ptr))
+
+    rows: int
+    cols: int
+    kernel: tuple[int, ...]
+    dgrad: bool
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    together: int
+
+    @property
+    def across(self) -> int:
+        return self.cols if self.dgrad else self.rows
+
+    @property
+    def phases(self) -> int:
+        return math.prod(self.stride) if self.dgrad else 1
+
+    def __call__(self, topology: Tensor) -> RowLists:
+        groups, slots = self.phases * -(-self.across // self.together), slot_count(topology, self.rows, self.cols)
+        sizes = (groups + 1, slots + 1, (slots + 1) * self.together, groups)
+        lists = RowLists(*(topology.new_empty(size) for size in sizes))
+        self.rewrite(topology, lists)
+        return lists
+
+    def rewrite(self, topology: Tensor, lists: RowLists) -> None:
+        held = topology.new_empty(self.phases * self.rows * self.cols * math.prod(self.kernel))
+        _row_launch(self, slot_count(topology, self.rows, self.cols))(topology, held, *lists)
+
+
+@lru_cache(maxsize=1024)
+def _row_launch(of: _RowLists, slots: int) -> Launch:
+    width = of.kernel[1] if of.kernel else 1
+    channels, per_phase = of.rows if of.dgrad else of.cols, -(-of.across // of.together)
+    grid = (of.rows, of.cols, math.prod(of.kernel), width, slots, of.across, channels, of.phases, per_phase)
+    return row_lists_launch((*grid, *of.stride, *of.padding, *of.dilation), of.dgrad, of.together, tap_bits(of.kernel))
 
 
 def forward_lists(topology: Tensor, weight_shape: Sequence[int], block: Sequence[int], rows: int = 1) -> RowLists:
     """Rows are output blocks; within a group, entries stand by input block, then tap."""
-
-    def build(topology: Tensor) -> RowLists:
-        out, cols, _ = grid(weight_shape, (block[0], block[1]))
-        index = split_topology(topology, out, cols)
-        entry = _pack(index.block_col, index.block_tap, weight_shape[2:])
-        if rows > 1:
-            return _unions(index.block_row, out, entry, 1, rows, index.block_row == out)
-        ptr = index.row_ptr.clone()
-        return RowLists(ptr, _with_spare(entry[index.row_order]), _with_spare(index.row_order), _heavy_first(ptr))
-
-    return cached(topology, ("forward", *weight_shape, *block, rows), build)
+    out, cols, _ = grid(weight_shape, (block[0], block[1]))
+    lists = _RowLists(out, cols, tuple(weight_shape[2:]), False, (1, 1), (0, 0), (1, 1), rows)
+    return cached(topology, lists, lists, lists.rewrite)
 
 
 def input_grad_lists(
@@ -148,18 +146,10 @@ def input_grad_lists(
     Input pixels of equal ``(h mod stride, w mod stride)`` are a *phase*. Tap ``k`` takes part in the gradient of the
     pixels with ``h + padding ≡ k · dilation (mod stride)``, a single phase: a row holds only what its pixels need.
     """
-
-    def build(topology: Tensor) -> RowLists:
-        out, cols, _ = grid(weight_shape, (block[0], block[1]))
-        index = split_topology(topology, out, cols)
-        width = weight_shape[3] if len(weight_shape) == 4 else 1
-        phase_h = (index.block_tap // width * dilation[0] - padding[0]) % stride[0]
-        phase_w = (index.block_tap % width * dilation[1] - padding[1]) % stride[1]
-        row = (phase_h * stride[1] + phase_w) * cols + index.block_col
-        entry = _pack(index.block_row, index.block_tap, weight_shape[2:])
-        return _unions(row, cols, entry, stride[0] * stride[1], rows, index.block_row == out)
-
-    return cached(topology, ("input_grad", *weight_shape, *block, *stride, *padding, *dilation, rows), build)
+    out, cols, _ = grid(weight_shape, (block[0], block[1]))
+    window = (tuple(stride), tuple(padding), tuple(dilation))
+    lists = _RowLists(out, cols, tuple(weight_shape[2:]), True, *window, rows)
+    return cached(topology, lists, lists, lists.rewrite)
 
 
 def most_groups(slots: int, runs: int, size: int) -> int:
@@ -171,6 +161,38 @@ def most_groups(slots: int, runs: int, size: int) -> int:
     return min(slots, (slots + (runs + 1) * (size - 1)) // size)
 
 
+class _Groups(NamedTuple):
+    """What decides on groups beside the topology."""
+
+    rows: int
+    cols: int
+    taps: int
+    by_row: bool
+    size: int
+
+    @property
+    def runs(self) -> int:
+        return self.rows if self.by_row else self.cols * self.taps
+
+    def __call__(self, topology: Tensor) -> Groups:
+        slots = slot_count(topology, self.rows, self.cols)
+        bounds = topology.new_empty(most_groups(slots, self.runs, self.size), 2)
+        groups = Groups(bounds, *(topology.new_empty(slots) for _ in range(4)))
+        self.rewrite(topology, groups)
+        return groups
+
+    def rewrite(self, topology: Tensor, groups: Groups) -> None:
+        slots = slot_count(topology, self.rows, self.cols)
+        held, starts = topology.new_empty(self.rows * self.cols * self.taps + slots), topology.new_empty(self.runs + 2)
+        _groups_launch(self, slots)(topology, held, starts, *groups)
+
+
+@lru_cache(maxsize=1024)
+def _groups_launch(of: _Groups, slots: int) -> Launch:
+    most = most_groups(slots, of.runs, of.size)
+    return groups_launch((of.rows, of.cols, of.taps, slots, most, of.size), of.by_row)
+
+
 def weight_grad_groups(
     topology: Tensor, weight_shape: Sequence[int], block: Sequence[int], by: str, size: int
 ) -> Groups:
@@ -178,27 +200,7 @@ def weight_grad_groups(
 
     Within one, blocks stand by output block, then input block, then tap: neighbours read the same pixels.
     """
-
-    def build(topology: Tensor) -> Groups:
-        rows, cols, taps = grid(weight_shape, (block[0], block[1]))
-        index = split_topology(topology, rows, cols)
-        row, col, tap = index.block_row.clone(), index.block_col.clone(), index.block_tap.clone()
-        slots = row.numel()
-        runs = rows if by == "row" else cols * taps  # and one more, of the free slots
-        run = row if by == "row" else col * taps + tap
-        key, order = torch.sort(run[index.row_order], stable=True)
-        ids = index.row_order[order]
-        position = torch.arange(slots, dtype=torch.int32, device=topology.device)
-        start = _starts(key, runs + 1)
-        of = key.long()
-        first = (position - start[of]) % size == 0
-        most = most_groups(slots, runs, size)
-        line = torch.where(first, first.cumsum(0) - 1, most)  # positions that begin no group go to one spare line
-        end = torch.minimum(position + size, start[of + 1])
-        bounds = torch.zeros(most + 1, 2, dtype=torch.int32, device=topology.device)
-        bounds[line] = torch.stack([position, end], 1)
-        return Groups(bounds[:most], ids, row, col, tap)
-
     if by not in ("row", "col"):
         raise ValueError(f"by must be 'row' or 'col', got {by!r}")
-    return cached(topology, ("weight_grad", *weight_shape, *block, by, size), build)
+    groups = _Groups(*grid(weight_shape, (block[0], block[1])), by == "row", size)
+    return cached(topology, groups, groups, groups.rewrite)

@@ -27,6 +27,7 @@ from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.environment import KINDS
 from ddst.benchmarks.gpu.half_blocks import HALVES, Half
+from ddst.benchmarks.gpu.journal import NOTHING, Progress
 from ddst.benchmarks.gpu.problems import SHAPES, Shape, Tensors, in_slots
 from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.timing import precision, watch_of, without_cudnn
@@ -89,10 +90,20 @@ def groups(
     return found, refusals
 
 
-def check_all(chosen: Sequence[Group], processes: int, deadline: Deadline) -> dict[str, Any]:
+def check_all(
+    chosen: Sequence[Group], processes: int, deadline: Deadline, progress: Progress = NOTHING
+) -> dict[str, Any]:
     """The part "correctness": counts, largest errors, and in ``wrong`` what was wrong, unfinished or refused whole."""
-    part: dict[str, Any] = {"groups": [], "wrong": [] if chosen else ["no backend is usable: nothing was checked"]}
-    for done in workers.run(check_group, chosen, processes, deadline):
+    part: dict[str, Any] = {"groups": [], "checked": 0, "wrong": []}
+    if not chosen:
+        part["wrong"].append("no backend is usable: nothing was checked")
+    proven = {group: progress.earlier(str(group)) for group in chosen}
+    for report in proven.values():
+        if report is not None:
+            part["groups"].append(report)
+            part["checked"] += sum(report["checked"].values())
+    waiting = [group for group, report in proven.items() if report is None]
+    for done in workers.run(check_group, waiting, processes, deadline):
         report = done.result or asdict(Report(str(done.task)))
         if done.trouble is not None:
             report["wrong"].append(done.trouble)
@@ -100,7 +111,8 @@ def check_all(chosen: Sequence[Group], processes: int, deadline: Deadline) -> di
             report["wrong"].append(f"nothing was checked, all refused: {dict(report['refused'])}")
         part["groups"].append(report)
         part["wrong"] += [f"{report['group']}: {why}" for why in report["wrong"]]
-    part["checked"] = sum(sum(report["checked"].values()) for report in part["groups"])
+        part["checked"] += sum(report["checked"].values())
+        progress.keep(str(done.task), report, part, not report["wrong"])
     return part
 
 

@@ -20,6 +20,7 @@ from ddst.benchmarks.gpu import calls
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.correctness import compare, device_is_lost
 from ddst.benchmarks.gpu.environment import KINDS, peak_of
+from ddst.benchmarks.gpu.journal import NOTHING, Progress
 from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.timing import (
     Program,
@@ -89,20 +90,33 @@ def specs() -> list[Spec]:
 
 
 def measure_all(
-    chosen: Sequence[Spec], environment: dict[str, Any], device: str, deadline: Deadline, rounds: int = 9
+    chosen: Sequence[Spec],
+    environment: dict[str, Any],
+    device: str,
+    deadline: Deadline,
+    rounds: int = 9,
+    progress: Progress = NOTHING,
 ) -> dict[str, Any]:
     """The part "kernels": ``rows``, ``trimmed`` (specs for which no time was left), ``wrong``."""
     part: dict[str, Any] = {"rows": [], "trimmed": [], "wrong": []}
     bench = Bench(device, environment, rounds)
     for spec in chosen:
+        proven = progress.earlier(str(spec))
+        if proven is not None:
+            part["rows"] += proven
+            continue
         if deadline.passed:
             part["trimmed"].append(str(spec))
             continue
         try:
+            rows = []
             for row in bench.rows(spec):
+                rows.append(row)
                 part["rows"].append(row)
                 if row["wrong"]:
                     part["wrong"].append(f"{spec} {row['pass']} {row['backend']}: {row['wrong']}")
+                progress.tell(part)
+            progress.keep(str(spec), rows, part, not any(row["wrong"] for row in rows))
         except Exception as error:
             part["wrong"].append(f"{spec}: {in_a_line(error)}")
             if device_is_lost(error):

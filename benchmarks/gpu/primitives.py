@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddst.benchmarks.gpu.budget import Deadline
+from ddst.benchmarks.gpu.journal import NOTHING, Progress
 from ddst.benchmarks.report import ROOT
 
 SOURCES = ROOT / "tests" / "cuda"
@@ -22,7 +23,11 @@ FLAGS = ("-std=c++17", "-O2", "-lineinfo")
 
 
 def run_all(
-    architecture: str, deadline: Deadline, sources: Path = SOURCES, compiler: Sequence[str] = ("nvcc",)
+    architecture: str,
+    deadline: Deadline,
+    sources: Path = SOURCES,
+    compiler: Sequence[str] = ("nvcc",),
+    progress: Progress = NOTHING,
 ) -> dict[str, Any]:
     """The part "primitives": program -> its last line; ``wrong``: those that failed or did not compile.
 
@@ -37,6 +42,10 @@ def run_all(
         return part | {"missing": f"no {compiler[0]} on this machine: {len(programs)} programs were not compiled"}
     with tempfile.TemporaryDirectory() as folder:
         for source in programs:
+            proven = progress.earlier(source.stem)
+            if proven is not None:
+                part["programs"][source.stem] = f"{proven['said']} ({proven['earlier']})"
+                continue
             binary = Path(folder, source.stem)
             command = [*compiler, *FLAGS, f"-arch={architecture}", f"-I{INCLUDE}", str(source), "-o", str(binary)]
             said, trouble = _run(command, deadline)
@@ -45,6 +54,7 @@ def run_all(
             part["programs"][source.stem] = said
             if trouble is not None:
                 part["wrong"].append(f"{source.stem}: {trouble}: {said}")
+            progress.keep(source.stem, {"said": said}, part, trouble is None)
     return part
 
 
@@ -56,13 +66,3 @@ def _run(command: Sequence[str], deadline: Deadline) -> tuple[str, str | None]:
         return "", "did not end in time"
     lines = (done.stdout + done.stderr).strip().splitlines()
     return (lines[-1] if lines else ""), None if done.returncode == 0 else f"exit code {done.returncode}"
-
-
-def architecture_of(capability: str) -> str:
-    """nvcc's name of a compute capability; from 9.0 on with the instructions of that very architecture.
-
-    >>> architecture_of("9.0"), architecture_of("8.6")
-    ('sm_90a', 'sm_86')
-    """
-    major, minor = capability.split(".")
-    return f"sm_{major}{minor}{'a' if int(major) >= 9 else ''}"

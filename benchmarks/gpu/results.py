@@ -1,4 +1,4 @@
-"""What a run leaves behind, rewritten whole after every part, so that a run that is cut off loses nothing."""
+"""What a run leaves behind, rewritten whole after every result, so that a run that is cut off loses nothing."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Results:
         folder: where the files go; made if it is not there.
         table: makes the Markdown table of the parts. pictures: name of a part -> (file name, what draws it of all
             parts, or raises ValueError where they hold nothing to draw).
+        device: whose figures these are; every row says so.
 
     A part is a dict that may hold ``wrong``: a list of reasons, which make the run fail.
     """
@@ -32,17 +33,29 @@ class Results:
         folder: Path,
         table: Callable[[dict[str, Part]], str],
         pictures: Mapping[str, tuple[str, Draw]],
+        device: str = "",
     ) -> None:
         self.folder, self.parts = folder, {}  # type: Path, dict[str, Part]
+        self._device = device
         self._table, self._pictures = table, pictures
         self.drawing_failed: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, name: str, part: Part) -> None:
-        """Adds a part and rewrites every file."""
-        self.parts[name] = part
+        """Adds a part that is done, and rewrites every file."""
+        self.tell(name, part)
         if name in self._pictures:
             self._draw(*self._pictures[name])
+            self._write()
+
+    def tell(self, name: str, part: Part) -> None:
+        """A part as far as it has come: rewrites the files, but draws nothing."""
+        self.parts[name] = part
+        for row in [part, *part.get("rows", []), *part.get("chosen", []), *part.get("groups", [])]:
+            row.setdefault("device", self._device)
+        self._write()
+
+    def _write(self) -> None:
         everything = {**self.parts, **({"pictures": {"missing": self.drawing_failed}} if self.drawing_failed else {})}
         write_whole(self.folder / RESULTS, json.dumps(rounded(everything), indent=1, default=str) + "\n")
         write_whole(self.folder / TABLE, self._table(everything) + "\n")

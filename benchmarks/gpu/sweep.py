@@ -18,6 +18,7 @@ from ddst.benchmarks.gpu import calls, workers
 from ddst.benchmarks.gpu.budget import Deadline
 from ddst.benchmarks.gpu.correctness import compare, device_is_lost, poisoned
 from ddst.benchmarks.gpu.environment import KINDS
+from ddst.benchmarks.gpu.journal import NOTHING, Progress
 from ddst.benchmarks.gpu.problems import Shape, Tensors
 from ddst.benchmarks.gpu.results import in_a_line
 from ddst.benchmarks.gpu.timing import precision
@@ -53,10 +54,18 @@ def sweeps(device: str) -> list[Sweep]:
     return [Sweep(op, kind, block, device) for kind in KINDS for block in calls.BLOCKS for op in TABLE_NAMES]
 
 
-def check_all(chosen: Sequence[Sweep], processes: int, deadline: Deadline) -> dict[str, Any]:
+def check_all(
+    chosen: Sequence[Sweep], processes: int, deadline: Deadline, progress: Progress = NOTHING
+) -> dict[str, Any]:
     """The part "candidates": how many of how many sweeps were done, configurations checked, ``wrong``, ``trimmed``."""
     part: dict[str, Any] = {"sweeps": len(chosen), "done": 0, "configurations": 0, "trimmed": [], "wrong": []}
-    for done in workers.run(check_sweep, chosen, processes, deadline):
+    proven = {sweep: progress.earlier(str(sweep)) for sweep in chosen}
+    for found in proven.values():
+        if found is not None:
+            part["done"] += 1
+            part["configurations"] += found["configurations"]
+    waiting = [sweep for sweep, found in proven.items() if found is None]
+    for done in workers.run(check_sweep, waiting, processes, deadline):
         if done.trouble is not None and done.result is None:
             late = done.trouble.startswith(("not begun", "cut off"))
             part["trimmed" if late else "wrong"].append(f"{done.task}: {done.trouble}")
@@ -64,6 +73,7 @@ def check_all(chosen: Sequence[Sweep], processes: int, deadline: Deadline) -> di
         part["done"] += 1
         part["configurations"] += done.result["configurations"]
         part["wrong"] += [f"{done.task}: {why}" for why in done.result["wrong"]]
+        progress.keep(str(done.task), done.result, part, not done.result["wrong"])
     return part
 
 

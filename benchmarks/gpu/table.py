@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from ddst.benchmarks.problem import PASSES
 
 Part = dict[str, Any]
 
@@ -26,8 +28,11 @@ def markdown(parts: dict[str, Part]) -> str:
     for name, make in makers.items():
         if name in parts:
             body = [_failed(parts[name])] if "failed" in parts[name] else make(parts[name])
-            sections.append("\n".join([f"## {name.capitalize()}", "", *body, *_troubles(parts[name])]))
-    return "\n\n".join(["# Measured by `make gpu`", *sections])
+            device = parts[name].get("device")
+            title = f"## {name.capitalize()}{f', {device}' if device else ''}"
+            sections.append("\n".join([title, "", *body, *_troubles(parts[name])]))
+    device = parts.get("environment", {}).get("device")
+    return "\n\n".join([f"# Measured by `make gpu`{f' on {device}' if device else ''}", *sections])
 
 
 def _failed(part: Part) -> str:
@@ -185,28 +190,63 @@ def _pictures(part: Part) -> list[str]:
 
 
 def short(parts: dict[str, Part]) -> str:
-    """The few lines that a run ends with: the best speed-up per layer, density and block, and the iterations."""
-    lines = []
-    if "kernels" in parts and "rows" in parts["kernels"]:
-        best: dict[tuple[str, str, str], dict[str, float]] = {}
-        for row in parts["kernels"]["rows"]:
-            if "cold" in row and row["kind"] == "bf16":
-                key = (row["layer"], f"{row['block'][0]}x{row['block'][1]}", f"{100 * row['density']:g} %")
-                of = best.setdefault(key, {})
-                of[row["pass"]] = max(of.get(row["pass"], 0.0), row["cold"]["speedup"]["median"])
-        if best:
-            lines.append(f"{'bf16, cold, over dense':<24} {'block':<7} {'dens.':<6} forward  dgrad  wgrad")
-            for (layer, block, density), of in sorted(best.items()):
-                figures = "  ".join(
-                    f"{of[name]:5.2f}" if name in of else "    -" for name in ("forward", "dgrad", "wgrad")
-                )
-                lines.append(f"{layer:<24} {block:<7} {density:<6}  {figures}")
-    for row in parts.get("iteration", {}).get("rows", []):
-        if "speedup" in row:
-            gains = ", ".join(f"{way} {gain:.2f}" for way, gain in row["speedup"].items())
-            what = f"{row['network']} {100 * row['density']:g} % {row['distribution']}"
-            lines.append(f"iteration {what}, over dense: {gains}")
+    """The table that a run ends with: what it measured itself first, its last part before the others; then what earlier
+    runs had proven, with their dates; then the counts.
+    """
+    fresh: list[str] = []
+    earlier: list[str] = []
+    for name in reversed(list(parts)):
+        for line, when in _LINES.get(name, _no_lines)(parts[name]):
+            (earlier if when else fresh).append(f"{line}{f'  ({when})' if when else ''}")
+    device = parts.get("environment", {}).get("device", "no device")
+    lines = [f"{device}: new results, the latest first", *fresh] if fresh else [f"{device}: no new result"]
+    lines += ["earlier results", *earlier] if earlier else []
     wrong = sum(len(part.get("wrong", [])) for part in parts.values())
     checked = parts.get("correctness", {}).get("checked")
     lines.append(f"{'' if checked is None else f'{checked} results checked, '}{wrong} wrong")
     return "\n".join(lines)
+
+
+Lines = Iterator[tuple[str, str | None]]
+
+
+def _no_lines(part: Part) -> Lines:
+    return iter(())
+
+
+def _kernel_lines(part: Part) -> Lines:
+    """The best backend of each layer, kind of products, density and block."""
+    best: dict[tuple[str, str, str, str, str | None], dict[str, float]] = {}
+    for row in part.get("rows", []):
+        if "cold" in row:
+            block, density = f"{row['block'][0]}x{row['block'][1]}", f"{100 * row['density']:g} %"
+            of = best.setdefault((row["layer"], row["kind"], block, density, row.get("earlier")), {})
+            of[row["pass"]] = max(of.get(row["pass"], 0.0), row["cold"]["speedup"]["median"])
+    for (layer, kind, block, density, when), of in best.items():
+        figures = ", ".join(f"{name} {of[name]:.2f}x" for name in PASSES if name in of)
+        yield f"{layer:<20} {kind} {block} {density:>4}, cold, over dense: {figures}", when
+
+
+def _iteration_lines(part: Part) -> Lines:
+    for row in part.get("rows", []):
+        if row["wrong"]:
+            continue
+        density = "dense" if row["density"] is None else f"{100 * row['density']:g} % {row['distribution']}"
+        times = ", ".join(f"{way} {1e3 * row[way]['median']:.2f} ms" for way in ("eager", "graph"))
+        gains = "".join(f", {way} {gain:.2f}x" for way, gain in row.get("speedup", {}).items())
+        memory = f", {row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else ""
+        yield f"iteration {row['network']} {density}: {times}{memory}{gains}", row.get("earlier")
+
+
+def _tune_lines(part: Part) -> Lines:
+    for line in part.get("chosen", []):
+        gain = f", {line['over_default']:.2f}x the default" if line["over_default"] else ""
+        yield f"tuned {line['what']}: {line['ms']:.4f} ms{gain}", line.get("earlier")
+
+
+def _host_lines(part: Part) -> Lines:
+    for who, calls in part.get("seconds", {}).items():
+        yield f"host {who}: " + ", ".join(f"{n} {1e6 * s:.1f} us" for n, s in calls.items()), part.get("earlier")
+
+
+_LINES = {"kernels": _kernel_lines, "iteration": _iteration_lines, "tune": _tune_lines, "host": _host_lines}

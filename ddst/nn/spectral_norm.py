@@ -214,10 +214,12 @@ class SpectralNorm(nn.Module):
 
     def _divided(self, layer: SparseLayer, iterations: int, version: object = None) -> Tensor:
         values = layer.values
-        wide = values.to(self._wide_dtype(values))
+        dtype = self._wide_dtype(values)
+        wide = values if values.dtype == dtype else values.to(dtype)
         sigma = self._sigma(wide, layer.backend, iterations, version)
         # All blocks may be zero, as new ones are: then nothing is to be divided, and 0 / 0 must not come out.
-        return (wide * (sigma + (sigma == 0)).reciprocal()).to(values.dtype)
+        divided = wide * (sigma + (sigma == 0)).reciprocal()
+        return divided if wide is values else divided.to(values.dtype)
 
     @torch.no_grad()
     def sigma(self, layer: SparseLayer) -> Tensor:

@@ -390,7 +390,8 @@ def placed_topology(
         vector = tp.topology_of_slots(block_diagonal_slots(slot_blocks, shape, groups), whole_shape)
         if held is None or held.is_inference() or held.device != values.device or held.shape != vector.shape:
             return vector.to(values.device)
-        held.copy_(vector)
+        # Out of pinned memory the host does not wait for what the device has still to do.
+        held.copy_(vector.pin_memory() if held.is_cuda else vector, non_blocking=True)
         index_cache.refresh(held)
         return held
 

@@ -3,6 +3,10 @@
 Like ``torch.library.register_autograd``, this puts a Python kernel under the dispatch key Autograd. torch's reads the
 operator's schema at every call, which takes longer than a small layer computes; this one reads it once, and knows
 forward-mode derivatives and the transforms of ``torch.func``.
+
+Each way through the dispatcher into Python and back takes as long as a small layer's product. So layers call what
+:func:`register_autograd` returns, which goes to the derivative directly, and formulas of a first derivative call what
+lies below it.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn import Parameter
 
 _library = torch.library.Library("ddst", "IMPL")
 #: Operator -> what ``torch.onnx.export`` writes for it (:mod:`ddst.ops.onnx_export`).
@@ -27,7 +32,7 @@ def register_autograd(
     setup_context: Callable[..., None],
     linear_in: Sequence[int],
     bias: int | None = None,
-) -> None:
+) -> Callable[..., Tensor]:
     """Makes ``ddst::name`` differentiable, with formulas such as torch's ``register_autograd`` takes.
 
     ``setup_context`` gets every argument of the schema, defaults included.
@@ -36,6 +41,9 @@ def register_autograd(
         linear_in: positions of the arguments in which the operator, without its bias, is linear: its forward-mode
             derivative is the sum of its values with one of them at a time replaced by the tangent.
         bias: position of the bias, if it has one.
+
+    Returns:
+        The operator, of all its arguments by position.
     """
     operator = getattr(torch.ops.ddst, name).default
     defaults = tuple(argument.default_value for argument in operator._schema.arguments)
@@ -51,8 +59,20 @@ def register_autograd(
         setup_context(ctx, (*given, *defaults[len(given) :]), output)
         return output
 
+    def all_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or not nothing_listens(grads):
+            return backward(ctx, *grads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward(ctx, *grads)
+
     def gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*backward(ctx, *grads), None)
+        return (*all_gradients(ctx, *grads), None)
+
+    def plain_forward(ctx: Any, *args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: Tensor = operator(*args)
+        setup_context(ctx, args, output)
+        return output
 
     def forward_keeping(ctx: Any, *args: Any) -> Tensor:
         ctx.arguments = args[:-1]
@@ -76,12 +96,13 @@ def register_autograd(
         assert total is not None
         return total
 
-    def made(base: type, forward: Callable[..., Tensor], **more: Any) -> Any:
+    def made(base: type, forward: Callable[..., Tensor], gradients: Any = gradients, **more: Any) -> Any:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients), **more}
         return type(f"ddst_{name}", (base,), methods)
 
     jvp = staticmethod(tangent)
     function = made(torch.autograd.Function, forward)
+    plain_function = made(torch.autograd.Function, plain_forward, all_gradients)
     dual_function = made(torch.autograd.Function, forward_keeping, jvp=jvp)
     lifted_function = made(_SingleLevelFunction, _lifted(forward))
     lifted_dual_function = made(_SingleLevelFunction, _lifted(forward_keeping), jvp=jvp)
@@ -102,6 +123,38 @@ def register_autograd(
         return chosen.apply(*args, keyset)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+    def call(*args: Any) -> Tensor:
+        result: Tensor
+        if not nothing_listens(args):
+            result = operator(*args)
+        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            result = plain_function.apply(*args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                result = operator(*args)
+        return result
+
+    return call
+
+
+#: Types of arguments that nothing can hide in.
+_PLAIN = {Tensor, Parameter, torch.Size, type(None), list, tuple, int, float, bool}
+
+
+def nothing_listens(args: Sequence[Any]) -> bool:
+    """Whether a call is one of torch's own tensors in eager mode, which no tracer, transform or mode follows.
+
+    Modes of dispatch (fake tensors, counters of operators) see what runs below the derivative, too.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.onnx.is_in_onnx_export()
+    ) and _PLAIN.issuperset(map(type, args))
 
 
 def _lifted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

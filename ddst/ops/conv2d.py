@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,54 @@ def resolve_padding(
         raise ValueError(f"padding='same' is not supported for strided convolutions, got stride={stride}")
     total = [dilation[i] * (kernel[i] - 1) for i in range(2)]
     return (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
+
+
+class Geometry(NamedTuple):
+    """Where a convolution's taps lie; ``extra``: see :func:`resolve_padding`, ``reach``: of the kernel in pixels."""
+
+    weight_shape: list[int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    extra: tuple[int, int]
+    dilation: tuple[int, int]
+    reach: tuple[int, int]
+
+    @staticmethod
+    def of(
+        weight_shape: Sequence[int],
+        stride: int | Sequence[int],
+        padding: str | int | Sequence[int],
+        dilation: int | Sequence[int],
+    ) -> Geometry:
+        """What the arguments of a convolution mean, once they are checked; found again where they are plain tuples.
+
+        Raises:
+            TypeError, ValueError: one of them does not fit; the message names it.
+        """
+        given = (weight_shape, stride, padding, dilation)
+        plain = not torch.compiler.is_compiling() and all(map(_is_plain, given))
+        found = _geometries.get(given) if plain else None
+        if found is not None:
+            return found
+        if len(check_weight_shape("weight_shape", weight_shape)) != 4:
+            raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
+        strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+        paddings, extra = resolve_padding(padding, weight_shape[2:], strides, dilations)
+        high, wide = (dilations[i] * (weight_shape[2 + i] - 1) + 1 for i in (0, 1))
+        found = Geometry(list(weight_shape), strides, paddings, extra, dilations, (high, wide))
+        if plain and len(_geometries) < MOST_GEOMETRIES:
+            _geometries[given] = found
+        return found
+
+
+MOST_GEOMETRIES = 4096
+_geometries: dict[Any, Geometry] = {}
+_INTS = {int}
+
+
+def _is_plain(value: Any) -> bool:
+    """A tuple of Python's own ints, or a name: True, 1.0 and numpy's 1 are equal to 1, but are not what was checked."""
+    return type(value) is str or (type(value) is tuple and _INTS.issuperset(map(type, value)))
 
 
 def check_padding(padding: Any, paddings: tuple[int, int], size: Sequence[int], reach: Sequence[int]) -> None:
@@ -131,15 +179,11 @@ def conv2d(
     True
     """
     check_operands(input, values, bias, topology)
-    if len(check_weight_shape("weight_shape", weight_shape)) != 4:
-        raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
+    shape, strides, paddings, extra, dilations, reach = Geometry.of(weight_shape, stride, padding, dilation)
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be [N, C_in, H, W] or [C_in, H, W], got the shape {tuple(input.shape)}")
-    if input.shape[-3] != weight_shape[1]:
-        raise ValueError(f"input must have {weight_shape[1]} channels, got the shape {tuple(input.shape)}")
-    strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    paddings, extra = resolve_padding(padding, weight_shape[2:], strides, dilations)
-    reach = [dilations[i] * (weight_shape[2 + i] - 1) + 1 for i in (0, 1)]
+    if input.shape[-3] != shape[1]:
+        raise ValueError(f"input must have {shape[1]} channels, got the shape {tuple(input.shape)}")
     for i, name in enumerate(("height", "width")):
         padded = input.shape[i - 2] + 2 * paddings[i] + extra[i]
         if padded < reach[i]:
@@ -152,7 +196,7 @@ def conv2d(
     if any(extra):
         x = torch.nn.functional.pad(x, (0, extra[1], 0, extra[0]))
     dtype, (x, values, bias) = in_compute_dtype(x, values, bias)
-    shape, last = list(weight_shape), output_is_channels_last(x)
+    last = output_is_channels_last(x)
     problem = backends.Problem.of(x, values, (shape[2], shape[3]), strides, dilations)
     # On meta nothing is computed but shapes.
     chosen = backend if x.is_meta else backends.choose(backend, problem)
@@ -160,8 +204,8 @@ def conv2d(
         y = reference.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, record)
     else:
         code = backends.code(backend)
-        y = _ops.conv2d(x, values, bias, topology, shape, strides, paddings, dilations, last, code, record)
-    y = y.to(dtype)
+        y = _call_conv2d(x, values, bias, topology, shape, strides, paddings, dilations, last, code, record)
+    y = y if y.dtype == dtype else y.to(dtype)
     return y.squeeze(0) if input.dim() == 3 else y
 
 
@@ -372,6 +416,6 @@ def _conv2d_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor 
     return grad_grad_output, grad_input, None, None, None, None, None, None, None
 
 
-register_autograd("conv2d", _conv2d_backward, _conv2d_setup, linear_in=(0, 1), bias=2)
+_call_conv2d = register_autograd("conv2d", _conv2d_backward, _conv2d_setup, linear_in=(0, 1), bias=2)
 register_autograd("conv2d_input_grad", _conv2d_input_grad_backward, _conv2d_input_grad_setup, linear_in=(0, 1))
 register_autograd("conv2d_weight_grad", _conv2d_weight_grad_backward, _conv2d_weight_grad_setup, linear_in=(0, 1))

@@ -72,10 +72,10 @@ def linear(
     if chosen == "reference":
         y = reference.linear(matrix, values, bias, topology, list(weight_shape), record)
     else:
-        y = _ops.linear(matrix, values, bias, topology, list(weight_shape), backends.code(backend), record)
+        y = _call_linear(matrix, values, bias, topology, list(weight_shape), backends.code(backend), record)
     if x.dim() != 2:
         y = y.view(*input.shape[:-1], weight_shape[0])
-    return y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def linear_transposed(
@@ -241,6 +241,6 @@ def _linear_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor 
     return grad_grad_output, grad_input, None, None, None, None
 
 
-register_autograd("linear", _linear_backward, _linear_setup, linear_in=(0, 1), bias=2)
+_call_linear = register_autograd("linear", _linear_backward, _linear_setup, linear_in=(0, 1), bias=2)
 register_autograd("linear_input_grad", _linear_input_grad_backward, _linear_input_grad_setup, linear_in=(0, 1))
 register_autograd("linear_weight_grad", _linear_weight_grad_backward, _linear_weight_grad_setup, linear_in=(0, 1))

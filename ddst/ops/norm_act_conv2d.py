@@ -7,6 +7,7 @@ differentiated instead, whose parts are all differentiable any number of times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,18 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .._arguments import (
-    check_bool,
-    check_int,
-    check_number,
-    check_operands,
-    check_tensor,
-    check_type,
-    check_weight_shape,
-)
+from .._arguments import check_bool, check_int, check_number, check_operands, check_tensor, check_type
 from ..topology import slot_count
-from .autograd import formulas, has_tangent
-from .conv2d import conv2d, output_is_channels_last, pair, resolve_padding
+from .autograd import formulas, has_tangent, nothing_listens
+from .conv2d import Geometry, conv2d, output_is_channels_last
 from .gradient_record import gradient_is_wanted, recorder_of, values_gradient
 from .precision import compute_dtype, in_compute_dtype
 
@@ -131,12 +124,12 @@ def norm_act_conv2d(
     True
     """
     for name, factor in (("upsample", upsample), ("pool", pool), ("residual_upsample", residual_upsample)):
-        if check_int(name, factor, 1) > 2:
+        if not (type(factor) is int and 1 <= factor <= 2) and check_int(name, factor, 1) > 2:
             raise ValueError(f"{name} must be 1 or 2, got {factor}")
     check_operands(input, values, bias, topology)
-    if len(check_weight_shape("weight_shape", weight_shape)) != 4:
-        raise ValueError(f"weight_shape must be (C_out, C_in, kH, kW), got {tuple(weight_shape)}")
-    if not torch.compiler.is_compiling():  # where it may be a symbol
+    shape, strides, paddings, extra, dilations, _ = Geometry.of(weight_shape, stride, padding, dilation)
+    plain = type(negative_slope) is float and math.isfinite(negative_slope)
+    if not plain and not torch.compiler.is_compiling():  # where it may be a symbol
         negative_slope = check_number("negative_slope", negative_slope)
     check_bool("moments", moments)
     if residual is not None:
@@ -144,15 +137,12 @@ def norm_act_conv2d(
     if norm is not None:
         check_type("norm", norm, Norm, "a Norm or None")
     check_tensor("input", input, 4)
-    if input.shape[1] != weight_shape[1]:
-        raise ValueError(f"input must have {weight_shape[1]} channels, got the shape {tuple(input.shape)}")
-    strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    paddings, extra = resolve_padding(padding, weight_shape[2:], strides, dilations)
+    if input.shape[1] != shape[1]:
+        raise ValueError(f"input must have {shape[1]} channels, got the shape {tuple(input.shape)}")
     if any(extra):
         raise ValueError(f"padding='same' must need equal zeros on both sides, got kernel {tuple(weight_shape[2:])}")
     _check_norm(norm, input)
     dtype, (x, values, bias) = in_compute_dtype(input, values, bias)
-    shape = list(weight_shape)
     size = _output_size(x.shape[2:], shape, strides, paddings, dilations, upsample, pool)
     if min(size) < 1:
         raise ValueError(
@@ -173,7 +163,7 @@ def norm_act_conv2d(
         residual = residual.to(x.dtype)
     # A mean of 1,000 and a spread of 1 are too much for 16 bits.
     wide = torch.promote_types(x.dtype, torch.float32)
-    statistics = [None if t is None else t.to(wide) for t in norm[:4]] if norm else [None] * 4
+    statistics = [t if t is None or t.dtype == wide else t.to(wide) for t in norm[:4]] if norm else [None] * 4
     eps, batch_stats = (norm.eps, norm.batch_stats) if norm else (0.0, False)
     problem = backends.Problem.of(x, values, (shape[2], shape[3]), strides, dilations)
     chosen = backend if x.is_meta else backends.choose(backend, problem)
@@ -185,8 +175,8 @@ def norm_act_conv2d(
         found = channel_moments(y) if moments else None
     else:
         last = output_is_channels_last(x)
-        y, found = _ops.norm_act_conv2d(*tensors, *settings, moments, last, backends.code(backend), record)
-    return y.to(dtype), found if moments else None
+        y, found = _call(*tensors, *settings, moments, last, backends.code(backend), record)
+    return y if y.dtype == dtype else y.to(dtype), found if moments else None
 
 
 def _check_norm(norm: Norm | None, input: Tensor) -> None:
@@ -198,18 +188,15 @@ def _check_norm(norm: Norm | None, input: Tensor) -> None:
         check_number("norm.eps", norm.eps, 0)
         check_bool("norm.batch_stats", norm.batch_stats)
     n, c = input.shape[:2]
-    for name, tensor, shapes in (
-        ("mean", norm.mean, ((c,),)),
-        ("var", norm.var, ((c,),)),
-        ("gamma", norm.gamma, ((c,), (n, c))),
-        ("beta", norm.beta, ((c,), (n, c))),
-    ):
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            raise ValueError(
-                f"norm.{name} must have the shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}"
-            )
-        if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"norm.{name} must be on the device of input, {input.device}, got {tensor.device}")
+    device = input.device
+    for name, tensor in (("mean", norm.mean), ("var", norm.var), ("gamma", norm.gamma), ("beta", norm.beta)):
+        if tensor is None:
+            continue
+        if tensor.shape != (c,) and (name in ("mean", "var") or tensor.shape != (n, c)):
+            shapes = f"({c},)" if name in ("mean", "var") else f"({c},) or ({n}, {c})"
+            raise ValueError(f"norm.{name} must have the shape {shapes}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise RuntimeError(f"norm.{name} must be on the device of input, {device}, got {tensor.device}")
     if (norm.gamma is None) != (norm.beta is None) or (norm.gamma is not None and norm.gamma.shape != norm.beta.shape):  # type: ignore[union-attr]
         got = " and ".join(str(None if t is None else tuple(t.shape)) for t in (norm.gamma, norm.beta))
         raise ValueError(f"norm.gamma and norm.beta must be of one shape or both None, got {got}")
@@ -466,9 +453,21 @@ def _differentiable_gradients(ctx: Any, grad: Tensor, wanted: list[int], gradien
 
 
 def _compute(keyset: Any, args: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Below the derivative; keyset: of the call under way, or None where the dispatcher has not been asked."""
     operator = _ops.norm_act_conv2d.default
     with torch._C._AutoDispatchBelowAutograd():
+        if keyset is None:
+            return operator(*args)
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _call(*args: Any) -> tuple[Tensor, Tensor]:
+    """The operator, of all its arguments; past the dispatcher where nothing listens to it."""
+    if not nothing_listens(args):
+        return _ops.norm_act_conv2d(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _NormActConv2d.apply(*args, None)
+    return _compute(None, args)
 
 
 def _kernel(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 import ddst.kernels
 from ddst.index_cache import refresh
 from ddst.kernels import index
+from ddst.kernels.launch import Launch
 from helpers.dense import active_blocks, topology_of
 from helpers.slots import scatter
 
@@ -212,8 +213,27 @@ def test_the_device_is_never_waited_for() -> None:
         index.forward_lists(topology, *ARGUMENTS, 2)
         for by in ("row", "col"):
             index.weight_grad_groups(topology, *ARGUMENTS, by, 2)
-    assert "searchsorted" in called, "the record works"
+    assert "empty" in "".join(called), "the record works"
     assert not called & waits
+
+
+def test_a_list_is_rewritten_by_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And into its memory: nothing else is made but the kernel's table."""
+    topology = some_topology()
+    kept = every_list(topology)
+    launched: list[str] = []
+    run = Launch.__call__
+
+    def launch(self: Launch, *tensors: torch.Tensor) -> None:
+        launched.append(self.kernel.__name__)
+        run(self, *tensors)
+
+    monkeypatch.setattr(Launch, "__call__", launch)
+    topology.add_(0)  # written to
+    refresh(topology)
+    assert sorted(launched) == ["groups_kernel"] * 2 + ["row_lists_kernel"] * 4
+    assert all(a is b for a, b in zip(kept, every_list(topology), strict=True))
+    assert len(launched) == 6, "they are up to date"
 
 
 MODULES = ["ddst.kernels", *(f"ddst.kernels.{m.name}" for m in pkgutil.iter_modules(ddst.kernels.__path__))]

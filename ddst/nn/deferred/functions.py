@@ -138,15 +138,15 @@ def _batch_norm(
     work = _now(input)
     if work is None or work.steps or not work.takes_norm or (running_mean is None) != (running_var is None):
         return None
-    x, of_channels = work.source, (running_mean, running_var, weight, bias)
-    count, channels = x.numel() // max(x.shape[1], 1), x.shape[1]
-    if any(t is not None and (tuple(t.shape) != (channels,) or t.device != x.device) for t in of_channels):
-        return None
-    if any(
-        t is not None and t.dtype not in ({x.dtype} if x.element_size() > 2 else {x.dtype, torch.float32})
-        for t in of_channels
-    ):
-        return None
+    x, channels = work.source, (input.shape[1],)
+    count, dtype, device = x.numel() // max(channels[0], 1), x.dtype, x.device
+    for t in (running_mean, running_var, weight, bias):
+        if t is None:
+            continue
+        if t.shape != channels or t.device != device:
+            return None
+        if t.dtype != dtype and (x.element_size() > 2 or t.dtype != torch.float32):
+            return None
     if count < 2 if training else running_mean is None:  # which it says itself
         return None
     if training:
@@ -156,9 +156,9 @@ def _batch_norm(
         mean, var = moments.unbind()
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
-                running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
-                unbiased = var * (count / (count - 1))
-                running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+                for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+                    new = new if new.dtype == running.dtype else new.to(running.dtype)
+                    running.mul_(1 - momentum).add_(new, alpha=momentum)
         step: Step = (F.batch_norm, (None, None, weight, bias, True, 0.0, eps), {})
     else:
         assert running_mean is not None and running_var is not None

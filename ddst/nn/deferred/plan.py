@@ -137,7 +137,7 @@ def global_hooks() -> bool:
 
 def any_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether somebody would see a value that goes through these modules."""
-    return any(hooked(module) for module in modules)
+    return any(map(hooked, modules))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -156,6 +156,8 @@ def hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of somebody's; those of torch's norms look at weights only."""
     if module._backward_hooks or module._backward_pre_hooks:
         return True
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         if not isinstance(hook, Put | Settle | SpectralNorm | WeightNorm):
             return True

@@ -8,6 +8,7 @@ is in :mod:`ddst.nn.deferred.functions`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -211,9 +212,15 @@ class Deferred:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from .functions import apply
+        return _apply()(func, args, kwargs or {})
 
-        return apply(func, args, kwargs or {})
+
+@functools.cache
+def _apply() -> Any:
+    """Which imports this module."""
+    from .functions import apply
+
+    return apply
 
 
 def _computed(work: Activated | Convolved) -> Tensor:

@@ -25,10 +25,15 @@ class Mode(NamedTuple):
     autocast: torch.dtype | None
 
 
+_RECORDING, _NOT_RECORDING = Mode(True, None), Mode(False, None)
+
+
 def mode_of(device: torch.device) -> Mode:
     """What torch's functions would run in now."""
     kind = device.type
-    return Mode(torch.is_grad_enabled(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+    if torch.is_autocast_enabled(kind):
+        return Mode(torch.is_grad_enabled(), torch.get_autocast_dtype(kind))
+    return _RECORDING if torch.is_grad_enabled() else _NOT_RECORDING
 
 
 def in_mode(mode: Mode, device: torch.device) -> AbstractContextManager[Any]:
@@ -48,7 +53,9 @@ def version_of(tensor: Tensor) -> int:
 
 def versions_of(*tensors: Tensor | None) -> tuple[int, ...]:
     """Those of all that are there."""
-    return tuple(version_of(tensor) for tensor in tensors if tensor is not None)
+    if torch.compiler.is_compiling():
+        return tuple(0 for tensor in tensors if tensor is not None)
+    return tuple([0 if t.is_inference() else t._version for t in tensors if t is not None])
 
 
 class Activated(NamedTuple):

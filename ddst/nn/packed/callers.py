@@ -39,6 +39,8 @@ def inside_a_function(checkpoints: bool = False) -> bool:
 
 def recomputing() -> bool:
     """Whether a reentrant checkpoint runs its code again, in the backward pass."""
+    if torch._C._current_graph_task_id() == -1:  # in no backward pass: the stack need not be walked
+        return False
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back

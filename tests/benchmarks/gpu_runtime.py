@@ -19,6 +19,7 @@ import ddst
 from ddst.benchmarks.gpu import __main__ as program
 from ddst.benchmarks.gpu import results, run, timing, workers
 from ddst.benchmarks.gpu.budget import SHARES, Budget, Deadline
+from ddst.benchmarks.gpu.journal import Progress
 from ddst.benchmarks.gpu.table import markdown
 from ddst.benchmarks.gpu.timing import HostWatch, Program, in_turn, precision
 from helpers.worker_tasks import act
@@ -175,7 +176,7 @@ def test_results_are_written_whole_after_every_part(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "results.json").read_text())["correctness"]["error"] == 1.235
     kept.put("kernels", {"wrong": [], "rows": []})
     assert not (tmp_path / "out" / "a.png").exists()
-    kept.put("kernels", {"wrong": [], "rows": [1]})
+    kept.put("kernels", {"wrong": [], "rows": [{"ms": 1}]})
     kept.put("host", {})
     assert (tmp_path / "out" / "table.md").read_text() == "correctness, kernels, host, pictures\n"
     assert (tmp_path / "out" / "a.png").read_bytes() == b"picture"
@@ -199,11 +200,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_part_that_fails_is_wrong_and_the_next_one_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(deadline: Deadline) -> dict[str, Any]:
+    def broken(deadline: Deadline, progress: Progress) -> dict[str, Any]:
         raise RuntimeError("out of memory")
 
     kept = results.Results(tmp_path, lambda parts: str(sorted(parts)), {})
-    parts = {"host": broken, "train": lambda deadline: {"left": deadline.left, "trimmed": "a bit"}}
+    parts = {"host": broken, "train": lambda deadline, progress: {"left": deadline.left, "trimmed": "a bit"}}
     program.run_parts(parts, kept, Budget(10.0, parts, clock=lambda: 0.0))
     assert kept.wrong == ["host: RuntimeError: out of memory"]
     assert kept.parts["train"]["left"] == 10.0

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class CapturedStep(Generic[Result]):
-    """What :func:`capture` returns: call it as the step.
+    """What :func:`ddst.capture` returns: call it as the step.
 
     Attributes:
         captures: how often the step has been captured. replays: how often a graph ran in its place.

@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
     # Other projects' objects: their inventories would have to be fetched.
     ("py:.*", r"(torch|numpy|nn|np|PIL|types|pathlib|collections|argparse|os)\..*"),
     # Types of arguments without an entry, and one whose default (of a dataclass) ends Sphinx's reading of it.
-    ("py:.*", r"(.*\.)?LayerT|Axes|PathLike|SafetensorError|int64|dict\[str"),
+    ("py:.*", r"(.*\.)?(LayerT|Result)|Axes|PathLike|SafetensorError|int64|dict\[str"),
     ("py:.*", r"Tensor|Optimizer|ProcessGroup|NDArray|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|Image|IO"),
 ]
 

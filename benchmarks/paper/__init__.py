@@ -24,7 +24,8 @@ from typing import Any
 
 from ddst.benchmarks.paper.plan import PARTS, STEPS, Cell, plan
 
-INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+#: Exit codes of a run that was asked to end, in order or before it listened.
+INTERRUPTED = {signal.SIGINT + 128, signal.SIGTERM + 128, -signal.SIGINT, -signal.SIGTERM}
 
 
 def load(results: Path) -> list[dict[str, Any]]:
@@ -66,7 +67,7 @@ def make(cells: Sequence[Cell], runs: Path, results: Path, hours: float | None, 
         code = train(cell, folder, start or in_a_process(deadline))
         if code in INTERRUPTED:
             print(f"{cell.name}: interrupted, goes on from its checkpoint the next time", flush=True)
-            return 0 if deadline.passed else code
+            return 0 if deadline.passed else code if code > 0 else 128 - code
         if code == 0:
             found = record(cell, folder)
             said = f"distance {found['distance']:.1f}" + (", collapsed" if found["collapsed"] else "")

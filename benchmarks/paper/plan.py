@@ -88,7 +88,7 @@ class Cell:
 #: layers that keep their blocks, the share, the interval, both, where second moments of what enters start, the average.
 MOVES: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
-    (("exempt_g", "ends"),),
+    (("exempt_g", "none"),),
     (("drop_fraction", "0.1"),),
     (("interval_g", "100"),),
     (("interval_g", "100"), ("drop_fraction", "0.1")),

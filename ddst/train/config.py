@@ -199,7 +199,7 @@ class TrainConfig:
                                  range=SHARE, metavar="SHARE", methods=CHANGING)
 
     exempt_g: str | None = option(None, str, "layers of G that never change: none, or its first and last",
-                                  shown="ends with --scope global and blocks larger than 1x1, else none",
+                                  shown="1x1 blocks none, larger ends",
                                   choices=EXEMPT, methods=MOVING)
 
     # The balance ratio and D's density.

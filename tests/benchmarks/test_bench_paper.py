@@ -233,6 +233,8 @@ def test_what_broke_off_is_kept_what_could_not_begin_is_tried_again(tmp_path: Pa
     assert [file.name for file in results.iterdir()] == [f"{cells[0].name}.json"]
     assert paper.load(results)[0]["error"] == "ddst train: error: loss is not finite"
     assert "interrupted" in capsys.readouterr().out
+    codes = iter([-signal.SIGTERM])  # before it listened
+    assert paper.make(cells[1:], tmp_path, results, None, start) == 143 and next(codes, None) is None
     assert paper.make(cells, tmp_path, results, 1e-9, start) == 0  # the time is over before anything begins
     (results / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="is no run of this program"):

@@ -107,6 +107,27 @@ def test_the_sign_is_measured_on_the_real_batch():
     assert scheduler.balance.summary().mean_sign == sample.sign
 
 
+@pytest.mark.parametrize(
+    "block, options, still",
+    [
+        ((2, 2), {}, ("0", "5")),
+        ((2, 2), {"method": "set"}, ("0", "5")),
+        ((2, 2), {"published": True}, ()),
+        ((2, 2), {"exempt_g": ()}, ()),
+        ((1, 1), {}, ()),
+        ((2, 2), {"method": "prune", "prune_to": 0.2}, ()),
+    ],
+)
+def test_larger_blocks_of_gs_ends_keep_their_places(block, options, still):
+    gan, _ = make(ToyGan(block=block), mode="sdst")
+    scheduler = DDST(gan.g, gan.d, gan.opt_g, gan.opt_d, mode="sdst", total_steps=TOTAL, interval_g=3, **options)
+    assert scheduler.training_g.updater.exempt == still
+    masks = {name: layer.block_mask.clone() for name, layer in sparse_layers(gan.g).items()}
+    run(gan, scheduler, 8)
+    moved = {name for name, layer in sparse_layers(gan.g).items() if not torch.equal(layer.block_mask, masks[name])}
+    assert moved == (set() if options.get("method") == "prune" else set(masks) - set(still))
+
+
 def test_part_of_the_growth_is_random_and_part_by_gradient():
     def grown(share, seed):
         gan, scheduler = make(ToyGan(block=(2, 2)), random_share=share, seed=seed, method="rigl", mode="sdst")

@@ -147,6 +147,7 @@ class ToyGan:
 TOTAL = 24
 SHORT: dict[str, Any] = {
     "total_steps": TOTAL, "interval_g": 3, "interval_d": 4, "br_every": 2, "br_window": 4, "warmup": 0,
+    "exempt_g": (),  # all of G moves: of three layers "ends" would leave one
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ SETTINGS = {
     "density": 0.2,
     "batch": 8,
     "interval_g": 10,
+    "exempt_g": "none",
     "interval_d": 7,
     "br_window": 5,
     # Near what is measured: decisions are of several kinds and hang on the values.
@@ -63,6 +64,10 @@ def test_packed_and_reference_runs_agree_over_50_steps(tmp_path, settings, expec
             assert a["value"] == pytest.approx(b["value"], rel=1e-6)
         elif a.get("event") == "samples":
             assert a["step"] == b["step"] and a["spread"] == pytest.approx(b["spread"], rel=1e-6)
+        elif a.get("event") == "metric":
+            assert a["step"] == b["step"] and a["value"] == pytest.approx(b["value"], rel=1e-4)
+        elif a.get("event") == "collapse":
+            assert [a[name] for name in ("step", "sign", "begins")] == [b[name] for name in ("step", "sign", "begins")]
         else:
             assert (a["density_g"], a["density_d"]) == (b["density_g"], b["density_d"])
             for name in ("loss_d", "loss_g", "balance_ratio"):

@@ -139,6 +139,29 @@ def test_what_hangs_is_cut_off_and_what_waits_is_named() -> None:
     assert [d.result for d in inline] == [1, 2]
 
 
+class Stubborn:
+    """A process that does not end when its connection does."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+
+    def join(self, seconds: float | None = None) -> None:
+        self.did.append("join")
+
+    def is_alive(self) -> bool:
+        return "kill" not in self.did
+
+    def kill(self) -> None:
+        self.did.append("kill")
+
+
+def test_a_process_that_does_not_end_is_killed() -> None:
+    worker, process = object.__new__(workers._Worker), Stubborn()
+    worker.connection, worker.process = SimpleNamespace(close=lambda: None), process  # type: ignore[assignment]
+    worker.end()
+    assert process.did == ["join", "kill", "join"]
+
+
 def test_a_deadline_passes() -> None:
     now = [0.0]
     deadline = Deadline(5.0, lambda: now[0])

@@ -50,4 +50,5 @@ def test_z_every_line_has_run() -> None:
     """Also those that say what went wrong. Asked of the whole file only."""
     if NAMES - _ran:
         pytest.skip("some tests of this file were left out")
-    assert EXECUTED.missed() == []
+    missed = EXECUTED.missed()
+    assert not missed, "\n".join(missed)

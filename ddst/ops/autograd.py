@@ -5,8 +5,8 @@ operator's schema at every call, which takes longer than a small layer computes;
 forward-mode derivatives and the transforms of ``torch.func``.
 
 Each way through the dispatcher into Python and back takes as long as a small layer's product. So layers call what
-:func:`register_autograd` returns, which goes to the derivative directly, and formulas of a first derivative call what
-lies below it.
+:func:`register_autograd` returns, which goes to the derivative directly, and the formulas of derivatives call
+:func:`derived`, which goes below it.
 """
 
 from __future__ import annotations
@@ -59,14 +59,8 @@ def register_autograd(
         setup_context(ctx, (*given, *defaults[len(given) :]), output)
         return output
 
-    def all_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or not nothing_listens(grads):
-            return backward(ctx, *grads)
-        with torch._C._AutoDispatchBelowAutograd():
-            return backward(ctx, *grads)
-
     def gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*all_gradients(ctx, *grads), None)
+        return (*backward(ctx, *grads), None)
 
     def plain_forward(ctx: Any, *args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
@@ -102,13 +96,13 @@ def register_autograd(
 
     jvp = staticmethod(tangent)
     function = made(torch.autograd.Function, forward)
-    plain_function = made(torch.autograd.Function, plain_forward, all_gradients)
+    plain_function = made(torch.autograd.Function, plain_forward, backward)
     dual_function = made(torch.autograd.Function, forward_keeping, jvp=jvp)
     lifted_function = made(_SingleLevelFunction, _lifted(forward))
     lifted_dual_function = made(_SingleLevelFunction, _lifted(forward_keeping), jvp=jvp)
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
-        if torch.onnx.is_in_onnx_export():
+        if exported(name, args):
             return formulas[name](*args)
         if has_tangent(args):
             chosen, lifted = dual_function, lifted_dual_function
@@ -125,17 +119,28 @@ def register_autograd(
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
     def call(*args: Any) -> Tensor:
-        result: Tensor
-        if not nothing_listens(args):
-            result = operator(*args)
-        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            result = plain_function.apply(*args)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                result = operator(*args)
-        return result
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args) and nothing_listens(args):
+            result: Tensor = plain_function.apply(*args)
+            return result
+        return derived(operator, *args)
 
     return call
+
+
+def derived(operator: Any, *args: Any) -> Any:
+    """An operator within the formula of a derivative: past the dispatcher where nothing listens and no graph is made.
+
+    Around the operator only: what else a formula does, such as unpacking saved tensors, may make graphs of its own.
+    """
+    if not nothing_listens(args) or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def exported(name: str, args: Sequence[Any]) -> bool:
+    """Whether ``torch.onnx.export`` asks for an operator: with fake tensors, where other threads go on with theirs."""
+    return torch.onnx.is_in_onnx_export() and name in formulas and not _PLAIN.issuperset(map(type, args))
 
 
 #: Types of arguments that nothing can hide in.
@@ -153,7 +158,6 @@ def nothing_listens(args: Sequence[Any]) -> bool:
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.onnx.is_in_onnx_export()
     ) and _PLAIN.issuperset(map(type, args))
 
 

@@ -12,7 +12,7 @@ from .. import backends
 from .. import topology as tp
 from .._arguments import MAX_INT, check_ints, check_operands, check_tensor, check_weight_shape
 from . import reference
-from .autograd import register_autograd
+from .autograd import derived, register_autograd
 from .gradient_record import values_gradient
 from .precision import in_compute_dtype
 
@@ -337,7 +337,8 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, topology = ctx.saved_tensors
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = _ops.conv2d_input_grad(
+        grad_input = derived(
+            _ops.conv2d_input_grad.default,
             grad,
             values,
             topology,
@@ -350,8 +351,9 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
     grad_values = values_gradient(
         ctx, grad, x,
-        lambda: _ops.conv2d_weight_grad(
-            grad, x, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend
+        lambda: derived(
+            _ops.conv2d_weight_grad.default,
+            grad, x, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend,
         ),
         ctx.geometry,
     )  # fmt: skip
@@ -369,7 +371,8 @@ def _conv2d_input_grad_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | N
     grad, values, topology = ctx.saved_tensors
     grad_grad_output = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _ops.conv2d(
+        grad_grad_output = derived(
+            _ops.conv2d.default,
             grad_grad,
             values,
             None,
@@ -382,8 +385,9 @@ def _conv2d_input_grad_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | N
         )
     grad_values = values_gradient(
         ctx, grad, grad_grad,
-        lambda: _ops.conv2d_weight_grad(
-            grad, grad_grad, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend
+        lambda: derived(
+            _ops.conv2d_weight_grad.default,
+            grad, grad_grad, topology, ctx.weight_shape, _block(values), *ctx.geometry, ctx.backend,
         ),
         ctx.geometry,
     )  # fmt: skip
@@ -399,11 +403,20 @@ def _conv2d_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor 
     grad, x, topology = ctx.saved_tensors
     grad_grad_output = grad_input = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _ops.conv2d(
-            x, grad_values, None, topology, ctx.weight_shape, *ctx.geometry, output_is_channels_last(x), ctx.backend
+        grad_grad_output = derived(
+            _ops.conv2d.default,
+            x,
+            grad_values,
+            None,
+            topology,
+            ctx.weight_shape,
+            *ctx.geometry,
+            output_is_channels_last(x),
+            ctx.backend,
         )
     if ctx.needs_input_grad[1]:
-        grad_input = _ops.conv2d_input_grad(
+        grad_input = derived(
+            _ops.conv2d_input_grad.default,
             grad,
             grad_values,
             topology,

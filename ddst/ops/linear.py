@@ -12,7 +12,7 @@ from .. import backends
 from .._arguments import check_operands, check_tensor, check_weight_shape
 from ..topology import check_block, slot_count
 from . import reference
-from .autograd import register_autograd
+from .autograd import derived, register_autograd
 from .gradient_record import values_gradient
 from .precision import in_compute_dtype
 
@@ -197,11 +197,13 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, topology = ctx.saved_tensors
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_input = _ops.linear_input_grad(grad, values, topology, ctx.weight_shape, ctx.backend, ctx.record)
+        grad_input = derived(
+            _ops.linear_input_grad.default, grad, values, topology, ctx.weight_shape, ctx.backend, ctx.record
+        )
     block = [values.shape[1], values.shape[2]]
     grad_values = values_gradient(
         ctx, grad, x,
-        lambda: _ops.linear_weight_grad(grad, x, topology, ctx.weight_shape, block, ctx.backend),
+        lambda: derived(_ops.linear_weight_grad.default, grad, x, topology, ctx.weight_shape, block, ctx.backend),
     )  # fmt: skip
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum(0)
@@ -217,11 +219,15 @@ def _linear_input_grad_backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor | N
     grad, values, topology = ctx.saved_tensors
     grad_grad_output = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _ops.linear(grad_grad, values, None, topology, ctx.weight_shape, ctx.backend, ctx.record)
+        grad_grad_output = derived(
+            _ops.linear.default, grad_grad, values, None, topology, ctx.weight_shape, ctx.backend, ctx.record
+        )
     block = [values.shape[1], values.shape[2]]
     grad_values = values_gradient(
         ctx, grad, grad_grad,
-        lambda: _ops.linear_weight_grad(grad, grad_grad, topology, ctx.weight_shape, block, ctx.backend),
+        lambda: derived(
+            _ops.linear_weight_grad.default, grad, grad_grad, topology, ctx.weight_shape, block, ctx.backend
+        ),
     )  # fmt: skip
     return grad_grad_output, grad_values, *[None] * 5
 
@@ -235,9 +241,9 @@ def _linear_weight_grad_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor 
     grad, x, topology = ctx.saved_tensors
     grad_grad_output = grad_input = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _ops.linear(x, grad_values, None, topology, ctx.weight_shape, ctx.backend)
+        grad_grad_output = derived(_ops.linear.default, x, grad_values, None, topology, ctx.weight_shape, ctx.backend)
     if ctx.needs_input_grad[1]:
-        grad_input = _ops.linear_input_grad(grad, grad_values, topology, ctx.weight_shape, ctx.backend)
+        grad_input = derived(_ops.linear_input_grad.default, grad, grad_values, topology, ctx.weight_shape, ctx.backend)
     return grad_grad_output, grad_input, None, None, None, None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import backends
 from .._arguments import check_bool, check_int, check_number, check_operands, check_tensor, check_type
 from ..topology import slot_count
-from .autograd import formulas, has_tangent, nothing_listens
+from .autograd import exported, formulas, has_tangent, nothing_listens
 from .conv2d import Geometry, conv2d, output_is_channels_last
 from .gradient_record import gradient_is_wanted, recorder_of, values_gradient
 from .precision import compute_dtype, in_compute_dtype
@@ -182,8 +182,8 @@ def norm_act_conv2d(
 def _check_norm(norm: Norm | None, input: Tensor) -> None:
     if norm is None:
         return
-    for name in ("mean", "var"):
-        check_tensor(f"norm.{name}", getattr(norm, name))
+    for name, needed in (("mean", norm.mean), ("var", norm.var)):
+        check_tensor(f"norm.{name}", needed)
     if not torch.compiler.is_compiling():
         check_number("norm.eps", norm.eps, 0)
         check_bool("norm.batch_stats", norm.batch_stats)
@@ -192,6 +192,7 @@ def _check_norm(norm: Norm | None, input: Tensor) -> None:
     for name, tensor in (("mean", norm.mean), ("var", norm.var), ("gamma", norm.gamma), ("beta", norm.beta)):
         if tensor is None:
             continue
+        check_tensor(f"norm.{name}", tensor)
         if tensor.shape != (c,) and (name in ("mean", "var") or tensor.shape != (n, c)):
             shapes = f"({c},)" if name in ("mean", "var") else f"({c},) or ({n}, {c})"
             raise ValueError(f"norm.{name} must have the shape {shapes}, got {tuple(tensor.shape)}")
@@ -471,7 +472,7 @@ def _call(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _kernel(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    if torch.onnx.is_in_onnx_export():
+    if exported("norm_act_conv2d", args):
         return formulas["norm_act_conv2d"](*args)
     if has_tangent(args) or torch._C._are_functorch_transforms_active():
         moments, _, *rest = (*args[19:], 0, 0)[:4]

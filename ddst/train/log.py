@@ -65,8 +65,9 @@ class RunLog:
 
     def write(self, **entry: Any) -> None:
         """Append one line."""
+        entry = _finite(entry)
         self.watcher(entry)
-        line = (json.dumps(_finite(entry), allow_nan=False) + "\n").encode()
+        line = (json.dumps(entry, allow_nan=False) + "\n").encode()
         with naming(self.path):
             self._file.write(line)
         self._digest.update(line)

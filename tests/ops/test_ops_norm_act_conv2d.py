@@ -331,6 +331,7 @@ def test_wrong_arguments_are_named() -> None:
             norm_act_conv2d(*call, padding=1, **named)
     nothing: Any = None
     for norm, message in (
+        (Norm(torch.zeros(3), torch.ones(3), 1.0), r"norm\.gamma must be a tensor"),  # type: ignore[arg-type]
         (Norm(nothing, nothing), r"norm\.mean must be a tensor, got None"),
         (Norm(torch.zeros(3), torch.ones(3), eps="a"), r"norm\.eps must be a number"),  # type: ignore[arg-type]
         (Norm(torch.zeros(3), torch.ones(3), batch_stats=1), r"norm\.batch_stats must be"),  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import ddst
 from ddst.ops import conv2d
@@ -58,6 +59,28 @@ def test_the_short_way_gives_the_same_bits_as_the_long_one(name: str) -> None:
     assert short[0].grad_fn is not None
     with torch.no_grad():
         assert torch.equal(layer(x), short[0]) and not layer(x).requires_grad
+
+
+@pytest.mark.parametrize("name", [*makers(), "transposed"])
+def test_a_checkpoint_may_end_in_a_sparse_layer(name: str) -> None:
+    """Its saved tensors are computed anew, with a graph, while its derivative is."""
+    made = makers() | {"transposed": (ddst.SparseConvTranspose2d(16, 32, 3, density=0.5), torch.randn(2, 16, 5, 5))}
+    layer, x = made[name]
+    net = nn.Sequential(nn.Linear(x.shape[-1], x.shape[-1]), nn.ReLU(), layer)
+    plain, kept = net(x), checkpoint(net, x, use_reentrant=False)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y.sum(), list(net.parameters())) for y in (kept, plain)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_does_not_export_goes_on_beside_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    for layer, x in makers().values():
+        expected = results(layer, x)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+            found = results(layer, x)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_modes_of_dispatch_see_every_operator() -> None:

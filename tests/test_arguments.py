@@ -418,6 +418,7 @@ def test_every_public_function_is_among_the_cases() -> None:
         "Decision", "Preset", "PRESETS", "StepReport", "WindowSummary", "__version__", "build_info",
         "keep_freed_memory",
         "Norm",  # an argument of norm_act_conv2d
+        "capture",  # needs a CUDA device, or a pretended one: tests/test_captured_step.py
         "watch",  # of a DistributedDataParallel, which needs processes: tests/distributed
     }  # fmt: skip
     public = {name for module in (ddst, ddst.functional, sparse_nn, sparsity, gan, ops) for name in module.__all__}

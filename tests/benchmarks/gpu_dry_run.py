@@ -140,9 +140,9 @@ def test_what_cannot_be_built_or_has_no_gpu_ends_early(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)
         assert "needs torch" in str(run.no_gpu())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for start in (run.__file__, str(program.__file__)):
         with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
             patch.setattr(sys, "argv", ["gpu", "--only", "host"])
             patch.setattr(sys, "meta_path", list(sys.meta_path))
             with pytest.raises(SystemExit) as ended:

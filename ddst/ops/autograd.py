@@ -119,7 +119,7 @@ def register_autograd(
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
     def call(*args: Any) -> Tensor:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args) and nothing_listens(args):
+        if nothing_listens(args) and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             result: Tensor = plain_function.apply(*args)
             return result
         return derived(operator, *args)

@@ -143,6 +143,7 @@ LOOPS = {  # what the variable of every loop in a kernel begins with, none of wh
     "gather.py": ["TAPS", "start", "start", "start", "2"],
     "gather_norm.py": ["start"],
     "half_block.py": ["0"],
+    "lists.py": ["0"] * 8 + ["ROWS"] * 2,
     "moments.py": ["0"],
     "weight_grad.py": ["0", "first"],
     "weight_grad_norm.py": ["first"],

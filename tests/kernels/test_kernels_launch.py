@@ -40,6 +40,8 @@ def test_a_repeated_launch_hands_over_what_triton_itself_does(report: dict[str, 
     pairs = [*report["pairs"], report["box"]]
     assert len(pairs) == 9
     for first, again in pairs:
+        # The lists that kernels walk are written once.
+        first = [launch for launch in first if not launch[0].startswith(("row_lists_kernel", "groups_kernel"))]
         assert len(first) == len(again) > 0
         for (*launch, arguments), (*launch_again, arguments_again) in zip(first, again, strict=True):
             assert launch == launch_again

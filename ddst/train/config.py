@@ -199,7 +199,7 @@ class TrainConfig:
                                  range=SHARE, metavar="SHARE", methods=CHANGING)
 
     exempt_g: str | None = option(None, str, "layers of G that never change: none, or its first and last",
-                                  shown="1x1 blocks none, larger ends",
+                                  shown="ends of larger blocks than 1x1 with sdst or --scope global, else none",
                                   choices=EXEMPT, methods=MOVING)
 
     # The balance ratio and D's density.

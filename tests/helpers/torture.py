@@ -349,7 +349,7 @@ def edited_checkpoints(out: Path, count: int, seed: int, monkeypatch: Any) -> st
             built[config] = new_trainer(config)
         return built[config]
 
-    def train(trainer: Trainer, kept: Any, warnings: Any) -> int:
+    def train(trainer: Trainer, kept: Any, judge: Any, warnings: Any) -> int:
         try:
             for _ in range(min(2, trainer.config.steps - trainer.step)):
                 trainer.train_step()

@@ -29,8 +29,8 @@ GatherPass<T> input_grad_pass(const Kernels<T>& kernels, const Topology& topolog
       kernels, GatherShape{output_shape(g), input_shape(g), g.kernel_w, grid.block_in, grid.block_out},
       BlockLists{grid.cols, topology.nnz, topology.col_ptr, topology.col_order, topology.block_row, topology.block_tap},
       input_grad_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
-      input_grad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), false, values, nullptr, 0,
-      false);
+      input_grad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w), false, values, nullptr,
+      most_tasks, reused);
 }
 
 }  // namespace ddst::cpu

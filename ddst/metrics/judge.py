@@ -98,7 +98,7 @@ class Judge:
         self._file = Reference(None, None) if reference is None else read_reference(reference, FEATURES)
         if "prdc" in metrics and reference is not None and self._file.images is None:
             raise DataError(f"reference {reference} holds no images (arr_0), which metric prdc needs")
-        # What metrics of the network compare with; "digits" is always beside the real images.
+        # What metrics of the network compare with; embedded distances are always beside the real images.
         self._against = split if reference is None else reference.name
         self._resizer = f"of a file that does not say; {RESIZER}"
         if reference is None and real is not None:

@@ -63,8 +63,7 @@ def register_autograd(
         return (*backward(ctx, *grads), None)
 
     def plain_forward(ctx: Any, *args: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            output: Tensor = operator(*args)
+        output: Tensor = below(operator, args)
         setup_context(ctx, args, output)
         return output
 
@@ -119,12 +118,22 @@ def register_autograd(
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
     def call(*args: Any) -> Tensor:
-        if nothing_listens(args) and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            result: Tensor = plain_function.apply(*args)
-            return result
-        return derived(operator, *args)
+        result: Tensor
+        if not nothing_listens(args):
+            result = operator(*args)
+        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            result = plain_function.apply(*args)
+        else:
+            result = below(operator, args)
+        return result
 
     return call
+
+
+def below(operator: Any, args: Sequence[Any]) -> Any:
+    """An operator without its derivative."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def derived(operator: Any, *args: Any) -> Any:
@@ -134,8 +143,7 @@ def derived(operator: Any, *args: Any) -> Any:
     """
     if not nothing_listens(args) or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+    return below(operator, args)
 
 
 def exported(name: str, args: Sequence[Any]) -> bool:

@@ -144,7 +144,7 @@ class Trainer:
         if labels is None:
             raise ConfigError(
                 f"--model {self.config.model} needs images with classes: {flag('data')} {self.images.name} has none "
-                "(two class folders or more, dataset.json, CIFAR, STL-10, TinyImageNet and digits have)"
+                "(two class folders or more, dataset.json, CIFAR, STL-10, TinyImageNet, digits and shapes have)"
             )
         return int(labels.max()) + 1
 

@@ -6,6 +6,7 @@
 #   make docs    the guide, in build/docs: part of make test
 #   make record-kernels  compile what changed since tests/**/{compiled,resources,recorded}.json were written, and write them
 #   make test-newest     the tests that need no compiled kernels with the newest torch and Triton, in a venv of their own
+#   make test-oldest     the dry run of `make gpu` with the oldest torch, in a venv of its own (several GB)
 #   make test-arm        cross-compile for Arm (aarch64), try the CPU kernels on an emulated processor: part of test-all
 #   make paper   train the paper's methods on the embedded data, keep each run's JSON, build docs/results.md (days; in parts:
 #                make paper ONLY='goal digits' STEPS=800 SEEDS=3 HOURS=8; ARGS=--time, --page-only, --list)
@@ -29,9 +30,9 @@ demo test test-all test-arm paper: export OMP_WAIT_POLICY ?= passive
 
 # Set up for tests, nvcc compiles for one architecture: what it makes for the others is recorded in
 # tests/cuda/resources.json, and compiled by the tests where that no longer holds. Elsewhere it compiles for all.
-test test-all test-arm test-newest record-kernels lint check-format check-lint check-types docs: export DDST_CUDA_ARCHS ?= 90-real
+test test-all test-arm test-newest test-oldest record-kernels lint check-format check-lint check-types docs: export DDST_CUDA_ARCHS ?= 90-real
 
-.PHONY: demo test test-all test-arm arm-tools test-newest record-kernels lint check-format check-lint check-types docs format wheel bench bench-layers paper gpu clean
+.PHONY: demo test test-all test-arm arm-tools test-newest test-oldest record-kernels lint check-format check-lint check-types docs format wheel bench bench-layers paper gpu clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the second demo goes to runs/demo-2.
@@ -57,6 +58,9 @@ arm-tools:
 
 test-newest: $(VENV)/built
 	$(BIN)/python -P tests/newest.py --write
+
+test-oldest: $(VENV)/built
+	$(BIN)/python -P tests/newest.py --torch 2.11.0 tests/benchmarks/test_bench_gpu.py
 
 record-kernels: $(VENV)/built
 	$(BIN)/python -P -m ddst.kernels.compile --json tests/kernels/compiled.json

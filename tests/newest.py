@@ -1,8 +1,8 @@
 """Runs tests with the newest torch and Triton that the package index has, and keeps what came out (`make test-newest`).
 
-    python -P tests/newest.py [--write] [--venv DIR] [TESTS ...]
+    python -P tests/newest.py [--write] [--venv DIR] [--torch VERSION] [TESTS ...]
 
-The newest packages go into a virtual environment of their own (several GB where they are CUDA builds), which is deleted
+``--torch`` takes another torch, with the Triton that belongs to it (`make test-oldest`). The packages go into a virtual environment of their own (several GB where they are CUDA builds), which is deleted
 afterwards unless ``--venv`` names it; ddst is this tree with the library built in it by the pinned torch's headers.
 ``--write`` writes docs/notes/newest.md.
 """
@@ -38,14 +38,15 @@ def run(*command: str | Path, **settings: object) -> subprocess.CompletedProcess
     return subprocess.run([str(part) for part in command], text=True, check=True, **settings)  # type: ignore[call-overload]
 
 
-def prepare(python: Path) -> None:
-    """An environment with the newest packages; Triton's newest, whatever torch asks for."""
+def prepare(python: Path, version: str | None) -> None:
+    """An environment with the newest packages and this torch; without one Triton's newest, whatever torch asks for."""
     run(sys.executable, "-m", "venv", python.parents[1])
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     tests = [need for need in needs["dev"] if need.startswith(("pytest", "hypothesis"))]
     pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade"]
-    run(*pip, "torch", "numpy", *needs["train"], *tests)
-    run(*pip, "--no-deps", "triton")
+    run(*pip, f"torch=={version}" if version else "torch", "numpy", *needs["train"], *tests)
+    if version is None:
+        run(*pip, "--no-deps", "triton")
 
 
 def install(python: Path) -> None:
@@ -107,11 +108,14 @@ def main() -> int:
     parser.add_argument(
         "--venv", type=Path, metavar="DIR", help="where the environment is made and kept; used if there"
     )
+    parser.add_argument("--torch", metavar="VERSION", help="not the newest one")
     options = parser.parse_args()
+    if options.torch and options.write:
+        parser.error(f"--write: {RESULT.name} is of the newest torch")
     with tempfile.TemporaryDirectory() as temporary:
         python = (options.venv or Path(temporary) / "venv").absolute() / "bin" / "python"
         if not python.exists():
-            prepare(python)
+            prepare(python, options.torch)
         install(python)
         versions = run(python, "-P", "-c", VERSIONS, stdout=subprocess.PIPE).stdout.strip()
         tested = commit()

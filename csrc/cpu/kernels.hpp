@@ -254,8 +254,8 @@ struct Kernels {
   // Computes chunks [chunk_begin, chunk_end).
   void (*planes)(const PlaneJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* source_planes, T* out_planes,
                  PlaneVector* vectors, int64_t* vectors_begin);
-  // Computes chunks [chunk_begin, chunk_end). spare holds a pixel of out; pixels and outs hold the vectors and
-  // positions of a chunk.
+  // Computes chunks [chunk_begin, chunk_end). planes holds two chunks, spare a pixel of out; pixels and outs hold the
+  // vectors and positions of a chunk.
   void (*plane_gather)(const PlaneGatherJob<T>& job, int64_t chunk_begin, int64_t chunk_end, T* planes, T* spare,
                        const char** pixels, T** outs);
   int panel_vectors;  // of a tile of panels, at most

@@ -124,23 +124,46 @@ DDST_INLINE PlaneChunk plane_chunk(const PlaneGatherJob<T>& job, int64_t chunk) 
   return c;
 }
 
-// Transposes the source rows that a chunk needs into its planes.
+// The source rows that a chunk needs, transposed into its planes a piece at a time: up to 16 pixels of a row, or one
+// column of it where images stand side by side.
 template <typename T>
-void fill_chunk(const PlaneGatherJob<T>& job, const PlaneChunk& c, T* planes) {
-  const int64_t first = c.row_begin - job.top, channels = job.source_channels;
-  const int64_t begin = first < 0 ? 0 : first, end = first + c.rows + job.halo_rows;
-  for (int64_t row = begin; row < end && row < job.source_h; ++row) {
-    T* const to = planes + (row - first) * job.row_pitch + job.left * job.group;
-    const T* const from = job.source + (c.image_begin * job.source_h + row) * job.source_w * channels;
-    if (job.group == 1) {
-      transpose(from, job.source_w, channels, channels, to, job.source_plane);
-      continue;
-    }
-    const int64_t image = job.source_h * job.source_w * channels;
-    for (int64_t col = 0; col < job.source_w; ++col)
-      transpose(from + col * channels, c.images, channels, image, to + col * job.group, job.source_plane);
+struct ChunkFill {
+  static constexpr int64_t kPixels = 16;
+  const PlaneGatherJob<T>& job;
+  PlaneChunk chunk{};
+  T* planes = nullptr;
+  int64_t first = 0, row = 0, end = 0, column = 0;  // row and column: of the next piece; none is left from end on
+  int64_t columns = 0, left = 0;                    // pieces of a row, pieces that are left
+
+  DDST_INLINE explicit ChunkFill(const PlaneGatherJob<T>& job) : job(job) {}
+  DDST_INLINE void start(const PlaneChunk& c, T* to) {
+    chunk = c;
+    planes = to;
+    first = c.row_begin - job.top;
+    row = first < 0 ? 0 : first;
+    end = first + c.rows + job.halo_rows;
+    if (end > job.source_h) end = job.source_h;
+    column = 0;
+    columns = job.group == 1 ? (job.source_w + kPixels - 1) / kPixels : job.source_w;
+    left = (end - row) * columns;
   }
-}
+  // Leaves `keep` pieces for later, or none.
+  DDST_INLINE void advance(int64_t keep) {
+    const int64_t channels = job.source_channels;
+    for (; left > 0 && left > keep; --left) {
+      T* const to = planes + (row - first) * job.row_pitch + job.left * job.group;
+      const T* const from = job.source + (chunk.image_begin * job.source_h + row) * job.source_w * channels;
+      if (job.group == 1) {
+        const int64_t at = column * kPixels, pixels = job.source_w - at < kPixels ? job.source_w - at : kPixels;
+        transpose(from + at * channels, pixels, channels, channels, to + at, job.source_plane);
+      } else {
+        const int64_t image = job.source_h * job.source_w * channels;
+        transpose(from + column * channels, chunk.images, channels, image, to + column * job.group, job.source_plane);
+      }
+      if (++column == columns) column = 0, ++row;
+    }
+  }
+};
 
 // Where each position of row `row` is written; what is no pixel goes to spare.
 template <typename T>
@@ -159,7 +182,11 @@ void run_plane_gather(const PlaneGatherJob<T>& job, int64_t chunk_begin, int64_t
   PlaneGatherFunction<T> table[kV + 1];
   fill_plane_tiles<T, N, J, kV>(table);
   // What no row is written to stays zero: the columns around the images.
-  std::memset(planes, 0, sizeof(T) * job.source_plane * job.source_channels);
+  const int64_t chunk_elements = job.source_plane * job.source_channels;
+  std::memset(planes, 0, sizeof(T) * chunk_elements * (chunk_end - chunk_begin > 1 ? 2 : 1));
+  T* next_planes = planes + chunk_elements;
+  ChunkFill<T> fill(job);
+  if (chunk_begin < chunk_end) fill.start(plane_chunk(job, chunk_begin), planes);
   const int64_t row_vectors = (job.out_w * job.group + N - 1) / N;
   const int64_t slices = job.out_blocks * job.slices;
   // Slices that together make a panel, where they hold neighbouring channels.
@@ -170,8 +197,8 @@ void run_plane_gather(const PlaneGatherJob<T>& job, int64_t chunk_begin, int64_t
   work.k_cut = job.block_k_cut;
   for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
     const PlaneChunk c = plane_chunk(job, chunk);
-    fill_chunk(job, c, planes);
-    // Beside the tiles, what the next chunk reads and what this one will write is fetched.
+    fill.advance(0);
+    // Beside the tiles, what the next chunk reads is fetched and then transposed, and what this one will write fetched.
     LineStream read, write;
     const int64_t calls = slices * ((c.rows * row_vectors + kV - 1) / kV);
     const int64_t out_row = job.out_w * job.out_channels, source_row = job.source_w * job.source_channels;
@@ -180,9 +207,12 @@ void run_plane_gather(const PlaneGatherJob<T>& job, int64_t chunk_begin, int64_t
                   ((c.images - 1) * job.out_h + c.rows) * out_row, calls);
     if (chunk + 1 < chunk_end) {
       const PlaneChunk next = plane_chunk(job, chunk + 1);
+      fill.start(next, next_planes);
       read.start(job.source + (next.image_begin * job.source_h + next.row_begin) * source_row,
                  ((next.images - 1) * job.source_h + next.rows) * source_row, calls);
     }
+    const int64_t pieces = fill.left;
+    int64_t call = 0;
     for (int64_t cls = 0; cls < job.classes; ++cls) {
       int64_t vectors = 0;
       for (int64_t row = c.row_begin; row < c.row_begin + c.rows; ++row) {
@@ -213,12 +243,16 @@ void run_plane_gather(const PlaneGatherJob<T>& job, int64_t chunk_begin, int64_t
             const int64_t entries = work.end - work.begin;
             table[end - begin](pixels + begin, panel + (slice - first) * J, work, read.take(entries),
                                write.take(entries));
+            fill.advance(pieces - pieces * ++call / calls);
           }
           store_panel<T, N>(panel, (end - begin) * N, static_cast<int>(end_channel - out_channel), outs + begin * N,
                             out_channel, job.stream);
         }
       }
     }
+    T* const done = planes;
+    planes = next_planes;
+    next_planes = done;
   }
   if (job.stream) stream_fence();
 }

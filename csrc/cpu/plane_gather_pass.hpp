@@ -120,13 +120,13 @@ void plane_gather_pass(const Kernels<T>& kernels, GatherShape shape, const Block
   Array<Array<const char*>> pixels;
   Array<Array<T*>> outs;
   for (int64_t i = 0; i < runners; ++i) {
-    memory.emplace_back(planes + job.out_channels);
+    memory.emplace_back(2 * planes + job.out_channels);
     pixels.emplace_back(positions / kernels.vector_width);
     outs.emplace_back(positions);
   }
   run_tasks(runners, [&](int64_t task) {
     T* const scratch = memory[task].get();
-    kernels.plane_gather(job, chunks * task / runners, chunks * (task + 1) / runners, scratch, scratch + planes,
+    kernels.plane_gather(job, chunks * task / runners, chunks * (task + 1) / runners, scratch, scratch + 2 * planes,
                          pixels[task].data(), outs[task].data());
   });
 }

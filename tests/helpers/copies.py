@@ -2,18 +2,35 @@
 
 A copy is forked and runs as the rest of its interpreter's script, so that it ends as any program does, buffers written
 and code returned. The process they are copies of only imports: threads of a computation would be missing in them.
+``SERVER`` makes such copies run functions at the same time, as multiprocessing does.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+SERVER = multiprocessing.get_context("forkserver")
+# One server for all tests of a process, so one list: what the first step of an optimizer imports stands there, too.
+SERVER.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "ddst.cli",
+        "ddst.train.job",
+        "sklearn.datasets",
+        "matplotlib.figure",
+        "pytest",
+    ]
+)
 
 # What a copy writes goes to files, which it may still close or replace.
 _SERVER = """
@@ -58,8 +75,8 @@ def run_copies(
     """Runs programs one after another, each in a copy.
 
     Args:
-        programs: (what is imported before the copy is made, the copy's code). What was imported for one is there for the
-            next ones.
+        programs: (what is imported before the copy is made, the copy's code). What was imported for one is there
+            for the next ones.
         environment: of the process that is copied; default: this one's.
         timeout: seconds for all of them.
     """

@@ -59,13 +59,13 @@ ops/test_ops_norm_act_conv2d.py benchmarks/test_bench_goals.py kernels/test_kern
 kernels/test_kernels_layers.py kernels/test_kernels_launch.py distributed/test_processes.py ops/test_ops_guard_pages.py
 benchmarks/test_bench_against.py benchmarks/test_bench_paper.py test_wheel.py test_doctests.py
 kernels/test_kernels_index.py kernels/test_kernels_compile.py
-""".split()
+"""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the order of ``LONG``; files stay whole, and the others in their order."""
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path, len(LONG)))
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG.split())}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

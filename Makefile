@@ -40,13 +40,19 @@ demo: $(VENV)/built
 	@out=$(OUT); n=1; while [ -e "$$out" ]; do n=$$((n + 1)); out=$(OUT)-$$n; done; \
 	echo "$(BIN)/ddst train --out $$out"; exec $(BIN)/ddst train --out "$$out"
 
-test: lint docs
-	$(BIN)/pytest -q -n 2 --dist loadfile --durations=20 -m "not torture"
+# In the order of tests/conftest.py, long files first, so that both processes end at about the same time.
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+
+# What can be done at once is: packages while the library compiles, types while the guide is built.
+test:
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target lint docs
+	$(PYTEST) -m "not torture"
 
 # Every kernel is compiled, every randomised test tries all it has, and the torture suite runs.
 test-all: export DDST_TEST_ALL = 1
-test-all: lint docs arm-tools
-	$(BIN)/pytest -q -n 2 --dist loadfile --durations=20
+test-all: arm-tools
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target lint docs
+	$(PYTEST)
 
 test-arm: export DDST_TEST_ALL = 1
 test-arm: $(VENV)/built arm-tools
@@ -69,14 +75,14 @@ record-kernels: $(VENV)/built
 
 lint: check-format check-lint check-types
 
-check-format: $(VENV)/built
+check-format: $(VENV)/packages
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-check-lint: $(VENV)/built
+check-lint: $(VENV)/packages
 	$(BIN)/ruff check .
 
-check-types: $(VENV)/built
+check-types: $(VENV)/packages
 	$(BIN)/mypy
 
 # Every page is read anew (-E), as one that was read before warns no more.
@@ -123,10 +129,23 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --no-compile -r $(VENV)/build-requires.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed $(BUILD_FILES)
-	$(BIN)/pip install --no-compile --no-build-isolation --editable '.[train,dev,docs,bench,integrations,onnx,live]'
+# What the extras ask for.
+EXTRAS := train dev docs bench integrations onnx live
+$(VENV)/packages: $(VENV)/installed pyproject.toml
+	$(BIN)/python -c 'import tomllib; \
+		project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["dependencies"], *(n for e in "$(EXTRAS)".split() for n in project["optional-dependencies"][e]), sep="\n")' \
+		> $(VENV)/requires.txt
+	$(BIN)/pip install --no-compile -r $(VENV)/requires.txt
 	$(BIN)/pip install --no-compile --no-deps torch-fidelity==0.4.0 # its torchvision asks for a build of torch of its own
 	touch $@
 
+$(VENV)/compiled: $(VENV)/installed $(BUILD_FILES)
+	$(BIN)/pip install --no-compile --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/built: $(VENV)/packages $(VENV)/compiled
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info ddst/_lib/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/built
+	rm -rf build dist *.egg-info ddst/_lib/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/built $(VENV)/compiled

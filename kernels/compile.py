@@ -280,8 +280,8 @@ def violations(job: Job, result: dict[str, Any]) -> list[str]:
 
 def compile_all(todo: Sequence[Job], processes: int) -> dict[str, dict[str, Any]]:
     """:func:`run` of every job, in parallel, by the job's text."""
-    if not todo:
-        return {}
+    if not todo or processes == 1:
+        return {str(job): run(job) for job in todo}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
         results = pool.map(run, todo, chunksize=4)

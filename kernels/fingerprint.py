@@ -35,7 +35,7 @@ def fingerprint(source: ASTSource, target: GPUTarget, options: dict[str, Any], m
         _options(target, tuple(sorted(options.items()))),
         backend.hash(),
         triton.__version__,
-        *(_plain(textwrap.dedent(inspect.getsource(function))) for function in measure),
+        *(_code(function) for function in measure),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -72,6 +72,12 @@ def code_of(kernel: triton.JITFunction) -> str:
                 raise TypeError(f"{name} reads {used} = {value!r}: what of it counts for the compiler cannot be told")
         found[name] = f"{code}\n{values}"
     return "\n".join(f"{name}: {found[name]}" for name in sorted(found))
+
+
+@functools.cache
+def _code(function: Callable) -> str:
+    """The code of a Python function."""
+    return _plain(textwrap.dedent(inspect.getsource(function)))
 
 
 def _plain(code: str) -> str:

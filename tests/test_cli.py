@@ -1,8 +1,7 @@
 """The command line: one clear line and code 2 for everything wrong, nothing overwritten, help with all defaults."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -15,6 +14,7 @@ from ddst.train.checkpoint import load_checkpoint, save_checkpoint
 from ddst.train.config import OPTIONS
 from ddst.train.folder import versions
 from ddst.train.options import flag, shown_value
+from helpers.copies import run_copies
 from helpers.runs import TINY, checkpoint_of, tiny
 
 
@@ -307,63 +307,71 @@ def test_version_and_info(capsys):
 
 
 def test_version_help_and_info_need_torch_only():
-    for argument in ("--version", "--help", "info"):
-        code = (
-            f"import sys; sys.modules.update(dict.fromkeys({TRAIN_ONLY!r})); import run_ddst; sys.exit(run_ddst.main())"
-        )
-        done = subprocess.run([sys.executable, "-P", "-c", code, argument], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert argument == "--help" or __version__ in done.stdout
+    without = f"import sys; sys.modules.update(dict.fromkeys({TRAIN_ONLY!r})); import run_ddst, torch"
+    words = ("--version", "--help", "info")
+    programs = [(without, f"sys.argv.append({word!r}); sys.exit(run_ddst.main())") for word in words]
+    for word, done in zip(words, run_copies(programs), strict=True):
+        assert (done.returncode, done.err) == (0, "")
+        assert word == "--help" or __version__ in done.out
 
 
-@pytest.mark.parametrize("module", ["torch", "ddst.gan", "PIL", "ddst.train.job"])
-def test_ctrl_c_while_importing_is_one_line(tmp_path, module):
+# Imported before the interrupt comes, and what it comes at the import of.
+INTERRUPTED = [("", "torch"), ("import torch", "ddst.gan"), ("import ddst.cli", "PIL"), ("", "ddst.train.job")]
+
+
+def test_ctrl_c_while_importing_is_one_line(tmp_path):
     code = (
-        "import signal, sys\n"
+        "import signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background have it ignored
         "class Interrupt:\n"
         "    def find_spec(self, name, path, target=None):\n"
-        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
         "import run_ddst\n"
         "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.argv += {words!r}\n"
         "sys.exit(run_ddst.main())\n"
     )
-    command = [sys.executable, "-P", "-c", code, "train", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert done.stderr in ("ddst: interrupted\n", "ddst train: interrupted\n")
+    words = ["train", "--out", str(tmp_path / "run")]
+    programs = [(before, code.format(module=module, words=words)) for before, module in INTERRUPTED]
+    for done in run_copies(programs):
+        assert done.returncode == 130
+        assert done.err in ("ddst: interrupted\n", "ddst train: interrupted\n")
     assert not (tmp_path / "run").exists()
 
 
+# What a program that is started so has for its standard streams.
+STREAMS = {
+    "closed": "os.close(1); os.close(2); sys.stdout = sys.stderr = None",
+    "full": "full = os.open('/dev/full', os.O_WRONLY); os.dup2(full, 1); os.dup2(full, 2)",
+    "ascii": "sys.stdout.reconfigure(encoding='ascii', errors='strict')",
+}
+
+
 def test_a_stream_that_is_closed_or_full_does_not_stop_a_run(tmp_path):
-    words = words_of({**TINY, "steps": 2})
-    code = "import run_ddst, sys; sys.exit(run_ddst.main())"
-    with open("/dev/full", "w") as full:
-        for name, streams in (
-            ("closed", {"preexec_fn": lambda: (os.close(1), os.close(2))}),
-            ("full", {"stdout": full, "stderr": full}),
-            ("ascii", {"capture_output": True, "env": {**os.environ, "PYTHONIOENCODING": "ascii:strict"}}),
-        ):
-            out = tmp_path / f"{name}\n"
-            command = [sys.executable, "-P", "-c", code, "train", *words, "--out", str(out)]
-            done = subprocess.run(command, check=False, **streams)
-            assert done.returncode == 0
-            assert (out / "summary.json").exists()
-            lines = (out / "log.jsonl").read_text().splitlines()
-            assert [json.loads(line).get("step") for line in lines if "loss_d" in line] == [1, 2]
-    lines = done.stdout.decode().splitlines()
+    imported = "import run_ddst, ddst.train.job, sklearn.datasets, matplotlib.figure, torch._dynamo"  # by optimizers
+    outs = {name: tmp_path / f"{name}\n" for name in STREAMS}
+    arguments = {name: ["train", *words_of({**TINY, "steps": 2}), "--out", str(out)] for name, out in outs.items()}
+    programs = [
+        (imported, f"{streams}\nsys.argv += {arguments[name]!r}\nsys.exit(run_ddst.main())")
+        for name, streams in STREAMS.items()
+    ]
+    for out, done in zip(outs.values(), run_copies(programs), strict=True):
+        assert done.returncode == 0, done.err
+        assert (out / "summary.json").exists()
+        lines = (out / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line).get("step") for line in lines if "loss_d" in line] == [1, 2]
+    lines = done.out.splitlines()
     assert f"  {str(out)[:-1]}\\n/log.jsonl  every step and decision, one JSON object per line" in lines
     assert any(line.startswith("Fr\\xe9chet distance") for line in lines)
 
 
-def test_runs_as_a_program(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "ddst.cli", "train", "--density", "7", "--out", str(tmp_path / "x")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr == "ddst train: error: --density must be above 0 and at most 1, got 7.0\n"
-    assert done.stdout == ""
+def test_runs_as_a_program(tmp_path, monkeypatch, capsys):
+    for module in ("ddst", "ddst.cli"):
+        monkeypatch.delitem(sys.modules, "ddst.cli" if module == "ddst.cli" else "ddst.__main__", raising=False)
+        monkeypatch.setattr(sys, "argv", ["x", "train", "--density", "7", "--out", str(tmp_path / "x")])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        assert ended.value.code == 2
+        said = capsys.readouterr()
+        assert said.err == "ddst train: error: --density must be above 0 and at most 1, got 7.0\n"
+        assert said.out == ""

@@ -133,10 +133,10 @@ def let_go(modules: Iterable[nn.Module], event: str) -> None:
 def _renew(ddp: Any, _: Any) -> None:
     """A new reducer where the former was let go, before the forward pass."""
     if ddp.reducer is None:
-        _make_reducer(ddp)
+        # Not as a decorator, which imports the compiler: half of what `import ddst` would take.
+        torch.compiler.disable(_make_reducer)(ddp)
 
 
-@torch.compiler.disable
 def _make_reducer(ddp: Any) -> None:
     # What torch does for a wrapper that was pickled; it keeps settings, training mode and hooks.
     hooks, ddp._comm_hooks = ddp._comm_hooks, []

@@ -214,8 +214,8 @@ class Trainer:
             unperturbed(players.generator, players.discriminator),
         ):
             batch = self._share.stop - self._share.start
+            latent = torch.zeros(batch, c.latent, device=self.device)  # first, as it is the larger one
             zeros = torch.zeros(batch, dtype=torch.int64, device=self.device)
-            latent = torch.zeros(batch, c.latent, device=self.device)
             noise: Inputs = (latent, zeros) if FAMILIES[c.model].conditional else latent
             real, random = self.real_of(zeros.cpu()), players.game.random.get_state()
             discriminator_backward(players, real, noise)

@@ -1,13 +1,9 @@
 """`ddst train` as several processes, as torchrun starts them: who writes, what a killed one leaves, how it goes on."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,65 +12,53 @@ import ddst
 from ddst.train import run
 from ddst.train.checkpoint import load_checkpoint
 from ddst.train.log import read_log
-from ddst.train.options import ConfigError, flag
+from ddst.train.options import ConfigError, flag, shown_value
 from ddst.train.processes import joined, share
+from helpers.programs import Program
 from helpers.runs import TINY
 
-IMPATIENT = Path(__file__).parents[1] / "helpers" / "impatient.py"
 ALWAYS_GROW = (-2000000000, -1000000000)
 SETTINGS = {**TINY, "batch": 12, "d_steps": 1, "method": "ddst-relaxed", "bounds": ALWAYS_GROW, "checkpoint_every": 2}
 
 
 @pytest.fixture
-def started():
-    """Starts `python -m ddst train` as so many processes; whatever is left of them at the end is ended."""
+def started(tmp_path):
+    """Starts `ddst train` as so many processes; whatever is left of them at the end is ended."""
     running = []
 
-    def start(count, out, settings, program=("-m", "ddst")):
+    def start(count, out, settings, patience=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        words = [sys.executable, *program, "train", "--out", str(out)]
+        words = ["train", "--out", str(out)]
         for name, value in settings.items():
-            words.append(flag(name))
-            if value is not True:
-                words += (
-                    ["8x8"] if name == "block" else [str(v) for v in (value if isinstance(value, tuple) else [value])]
-                )
+            parts = value if isinstance(value, tuple) and name != "block" else [value]
+            words += [flag(name), *([] if value is True else map(shown_value, parts))]
         for rank in range(count):
             there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-            here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-            running.append(
-                subprocess.Popen(
-                    words,
-                    env={**os.environ, **there, **here},
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+            here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+            running.append(Program(words, there | here, tmp_path / f"said by {len(running)}", patience))
         return running[-count:]
 
     yield start
-    for process in running:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    for program in running:
+        program.process.kill()
+        program.process.join()
 
 
 def wait_for_steps(out, process):
     """Until some steps are logged, with a checkpoint among them."""
     log, waited = out / "log.jsonl", time.monotonic()
     while not (log.exists() and log.read_bytes().count(b"\n") > 12):
-        assert process.poll() is None, process.stdout.read()
+        assert process.process.is_alive(), process.said()
         assert time.monotonic() < waited + 120
         time.sleep(0.05)
 
 
 def check_ended(process):
     """That a process said that another one is gone, and ended."""
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, said
+    code, said = process.ended(60), process.said()
+    assert code == 1, said
     assert said.splitlines()[-1].startswith(
         "ddst train: error: another process of the run has ended, or hangs (after step"
     )
@@ -99,7 +83,7 @@ def test_a_killed_process_ends_the_others_and_one_process_goes_on(tmp_path, star
     out = tmp_path / "run"
     writer, other = started(2, out, {**SETTINGS, "steps": 100000})
     wait_for_steps(out, writer)
-    other.send_signal(signal.SIGKILL)
+    other.send(signal.SIGKILL)
     check_ended(writer)
     step = check_whole(out)
     # One process continues what two began, from the same indices and noise.
@@ -109,17 +93,18 @@ def test_a_killed_process_ends_the_others_and_one_process_goes_on(tmp_path, star
 
 def test_a_hanging_process_ends_the_others_and_two_processes_go_on(tmp_path, started):
     out = tmp_path / "run"
-    writer, other = started(2, out, {**SETTINGS, "steps": 100000}, program=(str(IMPATIENT),))
+    writer, other = started(2, out, {**SETTINGS, "steps": 100000}, patience=3)
     wait_for_steps(out, writer)
-    other.send_signal(signal.SIGSTOP)
+    other.send(signal.SIGSTOP)
     check_ended(writer)
     step = check_whole(out)
-    assert other.poll() is None
-    other.send_signal(signal.SIGCONT)
+    assert other.process.is_alive()
+    other.send(signal.SIGCONT)
     check_ended(other)
     processes = started(2, out, {"resume": True, "stop_after": step + 1})
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    codes = [process.ended(120) for process in processes]
+    said = [process.said() for process in processes]
+    assert codes == [0, 0], said
     assert f"stopped after step {step + 1} of 100000" in said[0]
     assert said[1] == ""
     check_steps(out, step + 1)
@@ -140,11 +125,6 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
     assert share(12) == slice(4, 8)
     with pytest.raises(ConfigError, match="--batch must be a multiple of the number of processes, 3, got 32"):
         share(32)
-
-
-def test_python_m_ddst():
-    done = subprocess.run([sys.executable, "-m", "ddst", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("ddst ")
 
 
 def test_what_is_no_wrapper_cannot_be_watched():

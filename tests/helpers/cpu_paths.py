@@ -34,15 +34,21 @@ def skip_without(capability: str) -> None:
         pytest.skip(f"this CPU has no {capability}")
 
 
-def run_with(
-    capability: str, *arguments: str, timeout: float | None = 300, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs Python with these arguments on an instruction set ("": the one that the library chooses)."""
+def environment_with(capability: str, **variables: str) -> dict[str, str]:
+    """The environment of a program on an instruction set ("": the one that the library chooses)."""
     # glibc fills every allocation with 0x7f bytes (3e38 as float): scratch memory that is read unwritten shows.
     environment = {**os.environ, "DDST_CPU_CAPABILITY": capability, "MALLOC_PERTURB_": "128", **variables}
     # The folder that ddst was imported from, so that an uninstalled checkout is tested too.
     root = str(Path(ddst.__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    return environment
+
+
+def run_with(
+    capability: str, *arguments: str, timeout: float | None = 300, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python with these arguments in such an environment."""
+    environment = environment_with(capability, **variables)
     return subprocess.run(
         [sys.executable, "-P", *arguments], env=environment, capture_output=True, text=True, timeout=timeout
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import traceback
 import warnings
@@ -15,11 +14,12 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
+from helpers.copies import SERVER
+
 
 def run_checks(count: int, names: Sequence[str], folder: Path) -> dict[str, list[str]]:
     """What each check said on each rank: "" where it passed, else the traceback; "not run" after one that failed."""
-    multiprocessing.set_forkserver_preload(["torch", "ddst"])  # imported once for all
-    mp.start_processes(_rank, (count, list(names), str(folder)), count, start_method="forkserver")
+    mp.start_processes(_rank, (count, list(names), str(folder)), count, start_method=SERVER.get_start_method())
     said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
     return {name: [mine.get(name, "not run") for mine in said] for name in names}
 

@@ -4,7 +4,6 @@ Everything is drawn from a seed. Runs that are to die are children of a server t
 """
 
 import copy
-import multiprocessing
 import os
 import random
 import re
@@ -29,10 +28,8 @@ from ddst.train.log import RunLog, cut_log, kept_log
 from ddst.train.loop import Trainer, TrainingError
 from ddst.train.options import ConfigError, flag, shown_value
 from ddst.train.report import plot_report
+from helpers.copies import SERVER
 from helpers.runs import TINY, checkpoint_of, differences, log_without_seconds
-
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["ddst.train.job", "sklearn.datasets", "matplotlib.figure"])
 
 # A checkpoint is written after every step, so that many moments are moments of writing.
 SETTINGS: dict[str, Any] = {**TINY, "checkpoint_every": 1}
@@ -68,7 +65,7 @@ class Child:
     def __init__(self, out: Path, words: list[str], largest_file: int | None = None, report: bool = False) -> None:
         self.said_in = out.parent / f"{out.name}.txt"
         arguments = (["train", "--out", str(out), *words], str(self.said_in), largest_file, report)
-        self.process = _server.Process(target=_child, args=arguments)
+        self.process = SERVER.Process(target=_child, args=arguments)
         self.process.start()
 
     def code(self) -> int | None:

@@ -7,10 +7,9 @@ import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,51 +17,80 @@ import torch
 from ddst.kernels import compile as ahead
 from ddst.kernels.configs import DTYPES, SIDES, candidates
 from helpers import scale
+from helpers.copies import Done, run_copies
 
 TABLE = Path(__file__).with_name("compiled.json")
 
 
-def command(*arguments: str, interpreted: bool = False, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """``python -m ddst.kernels.compile`` in a process of its own: in this one, kernels are interpreted."""
+CALL = "import sys; from ddst.kernels.compile import main; sys.exit(main({!r}))"
+
+
+class Calls(NamedTuple):
+    """What came of calls of ``python -m ddst.kernels.compile``, and of a look at fingerprints."""
+
+    checked: Done
+    changed: Done
+    recorded: Done
+    codes: Done
+    table: Path
+    faults: list[str]
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Calls:
+    """In copies of one process: in this one, kernels are interpreted. An empty cache makes them compile."""
+    folder = tmp_path_factory.mktemp("kernels")
+    faults = changed_table(folder / "table.json")
+    write_kernels(folder)
+    everything = ["--all"] if scale.everything() else []
+    one = ["--arch", "80", "--jobs", "1"]
+    programs = [
+        CALL.format(["--check", str(TABLE), *everything]),
+        CALL.format(["--check", str(folder / "table.json"), *one]),
+        CALL.format(["--json", str(folder / "table.json"), *one]),
+        CODES.format(folder=str(folder), count=len(CHANGES)),
+    ]
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if interpreted:
-        variables["TRITON_INTERPRET"] = "1"
-    if cache is not None:
-        variables["TRITON_CACHE_DIR"] = str(cache)
-    call = [sys.executable, "-P", "-m", "ddst.kernels.compile", *arguments]
-    return subprocess.run(call, env=variables, capture_output=True, text=True, check=False)
+    variables["TRITON_CACHE_DIR"] = str(folder / "cache")
+    done = run_copies([("import ddst.kernels.compile", program) for program in programs], variables, timeout=7200)
+    return Calls(*done, folder / "table.json", faults)
 
 
-def test_every_kernel_compiles_to_what_is_recorded(tmp_path: Path) -> None:
-    """With the recorded version of triton the same kernels, with another one at least lawful ones. Compiled are those
-    whose fingerprint is not the recorded one, in ``make test-all`` all. An empty cache makes it compile. To record:
-    make record-kernels
-    """
-    done = command("--check", str(TABLE), *(["--all"] if scale.everything() else []), cache=tmp_path)
-    assert done.returncode == 0, done.stderr[-5000:]
-    compiled, unchanged = map(int, re.findall(r"(\d+) kernels compiled, (\d+) unchanged .* 0 problems", done.stdout)[0])
-    assert compiled + unchanged == len(list(ahead.jobs(ahead.ARCHITECTURES)))
-    assert not (scale.everything() and unchanged)
+def kernels_of(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry for name, entry in table["kernels"].items() if name.startswith("sm_80 ")}
 
 
-def test_what_changed_since_it_was_recorded_is_compiled(tmp_path: Path) -> None:
+def changed_table(file: Path) -> list[str]:
+    """Writes a table of which one kernel has changed, one is missing, and one has changed and is wrong; their names."""
     table = json.loads(TABLE.read_text())
-    kernels = {name: entry for name, entry in table["kernels"].items() if name.startswith("sm_80 ")}
+    kernels = kernels_of(table)
     stale, missing, wrong = [name for name in kernels if "adding parts" in name][:3]
     kernels[stale] = kernels[stale] | {"key": "of another source"}
     kernels[wrong] = kernels[wrong] | {"key": "of another source", "registers": 0}
     del kernels[missing]
-    file = tmp_path / "table.json"
     file.write_text(json.dumps(table | {"kernels": kernels}))
-    done = command("--check", str(file), "--arch", "80", cache=tmp_path)
-    assert done.returncode == 1
-    assert f"3 kernels compiled, {len(kernels) - 2} unchanged since they were recorded, 3 problems" in done.stdout
-    assert {line.partition(": recorded")[0] for line in done.stderr.splitlines()} == {stale, missing, wrong}
-    again = command("--json", str(file), "--arch", "80", cache=tmp_path)
-    assert f"3 kernels compiled, {len(kernels) - 2} unchanged since they were recorded, 0 problems" in again.stdout
-    written = json.loads(file.read_text())["kernels"]
-    assert written == {name: entry for name, entry in table["kernels"].items() if name in written}
-    assert len(written) == len(kernels) + 1
+    return [stale, missing, wrong]
+
+
+def test_every_kernel_compiles_to_what_is_recorded(calls: Calls) -> None:
+    """With the recorded version of triton the same kernels, with another one at least lawful ones. Compiled are those
+    whose fingerprint is not the recorded one, in ``make test-all`` all. To record: make record-kernels
+    """
+    done = calls.checked
+    assert done.returncode == 0, done.err[-5000:]
+    compiled, unchanged = map(int, re.findall(r"(\d+) kernels compiled, (\d+) unchanged .* 0 problems", done.out)[0])
+    assert compiled + unchanged == len(list(ahead.jobs(ahead.ARCHITECTURES)))
+    assert not (scale.everything() and unchanged)
+
+
+def test_what_changed_since_it_was_recorded_is_compiled(calls: Calls) -> None:
+    kernels = kernels_of(json.loads(TABLE.read_text()))
+    assert calls.changed.returncode == 1
+    said = f"3 kernels compiled, {len(kernels) - 3} unchanged since they were recorded, "
+    assert f"{said}3 problems" in calls.changed.out
+    assert {line.partition(": recorded")[0] for line in calls.changed.err.splitlines()} == set(calls.faults)
+    assert f"{said}0 problems" in calls.recorded.out
+    assert json.loads(calls.table.read_text())["kernels"] == kernels
 
 
 KERNELS = """
@@ -82,43 +110,43 @@ def kernel(x, y):
     \"\"\"A docstring.\"\"\"
     tl.store(y, twice(tl.load(x)))
 """
+EQUAL = [
+    ("# says nothing", "# says something else"),
+    ("A docstring.", "Another one."),
+    ("FACTOR = ", "\n\nFACTOR = "),
+    ("x * FACTOR", "(x*FACTOR)"),
+]
+OTHERS = [
+    ("constexpr(2)", "constexpr(3)"),
+    ("x * FACTOR", "x + FACTOR"),
+    ("twice(tl.load(x))", "twice(tl.load(x)) + 1"),
+    ("x * FACTOR", "x * LIST[0]"),
+]
+CHANGES = [("", ""), *EQUAL, *OTHERS]
 CODES = """
 import importlib, json, sys
 from ddst.kernels.fingerprint import code_of
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, {folder!r})
 codes = []
-for number in range(int(sys.argv[2])):
+for number in range({count}):
     try:
-        codes.append(code_of(importlib.import_module(f"kernels{number}").kernel))
+        codes.append(code_of(importlib.import_module(f"kernels{{number}}").kernel))
     except TypeError as error:
         codes.append(str(error))
 print(json.dumps(codes))
 """
 
 
-def test_a_fingerprint_is_of_what_the_compiler_reads(tmp_path: Path) -> None:
-    equal = [
-        ("# says nothing", "# says something else"),
-        ("A docstring.", "Another one."),
-        ("FACTOR = ", "\n\nFACTOR = "),
-        ("x * FACTOR", "(x*FACTOR)"),
-    ]
-    others = [
-        ("constexpr(2)", "constexpr(3)"),
-        ("x * FACTOR", "x + FACTOR"),
-        ("twice(tl.load(x))", "twice(tl.load(x)) + 1"),
-        ("x * FACTOR", "x * LIST[0]"),
-    ]
-    changes = [("", ""), *equal, *others]
-    for number, (old, new) in enumerate(changes):
+def write_kernels(folder: Path) -> None:
+    for number, (old, new) in enumerate(CHANGES):
         assert old in KERNELS
-        (tmp_path / f"kernels{number}.py").write_text(KERNELS.replace(old, new))
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    call = [sys.executable, "-P", "-c", CODES, str(tmp_path), str(len(changes))]
-    done = subprocess.run(call, env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first, *codes = (re.sub(r"kernels\d+\.", "", code) for code in json.loads(done.stdout))
-    assert [code == first for code in codes] == [True] * len(equal) + [False] * len(others)
+        (folder / f"kernels{number}.py").write_text(KERNELS.replace(old, new))
+
+
+def test_a_fingerprint_is_of_what_the_compiler_reads(calls: Calls) -> None:
+    assert calls.codes.returncode == 0, calls.codes.err
+    first, *codes = (re.sub(r"kernels\d+\.", "", code) for code in json.loads(calls.codes.out))
+    assert [code == first for code in codes] == [True] * len(EQUAL) + [False] * len(OTHERS)
     assert "reads LIST = [1]" in codes[-1]
 
 
@@ -164,10 +192,11 @@ def test_no_loop_variable_is_below_zero() -> None:
     assert found == {name: sorted(first) for name, first in LOOPS.items()}
 
 
-def test_interpreted_kernels_are_refused() -> None:
-    done = command(interpreted=True)
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET" in done.stderr
+def test_interpreted_kernels_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ahead.main([])
+    assert ended.value.code == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
 LAWFUL = {"registers": 64, "spilled": 0, "shared": 49152, "loop": 100, "products": {"HGMMA.64x64x16": 4}, "copies": {}}

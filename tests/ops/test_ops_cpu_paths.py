@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ddst._extension import cpu_capability
-from helpers.cpu_paths import CAPABILITIES, run_with, skip_without
+from helpers.copies import Done, run_copies
+from helpers.cpu_paths import CAPABILITIES, environment_with, run_with, skip_without
 from helpers.problems import ConvProblem, LinearProblem
 from helpers.sparse import Problem, call, op_arguments
 from helpers.tolerances import assert_close
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
-CHECK, DIGESTS = str(HELPERS / "check_cpu_path.py"), str(HELPERS / "weight_grad_digests.py")
+CHECK = str(HELPERS / "check_cpu_path.py")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -29,6 +30,14 @@ def test_each_instruction_set_against_dense(capability: str) -> None:
     assert report["capability"] == capability
     assert report["checked"] > 1900
     assert report["failures"] == []
+
+
+def programs_with(capability: str, shares: Sequence[str], code: str) -> list[Done]:
+    """Programs on an instruction set, one for each DDST_WEIGHT_GRAD_SHARES: both are read once per process."""
+    environment = environment_with(capability)
+    helpers = f"import sys; sys.path.insert(0, {str(HELPERS.parent)!r})\nimport helpers.weight_grad_digests"
+    setting = "import os; os.environ['DDST_WEIGHT_GRAD_SHARES'] = {!r}\n{}"
+    return run_copies([(helpers, setting.format(number, code)) for number in shares], environment)
 
 
 def test_unknown_instruction_set_is_an_error_that_names_the_variable() -> None:
@@ -92,21 +101,14 @@ def test_a_small_weight_gradient_has_the_bits_of_one_thread() -> None:
     assert torch.equal(one, two) and torch.equal(one, three)
 
 
-def test_fixed_shares_give_the_same_weight_grad_for_any_number_of_threads() -> None:
-    def digests(shares: str) -> list[str]:
-        done = run_with("portable", DIGESTS, DDST_WEIGHT_GRAD_SHARES=shares)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout.split()
-
-    free, fixed = digests(""), digests("3")
+def test_shares_are_fixed_for_any_number_of_threads_or_refused() -> None:
+    wrong = ("0", "many", "2000")
+    done = programs_with("portable", ("", "3", "1", *wrong), "helpers.weight_grad_digests.main()")
+    free, fixed, one = ([*said.out.split(), *said.err.split()] for said in done[:3])
     assert len(free) == len(fixed) == 3
     assert len(set(free)) > 1  # else the problem would show nothing
     assert len(set(fixed)) == 1
-    assert set(digests("1")) == {free[0]}  # one share: what one thread computes
-
-
-@pytest.mark.parametrize("shares", ["0", "many", "2000"])
-def test_wrong_shares_are_refused(shares: str) -> None:
-    done = run_with("portable", DIGESTS, DDST_WEIGHT_GRAD_SHARES=shares)
-    assert done.returncode != 0
-    assert f"DDST_WEIGHT_GRAD_SHARES is '{shares}', expected a number from 1 to 1024" in done.stderr
+    assert set(one) == {free[0]}  # one share: what one thread computes
+    for shares, said in zip(wrong, done[3:], strict=True):
+        assert said.returncode != 0
+        assert f"DDST_WEIGHT_GRAD_SHARES is '{shares}', expected a number from 1 to 1024" in said.err

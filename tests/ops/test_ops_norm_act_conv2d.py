@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddst.ops import Norm, channel_moments, norm_act_conv2d
-from helpers.cpu_paths import CAPABILITIES, run_with, skip_without
+from helpers.copies import run_copies
+from helpers.cpu_paths import CAPABILITIES, environment_with, machine_flags
 from helpers.problems import Case, ConvProblem, sample_conv_problems
 from helpers.tolerances import TOLERANCES, Tolerance, relative_error
 
@@ -178,12 +179,15 @@ def test_odd_sizes(size: tuple[int, int], pool: int, upsample: int, layout: str)
     check(ConvProblem(size=size, layout=layout, channels=(24, 40)), around, torch.float64, "cpu")
 
 
-@pytest.mark.parametrize("capability", list(CAPABILITIES))
-def test_every_cpu_path(capability: str) -> None:
-    skip_without(capability)
-    only = ("-k", "test_equals_its_parts and not reference", "-p", "no:cacheprovider")
-    done = run_with(capability, "-m", "pytest", "-q", "-x", __file__, *only, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_every_cpu_path() -> None:
+    """In copies of one process, as a path is chosen once in each."""
+    there = [name for name, needed in CAPABILITIES.items() if needed <= machine_flags()]
+    arguments = ["-q", "-x", __file__, "-k", "test_equals_its_parts and not reference", "-p", "no:cacheprovider"]
+    setting = "os.environ['DDST_CPU_CAPABILITY'] = {!r}; sys.exit(pytest.main({!r}))"
+    imported = "import pytest, hypothesis, ddst, torch._dynamo"
+    programs = [(imported, setting.format(name, arguments)) for name in there]
+    for name, done in zip(there, run_copies(programs, environment_with("")), strict=True):
+        assert done.returncode == 0, f"{name}: {done.out[-3000:]}"
 
 
 def test_empty_batch() -> None:

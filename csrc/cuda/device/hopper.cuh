@@ -1,0 +1,23 @@
+// What sm_90a adds to primitives.cuh: mbarriers, bulk (tensor) copies, clusters, wgmma. PTX under nvcc, the emulator of
+// tests/cuda otherwise.
+//
+// A kernel takes its tensor maps by value in a parameter marked DDST_GRID_CONSTANT and passes their addresses.
+#pragma once
+#include "primitives.cuh"
+
+namespace ddst::dev {
+
+using Barrier = std::uint64_t;  // an mbarrier in shared memory
+
+}  // namespace ddst::dev
+
+#ifdef __CUDACC__
+#define DDST_GRID_CONSTANT const __grid_constant__
+#include "hopper_ptx.cuh"
+#else
+#define DDST_GRID_CONSTANT const
+#include "emulator/hopper_host.hpp"
+namespace ddst::dev {
+inline int warp_index() { return thread_index() / 32; }
+}  // namespace ddst::dev
+#endif

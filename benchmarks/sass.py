@@ -36,9 +36,11 @@ class Branch(NamedTuple):
     """The end of a block that has two ways on.
 
     Attributes:
-        at: its instruction. there, on: instructions that only the way taken meets, and only the other one, before they
-            meet again or the loop begins anew. back: whether the way taken leads to the start of a loop around it. depth:
-            loops around it within the one that is looked at.
+        at: its instruction.
+        there, on: instructions that only the way taken meets, and only the other one, before they meet again or a loop
+            begins anew.
+        back: whether the way taken leads to the start of a loop around it.
+        depth: loops around it within the one that is looked at.
     """
 
     at: Instruction
@@ -155,12 +157,8 @@ class Code:
             if len(ways) == 2:
                 there, on = (self._reach(way, head, body) for way in ways)
                 around = [h for h, b in self.loops if block in b and b <= body]
-                taken = odds(
-                    Branch(
-                        self.blocks[block][-1], self._flat(there - on), self._flat(on - there),
-                        back=ways[0] in around, depth=len(around) - 1,
-                    )  # fmt: skip
-                )
+                sides = (self._flat(there - on), self._flat(on - there))
+                taken = odds(Branch(self.blocks[block][-1], *sides, ways[0] in around, len(around) - 1))
                 shares = (taken, 1 - taken)
             for way, share in zip(ways, shares, strict=True):
                 if way in place and way != head:

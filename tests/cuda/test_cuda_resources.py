@@ -53,7 +53,9 @@ def test_the_record_is_whole() -> None:
 def test_weight_gradients_leave_room_for_two_blocks_of_threads(
     resources: dict[str, dict[str, dict[str, int]]],
 ) -> None:
-    for kernels in resources.values():
+    for arch, kernels in resources.items():
+        if arch == "sm_90a":
+            continue  # whose kernels take a multiprocessor each
         starts = ("weight_grad<", "fused_weight_grad<")
         counts = {name: numbers["REG"] for name, numbers in kernels.items() if name.startswith(starts)}
         assert len(counts) == 24

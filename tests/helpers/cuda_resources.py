@@ -22,7 +22,9 @@ from helpers import recorded
 
 RECORD = Path(__file__).parents[1] / "cuda" / "resources.json"
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
-ARCHITECTURES = ("sm_100", "sm_80", "sm_90")
+ARCHITECTURES = ("sm_100", "sm_80", "sm_90", "sm_90a")
+#: Kernels in these files have code for sm_90a only, the others are recorded for the other architectures.
+HOPPER = "hopper_*.cu"
 #: What decides about registers in CMakeLists.txt's command.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 
@@ -55,6 +57,12 @@ def key() -> str:
     return recorded.digest(*sources, compiler(), " ".join(FLAGS))
 
 
+def sources(arch: str) -> list[Path]:
+    """The files whose kernels are recorded for an architecture."""
+    hopper = set(KERNELS.glob(HOPPER))
+    return sorted(hopper if arch == "sm_90a" else set(KERNELS.glob("*.cu")) - hopper)
+
+
 def _dump(*options: str, file: Path = _extension.CUDA_LIBRARY) -> str:
     program = tool()
     assert program is not None
@@ -70,16 +78,24 @@ def _resources(dump: str) -> dict[str, dict[str, dict[str, int]]]:
         if line.startswith("arch = "):
             arch = line.removeprefix("arch = ")
         elif line.startswith(" Function "):
-            kernel = line.removeprefix(" Function ").removeprefix("void ").partition("(")[0]
+            kernel = line.removeprefix(" Function ").removeprefix("void ").partition("(")[0].rstrip(":")
         elif "REG:" in line:
             numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
             found.setdefault(arch, {})[kernel] = numbers
     return found
 
 
+def of_cubin(cubin: Path, arch: str) -> dict[str, dict[str, int]]:
+    """``{kernel: {"REG": …, "STACK": …, "LOCAL": …}}`` of a compiled file."""
+    return _resources(f"arch = {arch}\n{_dump('--dump-resource-usage', file=cubin)}").get(arch, {})
+
+
 def resources() -> dict[str, dict[str, dict[str, int]]]:
     """``{architecture: {kernel: {"REG": …, "STACK": …, "LOCAL": …}}}`` of the built library."""
-    return _resources(_dump("--dump-resource-usage"))
+    found = _resources(_dump("--dump-resource-usage"))
+    if "sm_90a" in found:  # a library for sm_90a alone holds the others for it, too
+        found["sm_90a"] = {name: numbers for name, numbers in found["sm_90a"].items() if name.startswith("hopper_")}
+    return {arch: kernels for arch, kernels in found.items() if kernels}
 
 
 def compiled(arch: str) -> dict[str, dict[str, int]]:
@@ -88,12 +104,11 @@ def compiled(arch: str) -> dict[str, dict[str, int]]:
     assert program is not None
     found: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(KERNELS.glob("*.cu")):
+        for source in sources(arch):
             cubin = Path(folder) / f"{source.stem}.cubin"
             command = [program, *FLAGS, f"-I{KERNELS.parent}", "-cubin", f"-arch={arch}", str(source), "-o", str(cubin)]
             subprocess.run(command, check=True, capture_output=True)
-            for kernels in _resources(f"arch = {arch}\n{_dump('--dump-resource-usage', file=cubin)}").values():
-                found |= kernels
+            found |= of_cubin(cubin, arch)
     return found
 
 

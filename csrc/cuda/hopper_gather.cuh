@@ -63,8 +63,10 @@ hopper_gather(DDST_GRID_CONSTANT typename Traits::Params p) {
     for (int i = 0; i < g.stages + kRecordsAhead; ++i) dev::barrier_init(s.listed + i, 1);
     dev::fence_barrier_init();
   }
-  if constexpr (Traits::kCluster > 1) dev::cluster_sync();  // before the other CTA arrives at or copies to this one's
-  dev::sync_threads();
+  if constexpr (Traits::kCluster > 1)
+    dev::cluster_sync();  // the other CTA arrives at this one's barriers, too
+  else
+    dev::sync_threads();
   const int first_item = dev::block_index_x() / Traits::kCluster;
   if (warp < kHopperConsumers / 32) {
     dev::take_registers<kConsumerRegisters>();

@@ -33,6 +33,7 @@ DDST_DEVICE void multiply_all(const typename Traits::Params& p, const HopperShar
       dev::barrier_wait(s.full + stage.index, stage.parity);
       multiply_stage<Traits>(sums, g, s.base + stage.index * g.stage_bytes, s.records + record.index * g.record_ints,
                              lane_place, shift);
+      dev::sync_warp();  // the one that arrives speaks for all lanes' reads
       if (dev::elect_one()) {
         dev::barrier_arrive(s.empty + stage.index);
         if constexpr (Traits::kCluster > 1) dev::barrier_arrive_at(s.empty + stage.index, dev::cluster_rank() ^ 1);

@@ -19,8 +19,8 @@ template <class T>
 using shared_ptr = emu::SharedPtr<T>;
 
 inline int thread_index() { return Block::current->thread_id(); }
-inline int block_index_x() { return Block::current->block_index.x; }
-inline int block_index_y() { return Block::current->block_index.y; }
+inline int block_index_x() { return Block::current->block_index().x; }
+inline int block_index_y() { return Block::current->block_index().y; }
 inline void sync_threads(Where where = Where::current()) { Block::current->barrier(where); }
 inline void sync_warp(Where where = Where::current()) {
   Block::current->warp_op(&emu::sync_warp, nullptr, "__syncwarp", where);
@@ -63,7 +63,7 @@ template <class T>
 void store(emu::SharedPtr<T> p, std::type_identity_t<T> value, Where where = Where::current()) {
   Block& block = *Block::current;
   std::byte* to = block.shared_data(p.offset(), sizeof(T), sizeof(T), where);
-  block.note_write(block.self(), p.offset(), sizeof(T), false, where);
+  block.note_write(block.self(), p.offset(), sizeof(T), emu::Shadow::kPlain, where);
   std::memcpy(to, &value, sizeof(T));
 }
 template <class T>
@@ -80,7 +80,7 @@ void cp_async16(emu::SharedPtr<T> dst, emu::GlobalPtr<const T> src, int source_b
   Block& block = *Block::current;
   if (source_bytes < 0 || source_bytes > 16) block.fail("cp.async source size " + std::to_string(source_bytes), where);
   std::byte* to = block.shared_data(dst.offset(), 16, 16, where);
-  block.note_write(block.self(), dst.offset(), 16, true, where);
+  block.note_write(block.self(), dst.offset(), 16, emu::Shadow::kCpAsync, where);
   const std::byte* from = source_bytes ? src.buffer()->read(src.byte_offset(), source_bytes, 16, where) : nullptr;
   ++block.stats.copies;
   const auto move = [=](std::byte* target) {

@@ -28,11 +28,15 @@ DDST_DEVICE void multiply_all(const typename Traits::Params& p, const HopperShar
   const int shift = tap_shift<Traits>(g, lane < g.taps ? lane : 0);
   RingPlace stage, record;
   for (int index = first_item; index < g.items; index += p.clusters) {
+    const HopperItem item = hopper_item<Traits>(p, index);
+    [[maybe_unused]] const typename Traits::Source::template Patch<Traits> fused(p, item.place);
     HopperSums<Traits> sums = {};
     for (int slice = 0; slice < g.slices; ++slice) {
+      const auto patch = s.base + stage.index * g.stage_bytes;
+      const auto list = s.records + record.index * g.record_ints;
       dev::barrier_wait(s.full + stage.index, stage.parity);
-      multiply_stage<Traits>(sums, g, s.base + stage.index * g.stage_bytes, s.records + record.index * g.record_ints,
-                             lane_place, shift);
+      if constexpr (Traits::Source::kFused) fused.change(p, patch.template as<typename Traits::T>(), list, slice);
+      multiply_stage<Traits>(sums, g, patch, list, lane_place, shift);
       dev::sync_warp();  // the one that arrives speaks for all lanes' reads
       if (dev::elect_one()) {
         dev::barrier_arrive(s.empty + stage.index);
@@ -40,7 +44,7 @@ DDST_DEVICE void multiply_all(const typename Traits::Params& p, const HopperShar
       }
       stage.next(g.stages), record.next(g.stages + kRecordsAhead);
     }
-    store_hopper_tile<Traits>(p, hopper_item<Traits>(p, index).place, sums);
+    store_hopper_tile<Traits>(p, item.place, sums);
   }
 }
 

@@ -17,11 +17,23 @@ struct HopperGatherParams {
   HopperGatherGeometry g;
 };
 
+// What pixels and results go through on their way: nothing. hopper_gather_fused.cuh has the other policy.
+struct HopperPlain {
+  template <class T>
+  using Params = HopperGatherParams<T>;
+  static constexpr bool kFused = false;
+  template <class Traits>
+  struct Patch {
+    DDST_DEVICE Patch(const typename Traits::Params&, const GatherPlace&) {}
+  };
+};
+
 // kTransposed: the input gradient. kWidth: granules in a product. kCluster: GatherForm::cluster.
-template <class T_, bool kTransposed_, int kWidth_, int kCluster_>
+template <class T_, bool kTransposed_, int kWidth_, int kCluster_, class Source_ = HopperPlain>
 struct HopperGatherTraits {
   using T = T_;
-  using Params = HopperGatherParams<T>;
+  using Source = Source_;
+  using Params = typename Source::template Params<T>;
   static constexpr bool kTransposed = kTransposed_;
   static constexpr int kWidth = kWidth_, kCluster = kCluster_;
   static constexpr int kGranules = kHopperChannels / kSlice;  // of 16 output channels
@@ -96,15 +108,24 @@ struct RecordReader {
   }
 };
 
+// Where the patch begins in the source image.
+template <class Traits>
+DDST_DEVICE int first_source_row(const HopperGatherGeometry& g, const GatherPlace& place) {
+  return place.first_row * g.step_y +
+         source_origin<Traits::kTransposed>(g.padding_y, place.phase_y, g.phases_y, g.reach_y);
+}
+template <class Traits>
+DDST_DEVICE int first_source_column(const HopperGatherGeometry& g, const GatherPlace& place) {
+  return place.first_col * g.step_x +
+         source_origin<Traits::kTransposed>(g.padding_x, place.phase_x, g.phases_x, g.reach_x);
+}
+
 // The parts of the patch of one slice.
 template <class Traits>
 DDST_DEVICE void copy_patch(const typename Traits::Params& p, const GatherPlace& place, int slice,
                             dev::shared_ptr<typename Traits::T> stage, dev::shared_ptr<dev::Barrier> full) {
   const HopperGatherGeometry& g = p.g;
-  const int top = place.first_row * g.step_y +
-                  source_origin<Traits::kTransposed>(g.padding_y, place.phase_y, g.phases_y, g.reach_y);
-  const int left = place.first_col * g.step_x +
-                   source_origin<Traits::kTransposed>(g.padding_x, place.phase_x, g.phases_x, g.reach_x);
+  const int top = first_source_row<Traits>(g, place), left = first_source_column<Traits>(g, place);
   DDST_ROLLED
   for (int part = 0, x = 0, y = 0; part < g.parts; ++part) {
     const int at[4] = {slice * kSlice, left + x, top + y, place.first_image};

@@ -1,7 +1,7 @@
 // Block-sparse conv2d for sm_90a, forward and input gradient, 16-bit floats: NHWC, one kernel and two orders of the
 // same blocks, like conv2d_gather.cuh.
 //
-// A CTA owns tiles of 256 pixels x 128 output channels, one after another, heavy ones first. One warp copies, by bulk
+// A CTA owns tiles of 256 pixels x 128 output channels, one after another, heavy ones first. Two warps copy, by bulk
 // tensor copies alone: per slice of 16 input channels the patch with its halo, whose padding is what lies outside of
 // the tensor, and the listed blocks' share of the slice. Two warpgroups multiply. They meet at barriers in shared
 // memory only: a stage is full when its bytes have arrived, empty when every warp of the cluster has left it. Two CTAs
@@ -57,21 +57,24 @@ hopper_gather(DDST_GRID_CONSTANT typename Traits::Params p) {
   const int warp = dev::warp_index();
   if (warp == 0 && dev::elect_one()) {
     for (int i = 0; i < g.stages; ++i) {
-      dev::barrier_init(s.full + i, 1);
+      dev::barrier_init(s.full + i, 2);
       dev::barrier_init(s.empty + i, kHopperConsumers / 32 * Traits::kCluster);
     }
     for (int i = 0; i < g.stages + kRecordsAhead; ++i) dev::barrier_init(s.listed + i, 1);
     dev::fence_barrier_init();
   }
-  if constexpr (Traits::kCluster > 1) dev::cluster_sync();  // before the other CTA arrives at or copies to this one's
-  dev::sync_threads();
+  if constexpr (Traits::kCluster > 1)
+    dev::cluster_sync();  // the other CTA arrives at this one's barriers, too
+  else
+    dev::sync_threads();
   const int first_item = dev::block_index_x() / Traits::kCluster;
   if (warp < kHopperConsumers / 32) {
     dev::take_registers<kConsumerRegisters>();
     multiply_all<Traits>(p, s, first_item);
   } else {
     dev::give_registers<kCopierRegisters>();
-    if (warp == kHopperConsumers / 32) copy_all<Traits>(p, s, first_item);
+    if (warp == kHopperConsumers / 32) copy_patches<Traits>(p, s, first_item);
+    if (warp == kHopperConsumers / 32 + 1) copy_weights<Traits>(p, s, first_item);
   }
   if constexpr (Traits::kCluster > 1) dev::cluster_sync();  // the other CTA may still arrive at this one's barriers
 }

@@ -40,6 +40,7 @@ class Branch(NamedTuple):
         there, on: instructions that only the way taken meets, and only the other one, before they meet again or a loop
             begins anew.
         back: whether the way taken leads to the start of a loop around it.
+        leaves: whether the way taken leads out of the innermost loop around it.
         depth: loops around it within the one that is looked at.
     """
 
@@ -47,7 +48,13 @@ class Branch(NamedTuple):
     there: tuple[Instruction, ...]
     on: tuple[Instruction, ...]
     back: bool
+    leaves: bool
     depth: int
+
+    def counts(self, *names: str) -> tuple[int, int]:
+        """How many instructions of such names the way taken meets, and the other one."""
+        there, on = (sum(i.name.startswith(names) for i in side) for side in (self.there, self.on))
+        return there, on
 
 
 Odds = Callable[[Branch], float]
@@ -156,9 +163,10 @@ class Code:
             shares: tuple[float, ...] = (1.0,) * len(ways)
             if len(ways) == 2:
                 there, on = (self._reach(way, head, body) for way in ways)
-                around = [h for h, b in self.loops if block in b and b <= body]
+                around = [(h, b) for h, b in self.loops if block in b and b <= body]
                 sides = (self._flat(there - on), self._flat(on - there))
-                taken = odds(Branch(self.blocks[block][-1], *sides, ways[0] in around, len(around) - 1))
+                back, leaves = ways[0] in dict(around), ways[0] not in around[0][1]
+                taken = odds(Branch(self.blocks[block][-1], *sides, back, leaves, len(around) - 1))
                 shares = (taken, 1 - taken)
             for way, share in zip(ways, shares, strict=True):
                 if way in place and way != head:

@@ -1,10 +1,9 @@
-// ddst_cuda::hopper_gather, and what the gather kernel for sm_90a refuses. Its lists are made by
-// ddst/ops/cuda/hopper_lists.py. Part of libraries only that hold code for sm_90a.
+// ddst_cuda::hopper_gather, whose lists are made by ddst/ops/cuda/hopper_lists.py. Part of libraries only that hold
+// code for sm_90a.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdio>
 #include <optional>
 
 #include "glue_gather.hpp"
@@ -61,31 +60,3 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ddst_cuda, m) {
       "cluster) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ddst_cuda, CUDA, m) { m.impl("hopper_gather", TORCH_BOX(&ddst::cuda::hopper_gather)); }
-
-// How the kernel would cut a problem; ints only (ddst/ops/cuda/hopper.py).
-struct ddst_cuda_hopper_gather_facts {
-  int32_t tile_images, tile_rows, tile_columns, patch_rows, patch_columns;
-  int32_t tiles, groups, slices, stages, record_ints, shared_bytes;
-};
-
-// Fills `plan` for a CTA with so much shared memory, or writes why it cannot into `message`, "" if it can.
-extern "C" __attribute__((visibility("default"))) void ddst_cuda_hopper_gather_plan(
-    const ddst_cuda_conv2d_problem* problem, bool input_gradient, int granules, int cluster, bool fused, bool squares,
-    int shared_bytes, ddst_cuda_hopper_gather_facts* plan, char* message, int size) {
-  ddst::cuda::HopperGatherGeometry g;
-  const std::string why =
-      hopper_gather_geometry(*problem, input_gradient, {granules, cluster}, shared_bytes, g, {fused, squares});
-  std::snprintf(message, static_cast<size_t>(size), "%s", why.c_str());
-  if (!why.empty()) return;
-  *plan = {1 << g.log_tile_images,
-           1 << g.log_tile_rows,
-           1 << g.log_tile_cols,
-           g.patch_rows * g.parts_y,
-           g.patch_cols * g.parts_x,
-           g.tiles * g.phases_y * g.phases_x,
-           g.groups,
-           g.slices,
-           g.stages,
-           g.record_ints,
-           g.bytes};
-}

@@ -67,8 +67,8 @@ def of_today(mask: Mask, patch_slots: int) -> Odds:
             reached = share
 
     weights = list(leaving(mask.active * 16))
-    # In the order of the addresses: last slices, the patch's four copies, its loop; the weights' (of which an odd number
-    # of four comes first, and there is no second), records, which one warp of eight copies.
+    # In the order of the addresses: last slices, the patch's four copies, its loop; the weights' (of which an odd
+    # number of fours comes first, and there is no second); records, which one warp of eight copies.
     copies = [0.0, 0.0, *leaving(patch_slots), 0.0, weights[0], 0.0, *weights[1:], 1.0]
     unreached, records = [0.5] * 8, [0.0, 0.0, 7 / 8]
     left = iter([*copies, *unreached, *records])
@@ -115,14 +115,14 @@ def of_consumers(mask: Mask, united: int) -> Odds:
     return odds
 
 
-def of_copier(mask: Mask, united: int, slices: int, parts: int, cluster: int) -> Odds:
-    """Of ``hopper_gather``'s loop over slices in the warp that copies: blocks by fours, of which CTAs take turns."""
-    groups, copies = [0.0] * 2, [0.0] * 5  # expected fours, and odds of none; fours with at least so many blocks
+def of_copiers(mask: Mask, united: int, slices: int, parts: int, cluster: int) -> Odds:
+    """Of ``hopper_gather``'s loops over slices in the warps that copy: blocks by fours, of which CTAs take turns."""
+    fours, none, copies = 0.0, 0.0, [0.0] * 5  # expected ones; odds of none; fours with at least so many blocks
     for count, p in enumerate(mask.count_odds(united)):
         for rank in range(cluster):
             mine = [min(4, count - first) for first in range(4 * rank, count, 4 * cluster)]
-            groups[0] += p * len(mine) / cluster
-            groups[1] += p * (not mine) / cluster
+            fours += p * len(mine) / cluster
+            none += p * (not mine) / cluster
             for size in mine:
                 for n in range(1, size + 1):
                     copies[n] += p / cluster
@@ -135,15 +135,88 @@ def of_copier(mask: Mask, united: int, slices: int, parts: int, cluster: int) ->
         if branch.counts("UBLKCP")[1]:
             return 0.0  # the last records
         if branch.back:
-            return 1 - 1 / parts if there == 1 else 1 - (1 - groups[1]) / groups[0]
+            return 1 - 1 / parts if there == 1 else 1 - (1 - none) / fours
         if branch.counts("LDG")[1]:
             return next(new_item)
         if on == 1 and branch.depth == 0:
             return 1 - mask.any_of(mask.blocks * mask.taps)
         if on == 4:
-            return 0.0 if branch.depth else groups[1]
+            return 0.0 if branch.depth else none
         if 1 <= on <= 3:
             return 1 - copies[5 - on] / copies[4 - on]
+        raise _unknown(branch)
+
+    return odds
+
+
+def _lacking(units: float, at: int) -> float:
+    """The odds that a warp that has unit number ``at - 1`` lacks unit ``at``, of ``units`` each, dealt evenly."""
+    before, share = (min(1.0, max(0.0, units - n)) for n in (at - 1, at))
+    return 1 - share / before if before else 1.0
+
+
+def of_weight_grad(units: float, trips: tuple[float, float], steps: int) -> Odds:
+    """Of ``weight_grad``'s loop over tiles: ``units`` of a warp, passes of the loops that copy gy and x, steps of 16
+    pixels."""
+    copies = iter([1 - 1 / n for n in trips])
+
+    def odds(branch: Branch) -> float:
+        there, on = branch.counts(*PRODUCTS)
+        if branch.back:
+            return (1 - 1 / steps if branch.depth else 1.0) if there else next(copies)
+        if branch.counts("LDGSTS")[0]:
+            return 1.0  # channels in whole 16 bytes
+        if not on:
+            return 0.0  # there is another tile, and pixels to copy
+        if not branch.depth:
+            return 0.0
+        at = 8 - on // 2
+        return _lacking(units, at)
+
+    return odds
+
+
+def of_hopper_weight_grad(units: float, rows: float) -> Odds:
+    """Of ``hopper_weight_grad``'s loop over tiles in a warp that multiplies: ``units`` of a warp, in as many rows."""
+    fresh = (rows - 1) / (units - 1) if units > 1 else 1.0  # the odds that a unit after the first has another row
+    seen = 0
+
+    def odds(branch: Branch) -> float:
+        nonlocal seen
+        there, on = branch.counts(*PRODUCTS)
+        if branch.counts("SYNCS.PHASECHK") != (0, 0) and not (branch.depth == 0 and branch.back):
+            return 0.0
+        if branch.back:
+            return 1.0
+        if on and not there:
+            at = 8 - on // 8
+            return _lacking(units, at)
+        if branch.counts("LDSM")[1] == 4:
+            seen += 1
+            return 0.0 if seen == 1 else 1 - fresh
+        raise _unknown(branch)
+
+    return odds
+
+
+def of_weight_grad_copier(boxes: tuple[int, int]) -> Odds:
+    """Of its loop over tiles in the warp that copies: boxes of gy and of x, by fours, then two, then one."""
+    left = list(boxes)
+
+    def odds(branch: Branch) -> float:
+        on = branch.counts("UTMALDG")[1]
+        if branch.counts("SYNCS.PHASECHK") != (0, 0) and not (branch.depth == 0 and branch.back):
+            return 0.0
+        if branch.back:
+            return 1 - 1 / max(1, left[0] // 4) if branch.depth else 1.0
+        if on == 7:
+            return 0.0
+        if on == 4:
+            return float(left[0] < 4)
+        if on == 2:
+            return float(left[0] % 4 < 2)
+        if on == 1:
+            return float(left.pop(0) % 2 == 0)
         raise _unknown(branch)
 
     return odds

@@ -27,7 +27,7 @@ import torch
 
 from ... import _extension
 from ... import topology as tp
-from .gather import Device, Window, dtype_code, problem_of
+from .gather_problem import Device, Window, dtype_code, problem_of
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -108,7 +108,6 @@ def device_refusal(dtype: torch.dtype, capability: tuple[int, int]) -> str:
     return ""
 
 
-@lru_cache(maxsize=4096)
 def plan(
     dtype: torch.dtype,
     weight_shape: tuple[int, ...],
@@ -126,6 +125,17 @@ def plan(
     why = device_refusal(dtype, device.capability)
     if why:
         return None, why
+    return _plan(
+        dtype, weight_shape, block, window, images, form,
+        input_gradient=input_gradient, device=device, fused=fused, squares=squares,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    dtype: torch.dtype, weight_shape: tuple[int, ...], block: tuple[int, int], window: Window, images: int, form: Form,
+    *, input_gradient: bool, device: Device, fused: bool, squares: bool,
+) -> tuple[Plan | None, str]:  # fmt: skip
     facts, message = (ctypes.c_int32 * len(Plan._fields))(), ctypes.create_string_buffer(256)
     library().ddst_cuda_hopper_gather_plan(
         problem_of(dtype_code(dtype, False), weight_shape, block, window, images), ctypes.c_bool(input_gradient),
@@ -139,8 +149,8 @@ def plan(
 class Slots(NamedTuple):
     """Instructions that the busiest scheduler issues, as ``hopper-counts`` prints them, for a slice of a tile.
 
-    Two warps multiply there and, for the kernels of sm_90a, one copies: per slice, per tap with blocks, per half of such
-    a tap's granules that has any (or the whole tap's), per product, and per listed block.
+    Two warps multiply there and, for the kernels of sm_90a, one may copy: per slice, per tap with blocks, per product,
+    and per listed block.
     """
 
     slice: float
@@ -149,23 +159,33 @@ class Slots(NamedTuple):
     listed: float
 
 
-#: Least squares over densities and blocks of what is counted; the test holds them against the counts.
-SLOTS = {
-    Form(1, 1): Slots(300, 34, 13.5, 27),
-    Form(1, 2): Slots(300, 34, 13.5, 13.5),
-    Form(4, 1): Slots(300, 26, 13.5, 15),
-    Form(4, 2): Slots(300, 26, 13.5, 8),
-    "general": Slots(550, 90, 30, 3),
+#: Least squares over densities of what is counted for blocks of 16 x 16, within 15 slots (forward; bf16; 3 x 3).
+SLOTS: dict[Form | str, Slots] = {
+    Form(1, 1): Slots(108, 55, 14, 13),
+    Form(1, 2): Slots(126, 54, 14, 7),
+    Form(4, 1): Slots(139, 30, 14, 12.5),
+    Form(4, 2): Slots(152, 31, 14, 6.4),
+    "general": Slots(596, 117, 28, 1.3),
 }
 _PRODUCT_CLOCKS = 32  # of four 64 x 16 x 16 products, two of each warpgroup, at 1024 multiply-adds a clock
 
 
-def slice_clocks(form: Form | str, density: float, side: int, taps: int) -> float:
-    """The model: clocks of a slice of a full tile, for blocks of ``side`` output channels at a density.
+def slice_slots(form: Form | str, density: float, side: int, taps: int) -> float:
+    """Instructions of the busiest scheduler for a slice of a full tile, for blocks of ``side`` output channels.
 
-    >>> slice_clocks(Form(1, 2), 0.1, 16, 9) < slice_clocks("general", 0.1, 16, 9)
-    True
+    >>> [round(slice_slots(form, 0.1, 16, 9)) for form in (Form(1, 2), Form(4, 2), "general")]
+    [554, 556, 1407]
     """
+    return _slice(form, density, side, taps)[0]
+
+
+def slice_clocks(form: Form | str, density: float, side: int, taps: int) -> float:
+    """The model: clocks of such a slice."""
+    return max(_slice(form, density, side, taps))
+
+
+def _slice(form: Form | str, density: float, side: int, taps: int) -> tuple[float, float]:
+    """(slots, clocks of the tensor cores)."""
     places = TILE_CHANNELS // side
     width = form.granules * GRANULE if isinstance(form, Form) else GRANULE
     together = max(1, width // side)  # blocks of a product
@@ -175,7 +195,7 @@ def slice_clocks(form: Form | str, density: float, side: int, taps: int) -> floa
     slots = SLOTS[form]
     issue = slots.slice + slots.tap * active_taps + slots.product * products + slots.listed * listed
     rate = 1 if isinstance(form, Form) else 0.62  # mma.sync reaches about that share of the tensor cores' peak
-    return max(issue, products * width / GRANULE * _PRODUCT_CLOCKS / rate)
+    return issue, products * width / GRANULE * _PRODUCT_CLOCKS / rate
 
 
 @lru_cache(maxsize=4096)
@@ -194,7 +214,7 @@ def choose(
 ) -> tuple[Form | None, str]:
     """``(form, why)`` by the model; None for the kernel of every architecture. ``density``: of slots."""
     side, taps = block[1 if input_gradient else 0], math.prod(weight_shape[2:])
-    best, clocks = None, math.inf
+    best, least = None, (math.inf, math.inf)
     for form in FORMS:
         cut, why = plan(
             dtype, weight_shape, block, window, images, form,
@@ -204,13 +224,12 @@ def choose(
             return None, why
         if 4 * cut.tiles * cut.groups < 3 * device.multiprocessors:
             return None, f"{cut.tiles * cut.groups} tiles are too few for {device.multiprocessors} multiprocessors"
-        mine = slice_clocks(form, density, side, taps)
-        if mine < clocks:
-            best, clocks = form, mine
+        mine = (slice_clocks(form, density, side, taps), slice_slots(form, density, side, taps))
+        if mine < least:  # where products are the limit, the fewest instructions
+            best, least = form, mine
     other = slice_clocks("general", density, side, taps)
-    if other <= clocks:
-        return None, f"estimated at {clocks:.0f} clocks a slice, {other:.0f} by the kernel of every architecture"
-    return best, f"estimated at {clocks:.0f} clocks a slice, {other:.0f} by the kernel of every architecture"
+    why = f"estimated at {least[0]:.0f} clocks a slice, {other:.0f} by the kernel of every architecture"
+    return (best if least[0] < other else None), why
 
 
 def form_of(
@@ -227,7 +246,7 @@ def form_of(
     squares: bool = False,
 ) -> Form | None:
     """The form that runs: the forced one where the kernel takes the problem, else what the model says."""
-    if device.capability != CAPABILITY or slots == 0 or is_general():
+    if slots == 0 or is_general() or device_refusal(dtype, device.capability):
         return None
     if _forced and isinstance(_forced[-1], Form):
         cut, _ = plan(

@@ -3,10 +3,11 @@
 As in `weight_grad`, a group of units of one band is a CTA's, and tiles of pixels are dealt to shares. Here a CTA has
 sixteen warps and a multiprocessor for itself, and a tile is a box of 64 pixels whose sides are powers of two.
 
-**The model.** A CTA's time for a tile is the longest of three, in clocks: instructions issued, by four schedulers; reads
-of shared memory; bytes from L2. What they are made of was counted in machine code (``python -m ddst.benchmarks
-hopper-counts``); the rates are assumptions about an H200, until measured. Of all bands and tiles that fit, the one with
-the least time in all is taken, the partial sums' traffic included.
+**The model.** A CTA's time for a tile is the longest of three, in clocks: instructions issued, by four schedulers;
+reads of shared memory; bytes from L2. What they are made of was counted in machine code (``python -m ddst.benchmarks
+hopper-counts``); the rates are assumptions about an H200, until measured. Of all bands and tiles that fit, the one
+with the least time in all is taken, the partial sums' traffic included. By these counts it issues a quarter of what
+the kernel for every architecture does, at any density: it runs wherever it can.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from ... import topology as tp
 from . import hopper
-from .weight_grad import Geometry, Plan, most_groups, parts_of
+from .weight_grad_units import Geometry, Plan, most_groups, parts_of
 
 WARPS, TILE_PIXELS = 16, 64  # kHopperWarps, kTilePixels
 _ACCUMULATOR_BYTES = WARPS * 32 * 64 * 4  # partial sums of a CTA
@@ -68,7 +69,6 @@ def facts(
     return (None, why) if why else (Facts(*found), "")
 
 
-@lru_cache(maxsize=1024)
 def refusal(geometry: Geometry, dtype: torch.dtype, capability: tuple[int, int], *, fused: bool, halved: bool) -> str:
     """Why the kernel does not run this, "" if it does.
 
@@ -81,13 +81,14 @@ def refusal(geometry: Geometry, dtype: torch.dtype, capability: tuple[int, int],
         return why
     if halved:
         return "a fused half block whose operands have half the sides: copies cannot repeat pixels"
-    least: tuple[str, ...] = ()
-    for tile in tiles():
-        _, why = facts(geometry, (1, 1), tile, dtype.itemsize, fused)
-        if not why:
-            return ""
-        least = least or (why,)
-    return least[0]
+    return _refusal(geometry, dtype.itemsize, fused)
+
+
+@lru_cache(maxsize=1024)
+def _refusal(geometry: Geometry, itemsize: int, fused: bool) -> str:
+    """That of the first tile, where all are refused."""
+    reasons = [facts(geometry, (1, 1), tile, itemsize, fused)[1] for tile in tiles()]
+    return "" if "" in reasons else reasons[0]
 
 
 def expected_groups(geometry: Geometry, density: float, band: tuple[int, int]) -> int:
@@ -131,7 +132,7 @@ def _band_and_tile(
 def plan(
     geometry: Geometry, slots: int, itemsize: int, multiprocessors: int, shared_bytes: int, *, fused: bool = False
 ) -> Plan | None:
-    """How to run it, None where nothing fits; for a density rounded to a quarter of an octave, as `weight_grad.plan`."""
+    """How to run it, None where nothing fits; for a density rounded as `weight_grad.plan` does it."""
     rows, cols, taps = tp.grid(geometry.weight_shape, geometry.block)
     density = 2 ** (round(4 * math.log2(max(slots, 1) / (rows * cols * taps))) / 4)
     choice = _band_and_tile(geometry, density, itemsize, multiprocessors, shared_bytes, fused)

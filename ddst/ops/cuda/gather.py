@@ -185,18 +185,28 @@ def _gather(
     shape, block, images = tuple(weight_shape), (values.shape[1], values.shape[2]), input.shape[0]
     channels, pixels = shape[1 if input_gradient else 0], images * output_size[0] * output_size[1]
     half = fused or Fused(None, None, 1.0, 1, 1)
-    squares = (half.upsample if input_gradient else half.pool) == 2
+    squares, halved = (f == 2 for f in ((half.upsample, half.pool) if input_gradient else (half.pool, half.upsample)))
     if pixels == 0:
         output = input.new_empty(images, *(side // (1 + squares) for side in output_size), channels)
     else:
         device, allow_tf32 = facts(input.device), tf32_allowed(linear=linear)
         form = hopper.form_of(
             input.dtype, shape, block, window, images, values.shape[0], input_gradient=input_gradient, device=device,
-            fused=fused is not None, squares=squares,
+            fused=fused is not None, squares=squares, halved=halved,
         )  # fmt: skip
         if form is not None:
             output = _hopper_gather(
-                input, values, bias, residual, topology, shape, window, form, input_gradient=input_gradient, relu=relu
+                input,
+                values,
+                bias,
+                residual,
+                topology,
+                shape,
+                window,
+                form,
+                input_gradient=input_gradient,
+                relu=relu,
+                fused=fused,
             ).permute(0, 3, 1, 2)
             return output if channels_last else output.contiguous()
         large = _large_tile(
@@ -237,8 +247,10 @@ def _hopper_gather(
     *,
     input_gradient: bool,
     relu: bool,
+    fused: Fused | None,
 ) -> Tensor:
     """The same by the kernel for sm_90a; ``[N, H, W, C]``."""
+    half = fused or Fused(None, None, 1.0, 1, 1)
     block = (values.shape[1], values.shape[2])
     rows, cols, _ = tp.grid(shape, block)
     phases = window.stride if input_gradient else (1, 1)
@@ -254,7 +266,8 @@ def _hopper_gather(
         _dense_channels_last(input), _dense(values), records.view(-1), order,
         None if bias is None else _dense(bias), None if residual is None else _dense_channels_last(residual),
         list(shape), list(window.input_size), list(window.stride), list(window.padding), input_gradient, relu,
-        form.granules, form.cluster,
+        form.granules, form.cluster, fused is not None, *(half.norm or (None, None, None)), half.activated, half.slope,
+        half.upsample, half.pool, half.residual_upsample,
     )  # fmt: skip
 
 

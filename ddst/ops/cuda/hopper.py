@@ -120,6 +120,7 @@ def plan(
     device: Device,
     fused: bool = False,
     squares: bool = False,
+    halved: bool = False,
 ) -> tuple[Plan | None, str]:
     """``(how the kernel would run this, "")``, or ``(None, why it does not)``."""
     why = device_refusal(dtype, device.capability)
@@ -127,19 +128,19 @@ def plan(
         return None, why
     return _plan(
         dtype, weight_shape, block, window, images, form,
-        input_gradient=input_gradient, device=device, fused=fused, squares=squares,
+        input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _plan(
     dtype: torch.dtype, weight_shape: tuple[int, ...], block: tuple[int, int], window: Window, images: int, form: Form,
-    *, input_gradient: bool, device: Device, fused: bool, squares: bool,
+    *, input_gradient: bool, device: Device, fused: bool, squares: bool, halved: bool,
 ) -> tuple[Plan | None, str]:  # fmt: skip
     facts, message = (ctypes.c_int32 * len(Plan._fields))(), ctypes.create_string_buffer(256)
     library().ddst_cuda_hopper_gather_plan(
         problem_of(dtype_code(dtype, False), weight_shape, block, window, images), ctypes.c_bool(input_gradient),
-        form.granules, form.cluster, ctypes.c_bool(fused), ctypes.c_bool(squares), device.shared_bytes, facts, message,
+        form.granules, form.cluster, *map(ctypes.c_bool, (fused, squares, halved)), device.shared_bytes, facts, message,
         len(message),
     )  # fmt: skip
     why = message.value.decode()
@@ -211,6 +212,7 @@ def choose(
     device: Device,
     fused: bool = False,
     squares: bool = False,
+    halved: bool = False,
 ) -> tuple[Form | None, str]:
     """``(form, why)`` by the model; None for the kernel of every architecture. ``density``: of slots."""
     side, taps = block[1 if input_gradient else 0], math.prod(weight_shape[2:])
@@ -218,7 +220,7 @@ def choose(
     for form in FORMS:
         cut, why = plan(
             dtype, weight_shape, block, window, images, form,
-            input_gradient=input_gradient, device=device, fused=fused, squares=squares,
+            input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
         )  # fmt: skip
         if cut is None:
             return None, why
@@ -244,6 +246,7 @@ def form_of(
     device: Device,
     fused: bool = False,
     squares: bool = False,
+    halved: bool = False,
 ) -> Form | None:
     """The form that runs: the forced one where the kernel takes the problem, else what the model says."""
     if slots == 0 or is_general() or device_refusal(dtype, device.capability):
@@ -251,13 +254,13 @@ def form_of(
     if _forced and isinstance(_forced[-1], Form):
         cut, _ = plan(
             dtype, weight_shape, block, window, images, _forced[-1],
-            input_gradient=input_gradient, device=device, fused=fused, squares=squares,
+            input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
         )  # fmt: skip
         return None if cut is None else _forced[-1]
     density = 2 ** (round(4 * math.log2(slots / math.prod(tp.grid(weight_shape, block)))) / 4)
     return choose(
         dtype, weight_shape, block, window, images, min(1.0, density),
-        input_gradient=input_gradient, device=device, fused=fused, squares=squares,
+        input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
     )[0]  # fmt: skip
 
 

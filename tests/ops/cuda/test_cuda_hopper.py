@@ -80,16 +80,16 @@ def test_the_model_chooses_by_density_and_block(calls: Calls) -> None:
         ({"device": H100._replace(capability=(8, 0))}, "needs compute capability 9.0, got 8.0"),
         ({"device": H100._replace(capability=(10, 0))}, "needs compute capability 9.0, got 10.0"),
         ({"dtype": torch.float32}, "takes bfloat16 and float16, got torch.float32"),
-        ({"fused": True}, "half blocks"),
+        ({"fused": True, "halved": True}, "does not upsample"),
         ({"shape": (256, 256, 5, 5)}, "taps"),
         ({"device": H100._replace(shared_bytes=48 * 1024)}, "shared memory"),
     ],
 )
 def test_what_is_refused_is_named(calls: Calls, changes: dict[str, Any], why: str) -> None:
-    its = {"dtype": torch.bfloat16, "shape": SHAPE, "device": H100, "fused": False} | changes
+    its = {"dtype": torch.bfloat16, "shape": SHAPE, "device": H100, "fused": False, "halved": False} | changes
     plan, said = hopper.plan(
         its["dtype"], its["shape"], BLOCK, WINDOW, 64, hopper.FORMS[0],
-        input_gradient=False, device=its["device"], fused=its["fused"],
+        input_gradient=False, device=its["device"], fused=its["fused"], halved=its["halved"],
     )  # fmt: skip
     assert plan is None and why in said
     assert form(0.1, **changes) is None
@@ -144,7 +144,7 @@ def test_operators_get_the_lists_of_their_form(calls: Calls) -> None:
     for at, input_gradient in enumerate((False, True)):
         records, order = arguments[at][2:4]
         assert records.shape == (2 * 16 * 88,) and order.sort()[0].tolist() == [0, 1]
-        assert arguments[at][10:] == (input_gradient, False, 1, 2)
+        assert arguments[at][10:15] == (input_gradient, False, 1, 2, False)
         assert int(records.view(32, 88)[:, 0].sum()) == values.shape[0], "every block is listed once"
     units, tile = arguments[2][5], arguments[2][12]
     assert units.numel() % (16 * 8) == 0 and math.prod(tile) == 64

@@ -155,8 +155,8 @@ struct Ring {
   }
 };
 
-// out[p, q] = sum over i = 1 ... of i^2 pixels[p] . pixels[q]: threads write the operand to shared memory, rows along
-// k, and rewrite it once its product is over.
+// out[p, q] = sum over i = 1 ... n of 2^(n - i) i^2 pixels[p] . pixels[q]: threads write the operand to shared memory,
+// rows along k, and rewrite it once its product is over.
 struct Rewrite {
   dev::global_ptr<const Bf> pixels;  // [64, 16]
   dev::global_ptr<float> out;        // [64, 16]
@@ -180,6 +180,7 @@ struct Rewrite {
       if (slip != Slip::no_async_fence && slip != Slip::fence_after_barrier) dev::fence_async_shared();
       if (slip != Slip::no_barrier_before) dev::sync_some<1>(slip == Slip::barrier_of_too_few ? 96 : 128);
       if (slip == Slip::fence_after_barrier) dev::fence_async_shared();
+      for (float& value : sum) value *= 2;
       dev::wgmma_fence();
       const auto place = dev::matrix_descriptor<32>(a, 16, 256);
       dev::wgmma_k16<Bf, 16, false, false>(sum, place, place);
@@ -244,7 +245,7 @@ struct SampleProblem {
     for (int p = 0; p < 64; ++p)
       for (int q = 0; q < 16; ++q) {
         float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += 14 * pixel_values[p * 16 + k] * pixel_values[q * 16 + k];
+        for (int k = 0; k < 16; ++k) sum += 21 * pixel_values[p * 16 + k] * pixel_values[q * 16 + k];
         if (out.host<float>()[p * 16 + q] != sum) throw emu::Failure("wrong result of the rewritten operand");
       }
     return block.stats;

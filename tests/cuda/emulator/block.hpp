@@ -112,8 +112,9 @@ class Block final : public Mbarriers::Host {
   bool dropped(Where where) {
     if (options.drop_at.empty() && !options.list_waits) return false;
     const std::string here = place(where);
-    ++stats.wait_places[here];
     const int turn = running_->turns[here]++;
+    int& most = stats.wait_places[here];
+    most = std::max(most, turn + 1);
     return here == options.drop_at && (options.drop_turn < 0 || options.drop_turn == turn);
   }
 

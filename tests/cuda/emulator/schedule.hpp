@@ -281,9 +281,10 @@ inline void Block::block_ends(int block) {
 inline void Block::stuck() {
   for (int warp = 0; warp < blocks_ * thread_count_ / kWarp; ++warp)
     if (const int at_op = count(warp * kWarp, (warp + 1) * kWarp, Thread::State::at_warp_op)) resolve_warp(warp, at_op);
-  std::map<std::string, std::pair<int, int>> places;  // first and last thread
+  std::map<std::string, std::string> places;  // the threads there
   const Thread* waiting = nullptr;
   const Thread* product = nullptr;
+  std::string before;
   for (int t = 0; t < blocks_ * thread_count_; ++t) {
     const Thread& thread = *threads_[t];
     std::string at = thread.what;
@@ -292,14 +293,19 @@ inline void Block::stuck() {
       at += " for parity " + std::to_string(thread.count) + " of the " +
             Mbarriers::state(barriers.all().at({thread.block, std::uint32_t(thread.barrier)}));
     if (blocks_ > 1) at += " in CTA " + std::to_string(thread.block);
-    places.try_emplace(at, thread.local, thread.local).first->second.second = thread.local;
+    if (t == 0 || at != before) {
+      std::string& threads = places[at];
+      threads += (threads.empty() ? "" : ", ") + std::to_string(thread.local) + "...";
+      if (t) places[before] += std::to_string(threads_[t - 1]->local);
+    }
+    before = at;
     if (!waiting && thread.state != Thread::State::done) waiting = &thread;
     if (!product && thread.state == Thread::State::at_warpgroup_op) product = &thread;
   }
+  places[before] += std::to_string(thread_count_ - 1);
   std::string text = product ? "warpgroup diverged, some of its threads never come to its wgmma:" : "deadlock:";
-  for (const auto& [at, range] : places)
-    text += (text.back() == ':' ? " threads " : "; threads ") + std::to_string(range.first) + " to " +
-            std::to_string(range.second) + " at " + at;
+  for (const auto& [at, threads] : places)
+    text += (text.back() == ':' ? " threads " : "; threads ") + threads + " at " + at;
   report(product ? product : waiting, text + "; the first waits", (product ? product : waiting)->where);
 }
 

@@ -13,11 +13,17 @@ using Barrier = std::uint64_t;  // an mbarrier in shared memory
 
 #ifdef __CUDACC__
 #define DDST_GRID_CONSTANT const __grid_constant__
+#define DDST_ROLLED _Pragma("unroll 1")  // a loop that stays one
 #include "hopper_ptx.cuh"
 #else
 #define DDST_GRID_CONSTANT const
+#define DDST_ROLLED
 #include "emulator/hopper_host.hpp"
 namespace ddst::dev {
 inline int warp_index() { return thread_index() / 32; }
+template <class T>
+shared_ptr<T> kept(shared_ptr<T> p) {
+  return p;
+}
 }  // namespace ddst::dev
 #endif

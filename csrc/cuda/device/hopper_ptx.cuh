@@ -84,6 +84,13 @@ DDST_DEVICE void cluster_sync() {
 }
 // This thread's accesses to shared memory come before later asynchronous ones.
 DDST_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The address as one value: the compiler does not take the sum apart. One that all threads share then stays a scalar of
+// the instruction that reads from it plus something else.
+template <class T>
+DDST_DEVICE shared_ptr<T> kept(shared_ptr<T> p) {
+  asm volatile("" : "+r"(p.address));
+  return p;
+}
 // The warp's number, as the compiler does not know that all lanes agree on thread_index() / 32.
 DDST_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0); }
 

@@ -157,6 +157,8 @@ DDST_DEVICE float widen<fp16>(std::uint16_t bits) {
 }
 DDST_DEVICE int popcount(std::uint32_t bits) { return __popc(bits); }
 DDST_DEVICE std::uint32_t shfl_xor(std::uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+// The value of lane `lane` % 32.
+DDST_DEVICE std::uint32_t shfl(std::uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 // Two values rounded to nearest even; `lo` in the low half.
 template <class T>

@@ -73,7 +73,7 @@ def parts_of(block: tuple[int, int]) -> tuple[int, int]:
     return block[0] // rows * (block[1] // cols), _ACCUMULATORS // (rows * cols)
 
 
-def most_groups(slots: int, bands: int, block: tuple[int, int]) -> int:
+def most_groups(slots: int, bands: int, block: tuple[int, int], warps: int = WARPS) -> int:
     """At most so many groups hold ``slots`` blocks, however they lie in the bands; those that are free are a band more.
 
     >>> most_groups(0, 4, (16, 16)), most_groups(3, 4, (16, 16)), most_groups(1000, 4, (16, 16))
@@ -81,10 +81,12 @@ def most_groups(slots: int, bands: int, block: tuple[int, int]) -> int:
     """
     parts, per_warp = parts_of(block)
     full = min(slots, bands + 1)
-    return full + (slots * parts - full) // (WARPS * per_warp)
+    return full + (slots * parts - full) // (warps * per_warp)
 
 
-def list_units(index: tp.Index, grid: tuple[int, int, int], block: tuple[int, int], band: tuple[int, int]) -> Tensor:
+def list_units(
+    index: tp.Index, grid: tuple[int, int, int], block: tuple[int, int], band: tuple[int, int], warps: int = WARPS
+) -> Tensor:
     """``units[group, warp, i] = slot · parts + part`` of the group's units, -1 where there is none.
 
     The units of a band are dealt to as few groups as hold them, and those of a group to its warps, evenly and in the
@@ -93,17 +95,17 @@ def list_units(index: tp.Index, grid: tuple[int, int, int], block: tuple[int, in
     others; groups without units come last.
 
     Args:
-        index: the sections of the topology vector, whose device gets the list; grid: ``(R, C, T)``.
+        index: the sections of the topology vector, whose device gets the list; grid: ``(R, C, T)``; warps: of a group.
 
     Returns:
-        int32 ``[most_groups(…), WARPS, units of a warp]``. Made without a host synchronisation.
+        int32 ``[most_groups(…), warps, units of a warp]``. Made without a host synchronisation.
     """
     parts, per_warp = parts_of(block)
     slots, device = index.block_row.numel(), index.block_row.device
     across = -(-grid[1] // band[1])
     bands = -(-grid[0] // band[0]) * across
-    size = WARPS * per_warp
-    units = torch.full((most_groups(slots, bands, block), WARPS, per_warp), -1, dtype=torch.int32, device=device)
+    size = warps * per_warp
+    units = torch.full((most_groups(slots, bands, block, warps), warps, per_warp), -1, dtype=torch.int32, device=device)
     row, col = (section[index.row_order].long() for section in (index.block_row, index.block_col))
     band_of = torch.where(row == grid[0], bands, row // band[0] * across + col // band[1])
     count = torch.zeros(bands + 1, dtype=torch.int64, device=device).scatter_add_(0, band_of, torch.ones_like(band_of))
@@ -119,9 +121,9 @@ def list_units(index: tp.Index, grid: tuple[int, int, int], block: tuple[int, in
     rank = torch.arange(slots * parts, device=device) - first_unit
     group = rank * groups // count
     begin, end = _ceil_div(group * count, groups), _ceil_div((group + 1) * count, groups)
-    warp = (rank - begin) * WARPS // (end - begin)
-    place = rank - begin - _ceil_div(warp * (end - begin), WARPS)
-    units.view(-1).scatter_(0, ((first_group + group) * WARPS + warp) * per_warp + place, unit.int())
+    warp = (rank - begin) * warps // (end - begin)
+    place = rank - begin - _ceil_div(warp * (end - begin), warps)
+    units.view(-1).scatter_(0, ((first_group + group) * warps + warp) * per_warp + place, unit.int())
     return units
 
 

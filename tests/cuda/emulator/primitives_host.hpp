@@ -153,6 +153,11 @@ inline std::uint32_t shfl_xor(std::uint32_t value, int mask, Where where = Where
   Block::current->warp_op(&emu::shuffle_xor, &args, "shfl.xor", where);
   return args.out;
 }
+inline std::uint32_t shfl(std::uint32_t value, int lane, Where where = Where::current()) {
+  emu::ShuffleArgs args{value, 0, lane};
+  Block::current->warp_op(&emu::shuffle, &args, "shfl.idx", where);
+  return args.out;
+}
 
 template <class T>
 std::uint32_t pack2(float lo, float hi) {

@@ -116,7 +116,7 @@ void ldmatrix(Block& block, int warp, void* const* args) {
 
 struct ShuffleArgs {
   std::uint32_t in, out;
-  int mask;
+  int mask;  // of shuffle: the lane
 };
 
 inline void shuffle_xor(Block& block, int, void* const* args) {
@@ -124,6 +124,14 @@ inline void shuffle_xor(Block& block, int, void* const* args) {
     auto& mine = *static_cast<ShuffleArgs*>(args[lane]);
     const int from = lane ^ mine.mask;
     mine.out = from < 32 ? static_cast<ShuffleArgs*>(args[from])->in : mine.in;
+  }
+  ++block.stats.shuffles;
+}
+
+inline void shuffle(Block& block, int, void* const* args) {
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& mine = *static_cast<ShuffleArgs*>(args[lane]);
+    mine.out = static_cast<ShuffleArgs*>(args[mine.mask & 31])->in;
   }
   ++block.stats.shuffles;
 }

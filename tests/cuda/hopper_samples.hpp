@@ -9,9 +9,10 @@ namespace ddst::test {
 
 enum class Slip {
   none,
-  no_full_wait,           // consumers do not wait for copies
-  wrong_parity,           // they wait for the phase before
-  one_lane_waits,         // and do not tell the others
+  no_full_wait,    // consumers do not wait for copies
+  wrong_parity,    // they wait for the phase before
+  one_lane_waits,  // and does not tell the others
+  one_warp_waits,
   no_empty_wait,          // the producer does not wait for consumers
   no_empty_arrival,       // consumers do not let go
   early_arrival,          // before their reads are over
@@ -32,6 +33,8 @@ enum class Slip {
   misaligned_box,
   overlapping_box,
   no_product_wait,
+  no_last_product_wait,
+  sum_read_early,
   product_wait_of_one_less,
   no_product_fence,
   product_without_commit,
@@ -116,6 +119,8 @@ struct Ring {
       const auto weights_at = (shared + (stage * kStage + kPixelBytes)).as<Bf>();
       if (slip == Slip::one_lane_waits) {
         if (lane == 0) dev::barrier_wait(full + stage, round & 1);
+      } else if (slip == Slip::one_warp_waits) {
+        if (warp == 0) dev::barrier_wait(full + stage, round & 1);
       } else if (slip != Slip::no_full_wait) {
         dev::barrier_wait(full + stage, (round & 1) ^ int(slip == Slip::wrong_parity));
       }
@@ -134,10 +139,12 @@ struct Ring {
       if (slip == Slip::operand_changed) mine[1] += 1;
       if (slip == Slip::sum_touched) sum[3] = 0;
       if (slip != Slip::product_without_commit || warp != 2) dev::wgmma_commit();
+      const float early = sum[0];
       if (slip == Slip::product_wait_of_one_less)
         dev::wgmma_wait<1>();
-      else if (slip != Slip::no_product_wait)
+      else if (slip != Slip::no_product_wait && (slip != Slip::no_last_product_wait || i + 1 < slices))
         dev::wgmma_wait<0>();
+      if (slip == Slip::sum_read_early) sum[0] = early;
       if (slip != Slip::early_arrival) arrive(rank, lane, empty + stage);
     }
     for (int j = 0; j < 8; ++j) {

@@ -294,10 +294,6 @@ void test_threads() {
           for (int i = 0; i < 3; ++i) elected += dev::elect_one();
           if (dev::thread_index() == 0)
             ranks += dev::cluster_rank() * 10 + (dev::block_index_x() % 2 == dev::cluster_rank());
-          if (dev::thread_index() < 32)
-            dev::give_registers<24>();
-          else
-            dev::take_registers<240>();
         },
         2);
   }

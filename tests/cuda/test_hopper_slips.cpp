@@ -18,6 +18,7 @@ const Planted kRing[] = {
     {Slip::no_full_wait, "no wait for copies", {"uninitialised", "bulk copy in flight"}},
     {Slip::wrong_parity, "wrong parity", {"uninitialised", "bulk copy in flight", "completes while"}},
     {Slip::one_lane_waits, "one lane waits", {"bulk copy in flight"}},
+    {Slip::one_warp_waits, "one warp waits", {"uninitialised", "bulk copy in flight"}},
     {Slip::no_empty_wait, "no wait for consumers", {"more arrivals than", "write after write", "write after read"}},
     {Slip::no_empty_arrival, "consumers keep a stage", {"deadlock"}},
     {Slip::early_arrival, "early arrival", {"wgmma in flight", "bulk copy in flight"}},
@@ -38,6 +39,7 @@ const Planted kRing[] = {
     {Slip::misaligned_box, "misaligned box", {"no multiple of 256"}},
     {Slip::overlapping_box, "overlapping box", {"write after write", "write after read"}},
     {Slip::no_product_wait, "no wait for products", {"wgmma in flight"}},
+    {Slip::no_last_product_wait, "no wait for the last", {"ends with a wgmma in flight"}},
     {Slip::product_wait_of_one_less, "wait that leaves one", {"wgmma in flight"}},
     {Slip::no_product_fence, "no fence of registers", {"wgmma without wgmma_fence"}},
     {Slip::product_without_commit, "a warp does not commit", {"another number of wgmma_commit"}},
@@ -86,22 +88,39 @@ void expect_found(const Planted& planted, const std::function<void(const emu::Op
   }
 }
 
-// Nobody misses the producer's first wait for each stage, whose barrier has not been used yet, and the wait for the
-// product before the last one: its stage is not filled again, and the last wait is for both.
+// Nobody misses the wait for the product before the last one and the last two times that lanes wait for each other:
+// those stages are not filled again, and the last wait is for both products. Nor the producer's first wait for each
+// stage, whose barrier has not been used yet.
 void test_each_wait(const SampleProblem& problem) {
   for (const auto& options : orders()) {
     if (options.seed > 1) continue;
     std::string turns, names;
     for (const auto& place : unnoticed([&](const emu::Options& o) { return problem.ring(o); }, options, true))
       turns += place.substr(std::min(place.find('#'), place.size())) + ' ', names += ' ' + place;
-    expect(turns == "#3 #0 #1 ", "waits of the ring that nobody misses:" + names);
+    expect(turns == "#3 #3 #4 #0 #1 ", "waits of the ring that nobody misses:" + names);
     const auto rewrite = unnoticed([&](const emu::Options& o) { return problem.rewrite(o); }, options, true);
     expect(rewrite.empty(), "waits that nobody misses: " + (rewrite.empty() ? "" : rewrite[0]));
   }
   emu::Options options;
   options.list_waits = true;
-  expect(problem.ring(options).wait_places.size() == 7, "waits and fences of the ring");
+  expect(problem.ring(options).wait_places.size() == 8, "waits and fences of the ring");
   expect(problem.rewrite(options).wait_places.size() == 4, "waits and fences of the rewritten operand");
+}
+
+// Nothing tells of a read before the wait, but what is read is not a number.
+void test_early_read(const SampleProblem& problem) {
+  for (const auto& options : orders())
+    expect_caught("sum read early", "wrong result", [&] { problem.ring(options, Slip::sum_read_early); });
+}
+
+void test_registers() {
+  const auto launch = [](int threads, auto kernel) {
+    return [=] { emu::Block().launch({1, 1, 1}, threads, 0, kernel); };
+  };
+  launch(256, [] { dev::thread_index() < 128 ? dev::give_registers<24>() : dev::take_registers<240>(); })();
+  expect_caught("registers", "registers are asked for", launch(384, [] { dev::take_registers<176>(); }));
+  expect_caught("registers of a warp", "the warpgroup's warps ask for",
+                launch(256, [] { dev::thread_index() < 32 ? dev::give_registers<24>() : dev::give_registers<32>(); }));
 }
 
 // Maps that the driver would refuse, and copies that fit no map.
@@ -161,7 +180,9 @@ int main() {
     expect_found(planted, [&](const emu::Options& options) { problem.ring(options, planted.slip); });
   for (const auto& planted : kRewrite)
     expect_found(planted, [&](const emu::Options& options) { problem.rewrite(options, planted.slip); });
+  test_early_read(problem);
   test_each_wait(problem);
+  test_registers();
   test_maps();
   return finish("hopper slips");
 }

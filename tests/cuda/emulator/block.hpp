@@ -156,6 +156,15 @@ class Block final : public Mbarriers::Host {
   }
   std::size_t shadow_offset(int block, std::uint32_t offset) const { return block * shared_stride_ + offset; }
 
+  void set_registers(int warp, int count) {
+    registers_[warp] = count;
+    const int warps = thread_count_ / kWarp, first = warp / warps * warps;
+    const int sum = std::accumulate(registers_.begin() + first, registers_.begin() + first + warps, 0);
+    if (sum * kWarp > 65536)
+      report(threads_[warp * kWarp].get(), "setmaxnreg: " + std::to_string(sum * kWarp) + " registers are asked for",
+             threads_[warp * kWarp]->where);
+  }
+
   std::string place(Where where) const {
     const char* name = std::strrchr(where.file_name(), '/');
     return std::string(name ? name + 1 : where.file_name()) + ':' + std::to_string(where.line());
@@ -233,6 +242,7 @@ class Block final : public Mbarriers::Host {
   std::deque<BulkCopy> in_flight_;
   std::vector<std::vector<Reach>> reached_;  // of each block, since the last cluster barrier
   std::vector<bool> ended_;
+  std::vector<int> registers_;  // of each warp, by setmaxnreg
   Index3 first_block_;
   int blocks_ = 1, thread_count_ = 0, barriers_ = 0;
   bool progress_ = false;

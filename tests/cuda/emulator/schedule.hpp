@@ -48,6 +48,7 @@ inline void Block::prepare(int blocks, int threads, std::size_t shared_bytes) {
   in_flight_.clear();
   reached_.assign(blocks, {});
   ended_.assign(blocks, false);
+  registers_.assign(blocks * threads / kWarp, 0);
   barriers_ = 0;
   random_.seed(options.seed);
   stats.blocks += blocks;
@@ -265,6 +266,14 @@ inline void Block::block_ends(int block) {
     if (!known)
       report(threads_[reach.thread].get(),
              "CTA " + std::to_string(block) + " may end before the " + reach.what + " to it", reach.where);
+  }
+  for (int warp = first / kWarp; warp < (first + thread_count_) / kWarp; ++warp) {
+    const int of_warpgroup = registers_[warp - (warp - first / kWarp) % 4];
+    if (registers_[warp] != of_warpgroup)
+      report(threads_[warp * kWarp].get(),
+             "setmaxnreg: the warpgroup's warps ask for " + std::to_string(of_warpgroup) + " and " +
+                 std::to_string(registers_[warp]) + " registers",
+             threads_[warp * kWarp]->where);
   }
   for (const BulkCopy& copy : in_flight_)
     if (copy.block == block)

@@ -79,18 +79,18 @@ void test_layouts() {
 void test_refusals() {
   auto p = square(1, 8, 16, 16, 16);
   p.out_height = p.out_width = 8;
-  const auto refused = [&](const char* reason, GatherShape shape, auto change) {
+  const auto refused = [&](const char* reason, bool halved, auto change) {
     auto changed = p;
     change(changed);
     HopperGatherGeometry g;
-    const std::string why = hopper_gather_geometry(changed, false, {1, 2}, kSharedLimit, g, shape);
+    const std::string why = hopper_gather_geometry(changed, false, {1, 2}, kSharedLimit, g, {halved, false}, halved);
     expect(why.find(reason) != std::string::npos, std::string("refusal: ") + reason + ", got " + why);
   };
-  refused("takes bfloat16 and float16", {}, [](auto& q) { q.dtype = DDST_CUDA_TFLOAT32; });
-  refused("does not fuse half blocks", {true, false}, [](auto&) {});
-  refused("block must", {}, [](auto& q) { q.block_out = 8; });
-  refused("taps", {}, [](auto& q) { q.kernel_width = 6; });
-  refused("channels must", {}, [](auto& q) { q.in_channels = 12; });
+  refused("takes bfloat16 and float16", false, [](auto& q) { q.dtype = DDST_CUDA_TFLOAT32; });
+  refused("does not upsample", true, [](auto&) {});
+  refused("block must", false, [](auto& q) { q.block_out = 8; });
+  refused("taps", false, [](auto& q) { q.kernel_width = 6; });
+  refused("channels must", false, [](auto& q) { q.in_channels = 12; });
 }
 
 }  // namespace

@@ -192,12 +192,13 @@ def _gather(
         device, allow_tf32 = facts(input.device), tf32_allowed(linear=linear)
         form = hopper.form_of(
             input.dtype, shape, block, window, images, values.shape[0], input_gradient=input_gradient, device=device,
-            fused=fused is not None, squares=squares,
+            fused=fused is not None, squares=squares, halved=(half.pool if input_gradient else half.upsample) == 2,
         )  # fmt: skip
         if form is not None:
             output = _hopper_gather(
-                input, values, bias, residual, topology, shape, window, form, input_gradient=input_gradient, relu=relu
-            ).permute(0, 3, 1, 2)
+                input, values, bias, residual, topology, shape, window, form, fused,
+                input_gradient=input_gradient, relu=relu,
+            ).permute(0, 3, 1, 2)  # fmt: skip
             return output if channels_last else output.contiguous()
         large = _large_tile(
             input.dtype, shape, block, window, images, pixels, input_gradient, allow_tf32, device, fused is not None,
@@ -234,11 +235,13 @@ def _hopper_gather(
     shape: tuple[int, ...],
     window: Window,
     form: hopper.Form,
+    fused: Fused | None,
     *,
     input_gradient: bool,
     relu: bool,
 ) -> Tensor:
     """The same by the kernel for sm_90a; ``[N, H, W, C]``."""
+    half = fused or Fused(None, None, 1.0, 1, 1)
     block = (values.shape[1], values.shape[2])
     rows, cols, _ = tp.grid(shape, block)
     phases = window.stride if input_gradient else (1, 1)
@@ -254,7 +257,8 @@ def _hopper_gather(
         _dense_channels_last(input), _dense(values), records.view(-1), order,
         None if bias is None else _dense(bias), None if residual is None else _dense_channels_last(residual),
         list(shape), list(window.input_size), list(window.stride), list(window.padding), input_gradient, relu,
-        form.granules, form.cluster,
+        form.granules, form.cluster, fused is not None, *(half.norm or (None, None, None)), half.activated, half.slope,
+        half.upsample, half.pool, half.residual_upsample,
     )  # fmt: skip
 
 

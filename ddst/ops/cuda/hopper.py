@@ -120,6 +120,7 @@ def plan(
     device: Device,
     fused: bool = False,
     squares: bool = False,
+    halved: bool = False,
 ) -> tuple[Plan | None, str]:
     """``(how the kernel would run this, "")``, or ``(None, why it does not)``."""
     why = device_refusal(dtype, device.capability)
@@ -127,19 +128,21 @@ def plan(
         return None, why
     return _plan(
         dtype, weight_shape, block, window, images, form,
-        input_gradient=input_gradient, device=device, fused=fused, squares=squares,
+        input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _plan(
     dtype: torch.dtype, weight_shape: tuple[int, ...], block: tuple[int, int], window: Window, images: int, form: Form,
-    *, input_gradient: bool, device: Device, fused: bool, squares: bool,
+    *, input_gradient: bool, device: Device, fused: bool,
+    squares: bool,
+    halved: bool,
 ) -> tuple[Plan | None, str]:  # fmt: skip
     facts, message = (ctypes.c_int32 * len(Plan._fields))(), ctypes.create_string_buffer(256)
     library().ddst_cuda_hopper_gather_plan(
         problem_of(dtype_code(dtype, False), weight_shape, block, window, images), ctypes.c_bool(input_gradient),
-        form.granules, form.cluster, ctypes.c_bool(fused), ctypes.c_bool(squares), device.shared_bytes, facts, message,
+        form.granules, form.cluster, *map(ctypes.c_bool, (fused, squares, halved)), device.shared_bytes, facts, message,
         len(message),
     )  # fmt: skip
     why = message.value.decode()
@@ -211,6 +214,7 @@ def choose(
     device: Device,
     fused: bool = False,
     squares: bool = False,
+    halved: bool = False,
 ) -> tuple[Form | None, str]:
     """``(form, why)`` by the model; None for the kernel of every architecture. ``density``: of slots."""
     side, taps = block[1 if input_gradient else 0], math.prod(weight_shape[2:])
@@ -218,7 +222,7 @@ def choose(
     for form in FORMS:
         cut, why = plan(
             dtype, weight_shape, block, window, images, form,
-            input_gradient=input_gradient, device=device, fused=fused, squares=squares,
+            input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
         )  # fmt: skip
         if cut is None:
             return None, why
@@ -244,6 +248,7 @@ def form_of(
     device: Device,
     fused: bool = False,
     squares: bool = False,
+    halved: bool = False,
 ) -> Form | None:
     """The form that runs: the forced one where the kernel takes the problem, else what the model says."""
     if slots == 0 or is_general() or device_refusal(dtype, device.capability):
@@ -251,13 +256,13 @@ def form_of(
     if _forced and isinstance(_forced[-1], Form):
         cut, _ = plan(
             dtype, weight_shape, block, window, images, _forced[-1],
-            input_gradient=input_gradient, device=device, fused=fused, squares=squares,
+            input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
         )  # fmt: skip
         return None if cut is None else _forced[-1]
     density = 2 ** (round(4 * math.log2(slots / math.prod(tp.grid(weight_shape, block)))) / 4)
     return choose(
         dtype, weight_shape, block, window, images, min(1.0, density),
-        input_gradient=input_gradient, device=device, fused=fused, squares=squares,
+        input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
     )[0]  # fmt: skip
 
 
@@ -272,12 +277,13 @@ def supports(
 ) -> tuple[bool, str]:
     """``(ok, reason)``: whether the gather kernel for sm_90a runs an operator, and if not why, whatever the size."""
     gathers = {"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True}
+    gathers |= {"norm_act_conv2d": False, "norm_act_conv2d_input_grad": True}
     if op not in gathers:
-        return False, f"{op} does not gather, or fuses half blocks"
+        return False, f"{op} does not gather"
     taps = (1, 1) if len(weight_shape) == 2 else (weight_shape[2], weight_shape[3])
     window = Window((max(32, taps[0]), max(32, taps[1])), (stride[0], stride[1]), (padding[0], padding[1]))
     _, why = plan(
         dtype, (weight_shape[0], weight_shape[1], *taps), (block[0], block[1]), window, 1, FORMS[0],
-        input_gradient=gathers[op], device=device,
+        input_gradient=gathers[op], device=device, fused=op.startswith("norm"),
     )  # fmt: skip
     return not why, why

@@ -22,26 +22,20 @@ Tensor hopper_gather(const Tensor& input, const Tensor& values, const Tensor& re
                      const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
                      const std::optional<Tensor>& activated, double slope, int64_t upsample, int64_t pool,
                      int64_t residual_upsample) {
-  for (const int64_t factor : {upsample, pool, residual_upsample})
-    if (factor < 1 || factor > (fused ? 2 : 1)) fail(kOp, "a factor is ", factor, ", expected 1, or 2 where fused");
+  const GatherFactors by{upsample, pool, residual_upsample};
+  check_factors(kOp, fused, by);
   const GatherCall call = check_gather(kOp, input, values, bias, residual, weight_shape, input_size, stride, padding,
-                                       input_gradient, false, {upsample, pool, residual_upsample});
+                                       input_gradient, false, by);
+  const Prologues tables = check_fused(kOp, call, input, mean, scale, shift, activated);
   const int32_t device = call.device;
-  const Prologues tables =
-      check_prologue(kOp, mean, scale, shift, call.problem.images, call.problem.in_channels, device);
-  if (activated.has_value()) {
-    check_channels_last(kOp, "activated", *activated, device);
-    check_dtype(kOp, "activated", *activated, input.scalar_type(), "input");
-    check_shape(kOp, "activated", *activated, call.forward_shape);
-  }
   if (granules != 1 && granules != 4) fail(kOp, "granules is ", granules, ", expected 1 or 4");
   if (cluster != 1 && cluster != 2) fail(kOp, "cluster is ", cluster, ", expected 1 or 2");
   if (values.size(0) == 0) fail(kOp, "values has no slots");
   const GatherForm form{static_cast<int>(granules), static_cast<int>(cluster)};
+  const bool halved = (input_gradient ? pool : upsample) == 2, squares = (input_gradient ? upsample : pool) == 2;
   HopperGatherGeometry g;
-  const auto why =
-      hopper_gather_geometry(call.problem, input_gradient, form, static_cast<int>(shared_limit(kOp, device)), g,
-                             {fused, (input_gradient ? upsample : pool) == 2}, (input_gradient ? pool : upsample) == 2);
+  const auto why = hopper_gather_geometry(call.problem, input_gradient, form,
+                                          static_cast<int>(shared_limit(kOp, device)), g, {fused, squares}, halved);
   if (!why.empty()) fail(kOp, why);
   const int64_t lines = int64_t{g.phases_y} * g.phases_x * g.groups;
   const int32_t* lists = check_index(kOp, "records", records, lines * g.in_blocks * g.record_ints, device);
@@ -56,10 +50,10 @@ Tensor hopper_gather(const Tensor& input, const Tensor& values, const Tensor& re
   arrays.records = lists, arrays.order = heavy_first;
   arrays.bias = data_or_null(bias), arrays.residual = data_or_null(residual);
   arrays.output = output.data_ptr(), arrays.relu = relu;
-  arrays.fused = fused, arrays.mean = tables.mean, arrays.scale = tables.scale, arrays.shift = tables.shift;
-  arrays.activated = data_or_null(activated), arrays.norm = tables.norm;
-  arrays.residual_halved = residual_upsample == 2, arrays.squares = g.squares;
-  arrays.slope = static_cast<float>(slope), arrays.factor = pool == 2 ? 0.25f : 1.f;
+  arrays.fused = fused, arrays.slope = static_cast<float>(slope), arrays.factor = pool == 2 ? 0.25f : 1.f;
+  arrays.mean = tables.mean, arrays.scale = tables.scale, arrays.shift = tables.shift, arrays.norm = tables.norm;
+  arrays.activated = data_or_null(activated);
+  arrays.residual_halved = residual_upsample == 2, arrays.squares = squares;
   encode_map(kOp, hopper_patch_map(g, input.data_ptr()), arrays.input);
   encode_map(kOp, hopper_weights_map(g, values.data_ptr(), values.size(0), input_gradient), arrays.values);
   check_launch(kOp, ddst_cuda_hopper_gather(call.problem.dtype, input_gradient, &form, &g, &arrays, multiprocessors,
@@ -75,6 +69,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ddst_cuda, m) {
       "hopper_gather(Tensor input, Tensor values, Tensor records, Tensor order, Tensor? bias, Tensor? residual, int[] "
       "weight_shape, int[] input_size, int[] stride, int[] padding, bool input_gradient, bool relu, int granules, int "
       "cluster, bool fused, Tensor? mean, Tensor? scale, Tensor? shift, Tensor? activated, float slope, int upsample, "
-      "int pool, int residual_upsample) -> Tensor");
+      "int "
+      "pool, int residual_upsample) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ddst_cuda, CUDA, m) { m.impl("hopper_gather", TORCH_BOX(&ddst::cuda::hopper_gather)); }

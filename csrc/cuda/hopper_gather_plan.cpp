@@ -4,8 +4,9 @@
 
 #include "hopper_gather_geometry.hpp"
 
-// facts: images, rows and columns of a tile; rows and columns of an image's patch; tiles of all phases, groups, slices;
-// stages, ints of a record, bytes of shared memory. message: why not, or an empty string.
+// squares, halved: of fused half blocks. facts: images, rows and columns of a tile; rows and columns of an image's
+// patch; tiles of all phases, groups, slices; stages, ints of a record, bytes of shared memory. message: why not, or an
+// empty string.
 extern "C" __attribute__((visibility("default"))) void ddst_cuda_hopper_gather_plan(
     const ddst_cuda_conv2d_problem* problem, bool input_gradient, int granules, int cluster, bool fused, bool squares,
     bool halved, int shared_limit, int32_t facts[11], char* message, int size) {

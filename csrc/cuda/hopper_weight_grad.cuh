@@ -35,15 +35,17 @@ struct HopperWeightGrad {
   };
 
   // Lanes give the rows of ldmatrix: (pixel, channel), (pixel + 8, channel), then channel + 8.
-  static DDST_DEVICE int input_place(const Params& p, int shift, int channel, int lane) {
+  static DDST_DEVICE int input_place(const Params& p, int tap, int channel, int lane) {
     const WeightGradShape& s = p.shape;
     const HopperWeightGradSizes& z = p.sizes;
-    const int pixel = lane % 16, pitch = z.input_channels * 2;
-    const int image = pixel / (s.tile_w * s.tile_h), y = pixel / s.tile_w % s.tile_h, x = pixel % s.tile_w;
-    const int patch = (image * z.patch_h + y * s.stride_h) * z.patch_w + x * s.stride_w + shift;
-    const int inside = patch * pitch + channel % z.input_channels * 2 + lane / 16 * 16;
-    return z.grad_slices * z.grad_slice_bytes + channel / z.input_channels * z.input_slice_bytes +
-           swizzled_bytes(inside, pitch);
+    const int pixel = lane % 16, pitch = z.input_channels * 2, tap_y = tap / s.kernel_w, tap_x = tap % s.kernel_w;
+    const int image = pixel / (s.tile_w * s.tile_h),
+              y = pixel / s.tile_w % s.tile_h + tap_y * s.dilation_h / s.stride_h,
+              x = pixel % s.tile_w + tap_x * s.dilation_w / s.stride_w;
+    const int inside =
+        ((image * z.patch_h + y) * z.patch_w + x) * pitch + channel % z.input_channels * 2 + lane / 16 * 16;
+    const int plane = (channel / z.input_channels * z.planes_h + tap_y % z.planes_h) * z.planes_w + tap_x % z.planes_w;
+    return z.grad_slices * z.grad_slice_bytes + plane * z.input_plane_bytes + swizzled_bytes(inside, pitch);
   }
   // (channel, pixel), (channel + 8, pixel), (channel, pixel + 8), (channel + 8, pixel + 8), of the first slice.
   static DDST_DEVICE int grad_place(const Params& p, int lane) {
@@ -62,13 +64,12 @@ struct HopperWeightGrad {
       const int unit = dev::load(list + u);
       if (unit < 0) break;
       const int slot = unit / parts, part = unit % parts, tap = dev::load(p.block_tap + slot);
-      const int shift = tap / s.kernel_w * s.dilation_h * z.patch_w + tap % s.kernel_w * s.dilation_w;
       const int channel = dev::load(p.block_col + slot) % s.band_cols * s.block_in + part % parts_across * U::kCols;
       const int row = dev::load(p.block_row + slot) % s.band_rows * s.block_out + part / parts_across * U::kRows;
       const int gy = row / z.grad_channels * z.grad_slice_bytes + row % z.grad_channels * 2;
       if (lane == 0) dev::store(places + u, gy);
       units.flags |= (gy != last ? 0x10001u : 0x10000u) << u;
-      units.x[u] = input_place(p, shift, channel, lane);
+      units.x[u] = input_place(p, tap, channel, lane);
       last = gy;
     }
     dev::sync_warp();

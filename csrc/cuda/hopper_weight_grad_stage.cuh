@@ -53,7 +53,7 @@ struct RingPlace {
 struct HopperStages {
   Barriers full, changed, empty;      // a stage's copies have landed; its prologue is done; it has been multiplied
   dev::shared_ptr<int> unit_places;   // [kHopperWarps, Unit::kCount]: where the unit's rows of gy begin in a stage
-  dev::shared_ptr<int> patch_places;  // pack_place of each pixel of the patch; fused
+  dev::shared_ptr<int> patch_places;  // pack_place of each pixel of the planes; fused
   Bytes stages;
   DDST_DEVICE HopperStages(const HopperWeightGradSizes& z)
       : full(dev::dynamic_shared<dev::Barrier>()),
@@ -85,20 +85,29 @@ DDST_DEVICE void copy_tiles(const HopperWeightGradParams<T>& p, const HopperStag
       if (dev::elect_one())
         dev::copy_box(to, &p.gy_map, {work.out_channel + i * z.grad_channels, at.x, at.y, at.image}, full);
     }
-    for (int i = 0; i < z.input_slices; ++i, to = to + z.input_slice_bytes / 2) {
-      if (dev::elect_one())
-        dev::copy_box(to, &p.x_map, {work.in_channel + i * z.input_channels, at.input_x(s), at.input_y(s), at.image},
-                      full);
+    for (int i = 0; i < z.input_slices; ++i) {
+      for (int row = 0; row < z.planes_h; ++row) {
+        for (int column = 0; column < z.planes_w; ++column, to = to + z.input_plane_bytes / 2) {
+          if (dev::elect_one())
+            dev::copy_box(to, &p.x_map,
+                          {work.in_channel + i * z.input_channels, at.input_x(s) + z.plane_columns[column],
+                           at.input_y(s) + z.plane_rows[row], at.image},
+                          full);
+        }
+      }
     }
   }
 }
 
 template <class T>
 DDST_DEVICE void fill_patch_places(const HopperFusedWeightGradParams<T>& p, dev::shared_ptr<int> places) {
+  const WeightGradShape& s = p.shape;
   const HopperWeightGradSizes& z = p.sizes;
-  for (int i = dev::thread_index(); i < p.shape.tile_images * z.patch_h * z.patch_w; i += kHopperThreads) {
-    const int y = i / z.patch_w;
-    dev::store(places + i, pack_place(y / z.patch_h, y % z.patch_h, i % z.patch_w));
+  const int patch = s.tile_images * z.patch_h * z.patch_w;
+  for (int i = dev::thread_index(); i < z.planes_h * z.planes_w * patch; i += kHopperThreads) {
+    const int plane = i / patch, pixel = i % patch, y = pixel / z.patch_w;
+    dev::store(places + i, pack_place(y / z.patch_h, z.plane_rows[plane / z.planes_w] + y % z.patch_h * s.stride_h,
+                                      z.plane_columns[plane % z.planes_w] + pixel % z.patch_w * s.stride_w));
   }
 }
 
@@ -112,10 +121,10 @@ DDST_DEVICE void change_tiles(const HopperFusedWeightGradParams<T>& p, const Hop
   const Prologue& f = p.prologue;
   const int chunks = s.band_cols * s.block_in / 8, bits = z.chunk_bits, pitch = z.input_channels * 2;
   const int chunk = lane & ((1 << bits) - 1), channel = work.in_channel + chunk * 8;
-  const int patch = s.tile_images * z.patch_h * z.patch_w;
+  const int patch = s.tile_images * z.patch_h * z.patch_w, planes = z.planes_h * z.planes_w;
   const int first = (warp * 32 + lane) >> bits, step = kChangingWarps * 32 >> bits;
   const int end = chunk < chunks && channel < s.in_channels ? patch : 0;
-  const int slice = z.grad_slices * z.grad_slice_bytes + chunk * 8 / z.input_channels * z.input_slice_bytes;
+  const int slice = z.grad_slices * z.grad_slice_bytes + chunk * 8 / z.input_channels * planes * z.input_plane_bytes;
   ChannelFactors<8> factors;
   if (end != 0) {
     factors.load_mean(f, channel);
@@ -124,16 +133,19 @@ DDST_DEVICE void change_tiles(const HopperFusedWeightGradParams<T>& p, const Hop
   RingPlace ring;
   for (int tile = work.begin, known = -1; tile < work.end; ++tile, ring.next(z.stages)) {
     const TilePlace at(s, z, tile);
-    const auto from = shared.stages + (ring.stage * z.stage_bytes + slice);
+    auto places = shared.patch_places;
+    auto from = shared.stages + (ring.stage * z.stage_bytes + slice);
     dev::barrier_wait(shared.full + ring.stage, ring.parity);
-    for (int pixel = first; pixel < end; pixel += step) {
-      const int place = dev::load(shared.patch_places + pixel);
-      const int image = at.image + (place >> 20), y = at.input_y(s) + (place >> 10 & 1023),
-                x = at.input_x(s) + (place & 1023);
-      if (image >= s.images || unsigned(y) >= unsigned(s.in_h) || unsigned(x) >= unsigned(s.in_w)) continue;
-      if (f.norm == 2 && image != known) factors.load_factors(f, image, s.in_channels, channel), known = image;
-      change_words((from + swizzled_bytes(pixel * pitch + chunk * 8 % z.input_channels * 2, pitch)).template as<T>(),
-                   factors, f.slope);
+    for (int plane = 0; plane < planes; ++plane, places = places + patch, from = from + z.input_plane_bytes) {
+      for (int pixel = first; pixel < end; pixel += step) {
+        const int place = dev::load(places + pixel);
+        const int image = at.image + (place >> 20), y = at.input_y(s) + (place >> 10 & 1023),
+                  x = at.input_x(s) + (place & 1023);
+        if (image >= s.images || unsigned(y) >= unsigned(s.in_h) || unsigned(x) >= unsigned(s.in_w)) continue;
+        if (f.norm == 2 && image != known) factors.load_factors(f, image, s.in_channels, channel), known = image;
+        change_words((from + swizzled_bytes(pixel * pitch + chunk * 8 % z.input_channels * 2, pitch)).template as<T>(),
+                     factors, f.slope);
+      }
     }
     dev::fence_async_shared();  // these writes come before the copy that overwrites them
     dev::sync_warp();

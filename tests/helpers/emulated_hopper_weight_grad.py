@@ -55,7 +55,7 @@ class Options:
 
 
 class Norm(NamedTuple):
-    """Prologue: ``[C_in]`` mean; scale and shift ``[C_in]`` or ``[N, C_in]``; None for none; slope of the leaky ReLU."""
+    """Mean ``[C_in]``, scale and shift ``[C_in]`` or ``[N, C_in]``, or no norm; slope of the leaky ReLU."""
 
     tables: tuple[Tensor, Tensor, Tensor] | None
     slope: float

@@ -185,29 +185,20 @@ def _gather(
     shape, block, images = tuple(weight_shape), (values.shape[1], values.shape[2]), input.shape[0]
     channels, pixels = shape[1 if input_gradient else 0], images * output_size[0] * output_size[1]
     half = fused or Fused(None, None, 1.0, 1, 1)
-    squares, halved = (f == 2 for f in ((half.upsample, half.pool) if input_gradient else (half.pool, half.upsample)))
+    squares = (half.upsample if input_gradient else half.pool) == 2
     if pixels == 0:
         output = input.new_empty(images, *(side // (1 + squares) for side in output_size), channels)
     else:
         device, allow_tf32 = facts(input.device), tf32_allowed(linear=linear)
         form = hopper.form_of(
             input.dtype, shape, block, window, images, values.shape[0], input_gradient=input_gradient, device=device,
-            fused=fused is not None, squares=squares, halved=halved,
+            fused=fused is not None, squares=squares, halved=(half.pool if input_gradient else half.upsample) == 2,
         )  # fmt: skip
         if form is not None:
             output = _hopper_gather(
-                input,
-                values,
-                bias,
-                residual,
-                topology,
-                shape,
-                window,
-                form,
-                input_gradient=input_gradient,
-                relu=relu,
-                fused=fused,
-            ).permute(0, 3, 1, 2)
+                input, values, bias, residual, topology, shape, window, form, fused,
+                input_gradient=input_gradient, relu=relu,
+            ).permute(0, 3, 1, 2)  # fmt: skip
             return output if channels_last else output.contiguous()
         large = _large_tile(
             input.dtype, shape, block, window, images, pixels, input_gradient, allow_tf32, device, fused is not None,
@@ -244,10 +235,10 @@ def _hopper_gather(
     shape: tuple[int, ...],
     window: Window,
     form: hopper.Form,
+    fused: Fused | None,
     *,
     input_gradient: bool,
     relu: bool,
-    fused: Fused | None,
 ) -> Tensor:
     """The same by the kernel for sm_90a; ``[N, H, W, C]``."""
     half = fused or Fused(None, None, 1.0, 1, 1)

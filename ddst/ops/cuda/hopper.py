@@ -135,7 +135,9 @@ def plan(
 @lru_cache(maxsize=4096)
 def _plan(
     dtype: torch.dtype, weight_shape: tuple[int, ...], block: tuple[int, int], window: Window, images: int, form: Form,
-    *, input_gradient: bool, device: Device, fused: bool, squares: bool, halved: bool,
+    *, input_gradient: bool, device: Device, fused: bool,
+    squares: bool,
+    halved: bool,
 ) -> tuple[Plan | None, str]:  # fmt: skip
     facts, message = (ctypes.c_int32 * len(Plan._fields))(), ctypes.create_string_buffer(256)
     library().ddst_cuda_hopper_gather_plan(
@@ -275,12 +277,13 @@ def supports(
 ) -> tuple[bool, str]:
     """``(ok, reason)``: whether the gather kernel for sm_90a runs an operator, and if not why, whatever the size."""
     gathers = {"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True}
+    gathers |= {"norm_act_conv2d": False, "norm_act_conv2d_input_grad": True}
     if op not in gathers:
-        return False, f"{op} does not gather, or fuses half blocks"
+        return False, f"{op} does not gather"
     taps = (1, 1) if len(weight_shape) == 2 else (weight_shape[2], weight_shape[3])
     window = Window((max(32, taps[0]), max(32, taps[1])), (stride[0], stride[1]), (padding[0], padding[1]))
     _, why = plan(
         dtype, (weight_shape[0], weight_shape[1], *taps), (block[0], block[1]), window, 1, FORMS[0],
-        input_gradient=gathers[op], device=device,
+        input_gradient=gathers[op], device=device, fused=op.startswith("norm"),
     )  # fmt: skip
     return not why, why

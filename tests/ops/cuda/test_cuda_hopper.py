@@ -80,7 +80,7 @@ def test_the_model_chooses_by_density_and_block(calls: Calls) -> None:
         ({"device": H100._replace(capability=(8, 0))}, "needs compute capability 9.0, got 8.0"),
         ({"device": H100._replace(capability=(10, 0))}, "needs compute capability 9.0, got 10.0"),
         ({"dtype": torch.float32}, "takes bfloat16 and float16, got torch.float32"),
-        ({"fused": True, "halved": True}, "does not upsample"),
+        ({"fused": True, "halved": True}, "does not upsample what it reads"),
         ({"shape": (256, 256, 5, 5)}, "taps"),
         ({"device": H100._replace(shared_bytes=48 * 1024)}, "shared memory"),
     ],
@@ -107,8 +107,9 @@ def test_supports_names_operators(calls: Calls) -> None:
     ok, why = hopper.supports("conv2d_input_grad", H100, torch.float16, SHAPE, BLOCK, (2, 2), (1, 1))
     assert ok and not why
     assert hopper.supports("linear", H100, torch.float16, (64, 64), BLOCK)[0]
-    ok, why = hopper.supports("norm_act_conv2d", H100, torch.bfloat16, SHAPE, BLOCK)
-    assert not ok and "norm_act_conv2d does not gather" in why
+    assert hopper.supports("norm_act_conv2d", H100, torch.bfloat16, SHAPE, BLOCK, (1, 1), (1, 1))[0]
+    ok, why = hopper.supports("conv2d_weight_grad", H100, torch.bfloat16, SHAPE, BLOCK)
+    assert not ok and "conv2d_weight_grad does not gather" in why
     assert not hopper.supports("conv2d", H100, torch.bfloat16, SHAPE, (16, 8))[0]
 
 
@@ -144,7 +145,7 @@ def test_operators_get_the_lists_of_their_form(calls: Calls) -> None:
     for at, input_gradient in enumerate((False, True)):
         records, order = arguments[at][2:4]
         assert records.shape == (2 * 16 * 88,) and order.sort()[0].tolist() == [0, 1]
-        assert arguments[at][10:15] == (input_gradient, False, 1, 2, False)
+        assert arguments[at][10:] == (input_gradient, False, 1, 2, False, *[None] * 4, 1.0, 1, 1, 1)
         assert int(records.view(32, 88)[:, 0].sum()) == values.shape[0], "every block is listed once"
     units, tile = arguments[2][5], arguments[2][12]
     assert units.numel() % (16 * 8) == 0 and math.prod(tile) == 64
@@ -191,4 +192,4 @@ def test_weight_gradients_that_are_refused_are_named(calls: Calls) -> None:
     assert "half the sides: copies cannot repeat pixels" in why(fused=True, halved=True)
     assert why(dtype=torch.float32) == "takes bfloat16 and float16, got torch.float32"
     assert "multiple of 8" in why(GEOMETRY._replace(weight_shape=(256, 252, 3, 3)))
-    assert "columns of a tile's patch" in why(GEOMETRY._replace(weight_shape=(256, 256, 3, 300)))
+    assert "columns of a" in why(GEOMETRY._replace(weight_shape=(256, 256, 3, 300)))

@@ -13,11 +13,18 @@
 
 #include "ddst_cuda.h"
 
+#ifdef __CUDACC__
+#define DDST_BOTH __host__ __device__
+#else
+#define DDST_BOTH
+#endif
+
 namespace ddst::cuda {
 
 constexpr int kSlice = 16;        // input channels per stage, and the side of a granule of weights
 constexpr int kRecordHeader = 4;  // ints before the masks of a record: [number of blocks, unused...]
 constexpr int kMaxTaps = 16;
+constexpr std::int64_t kPixelLimit = (std::int64_t(1) << 31) - 1024;  // room for the last tile
 
 struct GatherGeometry {
   int images, in_height, in_width, in_channels;  // of what is read
@@ -37,6 +44,10 @@ struct GatherGeometry {
   int block_columns, block_elements;       // of the packed block
   int record_ints;                         // size of a record, multiple of 4
   int in_blocks;
+};
+
+struct GridPixel {
+  int image, row, column;  // within the tile of a block of threads
 };
 
 // What a fused half block (gather_fused.cuh) asks of the geometry; squares: the 2 x 2 pixels of one are in one tile.
@@ -97,9 +108,9 @@ inline void set_pixel_tile(GatherGeometry& g, const GatherTile& tile, int log_ro
   g.patch_slots = g.image_pitch << log_images;
 }
 
-// Fills `g` and returns "", or says why the kernel cannot run the problem.
-inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input_gradient, const GatherTile& tile,
-                                   int shared_limit, GatherGeometry& g, const GatherShape& shape = {}) {
+// Fills what does not depend on the shape of the pixel tile and returns "", or says why no gather kernel can run it.
+inline std::string gather_facts(const ddst_cuda_conv2d_problem& p, bool input_gradient, const GatherTile& tile,
+                                GatherGeometry& g, const GatherShape& shape) {
   const int element_bytes = ddst_cuda_element_bytes(p.dtype), vector = 16 / element_bytes;
   const auto text = [](int a, int b) { return std::to_string(a) + " x " + std::to_string(b); };
   const auto side = [](int b) { return b == 16 || b == 32 || b == 64; };
@@ -119,9 +130,8 @@ inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
   if (p.images < 1 || p.height < 1 || p.width < 1 || p.out_height < 1 || p.out_width < 1 || p.in_channels < 1 ||
       p.out_channels < 1 || p.padding_y < 0 || p.padding_x < 0)
     return "images, sizes and channels must be positive and the padding not negative";
-  const std::int64_t limit = (std::int64_t(1) << 31) - 1024;  // room for the last tile
-  if (std::int64_t(p.images) * p.height * p.width >= limit ||
-      std::int64_t(p.images) * p.out_height * p.out_width >= limit)
+  if (std::int64_t(p.images) * p.height * p.width >= kPixelLimit ||
+      std::int64_t(p.images) * p.out_height * p.out_width >= kPixelLimit)
     return "the images must have less than 2^31 pixels in all";
 
   if (shape.squares && input_gradient && p.stride_y * p.stride_x > 1)
@@ -151,6 +161,14 @@ inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
   g.log_channels_per_block = log2_ceil(block_rows);
   g.block_columns = p.block_in, g.block_elements = p.block_out * p.block_in;
   g.record_ints = kRecordHeader + g.padded_taps + ceil_div(g.taps * (tile.channels / block_rows), 4) * 4;
+  return "";
+}
+
+// Fills `g` and returns "", or says why the kernel cannot run the problem.
+inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input_gradient, const GatherTile& tile,
+                                   int shared_limit, GatherGeometry& g, const GatherShape& shape = {}) {
+  const std::string why = gather_facts(p, input_gradient, tile, g, shape);
+  if (!why.empty()) return why;
 
   // The shape with the least work: pixels multiplied plus pixels copied, over all tiles.
   const int log_pixels = log2_ceil(tile.pixels);
@@ -159,13 +177,13 @@ inline std::string gather_geometry(const ddst_cuda_conv2d_problem& p, bool input
   for (int rows = shape.squares; rows <= log_pixels; ++rows)
     for (int cols = shape.squares; rows + cols <= log_pixels; ++cols) {
       set_pixel_tile(g, tile, rows, cols);
-      if (gather_layout(g, tile, element_bytes).bytes > shared_limit) continue;
+      if (gather_layout(g, tile, ddst_cuda_element_bytes(p.dtype)).bytes > shared_limit) continue;
       const std::int64_t work = std::int64_t(g.tiles) * (tile.pixels + g.patch_slots);
       if (least < 0 || work < least) least = work, best = g;
     }
   if (least < 0) return "the tile needs more shared memory than " + std::to_string(shared_limit) + " bytes";
   g = best;
-  if (std::int64_t(g.tiles) * g.phases_y * g.phases_x * g.groups >= limit) return "too many tiles for one launch";
+  if (std::int64_t(g.tiles) * g.phases_y * g.phases_x * g.groups >= kPixelLimit) return "too many tiles for one launch";
   return "";
 }
 

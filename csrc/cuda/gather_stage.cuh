@@ -40,9 +40,6 @@ struct GatherTraits {
 };
 
 // Pixel `m` of the block of threads' tile; images are the fastest dimension, then columns.
-struct GridPixel {
-  int image, row, column;  // within the tile
-};
 DDST_DEVICE GridPixel grid_pixel(const GatherGeometry& g, int m) {
   return {m & ((1 << g.log_tile_images) - 1), m >> (g.log_tile_images + g.log_tile_cols),
           m >> g.log_tile_images & ((1 << g.log_tile_cols) - 1)};

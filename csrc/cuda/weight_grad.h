@@ -20,3 +20,7 @@ struct ddst_cuda_weight_grad_arrays {
 // dtype: DDST_CUDA_…. Returns a cudaError_t. The shape has passed weight_grad_error. Does not wait for the device.
 extern "C" int ddst_cuda_weight_grad(int dtype, const ddst::cuda::WeightGradShape* shape,
                                      const ddst_cuda_weight_grad_arrays* arrays, void* stream);
+
+// The second kernel alone: values_grad of partial sums that another one wrote, whose groups are `merged` of these each.
+extern "C" int ddst_cuda_weight_grad_reduce(int dtype, const ddst::cuda::WeightGradShape* shape, int merged,
+                                            const ddst_cuda_weight_grad_arrays* arrays, void* stream);

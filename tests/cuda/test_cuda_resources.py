@@ -21,15 +21,17 @@ pytestmark = [
 ]
 
 
+def recorded_as_is(arch: str) -> bool:
+    return bool(RECORD["keys"].get(arch) == cuda_resources.key(arch))
+
+
 @pytest.fixture(scope="module")
 def resources() -> dict[str, dict[str, dict[str, int]]]:
     found = cuda_resources.resources()
-    if scale.everything() or RECORD["key"] != cuda_resources.key():
-        if cuda_resources.nvcc() is None:
-            pytest.skip("needs nvcc: the kernels are not those that were recorded")
-        missing = [arch for arch in cuda_resources.ARCHITECTURES if arch not in found]
-        found |= {arch: cuda_resources.compiled(arch) for arch in missing}
-    return found
+    stale = [arch for arch in cuda_resources.ARCHITECTURES if scale.everything() or not recorded_as_is(arch)]
+    if stale and cuda_resources.nvcc() is None:
+        pytest.skip("needs nvcc: the kernels are not those that were recorded")
+    return found | {arch: cuda_resources.compiled(arch) for arch in stale if arch not in found}
 
 
 def test_no_spills_and_no_local_memory(resources: dict[str, dict[str, dict[str, int]]]) -> None:
@@ -43,7 +45,8 @@ def test_registers_are_the_recorded_ones(resources: dict[str, dict[str, dict[str
         pytest.skip(f"recorded with {RECORD['compiler']}, built with {cuda_resources.compiler()}")
     for arch, kernels in resources.items():
         assert {name: numbers["REG"] for name, numbers in kernels.items()} == RECORD["registers"][arch]
-    assert RECORD["key"] == cuda_resources.key(), "the kernels are not those that were recorded: make record-kernels"
+    stale = [arch for arch in cuda_resources.ARCHITECTURES if not recorded_as_is(arch)]
+    assert not stale, "the kernels are not those that were recorded: make record-kernels"
 
 
 def test_the_record_is_whole() -> None:
@@ -53,7 +56,9 @@ def test_the_record_is_whole() -> None:
 def test_weight_gradients_leave_room_for_two_blocks_of_threads(
     resources: dict[str, dict[str, dict[str, int]]],
 ) -> None:
-    for kernels in resources.values():
+    for arch, kernels in resources.items():
+        if arch == "sm_90a":
+            continue  # whose kernels take a multiprocessor each
         starts = ("weight_grad<", "fused_weight_grad<")
         counts = {name: numbers["REG"] for name, numbers in kernels.items() if name.startswith(starts)}
         assert len(counts) == 24

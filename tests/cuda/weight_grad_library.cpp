@@ -2,68 +2,27 @@
 #include <cstdio>
 
 #include "ddst_cuda.h"
-#include "emulator/block.hpp"
-#include "emulator/memory.hpp"
-#include "weight_grad.cuh"
+#include "weight_grad_arrays.hpp"
 
 using namespace ddst;
 using emu::Buffer;
+using emulated::Arrays;
+using emulated::input;
 
 namespace {
-
-struct Arrays {
-  const void *gy, *x, *block_row, *block_col, *block_tap, *units;
-  void* values_grad;
-  std::int64_t units_count;
-  const void *mean, *scale, *shift;
-  int fused, norm, x_halved, gy_halved;
-  float slope;
-};
-
-template <class T>
-Buffer input(const char* name, const void* from, std::int64_t count) {
-  Buffer buffer(name, std::size_t(count) * sizeof(T), Buffer::Role::input);
-  if (count && from) std::memcpy(buffer.host<T>(), from, std::size_t(count) * sizeof(T));
-  return buffer;
-}
 
 template <class Number, class U>
 emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::Options& options) {
   using T = cuda::stored_t<Number>;
   const cuda::WeightGradSizes sizes = cuda::weight_grad_sizes(s, sizeof(T));
-  Buffer gy =
-      input<T>("gy", arrays.gy,
-               std::int64_t(s.images) * (s.out_h >> arrays.gy_halved) * (s.out_w >> arrays.gy_halved) * s.out_channels);
-  Buffer x =
-      input<T>("x", arrays.x,
-               std::int64_t(s.images) * (s.in_h >> arrays.x_halved) * (s.in_w >> arrays.x_halved) * s.in_channels);
-  Buffer row = input<int>("block_row", arrays.block_row, s.slots),
-         col = input<int>("block_col", arrays.block_col, s.slots);
-  Buffer tap = input<int>("block_tap", arrays.block_tap, s.slots);
-  Buffer units = input<int>("units", arrays.units, arrays.units_count);
-  Buffer partials("partials", std::size_t(sizes.partial_floats) * 4, Buffer::Role::output_once);
-  const std::size_t bytes = std::size_t(s.slots) * s.block_out * s.block_in * sizeof(T);
-  Buffer values_grad("values_grad", bytes, Buffer::Role::output_once);
-  const cuda::WeightGradParams<T> p{dev::global_ptr<const T>(gy),
-                                    dev::global_ptr<const T>(x),
-                                    dev::global_ptr<const int>(row),
-                                    dev::global_ptr<const int>(col),
-                                    dev::global_ptr<const int>(tap),
-                                    dev::global_ptr<const int>(units),
-                                    dev::global_ptr<float>(partials),
-                                    dev::global_ptr<T>(values_grad),
-                                    s,
-                                    sizes};
+  emulated::Buffers<T> on(s, arrays, sizes.partial_floats);
+  const cuda::WeightGradParams<T> p = on.params(s, sizes);
   static emu::Block block;  // keeps the fiber stacks
   block.options = options;
   block.stats = {};
-  const std::int64_t factors = std::int64_t(arrays.norm == 2 ? s.images : 1) * s.in_channels;
-  Buffer mean = input<float>("mean", arrays.mean, s.in_channels), scale = input<float>("scale", arrays.scale, factors);
-  Buffer shift = input<float>("shift", arrays.shift, factors);
-  using Table = dev::global_ptr<const float>;
   cuda::FusedWeightGradParams<T> fused{};
   static_cast<cuda::WeightGradParams<T>&>(fused) = p;
-  fused.prologue = {Table(mean), Table(scale), Table(shift), arrays.norm, arrays.slope};
+  fused.prologue = on.prologue();
   fused.x_halved = arrays.x_halved, fused.gy_halved = arrays.gy_halved;
   block.launch({s.groups, s.shares, 1}, cuda::kWeightGradThreads, std::size_t(sizes.shared_bytes), [&] {
     if (arrays.fused)
@@ -73,8 +32,7 @@ emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::
   });
   block.launch({s.groups, cuda::kAccumulators / 4, 1}, cuda::kWeightGradThreads, 0,
                [&] { cuda::weight_grad_reduce<T, U>(p); });
-  if (!values_grad.fully_written()) throw emu::Failure("values_grad was not fully written");
-  std::memcpy(arrays.values_grad, values_grad.host<char>(), bytes);
+  on.fetch();
   return block.stats;
 }
 

@@ -42,7 +42,7 @@ class Options:
     drop_wait: int = -1
 
 
-class _Arrays(ctypes.Structure):
+class Arrays(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("gy", "x", "block_row", "block_col", "block_tap", "units", "values_grad")),
         ("units_count", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("mean", "scale", "shift")),
@@ -170,7 +170,7 @@ class Library:
         got = torch.empty(slots, *block, dtype=input.dtype)
         operands = (grad_output, input, block_row, block_col, block_tap, units, got)
         tables = (None if t is None else t.data_ptr() for t in (mean, scale, shift))
-        arrays = _Arrays(
+        arrays = Arrays(
             *(t.data_ptr() for t in operands), units.numel(), *tables, fused, 0 if scale is None else scale.dim(),
             upsample == 2, pool == 2, slope,
         )  # fmt: skip

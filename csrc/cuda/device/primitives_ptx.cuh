@@ -46,6 +46,11 @@ DDST_DEVICE std::uint32_t load_word(const T* p) {  // 4 bytes at a 4-byte bounda
   return __ldg(reinterpret_cast<const std::uint32_t*>(p));
 }
 template <class T>
+DDST_DEVICE Words4 load_words(const T* p) {  // 16 bytes at a 16-byte boundary
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+template <class T>
 DDST_DEVICE void store(T* p, T value) {
   *p = value;
 }
@@ -157,6 +162,8 @@ DDST_DEVICE float widen<fp16>(std::uint16_t bits) {
 }
 DDST_DEVICE int popcount(std::uint32_t bits) { return __popc(bits); }
 DDST_DEVICE std::uint32_t shfl_xor(std::uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+// The value of lane `lane` % 32.
+DDST_DEVICE std::uint32_t shfl(std::uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 // Two values rounded to nearest even; `lo` in the low half.
 template <class T>

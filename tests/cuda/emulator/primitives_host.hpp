@@ -19,11 +19,12 @@ template <class T>
 using shared_ptr = emu::SharedPtr<T>;
 
 inline int thread_index() { return Block::current->thread_id(); }
-inline int block_index_x() { return Block::current->block_index.x; }
-inline int block_index_y() { return Block::current->block_index.y; }
+inline int block_index_x() { return Block::current->block_index().x; }
+inline int block_index_y() { return Block::current->block_index().y; }
 inline void sync_threads(Where where = Where::current()) { Block::current->barrier(where); }
 inline void sync_warp(Where where = Where::current()) {
-  Block::current->warp_op(&emu::sync_warp, nullptr, "__syncwarp", where);
+  bool orders = !Block::current->dropped(where);
+  Block::current->warp_op(&emu::sync_warp, &orders, "__syncwarp", where);
 }
 
 template <class T>
@@ -42,6 +43,12 @@ std::uint32_t load_word(emu::GlobalPtr<const T> p, Where where = Where::current(
   std::uint32_t word;
   std::memcpy(&word, p.buffer()->read(p.byte_offset(), 4, 4, where), 4);
   return word;
+}
+template <class T>
+Words4 load_words(emu::GlobalPtr<const T> p, Where where = Where::current()) {
+  Words4 words;
+  std::memcpy(&words, p.buffer()->read(p.byte_offset(), 16, 16, where), 16);
+  return words;
 }
 template <class T>
 void store(emu::GlobalPtr<T> p, std::type_identity_t<T> value, Where where = Where::current()) {
@@ -63,7 +70,7 @@ template <class T>
 void store(emu::SharedPtr<T> p, std::type_identity_t<T> value, Where where = Where::current()) {
   Block& block = *Block::current;
   std::byte* to = block.shared_data(p.offset(), sizeof(T), sizeof(T), where);
-  block.note_write(block.self(), p.offset(), sizeof(T), false, where);
+  block.note_write(block.self(), p.offset(), sizeof(T), emu::Shadow::kPlain, where);
   std::memcpy(to, &value, sizeof(T));
 }
 template <class T>
@@ -80,7 +87,7 @@ void cp_async16(emu::SharedPtr<T> dst, emu::GlobalPtr<const T> src, int source_b
   Block& block = *Block::current;
   if (source_bytes < 0 || source_bytes > 16) block.fail("cp.async source size " + std::to_string(source_bytes), where);
   std::byte* to = block.shared_data(dst.offset(), 16, 16, where);
-  block.note_write(block.self(), dst.offset(), 16, true, where);
+  block.note_write(block.self(), dst.offset(), 16, emu::Shadow::kCpAsync, where);
   const std::byte* from = source_bytes ? src.buffer()->read(src.byte_offset(), source_bytes, 16, where) : nullptr;
   ++block.stats.copies;
   const auto move = [=](std::byte* target) {
@@ -151,6 +158,11 @@ float widen(std::uint16_t bits) {
 inline std::uint32_t shfl_xor(std::uint32_t value, int mask, Where where = Where::current()) {
   emu::ShuffleArgs args{value, 0, mask};
   Block::current->warp_op(&emu::shuffle_xor, &args, "shfl.xor", where);
+  return args.out;
+}
+inline std::uint32_t shfl(std::uint32_t value, int lane, Where where = Where::current()) {
+  emu::ShuffleArgs args{value, 0, lane};
+  Block::current->warp_op(&emu::shuffle, &args, "shfl.idx", where);
   return args.out;
 }
 

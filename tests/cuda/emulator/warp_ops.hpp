@@ -97,7 +97,7 @@ void ldmatrix(Block& block, int warp, void* const* args) {
       const int lane = j * 8 + row;
       const Thread& giver = block.thread(warp * 32 + lane);
       const std::uint32_t offset = static_cast<const LdmatrixArgs*>(args[lane])->offset;
-      std::memcpy(matrix[row], block.shared_data(offset, 16, 16, giver.where), 16);
+      std::memcpy(matrix[row], block.shared_data_of(giver, offset, 16, 16, giver.where), 16);
       block.note_read(giver, offset, 16, giver.where);
       if (banks >> (offset / 16 % 8) & 1) ++block.stats.ldmatrix_conflicts;
       banks |= 1u << (offset / 16 % 8);
@@ -109,12 +109,14 @@ void ldmatrix(Block& block, int warp, void* const* args) {
       static_cast<LdmatrixArgs*>(args[lane])->out[j] = lo | hi << 16;
     }
   }
+  for (int lane = 0; lane < 32; ++lane)
+    block.thread(warp * 32 + lane).products.wrote(static_cast<LdmatrixArgs*>(args[lane])->out);
   ++block.stats.ldmatrix;
 }
 
 struct ShuffleArgs {
   std::uint32_t in, out;
-  int mask;
+  int mask;  // of shuffle: the lane
 };
 
 inline void shuffle_xor(Block& block, int, void* const* args) {
@@ -126,6 +128,18 @@ inline void shuffle_xor(Block& block, int, void* const* args) {
   ++block.stats.shuffles;
 }
 
-inline void sync_warp(Block& block, int warp, void* const*) { block.sync_warp_memory(warp); }
+inline void shuffle(Block& block, int, void* const* args) {
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& mine = *static_cast<ShuffleArgs*>(args[lane]);
+    mine.out = static_cast<ShuffleArgs*>(args[mine.mask & 31])->in;
+  }
+  ++block.stats.shuffles;
+}
+
+inline void sync_warp(Block& block, int warp, void* const* args) {
+  bool orders = true;
+  for (int lane = 0; lane < 32; ++lane) orders = orders && *static_cast<const bool*>(args[lane]);
+  if (orders) block.clocks.sync_warp(warp);
+}
 
 }  // namespace ddst::emu

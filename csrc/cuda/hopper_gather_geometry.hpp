@@ -1,0 +1,172 @@
+// How the gather kernel for sm_90a (hopper_gather.cuh) cuts a problem into tiles, where things lie in shared memory,
+// what its tensor maps say: computed on the host.
+//
+// Lists that the kernel walks:
+//
+// A *record* for each (phase of the taps, group of 128 output channels, input block), in this order, as many ints as
+// record_ints, a multiple of 4:
+//   [blocks listed, 0, 0, 0 | an entry for each tap that has a block, ascending: tap | mask << 16 | rows]
+// Entries are followed by one zero at least and padded to padded_taps. Bit i of a mask: output channels 16 i ... 16 i +
+// 15 of the group have a block at the tap. Rows: slot * block_out, where a block begins among the packed values' rows,
+// of the blocks by tap, then output channel. Products of four granules (GatherForm::granules = 4) take all blocks of 64
+// neighbouring channels, if there is any: their masks have four equal bits each, and a block that is not there is
+// listed with row slots * block_out, which is read as zeros since the tensor map ends before.
+//
+// An *order*: (phase * groups + group) for each of them, those with most blocks first.
+#pragma once
+#include "gather_geometry.hpp"
+#include "tensor_map.hpp"
+
+namespace ddst::cuda {
+
+constexpr int kHopperPixels = 256, kHopperChannels = 128;  // of a CTA's tile
+constexpr int kHopperConsumers = 256, kHopperThreads = kHopperConsumers + 128;
+constexpr int kRecordsAhead = 4;  // slices that a record comes before its copies
+constexpr int kMaxStages = 8;
+constexpr int kGranuleBytes = kSlice * kSlice * 2;
+
+struct GatherForm {
+  int granules;  // of 16 output channels in one product: 1, or 4 with zeros multiplied
+  int cluster;   // CTAs of one output group that share the copies of weights: 1 or 2
+};
+
+// patch_rows, patch_cols, image_pitch are of one part of the patch: the source pixels of equal (y % step, x % step), as
+// many parts as taps meet. Slots of a part: [image][row][column], 32 bytes each.
+struct HopperGatherGeometry : GatherGeometry {
+  int parts_y, parts_x, parts, part_bytes;
+  int copied_bytes;                  // of a patch
+  int low_images;                    // log2 of the images between column and row in the order of a tile's pixels
+  int squares;                       // 1: the order begins with the pixels of 2 x 2 squares
+  int second;                        // bytes between a pixel of a warpgroup's first m64 tile and the one of its second
+  int block_out;                     // rows of a packed block
+  int tile_sets;                     // tiles of a phase, by cluster
+  int items;                         // (phase, group, tile set)
+  int stages, stage_bytes, weights;  // weights: their place in a stage
+  int records, barriers, bytes;      // places in shared memory, its size
+};
+
+// Pixel m of the tile: columns, `low_images` of the images, rows, images. Eight pixels in a row must lie in slots that
+// differ modulo 8, hence images between columns and rows where there are less than 8 columns.
+DDST_BOTH inline GridPixel hopper_grid_pixel(const HopperGatherGeometry& g, int m) {
+  int low_row = 0, low_col = 0;
+  const int cols = g.log_tile_cols - g.squares, rows = g.log_tile_rows - g.squares;
+  if (g.squares) low_col = m & 1, low_row = m >> 1 & 1, m >>= 2;
+  const int column = m & ((1 << cols) - 1), low_image = m >> cols & ((1 << g.low_images) - 1);
+  m >>= cols + g.low_images;
+  return {(m >> rows) << g.low_images | low_image, (m & ((1 << rows) - 1)) << g.squares | low_row,
+          column << g.squares | low_col};
+}
+
+DDST_BOTH inline int hopper_slot(const HopperGatherGeometry& g, int m) {
+  const GridPixel pixel = hopper_grid_pixel(g, m);
+  return pixel.image * g.image_pitch + pixel.row * g.patch_cols + pixel.column;
+}
+
+// Whether the second m64 tile repeats the swizzle of the first, which the kernel relies on, and (`quick`) eight pixels
+// in a row have no bank conflict. Slots are sums of what the bits of m stand for, so that the first ones tell.
+inline bool patch_lies_well(const HopperGatherGeometry& g, bool quick) {
+  if (hopper_slot(g, 64) % 8) return false;
+  unsigned seen = 0;
+  for (int m = 0; m < 8; ++m) seen |= 1u << hopper_slot(g, m) % 8;
+  return !quick || seen == 0xff;
+}
+
+// 2^rows x 2^cols pixels of as many images as make 256. False if no patch for it lies well, or if it is certain to be
+// more work (pixels multiplied and copied) than `most`.
+inline bool set_hopper_tile(HopperGatherGeometry& g, int log_rows, int log_cols, std::int64_t most) {
+  const int log_images = log2_ceil(kHopperPixels) - log_rows - log_cols;
+  const int grid_height = ceil_div(g.out_height, g.phases_y), grid_width = ceil_div(g.out_width, g.phases_x);
+  g.log_tile_images = log_images, g.log_tile_rows = log_rows, g.log_tile_cols = log_cols;
+  g.low_images = g.squares || log_cols > 3 ? 0 : log_images < 3 - log_cols ? log_images : 3 - log_cols;
+  g.tiles_y = ceil_div(grid_height, 1 << log_rows), g.tiles_x = ceil_div(grid_width, 1 << log_cols);
+  g.tiles = ceil_div(g.images, 1 << log_images) * g.tiles_y * g.tiles_x;
+  g.parts_y = g.step_y <= g.reach_y ? g.step_y : g.reach_y + 1;
+  g.parts_x = g.step_x <= g.reach_x ? g.step_x : g.reach_x + 1;
+  const int rows = (1 << log_rows) + g.reach_y / g.step_y, cols = (1 << log_cols) + g.reach_x / g.step_x;
+  g.parts = g.parts_y * g.parts_x;
+  const int per_slot = g.parts << log_images;
+  if (most >= 0 && g.tiles * std::int64_t(kHopperPixels + rows * cols * per_slot) >= most) return false;
+  int best_rows = 0, best_cols = 0;
+  for (int quick = 1; quick >= 0 && best_rows == 0; --quick)
+    for (int more = 0; more < 64; ++more) {
+      g.patch_rows = rows + more / 8, g.patch_cols = cols + more % 8, g.image_pitch = g.patch_rows * g.patch_cols;
+      if (g.patch_rows * g.step_y > 256 || g.patch_cols * g.step_x > 256) continue;
+      if (best_rows && g.image_pitch >= best_rows * best_cols) continue;
+      if (patch_lies_well(g, quick)) best_rows = g.patch_rows, best_cols = g.patch_cols;
+    }
+  g.patch_rows = best_rows, g.patch_cols = g.patch_half = best_cols, g.image_pitch = best_rows * best_cols;
+  g.patch_slots = g.image_pitch * per_slot;
+  g.part_bytes = ceil_div((g.image_pitch << log_images) * kSlice * 2, 256) * 256;
+  g.copied_bytes = g.patch_slots * kSlice * 2;
+  g.second = hopper_slot(g, 64) * kSlice * 2;
+  return best_rows > 0;
+}
+
+// Places in shared memory: stages (patch, weights) | records | barriers.
+inline void set_hopper_layout(HopperGatherGeometry& g, int shared_limit) {
+  g.weights = g.parts * g.part_bytes;
+  g.stage_bytes = g.weights + g.taps * (kHopperChannels / kSlice) * kGranuleBytes;
+  for (g.stages = kMaxStages; g.stages > 0; --g.stages) {
+    g.records = g.stages * g.stage_bytes;
+    g.barriers = g.records + (g.stages + kRecordsAhead) * g.record_ints * 4;
+    g.bytes = g.barriers + (3 * g.stages + kRecordsAhead) * 8;
+    if (g.bytes <= shared_limit) return;
+  }
+}
+
+// Fills `g` and returns "", or says why the kernel cannot run the problem. halved: of a fused half block, whose source
+// has half the sides of what is read.
+inline std::string hopper_gather_geometry(const ddst_cuda_conv2d_problem& p, bool input_gradient,
+                                          const GatherForm& form, int shared_limit, HopperGatherGeometry& g,
+                                          const GatherShape& shape = {}, bool halved = false) {
+  g = {};
+  if (p.dtype != DDST_CUDA_BFLOAT16 && p.dtype != DDST_CUDA_FLOAT16)
+    return "the kernel for sm_90a takes bfloat16 and float16";
+  const std::string why = gather_facts(p, input_gradient, {kHopperPixels, kHopperChannels, 0}, g, shape);
+  if (!why.empty()) return why;
+  if (halved) return "the kernel for sm_90a does not upsample what it reads";
+  g.squares = shape.squares, g.block_out = p.block_out;
+  g.record_ints -= g.padded_taps, g.padded_taps = ceil_div(g.taps + 1, 4) * 4, g.record_ints += g.padded_taps;
+
+  const int log_pixels = log2_ceil(kHopperPixels);
+  std::int64_t least = -1;
+  HopperGatherGeometry best{};
+  for (int rows = g.squares; rows <= log_pixels; ++rows)
+    for (int cols = g.squares; rows + cols <= log_pixels; ++cols) {
+      if (!set_hopper_tile(g, rows, cols, least)) continue;
+      set_hopper_layout(g, shared_limit);
+      const std::int64_t work = std::int64_t(g.tiles) * (kHopperPixels + g.patch_slots);
+      if (g.stages >= 2 && (least < 0 || work < least)) least = work, best = g;
+    }
+  if (least < 0) return "two stages need more shared memory than " + std::to_string(shared_limit) + " bytes";
+  g = best;
+  g.tile_sets = ceil_div(g.tiles, form.cluster);
+  const std::int64_t items = std::int64_t(g.tile_sets) * g.phases_y * g.phases_x * g.groups;
+  if (items >= kPixelLimit) return "too many tiles for one launch";
+  g.items = int(items);
+  return "";
+}
+
+// What the kernel reads pixels by: a copy is one part of a patch, 16 channels deep.
+inline TensorMap hopper_patch_map(const HopperGatherGeometry& g, const void* input) {
+  const int box[4] = {kSlice, g.patch_cols * g.step_x, g.patch_rows * g.step_y, 1 << g.log_tile_images};
+  TensorMap map = patch_map(input, 2, g.images, g.in_height, g.in_width, g.in_channels, box, kSwizzle32);
+  map.steps[1] = g.step_x, map.steps[2] = g.step_y;
+  return map;
+}
+
+// Packed values as [columns / 16][rows][16]: a copy is a block's share of a slice, granules one after another. The
+// forward pass takes 16 columns of all rows, the input gradient 16 rows of all columns.
+inline TensorMap hopper_weights_map(const HopperGatherGeometry& g, const void* values, std::int64_t slots,
+                                    bool input_gradient) {
+  TensorMap map{};
+  map.base = values, map.element_bytes = 2, map.rank = 3, map.swizzle = kSwizzle32;
+  map.sizes[0] = kSlice, map.sizes[1] = slots * g.block_out, map.sizes[2] = g.block_columns / kSlice;
+  map.strides[0] = 2, map.strides[1] = std::int64_t(g.block_columns) * 2, map.strides[2] = kSlice * 2;
+  map.box[0] = kSlice, map.box[1] = input_gradient ? kSlice : g.block_out;
+  map.box[2] = input_gradient ? g.block_columns / kSlice : 1;
+  for (int i = 0; i < 3; ++i) map.steps[i] = 1;
+  return map;
+}
+
+}  // namespace ddst::cuda

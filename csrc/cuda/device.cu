@@ -7,3 +7,7 @@ const char* ddst_cuda_error_text(int error) { return cudaGetErrorString(static_c
 int ddst_cuda_shared_limit(int device, int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
+
+int ddst_cuda_multiprocessors(int device, int* count) {
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}

@@ -6,4 +6,5 @@ extern "C" {
 const char* ddst_cuda_error_text(int error);
 // Bytes of shared memory that a CTA may ask for; returns a cudaError_t.
 int ddst_cuda_shared_limit(int device, int* bytes);
+int ddst_cuda_multiprocessors(int device, int* count);
 }

@@ -65,10 +65,9 @@ DDST_DEVICE void change_patch(const typename Traits::Params& p, const GatherPlac
 struct ResultPixel {
   int index, residual, image;
 };
-template <class Traits>
-DDST_DEVICE ResultPixel result_pixel(const typename Traits::Params& p, const GatherPlace& place, int m) {
+template <class Params>
+DDST_DEVICE ResultPixel result_pixel(const Params& p, const GatherPlace& place, const GridPixel& pixel) {
   const GatherGeometry& g = p.g;
-  const GridPixel pixel = FusedSource::grid_pixel(p, m);
   const int image = place.first_image + pixel.image;
   const int y = (place.first_row + pixel.row) * g.phases_y + place.phase_y;
   const int x = (place.first_col + pixel.column) * g.phases_x + place.phase_x;
@@ -80,59 +79,69 @@ DDST_DEVICE ResultPixel result_pixel(const typename Traits::Params& p, const Gat
           (image * (height >> half) + (row >> half)) * (width >> half) + (column >> half), image};
 }
 
+// What lies between the sums of a granule (as store_granule has it) and the results: squares, bias and residual; in the
+// input gradient the prologue's derivative.
+template <bool kTransposed, class Params>
+DDST_DEVICE void finish_fused_granule(const Params& p, const ResultPixel (&at)[2], int first, int lane,
+                                      float (&sums)[2][4]) {
+  const int channels = p.g.out_channels;
+  DDST_UNROLL
+  for (int n = 0; n < 2; ++n) {
+    float (&c)[4] = sums[n];
+    if (p.squares) {  // the lanes 4 and 8 apart hold the other pixels of the square
+      DDST_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        c[i] += dev::float_of(dev::shfl_xor(dev::float_bits(c[i]), 4));
+        c[i] += dev::float_of(dev::shfl_xor(dev::float_bits(c[i]), 8));
+      }
+    }
+    const int channel = first + n * 8 + lane % 4 * 2;
+    if (channel >= channels) continue;
+    float bias[2] = {};
+    if (p.bias) load_pair(bias, p.bias + channel);
+    [[maybe_unused]] ChannelFactors<2> factors;
+    if constexpr (kTransposed) factors.load_mean(p.prologue, channel);
+    DDST_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      if (at[r].index < 0) continue;
+      float other[2] = {};
+      if constexpr (kTransposed) {
+        factors.load_factors(p.prologue, at[r].image, channels, channel);
+        if (p.activated) load_pair(other, p.activated + (std::int64_t(at[r].index) * channels + channel));
+      } else if (p.residual) {
+        load_pair(other, p.residual + (std::int64_t(at[r].residual) * channels + channel));
+      }
+      DDST_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float sum = c[2 * r + i] * p.factor;
+        if constexpr (kTransposed) {
+          const float z = (other[i] - factors.mean[i]) * factors.scale[i] + factors.shift[i];
+          c[2 * r + i] = p.activated ? leaky(z, sum, p.prologue.slope) : sum;
+        } else {
+          c[2 * r + i] = sum + bias[i] + other[i];
+        }
+      }
+    }
+  }
+}
+
 template <class Traits>
 DDST_DEVICE void store_fused_tile(const typename Traits::Params& p, const GatherPlace& place,
                                   Accumulators<Traits>& acc) {
-  const int warp = dev::thread_index() / 32, lane = dev::thread_index() % 32, channels = p.g.out_channels;
+  const int warp = dev::thread_index() / 32, lane = dev::thread_index() % 32;
   DDST_UNROLL
   for (int m = 0; m < Traits::kPixelTiles; ++m) {
     ResultPixel at[2];
     DDST_UNROLL
-    for (int r = 0; r < 2; ++r) at[r] = result_pixel<Traits>(p, place, warp * 32 + m * 16 + r * 8 + lane / 4);
+    for (int r = 0; r < 2; ++r)
+      at[r] = result_pixel(p, place, FusedSource::grid_pixel(p, warp * 32 + m * 16 + r * 8 + lane / 4));
     const int pixel[2] = {at[0].index, at[1].index};
     DDST_UNROLL
     for (int o = 0; o < Traits::kGranules; ++o) {
       const int first = place.group * Traits::kTile.channels + o * kSlice;
-      if (first >= channels) break;
-      DDST_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        float (&c)[4] = acc[m][o][n];
-        if (p.squares) {  // the lanes 4 and 8 apart hold the other pixels of the square
-          DDST_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            c[i] += dev::float_of(dev::shfl_xor(dev::float_bits(c[i]), 4));
-            c[i] += dev::float_of(dev::shfl_xor(dev::float_bits(c[i]), 8));
-          }
-        }
-        const int channel = first + n * 8 + lane % 4 * 2;
-        if (channel >= channels) continue;
-        float bias[2] = {};
-        if (p.bias) load_pair(bias, p.bias + channel);
-        [[maybe_unused]] ChannelFactors<2> factors;
-        if constexpr (Traits::kTransposed) factors.load_mean(p.prologue, channel);
-        DDST_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          if (pixel[r] < 0) continue;
-          float other[2] = {};
-          if constexpr (Traits::kTransposed) {
-            factors.load_factors(p.prologue, at[r].image, channels, channel);
-            if (p.activated) load_pair(other, p.activated + (std::int64_t(pixel[r]) * channels + channel));
-          } else if (p.residual) {
-            load_pair(other, p.residual + (std::int64_t(at[r].residual) * channels + channel));
-          }
-          DDST_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const float sum = c[2 * r + i] * p.factor;
-            if constexpr (Traits::kTransposed) {
-              const float z = (other[i] - factors.mean[i]) * factors.scale[i] + factors.shift[i];
-              c[2 * r + i] = p.activated ? leaky(z, sum, p.prologue.slope) : sum;
-            } else {
-              c[2 * r + i] = sum + bias[i] + other[i];
-            }
-          }
-        }
-      }
-      store_granule(p.output, pixel, channels, first, lane, acc[m][o]);
+      if (first >= p.g.out_channels) break;
+      finish_fused_granule<Traits::kTransposed>(p, at, first, lane, acc[m][o]);
+      store_granule(p.output, pixel, p.g.out_channels, first, lane, acc[m][o]);
     }
   }
 }

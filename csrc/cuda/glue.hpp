@@ -10,6 +10,7 @@
 #include "../topology.hpp"
 #include "ddst_cuda.h"
 #include "device.h"
+#include "tensor_maps.h"
 
 namespace ddst::cuda {
 
@@ -29,6 +30,13 @@ inline void* current_stream(const char* op, int32_t device) {
 
 inline void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, "ddst_cuda::", op, ": CUDA error ", error, " (", ddst_cuda_error_text(error), ")");
+}
+
+// The current device is the one that will read the map.
+inline void encode_map(const char* op, const TensorMap& map, EncodedTensorMap& encoded) {
+  const std::string why = tensor_map_error(map);
+  if (!why.empty()) fail(op, why);
+  check_launch(op, ddst_cuda_tensor_map(&map, &encoded));
 }
 
 inline int64_t shared_limit(const char* op, int32_t device) {

@@ -1,4 +1,6 @@
 // ddst_cuda::conv2d_gather, and what the kernel refuses. The records are made by ddst/ops/cuda/gather.py.
+#include "glue_gather.hpp"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,37 +9,11 @@
 #include <optional>
 
 #include "conv2d_gather.h"
-#include "glue.hpp"
 
 namespace ddst::cuda {
 namespace {
 
 constexpr const char* kOp = "conv2d_gather";
-
-int out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
-  const int64_t room = size + 2 * padding - kernel;
-  return room < 0 ? 0 : static_cast<int>(room / stride + 1);
-}
-
-// input_size: height and width of the forward input.
-ddst_cuda_conv2d_problem describe(const WeightGrid& grid, int64_t images, const Ints& input_size, const Ints& stride,
-                                  const Ints& padding, int dtype) {
-  check_ints(kOp, "input_size", input_size, 2, 1);
-  check_ints(kOp, "stride", stride, 2, 1);
-  check_ints(kOp, "padding", padding, 2, 0);
-  check_ints(kOp, "images", {images}, 1, 1);
-  const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
-  ddst_cuda_conv2d_problem p{};
-  p.images = narrow(images), p.height = narrow(input_size[0]), p.width = narrow(input_size[1]);
-  p.in_channels = narrow(grid.in_channels), p.out_channels = narrow(grid.out_channels);
-  p.kernel_height = narrow(grid.kernel_h), p.kernel_width = narrow(grid.kernel_w);
-  p.stride_y = narrow(stride[0]), p.stride_x = narrow(stride[1]);
-  p.padding_y = narrow(padding[0]), p.padding_x = narrow(padding[1]);
-  p.out_height = out_size(p.height, p.kernel_height, p.stride_y, p.padding_y);
-  p.out_width = out_size(p.width, p.kernel_width, p.stride_x, p.padding_x);
-  p.block_out = narrow(grid.block_out), p.block_in = narrow(grid.block_in), p.dtype = dtype;
-  return p;
-}
 
 // The entries of `records` are trusted: reading them would wait for the device.
 Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& records,
@@ -47,39 +23,17 @@ Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& re
                      const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
                      const std::optional<Tensor>& activated, double slope, int64_t upsample, int64_t pool,
                      int64_t residual_upsample) {
-  if (values.dim() != 3) fail(kOp, "values has shape ", shape_text(values), ", expected [slots, b_out, b_in]");
-  const WeightGrid grid = grid_of_block(kOp, {values.size(1), values.size(2)}, weight_shape, 4);
-  const int32_t device = input.get_device_index();
-  check_channels_last(kOp, "input", input, device);
-  const auto problem = describe(grid, input.size(0), input_size, stride, padding, dtype_code(kOp, input, allow_tf32));
   for (const int64_t factor : {upsample, pool, residual_upsample})
     if (factor < 1 || factor > (fused ? 2 : 1)) fail(kOp, "a factor is ", factor, ", expected 1, or 2 where fused");
-  const Ints forward_shape{problem.images, problem.in_channels, problem.height / upsample, problem.width / upsample};
-  const Ints result_shape{problem.images, problem.out_channels, problem.out_height / pool, problem.out_width / pool};
-  const Ints& written = input_gradient ? forward_shape : result_shape;
-  check_shape(kOp, "input", input, input_gradient ? result_shape : forward_shape);
-  check_device(kOp, "values", values, device);
-  check_dtype(kOp, "values", values, input.scalar_type(), "input");
-  if (!values.is_contiguous()) fail(kOp, "values is not contiguous");
-  check_aligned(kOp, "values", values);
-  if (bias.has_value()) {
-    check_device(kOp, "bias", *bias, device);
-    check_dtype(kOp, "bias", *bias, input.scalar_type(), "input");
-    check_shape(kOp, "bias", *bias, {written[1]});
-    if (!bias->is_contiguous()) fail(kOp, "bias is not contiguous");
-    check_aligned(kOp, "bias", *bias);
-  }
-  if (residual.has_value()) {
-    check_channels_last(kOp, "residual", *residual, device);
-    check_dtype(kOp, "residual", *residual, input.scalar_type(), "input");
-    check_shape(kOp, "residual", *residual,
-                {written[0], written[1], written[2] / residual_upsample, written[3] / residual_upsample});
-  }
+  const GatherCall call = check_gather(kOp, input, values, bias, residual, weight_shape, input_size, stride, padding,
+                                       input_gradient, allow_tf32, {upsample, pool, residual_upsample});
+  const auto& problem = call.problem;
+  const int32_t device = call.device;
   const Prologues tables = check_prologue(kOp, mean, scale, shift, problem.images, problem.in_channels, device);
   if (activated.has_value()) {
     check_channels_last(kOp, "activated", *activated, device);
     check_dtype(kOp, "activated", *activated, input.scalar_type(), "input");
-    check_shape(kOp, "activated", *activated, forward_shape);
+    check_shape(kOp, "activated", *activated, call.forward_shape);
   }
 
   GatherGeometry g;
@@ -92,20 +46,19 @@ Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& re
   check_aligned(kOp, "records", records);
 
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor output = naming_operator(
-      kOp, [&] { return empty_tensor("its output", {written[0], written[2], written[3], written[1]}, input); });
+  Tensor output = gather_output(kOp, call, input);
   const ddst_cuda_gather_arrays arrays{input.data_ptr(),
                                        values.data_ptr(),
                                        lists,
-                                       bias.has_value() ? bias->data_ptr() : nullptr,
-                                       residual.has_value() ? residual->data_ptr() : nullptr,
+                                       data_or_null(bias),
+                                       data_or_null(residual),
                                        output.data_ptr(),
                                        relu,
                                        fused,
                                        tables.mean,
                                        tables.scale,
                                        tables.shift,
-                                       activated.has_value() ? activated->data_ptr() : nullptr,
+                                       data_or_null(activated),
                                        tables.norm,
                                        (input_gradient ? pool : upsample) == 2,
                                        residual_upsample == 2,

@@ -14,6 +14,11 @@ cudaError_t launch(const HopperGatherGeometry& g, const ddst_cuda_hopper_gather_
                    cudaStream_t stream) {
   using T = typename Traits::T;
   typename Traits::Params p{};
+  if constexpr (Traits::Source::kFused) {
+    p.prologue = {a.mean, a.scale, a.shift, a.norm, a.slope};
+    p.activated = static_cast<const T*>(a.activated);
+    p.residual_halved = a.residual_halved, p.squares = a.squares, p.factor = a.factor;
+  }
   static_assert(sizeof p.input == sizeof a.input);
   std::memcpy(&p.input, &a.input, sizeof p.input), std::memcpy(&p.values, &a.values, sizeof p.values);
   p.records = a.records, p.order = a.order;
@@ -33,11 +38,19 @@ cudaError_t launch(const HopperGatherGeometry& g, const ddst_cuda_hopper_gather_
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
+template <class T, bool kTransposed, int kWidth, int kCluster>
+cudaError_t launch_source(const HopperGatherGeometry& g, const ddst_cuda_hopper_gather_arrays& a, int multiprocessors,
+                          cudaStream_t stream) {
+  return a.fused
+             ? launch<HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperFused>>(g, a, multiprocessors, stream)
+             : launch<HopperGatherTraits<T, kTransposed, kWidth, kCluster>>(g, a, multiprocessors, stream);
+}
+
 template <class T, bool kTransposed, int kWidth>
 cudaError_t launch_cluster(const GatherForm& form, const HopperGatherGeometry& g,
                            const ddst_cuda_hopper_gather_arrays& a, int multiprocessors, cudaStream_t stream) {
-  return form.cluster == 2 ? launch<HopperGatherTraits<T, kTransposed, kWidth, 2>>(g, a, multiprocessors, stream)
-                           : launch<HopperGatherTraits<T, kTransposed, kWidth, 1>>(g, a, multiprocessors, stream);
+  return form.cluster == 2 ? launch_source<T, kTransposed, kWidth, 2>(g, a, multiprocessors, stream)
+                           : launch_source<T, kTransposed, kWidth, 1>(g, a, multiprocessors, stream);
 }
 
 template <class T, bool kTransposed>

@@ -1,7 +1,7 @@
 // Block-sparse conv2d for sm_90a, forward and input gradient, 16-bit floats: NHWC, one kernel and two orders of the
 // same blocks, like conv2d_gather.cuh.
 //
-// A CTA owns tiles of 256 pixels x 128 output channels, one after another, heavy ones first. One warp copies, by bulk
+// A CTA owns tiles of 256 pixels x 128 output channels, one after another, heavy ones first. Two warps copy, by bulk
 // tensor copies alone: per slice of 16 input channels the patch with its halo, whose padding is what lies outside of
 // the tensor, and the listed blocks' share of the slice. Two warpgroups multiply. They meet at barriers in shared
 // memory only: a stage is full when its bytes have arrived, empty when every warp of the cluster has left it. Two CTAs
@@ -28,18 +28,23 @@ DDST_DEVICE void multiply_all(const typename Traits::Params& p, const HopperShar
   const int shift = tap_shift<Traits>(g, lane < g.taps ? lane : 0);
   RingPlace stage, record;
   for (int index = first_item; index < g.items; index += p.clusters) {
+    const HopperItem item = hopper_item<Traits>(p, index);
+    [[maybe_unused]] const typename Traits::Source::template Patch<Traits> fused(p, item.place);
     HopperSums<Traits> sums = {};
     for (int slice = 0; slice < g.slices; ++slice) {
+      const auto patch = s.base + stage.index * g.stage_bytes;
+      const auto list = s.records + record.index * g.record_ints;
       dev::barrier_wait(s.full + stage.index, stage.parity);
-      multiply_stage<Traits>(sums, g, s.base + stage.index * g.stage_bytes, s.records + record.index * g.record_ints,
-                             lane_place, shift);
+      if constexpr (Traits::Source::kFused) fused.change(p, patch.template as<typename Traits::T>(), list, slice);
+      multiply_stage<Traits>(sums, g, patch, list, lane_place, shift);
+      dev::sync_warp();  // the one that arrives speaks for all lanes' reads
       if (dev::elect_one()) {
         dev::barrier_arrive(s.empty + stage.index);
         if constexpr (Traits::kCluster > 1) dev::barrier_arrive_at(s.empty + stage.index, dev::cluster_rank() ^ 1);
       }
       stage.next(g.stages), record.next(g.stages + kRecordsAhead);
     }
-    store_hopper_tile<Traits>(p, hopper_item<Traits>(p, index).place, sums);
+    store_hopper_tile<Traits>(p, item.place, sums);
   }
 }
 
@@ -56,21 +61,24 @@ hopper_gather(DDST_GRID_CONSTANT typename Traits::Params p) {
   const int warp = dev::warp_index();
   if (warp == 0 && dev::elect_one()) {
     for (int i = 0; i < g.stages; ++i) {
-      dev::barrier_init(s.full + i, 1);
+      dev::barrier_init(s.full + i, 2);
       dev::barrier_init(s.empty + i, kHopperConsumers / 32 * Traits::kCluster);
     }
     for (int i = 0; i < g.stages + kRecordsAhead; ++i) dev::barrier_init(s.listed + i, 1);
     dev::fence_barrier_init();
   }
-  if constexpr (Traits::kCluster > 1) dev::cluster_sync();  // before the other CTA arrives at or copies to this one's
-  dev::sync_threads();
+  if constexpr (Traits::kCluster > 1)
+    dev::cluster_sync();  // the other CTA arrives at this one's barriers, too
+  else
+    dev::sync_threads();
   const int first_item = dev::block_index_x() / Traits::kCluster;
   if (warp < kHopperConsumers / 32) {
     dev::take_registers<kConsumerRegisters>();
     multiply_all<Traits>(p, s, first_item);
   } else {
     dev::give_registers<kCopierRegisters>();
-    if (warp == kHopperConsumers / 32) copy_all<Traits>(p, s, first_item);
+    if (warp == kHopperConsumers / 32) copy_patches<Traits>(p, s, first_item);
+    if (warp == kHopperConsumers / 32 + 1) copy_weights<Traits>(p, s, first_item);
   }
   if constexpr (Traits::kCluster > 1) dev::cluster_sync();  // the other CTA may still arrive at this one's barriers
 }

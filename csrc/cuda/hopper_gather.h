@@ -12,6 +12,12 @@ struct ddst_cuda_hopper_gather_arrays {
   const void *bias, *residual;                 // [channels of the output] or null; like the output, or null
   void* output;                                // not any of the others
   int32_t relu;
+  // What follows is of a fused half block only (hopper_gather_fused.cuh), which has no relu.
+  bool fused;
+  const float *mean, *scale, *shift;
+  const void* activated;
+  int32_t norm, residual_halved, squares;
+  float slope, factor;
 };
 
 // Returns a cudaError_t. `geometry` is what hopper_gather_geometry makes for this dtype, direction and form. Does not

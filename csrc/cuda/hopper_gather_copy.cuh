@@ -1,4 +1,4 @@
-// The copying warp of the gather kernel for sm_90a, and what all warps agree on: work items, stages, barriers.
+// The copying warps of the gather kernel for sm_90a, and what all warps agree on: work items, stages, barriers.
 #pragma once
 #include "device/hopper.cuh"
 #include "gather_epilogue.cuh"
@@ -17,11 +17,23 @@ struct HopperGatherParams {
   HopperGatherGeometry g;
 };
 
+// What pixels and results go through on their way: nothing. hopper_gather_fused.cuh has the other policy.
+struct HopperPlain {
+  template <class T>
+  using Params = HopperGatherParams<T>;
+  static constexpr bool kFused = false;
+  template <class Traits>
+  struct Patch {
+    DDST_DEVICE Patch(const typename Traits::Params&, const GatherPlace&) {}
+  };
+};
+
 // kTransposed: the input gradient. kWidth: granules in a product. kCluster: GatherForm::cluster.
-template <class T_, bool kTransposed_, int kWidth_, int kCluster_>
+template <class T_, bool kTransposed_, int kWidth_, int kCluster_, class Source_ = HopperPlain>
 struct HopperGatherTraits {
   using T = T_;
-  using Params = HopperGatherParams<T>;
+  using Source = Source_;
+  using Params = typename Source::template Params<T>;
   static constexpr bool kTransposed = kTransposed_;
   static constexpr int kWidth = kWidth_, kCluster = kCluster_;
   static constexpr int kGranules = kHopperChannels / kSlice;  // of 16 output channels
@@ -61,7 +73,8 @@ struct RingPlace {
   }
 };
 
-// full: a stage's copies have landed; empty: all consumers of the cluster have left it; listed: a record has landed.
+// full: both copying warps' copies to a stage have landed; empty: all consumers of the cluster have left it; listed: a
+// record has landed.
 struct HopperShared {
   dev::shared_ptr<unsigned char> base;
   dev::shared_ptr<int> records;
@@ -95,15 +108,24 @@ struct RecordReader {
   }
 };
 
+// Where the patch begins in the source image.
+template <class Traits>
+DDST_DEVICE int first_source_row(const HopperGatherGeometry& g, const GatherPlace& place) {
+  return place.first_row * g.step_y +
+         source_origin<Traits::kTransposed>(g.padding_y, place.phase_y, g.phases_y, g.reach_y);
+}
+template <class Traits>
+DDST_DEVICE int first_source_column(const HopperGatherGeometry& g, const GatherPlace& place) {
+  return place.first_col * g.step_x +
+         source_origin<Traits::kTransposed>(g.padding_x, place.phase_x, g.phases_x, g.reach_x);
+}
+
 // The parts of the patch of one slice.
 template <class Traits>
 DDST_DEVICE void copy_patch(const typename Traits::Params& p, const GatherPlace& place, int slice,
                             dev::shared_ptr<typename Traits::T> stage, dev::shared_ptr<dev::Barrier> full) {
   const HopperGatherGeometry& g = p.g;
-  const int top = place.first_row * g.step_y +
-                  source_origin<Traits::kTransposed>(g.padding_y, place.phase_y, g.phases_y, g.reach_y);
-  const int left = place.first_col * g.step_x +
-                   source_origin<Traits::kTransposed>(g.padding_x, place.phase_x, g.phases_x, g.reach_x);
+  const int top = first_source_row<Traits>(g, place), left = first_source_column<Traits>(g, place);
   DDST_ROLLED
   for (int part = 0, x = 0, y = 0; part < g.parts; ++part) {
     const int at[4] = {slice * kSlice, left + x, top + y, place.first_image};
@@ -114,8 +136,8 @@ DDST_DEVICE void copy_patch(const typename Traits::Params& p, const GatherPlace&
 
 // The listed blocks' share of one slice; the CTAs of a cluster take turns by four and copy to all.
 template <class Traits>
-DDST_DEVICE void copy_weights(const typename Traits::Params& p, int slice, int count, dev::shared_ptr<int> rows,
-                              dev::shared_ptr<typename Traits::T> weights, dev::shared_ptr<dev::Barrier> full) {
+DDST_DEVICE void copy_blocks(const typename Traits::Params& p, int slice, int count, dev::shared_ptr<int> rows,
+                             dev::shared_ptr<typename Traits::T> weights, dev::shared_ptr<dev::Barrier> full) {
   const HopperGatherGeometry& g = p.g;
   const int within = slice & ((1 << g.log_slices_per_block) - 1);
   const int first_row = Traits::kTransposed ? within * kSlice : 0, chunk = Traits::kTransposed ? 0 : within;
@@ -140,31 +162,48 @@ DDST_DEVICE void copy_weights(const typename Traits::Params& p, int slice, int c
   }
 }
 
-template <class Traits>
-DDST_DEVICE void copy_all(const typename Traits::Params& p, const HopperShared& s, int first_item) {
-  using T = typename Traits::T;
+// Calls `copy(item, slice, stage, record, full)` for each slice of this cluster's items, when its stage is empty and
+// its record is there: the parts of what two warps do, each of which arrives at `full` once.
+template <class Traits, class Copy>
+DDST_DEVICE void for_each_stage(const typename Traits::Params& p, const HopperShared& s, int first_item, Copy copy) {
   const HopperGatherGeometry& g = p.g;
-  RecordReader<Traits> reader(p, first_item);
-  for (int i = 0; i < kRecordsAhead; ++i) reader.copy_next(p, s);
   RingPlace stage, record;
   for (int index = first_item; index < g.items; index += p.clusters) {
     const HopperItem item = hopper_item<Traits>(p, index);
     for (int slice = 0; slice < g.slices; ++slice) {
       dev::barrier_wait(s.empty + stage.index, stage.parity ^ 1);
-      reader.copy_next(p, s);
       dev::barrier_wait(s.listed + record.index, record.parity);
-      const auto list = s.records + record.index * g.record_ints;
-      const int blocks = dev::load(list);
-      const auto full = s.full + stage.index;
-      const auto target = (s.base + stage.index * g.stage_bytes).template as<T>();
-      const int bytes = blocks ? g.copied_bytes + (blocks * kSlice * 2 << g.log_channels_per_block) : 0;
-      if (dev::elect_one()) dev::barrier_arrive_expect(full, bytes);
-      if (blocks) copy_patch<Traits>(p, item.place, slice, target, full);
-      copy_weights<Traits>(p, slice, blocks, list + (kRecordHeader + g.padded_taps), target + g.weights / 2, full);
-      dev::sync_warp();  // all lanes have read the record before a later one takes its place
+      copy(item, slice, (s.base + stage.index * g.stage_bytes).template as<typename Traits::T>(),
+           s.records + record.index * g.record_ints, s.full + stage.index);
       stage.next(g.stages), record.next(g.stages + kRecordsAhead);
     }
   }
+}
+
+// The first copying warp: records and patches. A slice without blocks needs no patch.
+template <class Traits>
+DDST_DEVICE void copy_patches(const typename Traits::Params& p, const HopperShared& s, int first_item) {
+  RecordReader<Traits> reader(p, first_item);
+  for (int i = 0; i < kRecordsAhead; ++i) reader.copy_next(p, s);
+  for_each_stage<Traits>(p, s, first_item, [&](const HopperItem& item, int slice, auto stage, auto record, auto full) {
+    reader.copy_next(p, s);
+    const bool any = dev::load(record) != 0;
+    dev::sync_warp();  // all lanes have read the record before a later one takes its place
+    if (dev::elect_one()) dev::barrier_arrive_expect(full, any ? p.g.copied_bytes : 0);
+    if (any) copy_patch<Traits>(p, item.place, slice, stage, full);
+  });
+}
+
+// The second copying warp: weights.
+template <class Traits>
+DDST_DEVICE void copy_weights(const typename Traits::Params& p, const HopperShared& s, int first_item) {
+  const HopperGatherGeometry& g = p.g;
+  for_each_stage<Traits>(p, s, first_item, [&](const HopperItem&, int slice, auto stage, auto record, auto full) {
+    const int blocks = dev::load(record);
+    copy_blocks<Traits>(p, slice, blocks, record + (kRecordHeader + g.padded_taps), stage + g.weights / 2, full);
+    dev::sync_warp();  // as above; so this warp arrives last
+    if (dev::elect_one()) dev::barrier_arrive_expect(full, blocks * kSlice * 2 << g.log_channels_per_block);
+  });
 }
 
 }  // namespace ddst::cuda

@@ -114,16 +114,17 @@ inline void set_hopper_layout(HopperGatherGeometry& g, int shared_limit) {
   }
 }
 
-// Fills `g` and returns "", or says why the kernel cannot run the problem.
+// Fills `g` and returns "", or says why the kernel cannot run the problem. halved: of a fused half block, whose source
+// has half the sides of what is read.
 inline std::string hopper_gather_geometry(const ddst_cuda_conv2d_problem& p, bool input_gradient,
                                           const GatherForm& form, int shared_limit, HopperGatherGeometry& g,
-                                          const GatherShape& shape = {}) {
+                                          const GatherShape& shape = {}, bool halved = false) {
   g = {};
   if (p.dtype != DDST_CUDA_BFLOAT16 && p.dtype != DDST_CUDA_FLOAT16)
     return "the kernel for sm_90a takes bfloat16 and float16";
   const std::string why = gather_facts(p, input_gradient, {kHopperPixels, kHopperChannels, 0}, g, shape);
   if (!why.empty()) return why;
-  if (shape.fused) return "the kernel for sm_90a does not fuse half blocks";
+  if (halved) return "the kernel for sm_90a does not upsample what it reads";
   g.squares = shape.squares, g.block_out = p.block_out;
   g.record_ints -= g.padded_taps, g.padded_taps = ceil_div(g.taps + 1, 4) * 4, g.record_ints += g.padded_taps;
 

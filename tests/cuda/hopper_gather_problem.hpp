@@ -72,8 +72,8 @@ HopperRun run_hopper(const GatherProblem<typename Traits::T>& problem, const emu
   using T = typename Traits::T;
   HopperRun run;
   typename Traits::Params p{};
-  const std::string why = hopper_gather_geometry(problem.p, Traits::kTransposed, {Traits::kWidth, Traits::kCluster},
-                                                 kSharedLimit, p.g);
+  const std::string why =
+      hopper_gather_geometry(problem.p, Traits::kTransposed, {Traits::kWidth, Traits::kCluster}, kSharedLimit, p.g);
   if (!why.empty()) throw emu::Failure(name + ": refused, " + why);
   run.g = p.g, run.lists = hopper_lists(problem, p.g, Traits::kWidth);
   const std::int64_t slots = std::int64_t(problem.values.size()) / p.g.block_elements;
@@ -95,8 +95,9 @@ HopperRun run_hopper(const GatherProblem<typename Traits::T>& problem, const emu
   static emu::Block block;  // keeps the stacks of its fibers
   block.options = options;
   block.stats = {};
-  block.launch({p.clusters * Traits::kCluster, 1, 1}, kHopperThreads, std::size_t(p.g.bytes),
-               [&] { hopper_gather<Traits>(p); }, Traits::kCluster);
+  block.launch(
+      {p.clusters * Traits::kCluster, 1, 1}, kHopperThreads, std::size_t(p.g.bytes), [&] { hopper_gather<Traits>(p); },
+      Traits::kCluster);
   run.stats = block.stats;
   if (compare) {
     expect(output.fully_written(), name + ": output not fully written");
@@ -117,8 +118,7 @@ void test_random_hopper(const char* name, int count, int most_channels) {
     const GatherProblem<T> problem(random_problem(rng, 8, false, most_channels), kTransposed, density, rng() % 2, rng);
     emu::Options options;
     options.seed = rng(), options.delay_copies = rng() % 2;
-    const auto run =
-        run_hopper<Traits>(problem, options, std::string(name) + " " + std::to_string(i), pick(rng, 1, 3));
+    const auto run = run_hopper<Traits>(problem, options, std::string(name) + " " + std::to_string(i), pick(rng, 1, 3));
     products += run.stats.wgmma[kWidth * 2], items += run.g.items;
   }
   std::printf("%s: %d random problems, %ld items, %ld products, %.1f s\n", name, count, items, products,

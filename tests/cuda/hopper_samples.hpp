@@ -9,9 +9,10 @@ namespace ddst::test {
 
 enum class Slip {
   none,
-  no_full_wait,           // consumers do not wait for copies
-  wrong_parity,           // they wait for the phase before
-  one_lane_waits,         // and do not tell the others
+  no_full_wait,    // consumers do not wait for copies
+  wrong_parity,    // they wait for the phase before
+  one_lane_waits,  // and does not tell the others
+  one_warp_waits,
   no_empty_wait,          // the producer does not wait for consumers
   no_empty_arrival,       // consumers do not let go
   early_arrival,          // before their reads are over
@@ -32,6 +33,8 @@ enum class Slip {
   misaligned_box,
   overlapping_box,
   no_product_wait,
+  no_last_product_wait,
+  sum_read_early,
   product_wait_of_one_less,
   no_product_fence,
   product_without_commit,
@@ -116,6 +119,8 @@ struct Ring {
       const auto weights_at = (shared + (stage * kStage + kPixelBytes)).as<Bf>();
       if (slip == Slip::one_lane_waits) {
         if (lane == 0) dev::barrier_wait(full + stage, round & 1);
+      } else if (slip == Slip::one_warp_waits) {
+        if (warp == 0) dev::barrier_wait(full + stage, round & 1);
       } else if (slip != Slip::no_full_wait) {
         dev::barrier_wait(full + stage, (round & 1) ^ int(slip == Slip::wrong_parity));
       }
@@ -134,10 +139,12 @@ struct Ring {
       if (slip == Slip::operand_changed) mine[1] += 1;
       if (slip == Slip::sum_touched) sum[3] = 0;
       if (slip != Slip::product_without_commit || warp != 2) dev::wgmma_commit();
+      const float early = sum[0];
       if (slip == Slip::product_wait_of_one_less)
         dev::wgmma_wait<1>();
-      else if (slip != Slip::no_product_wait)
+      else if (slip != Slip::no_product_wait && (slip != Slip::no_last_product_wait || i + 1 < slices))
         dev::wgmma_wait<0>();
+      if (slip == Slip::sum_read_early) sum[0] = early;
       if (slip != Slip::early_arrival) arrive(rank, lane, empty + stage);
     }
     for (int j = 0; j < 8; ++j) {
@@ -155,8 +162,8 @@ struct Ring {
   }
 };
 
-// out[p, q] = sum over i = 1 ... of i^2 pixels[p] . pixels[q]: threads write the operand to shared memory, rows along
-// k, and rewrite it once its product is over.
+// out[p, q] = sum over i = 1 ... n of 2^(n - i) i^2 pixels[p] . pixels[q]: threads write the operand to shared memory,
+// rows along k, and rewrite it once its product is over.
 struct Rewrite {
   dev::global_ptr<const Bf> pixels;  // [64, 16]
   dev::global_ptr<float> out;        // [64, 16]
@@ -180,6 +187,7 @@ struct Rewrite {
       if (slip != Slip::no_async_fence && slip != Slip::fence_after_barrier) dev::fence_async_shared();
       if (slip != Slip::no_barrier_before) dev::sync_some<1>(slip == Slip::barrier_of_too_few ? 96 : 128);
       if (slip == Slip::fence_after_barrier) dev::fence_async_shared();
+      for (float& value : sum) value *= 2;
       dev::wgmma_fence();
       const auto place = dev::matrix_descriptor<32>(a, 16, 256);
       dev::wgmma_k16<Bf, 16, false, false>(sum, place, place);
@@ -244,7 +252,7 @@ struct SampleProblem {
     for (int p = 0; p < 64; ++p)
       for (int q = 0; q < 16; ++q) {
         float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += 14 * pixel_values[p * 16 + k] * pixel_values[q * 16 + k];
+        for (int k = 0; k < 16; ++k) sum += 21 * pixel_values[p * 16 + k] * pixel_values[q * 16 + k];
         if (out.host<float>()[p * 16 + q] != sum) throw emu::Failure("wrong result of the rewritten operand");
       }
     return block.stats;

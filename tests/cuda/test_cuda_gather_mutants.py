@@ -1,4 +1,4 @@
-"""Small slips planted in the gather kernel, one at a time: the emulator's checks and a float64 reference find each."""
+"""Small slips planted in the gather kernels, one at a time: the emulator's checks and a float64 reference find each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from helpers import emulation, recorded
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="needs g++ (or CXX)")
-PROGRAM = emulation.TESTS / "mutant_gather.cpp"
 OPTIONS = ("-std=c++20", "-O0", "-w")
 FLAGS = (*OPTIONS, f"-I{emulation.KERNELS}", f"-I{emulation.TESTS}")
 MUTATIONS = {
@@ -49,16 +48,47 @@ MUTATIONS = {
         ("channels beyond the last", "mine >= 0 && first < channels", "mine >= 0"),
     ],
 }  # fmt: skip
+HOPPER = {
+    "hopper_gather.cuh": [
+        ("rows of ldmatrix", "lane / 16 * 16;", "lane / 8 % 2 * 16;"),
+        ("part of a tap", "dy % g.step_y * g.parts_x + dx % g.step_x", "dx % g.step_x"),
+        ("the other CTA is not told", "dev::cluster_rank() ^ 1", "dev::cluster_rank()"),
+        ("consumers of this CTA alone", "kHopperConsumers / 32 * Traits::kCluster", "kHopperConsumers / 32"),
+    ],
+    "hopper_gather_copy.cuh": [
+        ("stages are not waited for", "s.empty + stage.index, stage.parity ^ 1", "s.empty + stage.index, 1"),
+        ("parity of records", "s.listed + record.index, record.parity", "s.listed + record.index, 0"),
+        ("ring of records", "at.next(p.g.stages + kRecordsAhead)", "at.next(p.g.stages)"),
+        ("bytes of a patch", "any ? p.g.copied_bytes : 0", "p.g.copied_bytes"),
+        ("begin of a patch", "left + x, top + y", "left + y, top + x"),
+        ("slices of a block", "chunk = Traits::kTransposed ? 0 : within", "chunk = 0"),
+        ("turns of the CTAs", "first += 4 * Traits::kCluster", "first += 4"),
+    ],
+    "hopper_gather_multiply.cuh": [
+        ("no swizzle", "place ^ (place >> 3 & 16)", "place"),
+        ("8 rows of a granule", "kGranuleBytes, kGranuleBytes / 2)", "kGranuleBytes, kGranuleBytes)"),
+        ("granules of four", "granule + Traits::kWidth * kGranuleBytes", "granule + kGranuleBytes"),
+        ("wait too weak", "dev::wgmma_wait<0>();\n    return true", "dev::wgmma_wait<1>();\n    return true"),
+        ("registers of one tap", "step(even, odd) && step(odd, even)", "step(even, even) && step(even, even)"),
+    ],
+    "hopper_gather_geometry.hpp": [
+        ("stride of the columns", "map.steps[1] = g.step_x", "map.steps[1] = 1"),
+        ("records of two items", "kRecordsAhead) * g.record_ints * 4", "kRecordsAhead - 1) * g.record_ints * 4"),
+    ],
+}  # fmt: skip
 
 
-def test_slips_are_found(tmp_path: Path) -> None:
-    with recorded.outcome("emulator: slips", emulation.key(Path(__file__), *OPTIONS)):
-        plant(tmp_path)
+@pytest.mark.parametrize(
+    ("program", "mutations"), [("mutant_gather.cpp", MUTATIONS), ("mutant_hopper_gather.cpp", HOPPER)]
+)
+def test_slips_are_found(tmp_path: Path, program: str, mutations: dict[str, list[tuple[str, str, str]]]) -> None:
+    with recorded.outcome(f"emulator: slips, {program}", emulation.key(Path(__file__), *OPTIONS)):
+        plant(tmp_path, program, mutations)
 
 
-def plant(tmp_path: Path) -> None:
+def plant(tmp_path: Path, source: str, mutations: dict[str, list[tuple[str, str, str]]]) -> None:
     common = tmp_path / "common.hpp"  # precompiled: what no mutation changes
-    includes = ("<random>", "<vector>", '"check.hpp"', '"device/primitives.cuh"')
+    includes = ("<random>", "<vector>", '"check.hpp"', '"device/hopper.cuh"')
     common.write_text("".join(f"#include {name}\n" for name in includes))
     cxx = emulation.compiler()
     subprocess.run([cxx, *FLAGS, "-x", "c++-header", common, "-o", f"{common}.gch"], check=True)
@@ -78,7 +108,7 @@ def plant(tmp_path: Path) -> None:
         assert old in text, f"{file} has no {old!r}"
         (folder / file).write_text(text.replace(old, new, 1))
         program = folder / "program"
-        command = [cxx, f"-I{folder}", *FLAGS, "-include", common, folder / PROGRAM.name, "-o", program]
+        command = [cxx, f"-I{folder}", *FLAGS, "-include", common, folder / source, "-o", program]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:2000]
         ran = subprocess.run([program], capture_output=True, text=True, check=False)
@@ -86,8 +116,8 @@ def plant(tmp_path: Path) -> None:
         return (lines[0] if lines else f"exit status {ran.returncode}") if ran.returncode else ""
 
     slips = [("ddst_cuda.h", "#pragma once", "#pragma once")]  # no slip: nothing may be found
-    slips += [(file, old, new) for file, changes in MUTATIONS.items() for _, old, new in changes]
-    names = ["unchanged", *(f"{file}: {name}" for file, changes in MUTATIONS.items() for name, _, _ in changes)]
+    slips += [(file, old, new) for file, changes in mutations.items() for _, old, new in changes]
+    names = ["unchanged", *(f"{file}: {name}" for file, changes in mutations.items() for name, _, _ in changes)]
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(names, pool.map(lambda slip: outcome(*slip), slips), strict=True))
     print("\n".join(f"{name:50s} {what}" for name, what in found.items()))

@@ -211,7 +211,8 @@ def test_shapes_that_do_not_fit_are_named(library: Library) -> None:
     with pytest.raises(Caught, match=r"block\[1\] is 8, expected 16, 32 or 64"):
         library.run(replace(problem, geometry=geometry, x=narrow), plan)
 
-#Small slips : each must be caught.(name, what stands in weight_grad.cuh, what is put there)
+
+# Small slips: each must be caught. (name, what stands in weight_grad.cuh, what is put there)
 MUTATIONS = [
     ("transposed channels of a", "m * 16 + lane / 8 % 2 * 8));", "m * 16 + lane / 16 * 8));"),
     ("pixels of a", "(lane / 16 * 8 + lane % 8) * pitch", "(lane / 8 % 2 * 8 + lane % 8) * pitch"),

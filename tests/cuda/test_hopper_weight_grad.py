@@ -177,7 +177,7 @@ def test_each_wait_and_fence_is_needed(library: Library) -> None:
     plan = Plan((3, 4), (1, 8, 8), 1)
     assert library.sizes(problem.geometry, plan, True).stages < 6
     places = library.run(problem, plan, norm=norm)[1].waits
-    assert len(places) == 7 and len(library.run(plain, plan)[1].waits) == 4
+    assert len(places) == 10 and len(library.run(plain, plan)[1].waits) == 6
 
     def found(place: str) -> bool:
         for case, prologue in ((plain, None), (problem, norm)):

@@ -216,6 +216,12 @@ void test_detection() {
                   dev::ldmatrix_x4(r, P(0) + tid() * 8);
                   dev::store_words(P(0) + (tid() ^ 1) * 8, zero);
                 }));
+  expect_caught("write after reads of two warps", "write after read, no barrier since several threads", launch(96, [&] {
+                  if (tid() < 32) dev::store_words(P(0) + tid() * 8, zero);
+                  dev::sync_threads();
+                  if (tid() < 64) dev::load_words(P(0) + tid() % 32 * 8);
+                  if (tid() >= 64) dev::store_words(P(0) + tid() % 32 * 8, zero);
+                }));
   expect_caught("two writers", "write after write", launch(32, [&] { dev::store_words(P(0), zero); }));
   expect_caught("shared out of bounds", "out of bounds: offset 1024",
                 launch(32, [&] { dev::store_words(P(0) + (tid() + 33) * 8, zero); }));

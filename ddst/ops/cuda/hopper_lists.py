@@ -1,7 +1,7 @@
 """Lists that the gather kernel for sm_90a walks (``csrc/cuda/hopper_gather_geometry.hpp``), made on the device.
 
 A record for each phase of the taps, group of 128 output channels and input block holds the taps that have a block,
-which granules of 16 channels they are, and the blocks' slots; an order has the groups with most blocks first, so that
+which granules of 16 channels they are, and where the blocks lie; an order has the groups with most blocks first, so that
 the last ones to be computed are short.
 """
 
@@ -38,10 +38,11 @@ def records_and_order(
 ) -> tuple[Tensor, Tensor]:
     """``(records [phases · groups · input blocks, ints], order [phases · groups])`` of the blocks in ``index``.
 
-    A record is ``[taps, blocks, 0, 0 | tap + mask · 2¹⁶ for each tap that has a block, ascending | slots]``, filled up
-    with zeros. Bit i of a mask says that channels ``16 i … 16 i + 15`` of the group have a block at the tap; slots are
-    by tap, then channel. With products of ``granules`` = 4, blocks of 64 channels are taken together: where one of them
-    is there, the others are listed as slot ``slots``, which lies behind the last one and is read as zeros.
+    A record is ``[blocks, 0, 0, 0 | tap + mask · 2¹⁶ for each tap that has a block, ascending | rows]``, filled up with
+    zeros. Bit i of a mask says that channels ``16 i … 16 i + 15`` of the group have a block at the tap; rows are the
+    blocks' first ones among those of the packed values, ``slot · b_out``, by tap, then channel. With products of
+    ``granules`` = 4, blocks of 64 channels are taken together: where one of them is there, the others are listed with
+    the row behind the last one, and read as zeros.
 
     Returns:
         int32. Built by operations of fixed size, without a host synchronisation. Cost: some passes over a table of all
@@ -73,13 +74,13 @@ def records_and_order(
     mask = (listed * bits).sum(-1)
     used = mask > 0
     entries = torch.where(used, torch.arange(taps, device=device) + (mask << 16), 0)
-    slot = torch.where(held > 0, held - 1, slots)
+    row = torch.where(held > 0, held - 1, slots) * block[0]
 
     records = torch.zeros(lines, ints + 1, dtype=torch.int64, device=device)  # the last int takes what is not listed
-    records[:, 0], records[:, 1] = used.sum(-1), listed.sum((1, 2))
+    records[:, 0] = listed.sum((1, 2))
     records.scatter_(1, torch.where(used, HEADER + used.cumsum(-1) - 1, ints), entries)
     flat = listed.view(lines, -1)
-    records.scatter_(1, torch.where(flat, HEADER + padded + flat.cumsum(-1) - 1, ints), slot.view(lines, -1))
-    work = records[:, 1].view(-1, in_blocks).sum(-1)
+    records.scatter_(1, torch.where(flat, HEADER + padded + flat.cumsum(-1) - 1, ints), row.view(lines, -1))
+    work = records[:, 0].view(-1, in_blocks).sum(-1)
     order = torch.sort(work, descending=True, stable=True)[1]
     return records[:, :ints].int().contiguous(), order.int()

@@ -112,8 +112,9 @@ class Block final : public Mbarriers::Host {
   bool dropped(Where where) {
     if (options.drop_at.empty() && !options.list_waits) return false;
     const std::string here = place(where);
-    ++stats.wait_places[here];
     const int turn = running_->turns[here]++;
+    int& most = stats.wait_places[here];
+    most = std::max(most, turn + 1);
     return here == options.drop_at && (options.drop_turn < 0 || options.drop_turn == turn);
   }
 
@@ -154,6 +155,15 @@ class Block final : public Mbarriers::Host {
     if (options.check_races) shadow.land(by.id, shadow_offset(by.block, copy.dst), copy.bytes);
   }
   std::size_t shadow_offset(int block, std::uint32_t offset) const { return block * shared_stride_ + offset; }
+
+  void set_registers(int warp, int count) {
+    registers_[warp] = count;
+    const int warps = thread_count_ / kWarp, first = warp / warps * warps;
+    const int sum = std::accumulate(registers_.begin() + first, registers_.begin() + first + warps, 0);
+    if (sum * kWarp > 65536)
+      report(threads_[warp * kWarp].get(), "setmaxnreg: " + std::to_string(sum * kWarp) + " registers are asked for",
+             threads_[warp * kWarp]->where);
+  }
 
   std::string place(Where where) const {
     const char* name = std::strrchr(where.file_name(), '/');
@@ -232,6 +242,7 @@ class Block final : public Mbarriers::Host {
   std::deque<BulkCopy> in_flight_;
   std::vector<std::vector<Reach>> reached_;  // of each block, since the last cluster barrier
   std::vector<bool> ended_;
+  std::vector<int> registers_;  // of each warp, by setmaxnreg
   Index3 first_block_;
   int blocks_ = 1, thread_count_ = 0, barriers_ = 0;
   bool progress_ = false;

@@ -5,6 +5,7 @@
 // of three vectors says so: its block's, which a block barrier writes; its warp's, which __syncwarp and named barriers
 // write; its own, which waits on mbarriers write. So block barriers, the only ones of many kernels, stay cheap.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -29,25 +30,53 @@ class Clocks {
     for (auto& known : by_warp_) known.clear();
     for (auto& known : by_thread_) known.clear();
     most_owners_ = owners_ + kMostBarriers * blocks;
+    generations_.assign(std::size_t(blocks), 1);
+    block_of_.resize(std::size_t(blocks * threads));
+    for (int thread = 0; thread < blocks * threads; ++thread) block_of_[thread] = thread / threads;
+    only_block_barriers_ = true;
   }
   int warpgroup(int thread) const {
     const int block = thread / threads_;
     return blocks_ * threads_ + block * ((threads_ + kWarpgroup - 1) / kWarpgroup) + thread % threads_ / kWarpgroup;
   }
-  int add_owner() { return owners_ == most_owners_ ? -1 : owners_++; }
+  int add_owner() {
+    only_block_barriers_ = false;
+    return owners_ == most_owners_ ? -1 : owners_++;
+  }
   Vector nothing() const { return Vector(size_, 0); }
   Time now(int thread) const { return now_[thread]; }
   void tick(int thread) { ++now_[thread]; }
 
-  bool knows(int thread, int owner, Time time) const {
-    if (owner == thread || by_block_[thread / threads_][owner] >= time) return true;
-    const Vector &warp = by_warp_[thread / kWarp], &own = by_thread_[thread];
-    return (!warp.empty() && warp[owner] >= time) || (!own.empty() && own[owner] >= time);
+  // What a thread knows: of the access of `owner` at `time`?
+  class Knowledge {
+   public:
+    bool of(int owner, Time time) const {
+      return block_[owner] >= time || owner == thread_ || (warp_ && warp_[owner] >= time) ||
+             (own_ && own_[owner] >= time);
+    }
+
+   private:
+    friend Clocks;
+    int thread_;
+    const Time *block_, *warp_, *own_;
+  };
+  Knowledge knowledge(int thread) const {
+    const auto data = [](const Vector& known) { return known.empty() ? nullptr : known.data(); };
+    Knowledge result;
+    result.thread_ = thread;
+    result.block_ = by_block_[block_of_[thread]].data();
+    result.warp_ = data(by_warp_[thread / kWarp]), result.own_ = data(by_thread_[thread]);
+    return result;
   }
+  bool knows(int thread, int owner, Time time) const { return knowledge(thread).of(owner, time); }
+  // Block barriers so far, + 1, of the thread's block; and whether they are all that orders different warps.
+  Time generation(int thread) const { return generations_[block_of_[thread]]; }
+  Time generation_of_block(int block) const { return generations_[block]; }
+  bool only_block_barriers() const { return only_block_barriers_; }
 
   // What the thread has done and knows goes into `to`; what it does from now on does not.
   void release(int thread, Vector& to) {
-    join(to, by_block_[thread / threads_]);
+    join(to, by_block_[block_of_[thread]]);
     join(to, by_warp_[thread / kWarp]);
     join(to, by_thread_[thread]);
     to[thread] = now_[thread]++;
@@ -73,6 +102,7 @@ class Clocks {
     }
   }
   void sync_warps(const std::vector<int>& warps) {
+    only_block_barriers_ = false;
     Vector all = nothing();
     for (int warp : warps) {
       sync_warp(warp);
@@ -82,6 +112,7 @@ class Clocks {
   }
   void sync_block(int block) {
     Vector& known = by_block_[block];
+    ++generations_[block];
     for (int warp = block * threads_ / kWarp; warp < (block + 1) * threads_ / kWarp; ++warp) {
       join(known, by_warp_[warp]);
       by_warp_[warp].clear();
@@ -107,7 +138,9 @@ class Clocks {
 
   int blocks_ = 0, threads_ = 0, owners_ = 0, most_owners_ = 0;
   std::size_t size_ = 0;
-  Vector now_;
+  bool only_block_barriers_ = true;
+  Vector now_, generations_;
+  std::vector<int> block_of_;
   std::vector<Vector> by_block_, by_warp_, by_thread_;  // empty: nothing beyond what the block's says
 };
 

@@ -53,12 +53,14 @@ inline bool elect_one(Where where = Where::current()) {
 template <int kCount>
 void give_registers(Where where = Where::current()) {
   static_assert(kCount >= 24 && kCount <= 256 && kCount % 8 == 0);
-  Block::current->warp_op(&emu::nothing, nullptr, "setmaxnreg.dec", where);
+  emu::RegisterArgs args{kCount};
+  Block::current->warp_op(&emu::set_registers, &args, "setmaxnreg.dec", where);
 }
 template <int kCount>
 void take_registers(Where where = Where::current()) {
   static_assert(kCount >= 24 && kCount <= 256 && kCount % 8 == 0);
-  Block::current->warp_op(&emu::nothing, nullptr, "setmaxnreg.inc", where);
+  emu::RegisterArgs args{kCount};
+  Block::current->warp_op(&emu::set_registers, &args, "setmaxnreg.inc", where);
 }
 template <int kId>
 void sync_some(int threads, Where where = Where::current()) {

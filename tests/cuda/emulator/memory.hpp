@@ -18,7 +18,7 @@ class Buffer {
         size_(bytes) {
     const auto address = reinterpret_cast<std::uintptr_t>(storage_.data());
     data_ = storage_.data() + (256 - address % 256) % 256 + misalign;
-    alive.push_back(this);
+    alive().push_back(this);
   }
   Buffer(Buffer&& other)
       : name(other.name),
@@ -27,13 +27,13 @@ class Buffer {
         init_(std::move(other.init_)),
         data_(other.data_),
         size_(std::exchange(other.size_, 0)) {
-    alive.push_back(this);
+    alive().push_back(this);
   }
-  ~Buffer() { std::erase(alive, this); }
+  ~Buffer() { std::erase(alive(), this); }
   // The allocation that an address lies in, nullptr if none: tensor maps hold addresses.
   static Buffer* at(const void* address) {
     const auto* const byte = static_cast<const std::byte*>(address);
-    for (Buffer* buffer : alive)
+    for (Buffer* buffer : alive())
       if (byte >= buffer->data_ && byte < buffer->data_ + buffer->size_) return buffer;
     return nullptr;
   }
@@ -77,7 +77,10 @@ class Buffer {
   const Role role;
 
  private:
-  inline static thread_local std::vector<Buffer*> alive;
+  static std::vector<Buffer*>& alive() {
+    static thread_local auto* const buffers = new std::vector<Buffer*>;  // outlives static buffers
+    return *buffers;
+  }
   std::vector<std::byte> storage_;
   std::vector<char> init_;
   std::byte* data_;

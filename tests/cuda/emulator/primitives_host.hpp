@@ -23,7 +23,8 @@ inline int block_index_x() { return Block::current->block_index().x; }
 inline int block_index_y() { return Block::current->block_index().y; }
 inline void sync_threads(Where where = Where::current()) { Block::current->barrier(where); }
 inline void sync_warp(Where where = Where::current()) {
-  Block::current->warp_op(&emu::sync_warp, nullptr, "__syncwarp", where);
+  bool orders = !Block::current->dropped(where);
+  Block::current->warp_op(&emu::sync_warp, &orders, "__syncwarp", where);
 }
 
 template <class T>

@@ -48,6 +48,7 @@ inline void Block::prepare(int blocks, int threads, std::size_t shared_bytes) {
   in_flight_.clear();
   reached_.assign(blocks, {});
   ended_.assign(blocks, false);
+  registers_.assign(blocks * threads / kWarp, 0);
   barriers_ = 0;
   random_.seed(options.seed);
   stats.blocks += blocks;
@@ -266,6 +267,14 @@ inline void Block::block_ends(int block) {
       report(threads_[reach.thread].get(),
              "CTA " + std::to_string(block) + " may end before the " + reach.what + " to it", reach.where);
   }
+  for (int warp = first / kWarp; warp < (first + thread_count_) / kWarp; ++warp) {
+    const int of_warpgroup = registers_[warp - (warp - first / kWarp) % 4];
+    if (registers_[warp] != of_warpgroup)
+      report(threads_[warp * kWarp].get(),
+             "setmaxnreg: the warpgroup's warps ask for " + std::to_string(of_warpgroup) + " and " +
+                 std::to_string(registers_[warp]) + " registers",
+             threads_[warp * kWarp]->where);
+  }
   for (const BulkCopy& copy : in_flight_)
     if (copy.block == block)
       report(threads_[copy.thread].get(), "CTA " + std::to_string(block) + " ends while a copy to it is in flight",
@@ -281,9 +290,10 @@ inline void Block::block_ends(int block) {
 inline void Block::stuck() {
   for (int warp = 0; warp < blocks_ * thread_count_ / kWarp; ++warp)
     if (const int at_op = count(warp * kWarp, (warp + 1) * kWarp, Thread::State::at_warp_op)) resolve_warp(warp, at_op);
-  std::map<std::string, std::pair<int, int>> places;  // first and last thread
+  std::map<std::string, std::string> places;  // the threads there
   const Thread* waiting = nullptr;
   const Thread* product = nullptr;
+  std::string before;
   for (int t = 0; t < blocks_ * thread_count_; ++t) {
     const Thread& thread = *threads_[t];
     std::string at = thread.what;
@@ -292,14 +302,19 @@ inline void Block::stuck() {
       at += " for parity " + std::to_string(thread.count) + " of the " +
             Mbarriers::state(barriers.all().at({thread.block, std::uint32_t(thread.barrier)}));
     if (blocks_ > 1) at += " in CTA " + std::to_string(thread.block);
-    places.try_emplace(at, thread.local, thread.local).first->second.second = thread.local;
+    if (t == 0 || at != before) {
+      std::string& threads = places[at];
+      threads += (threads.empty() ? "" : ", ") + std::to_string(thread.local) + "...";
+      if (t) places[before] += std::to_string(threads_[t - 1]->local);
+    }
+    before = at;
     if (!waiting && thread.state != Thread::State::done) waiting = &thread;
     if (!product && thread.state == Thread::State::at_warpgroup_op) product = &thread;
   }
+  places[before] += std::to_string(thread_count_ - 1);
   std::string text = product ? "warpgroup diverged, some of its threads never come to its wgmma:" : "deadlock:";
-  for (const auto& [at, range] : places)
-    text += (text.back() == ':' ? " threads " : "; threads ") + std::to_string(range.first) + " to " +
-            std::to_string(range.second) + " at " + at;
+  for (const auto& [at, threads] : places)
+    text += (text.back() == ':' ? " threads " : "; threads ") + threads + " at " + at;
   report(product ? product : waiting, text + "; the first waits", (product ? product : waiting)->where);
 }
 

@@ -34,17 +34,23 @@ class Shadow {
 
   // By a thread: `offset` counts from the first block's shared memory.
   void read(int by, std::size_t offset, std::uint32_t bytes, Where where) {
+    const auto known = clocks_.knowledge(by);
+    const Time now = clocks_.now(by);
     for (std::size_t i = offset / kGranule, end = last(offset, bytes); i < end; ++i) {
       Cell& cell = cells_[i];
-      check_readable(by, cell, i, where);
-      if (!clocks_.knows(by, cell.writer, cell.written)) race(by, "read after write", cell.writer, i, where);
-      note_reader(cell, by, by, clocks_.now(by));
+      if (cell.run != run_ || cell.kind == kCpAsync || cell.kind == kBarrier) not_readable(by, cell, i, where);
+      if (!known.of(cell.writer, cell.written)) race(by, "read after write", cell.writer, i, where);
+      if (cell.reader == by || cell.read == 0)
+        cell.reader = std::int16_t(by), cell.read = now;
+      else
+        note_reader(cell, known, by, by, now);
     }
   }
   void write(int by, std::size_t offset, std::uint32_t bytes, std::uint8_t kind, Where where) {
+    const auto known = clocks_.knowledge(by);
     for (std::size_t i = offset / kGranule, end = last(offset, bytes); i < end; ++i) {
       Cell& cell = cells_[i];
-      check_writable(by, cell, i, where);
+      check_writable(by, known, cell, i, where);
       mark(cell, by, clocks_.now(by), kind);
     }
   }
@@ -56,18 +62,20 @@ class Shadow {
 
   // By the asynchronous proxy: a thread starts a copy, whose bytes are those of `owner` at `time`.
   void write_later(int by, std::size_t offset, std::uint32_t bytes, int owner, Time time, Where where) {
+    const auto known = clocks_.knowledge(by);
     for (std::size_t i = offset / kGranule, end = last(offset, bytes); i < end; ++i) {
       Cell& cell = cells_[i];
-      check_writable(by, cell, i, where);
+      check_writable(by, known, cell, i, where);
       if (cell.run == run_) check_fence(by, cell, i, where);
       mark(cell, owner, time, kAsync);
     }
   }
   // The threads first .. first + count - 1 start a product that reads the bytes as `owner` at `time`.
   void read_later(int first, int count, std::size_t offset, std::uint32_t bytes, int owner, Time time, Where where) {
+    const auto known = clocks_.knowledge(first);
     for (std::size_t i = offset / kGranule, end = last(offset, bytes); i < end; ++i) {
       Cell& cell = cells_[i];
-      check_readable(first, cell, i, where);
+      if (cell.run != run_ || cell.kind == kCpAsync || cell.kind == kBarrier) not_readable(first, cell, i, where);
       const Asked asked{run_, cell.writer, cell.written, time, owner};
       if (!(asked == asked_)) {
         for (int by = first; by < first + count; ++by) {
@@ -76,7 +84,7 @@ class Shadow {
         }
         asked_ = asked;
       }
-      note_reader(cell, first, owner, time);
+      note_reader(cell, known, first, owner, time);
     }
   }
   void fence(int by, Time time) { fences_[by].push_back(time), asked_ = {}; }
@@ -84,6 +92,7 @@ class Shadow {
   enum Kind : std::uint8_t { kPlain, kCpAsync, kAsync, kBarrier };
 
  private:
+  static constexpr std::int16_t kMany = -1;     // readers; their time is their block's generation
   static constexpr std::uint32_t kGranule = 4;  // bytes per cell: no instruction here accesses less
   struct Access {
     int owner;
@@ -109,29 +118,42 @@ class Shadow {
   }
   std::string byte(std::size_t cell) const { return std::to_string(cell * kGranule % stride_); }
 
-  void check_readable(int by, const Cell& cell, std::size_t i, Where where) {
-    if (cell.run != run_) reporter_.fail_for(by, "read of uninitialised shared memory, byte " + byte(i), where);
-    if (cell.kind == kCpAsync)
-      reporter_.fail_for(by, "read of a copy in flight (wait missing), byte " + byte(i), where);
-    if (cell.kind == kBarrier) reporter_.fail_for(by, "read of an mbarrier as data, byte " + byte(i), where);
+  [[gnu::cold]] void not_readable(int by, const Cell& cell, std::size_t i, Where where) {
+    reporter_.fail_for(by,
+                       (cell.run != run_        ? "read of uninitialised shared memory, byte "
+                        : cell.kind == kCpAsync ? "read of a copy in flight (wait missing), byte "
+                                                : "read of an mbarrier as data, byte ") +
+                           byte(i),
+                       where);
   }
-  void check_writable(int by, Cell& cell, std::size_t i, Where where) {
+  void check_writable(int by, const Clocks::Knowledge& known, const Cell& cell, std::size_t i, Where where) {
     if (cell.run != run_) return;
-    if (cell.kind == kCpAsync) reporter_.fail_for(by, "write over a copy in flight, byte " + byte(i), where);
-    if (cell.kind == kBarrier) reporter_.fail_for(by, "write over an mbarrier, byte " + byte(i), where);
-    if (!clocks_.knows(by, cell.writer, cell.written)) race(by, "write after write", cell.writer, i, where);
-    if (cell.read && !clocks_.knows(by, cell.reader, cell.read)) race(by, "write after read", cell.reader, i, where);
+    if (cell.kind == kCpAsync || cell.kind == kBarrier)
+      reporter_.fail_for(
+          by,
+          (cell.kind == kCpAsync ? "write over a copy in flight, byte " : "write over an mbarrier, byte ") + byte(i),
+          where);
+    if (!known.of(cell.writer, cell.written)) race(by, "write after write", cell.writer, i, where);
+    if (cell.read == 0) return;
+    if (cell.reader == kMany ? cell.read == clocks_.generation_of_block(int(i * kGranule / stride_))
+                             : !known.of(cell.reader, cell.read))
+      race(by, "write after read", cell.reader, i, where);
     if (cell.more)
       for (const Access& other : more_[cell.more])
-        if (!clocks_.knows(by, other.owner, other.time)) race(by, "write after read", other.owner, i, where);
+        if (!known.of(other.owner, other.time)) race(by, "write after read", other.owner, i, where);
   }
   void mark(Cell& cell, int owner, Time time, std::uint8_t kind) {
     if (cell.more) more_[cell.more].clear();
     cell.run = run_, cell.read = 0;
     cell.writer = std::int16_t(owner), cell.written = time, cell.kind = kind;
   }
-  // `thread` knows what the owner's accesses come after. Readers that it knows of need not be remembered.
-  void note_reader(Cell& cell, int thread, int owner, Time time) {
+  // `known` is what `thread` knows, which the owner's access comes after: other readers that it knows of need not be
+  // remembered. Where block barriers alone order warps, which threads of several warps have read is all the same.
+  void note_reader(Cell& cell, const Clocks::Knowledge& known, int thread, int owner, Time time) {
+    if (cell.reader == kMany && cell.read) {
+      if (cell.read == clocks_.generation(thread)) return;
+      cell.read = 0;
+    }
     if (cell.read == 0 || cell.reader == owner) {
       cell.reader = std::int16_t(owner), cell.read = time;
       return;
@@ -142,20 +164,25 @@ class Shadow {
           other.time = time;
           return;
         }
-    if (clocks_.knows(thread, cell.reader, cell.read)) {
+    if (known.of(cell.reader, cell.read)) {
       cell.reader = std::int16_t(owner), cell.read = time;
-      if (cell.more) forget_known(more_[cell.more], thread);
+      if (cell.more) forget_known(more_[cell.more], known);
+      return;
+    }
+    if (clocks_.only_block_barriers() && cell.reader / Clocks::kWarp != owner / Clocks::kWarp) {
+      cell.reader = kMany, cell.read = clocks_.generation(thread);
+      if (cell.more) more_[cell.more].clear();
       return;
     }
     if (!cell.more) {
       cell.more = std::uint32_t(more_.size());
       more_.emplace_back();
     }
-    forget_known(more_[cell.more], thread);
+    forget_known(more_[cell.more], known);
     more_[cell.more].push_back({owner, time});
   }
-  void forget_known(std::vector<Access>& readers, int thread) {
-    std::erase_if(readers, [&](const Access& a) { return clocks_.knows(thread, a.owner, a.time); });
+  void forget_known(std::vector<Access>& readers, const Clocks::Knowledge& known) {
+    std::erase_if(readers, [&](const Access& a) { return known.of(a.owner, a.time); });
   }
   // Between a thread's write and an asynchronous access there must be that thread's fence, before it told anybody.
   void check_fence(int by, const Cell& cell, std::size_t i, Where where) {
@@ -168,10 +195,10 @@ class Shadow {
                              " wrote without fence_async_shared, byte " + byte(i),
                          where);
   }
-  void race(int by, const char* kind, int owner, std::size_t cell, Where where) {
+  [[gnu::cold]] void race(int by, const char* kind, int owner, std::size_t cell, Where where) {
     reporter_.fail_for(by,
                        std::string("race in shared memory (") + kind + ", no barrier since " +
-                           reporter_.owner_name(owner) + "), byte " + byte(cell),
+                           (owner == kMany ? "several threads" : reporter_.owner_name(owner)) + "), byte " + byte(cell),
                        where);
   }
 

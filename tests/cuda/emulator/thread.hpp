@@ -40,7 +40,7 @@ struct Stats {
   long bulk_copies = 0, bulk_bytes = 0, bulk_bytes_written = 0;
   long wgmma[33] = {};                                                // of warpgroups, by columns / 8
   long barrier_waits = 0, barrier_arrivals = 0, remote_arrivals = 0;  // of threads
-  std::map<std::string, long> wait_places;  // of waits and fences: how often a thread came there
+  std::map<std::string, int> wait_places;  // of waits and fences: how often a thread came there, at most
 };
 
 struct Index3 {

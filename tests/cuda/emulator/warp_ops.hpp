@@ -136,6 +136,10 @@ inline void shuffle(Block& block, int, void* const* args) {
   ++block.stats.shuffles;
 }
 
-inline void sync_warp(Block& block, int warp, void* const*) { block.clocks.sync_warp(warp); }
+inline void sync_warp(Block& block, int warp, void* const* args) {
+  bool orders = true;
+  for (int lane = 0; lane < 32; ++lane) orders = orders && *static_cast<const bool*>(args[lane]);
+  if (orders) block.clocks.sync_warp(warp);
+}
 
 }  // namespace ddst::emu

@@ -70,7 +70,9 @@ inline void read_operand(Block& block, const Thread& first, std::uint64_t descri
   }
 }
 
-// The product is computed when all four warps have started it; threads receive it at their wait.
+// The product is computed when all four warps have started it; threads receive it at their wait. A thread that has
+// waited knows that the whole warpgroup's product is over, so one of them can tell others that its operands in shared
+// memory are free.
 inline void warpgroup_product(Block& block, int first_warp, void* const* args) {
   const Thread& first = block.thread(first_warp * Block::kWarp);
   const auto& of_first = *static_cast<const WarpgroupProductArgs*>(args[0]);
@@ -116,11 +118,16 @@ struct ElectArgs {
   bool mine;
 };
 // One lane, always the same one of a warp; which, is the seed's choice.
-inline void elect(Block& block, int warp, void* const* args) {
-  const auto chosen =
-      int((block.options.seed * 0x9e3779b97f4a7c15u + std::uint64_t(warp) * 5 * (block.options.seed != 0)) >> 32) & 31;
+inline void elect(Block& block, int, void* const* args) {
+  const int chosen = int(block.options.seed * 13 % 32);
   for (int lane = 0; lane < 32; ++lane) static_cast<ElectArgs*>(args[lane])->mine = lane == chosen;
 }
-inline void nothing(Block&, int, void* const*) {}
+struct RegisterArgs {
+  int count;
+};
+// setmaxnreg: what all warps ask for must fit; a warpgroup's warps ask for the same (checked when the block ends).
+inline void set_registers(Block& block, int warp, void* const* args) {
+  block.set_registers(warp, static_cast<const RegisterArgs*>(args[0])->count);
+}
 
 }  // namespace ddst::emu

@@ -42,12 +42,12 @@ def by_definition(
                     for place in range(0, per_group, together):
                         unit = here[place : place + together]
                         if max(unit) >= 0:
-                            listed += [i if i >= 0 else slots.count for i in unit]
+                            listed += [(i if i >= 0 else slots.count) * block[0] for i in unit]
                             bits |= ((1 << together * side // 16) - 1) << place * side // 16
                     if bits:
                         entries.append(tap + (bits << 16))
                 work[-1] += len(listed)
-                head = [len(entries), len(listed), 0, 0]
+                head = [len(listed), 0, 0, 0]
                 room, padded = -(-taps * per_group // 4) * 4, -(-(taps + 1) // 4) * 4
                 entries += [0] * (padded - len(entries))
                 records.append(head + entries + listed + [0] * (room - len(listed)))

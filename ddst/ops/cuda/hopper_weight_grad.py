@@ -29,7 +29,7 @@ from .weight_grad_units import Geometry, Plan, most_groups, parts_of
 WARPS, TILE_PIXELS = 16, 64  # kHopperWarps, kTilePixels
 _ACCUMULATOR_BYTES = WARPS * 32 * 64 * 4  # partial sums of a CTA
 #: Slots: of a unit and tile (four steps of 16 pixels), of a warp and tile besides, of a tile's copies.
-_UNIT_SLOTS, _WARP_SLOTS, _COPY_SLOTS = 33, 45, 190
+_UNIT_SLOTS, _WARP_SLOTS, _COPY_SLOTS = 27, 30, 250
 #: Clocks of shared memory for a unit's reads of one tile, 16 x 16 parts of a unit counted singly.
 _UNIT_READS = 16
 _L2_BYTES = 24  # a clock and multiprocessor

@@ -13,6 +13,7 @@
     python -m ddst.benchmarks goals                                      what a training step shall reach, and reaches
     python -m ddst.benchmarks operator-share                             time of an iteration outside sparse operators
     python -m ddst.benchmarks host-cost                                  what calls cost where nothing is to compute
+    python -m ddst.benchmarks hopper-counts                              what kernels for sm_90a issue, in machine code
     python -m ddst.benchmarks biggan-iteration                           an iteration of BigGAN at 64 pixels
     python -m ddst.benchmarks freed-memory                               what it gains that freed memory is kept
     python -m ddst.benchmarks memory-over-time                           whether memory stays flat over 2,000 steps
@@ -51,6 +52,7 @@ COMMANDS = (
     "biggan-iteration",
     "freed-memory",
     "goals",
+    "hopper-counts",
     "host-cost",
     "memory-over-time",
     "models",

@@ -31,6 +31,14 @@ class Instruction(NamedTuple):
         """Whether tensor cores execute it."""
         return self.name.startswith(("HMMA", "HGMMA"))
 
+    def is_wait(self) -> bool:
+        """Whether it waits at an mbarrier."""
+        return self.name.startswith("SYNCS.PHASECHK")
+
+    def is_tensor_copy(self) -> bool:
+        """Whether it copies a box of a tensor map."""
+        return self.name.startswith("UTMALDG")
+
 
 class Branch(NamedTuple):
     """The end of a block that has two ways on.
@@ -40,6 +48,7 @@ class Branch(NamedTuple):
         there, on: instructions that only the way taken meets, and only the other one, before they meet again or a loop
             begins anew.
         back: whether the way taken leads to the start of a loop around it.
+        leaves: whether the way taken leads out of the innermost loop around it.
         depth: loops around it within the one that is looked at.
     """
 
@@ -47,11 +56,17 @@ class Branch(NamedTuple):
     there: tuple[Instruction, ...]
     on: tuple[Instruction, ...]
     back: bool
+    leaves: bool
     depth: int
+
+    def counts(self, *names: str) -> tuple[int, int]:
+        """How many instructions of such names the way taken meets, and the other one."""
+        there, on = (sum(i.name.startswith(names) for i in side) for side in (self.there, self.on))
+        return there, on
 
 
 Odds = Callable[[Branch], float]
-LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
+LINE = re.compile(r"^ +/\*([0-9a-f]{4,})\*/ +(?:(@!?U?P\w+) +)?([A-Z][A-Za-z0-9_.]*) *([^;\n]*);", re.MULTILINE)
 
 
 class Code:
@@ -101,18 +116,21 @@ class Code:
         for n, ways in enumerate(self.ways):
             for way in ways:
                 before[way].append(n)
-        order, above = list(range(len(self.blocks))), [set(range(len(self.blocks))) for _ in self.blocks]
-        above[0], changed = {0}, True
-        while changed:  # blocks on every way from the kernel's start to a block
+        # Blocks on every way from the kernel's start to a block, as bits.
+        above, changed = [1] + [(1 << len(self.blocks)) - 1] * (len(self.blocks) - 1), True
+        while changed:
             changed = False
-            for n in order[1:]:
-                new = {n} | (set.intersection(*(above[b] for b in before[n])) if before[n] else set())
+            for n in range(1, len(self.blocks)):
+                new = (1 << len(self.blocks)) - 1 if before[n] else 0
+                for b in before[n]:
+                    new &= above[b]
+                new |= 1 << n
                 if new != above[n]:
                     above[n], changed = new, True
         found: dict[int, set[int]] = {}
         for n, ways in enumerate(self.ways):
             for head in ways:
-                if head in above[n]:
+                if above[n] >> head & 1:
                     body, left = found.setdefault(head, {head}), [n]
                     while left:
                         block = left.pop()
@@ -121,12 +139,23 @@ class Code:
                             left += before[block]
         return sorted(((h, frozenset(b)) for h, b in found.items()), key=lambda loop: len(loop[1]))
 
-    def loop_around(self, wanted: Callable[[Instruction], bool], outermost: bool = True) -> tuple[int, frozenset[int]]:
-        """The outermost (innermost) loop that holds a wanted instruction."""
-        holds = [loop for loop in self.loops if any(wanted(i) for block in loop[1] for i in self.blocks[block])]
+    def loop_around(self, wanted: Callable[[Instruction], bool]) -> tuple[int, frozenset[int]]:
+        """The outermost loop that holds a wanted instruction."""
+        holds = self.loops_around(wanted)
         if not holds:
             raise ValueError("no loop holds such an instruction")
-        return holds[-1 if outermost else 0]
+        return holds[-1]
+
+    def loops_around(
+        self, *wanted: Callable[[Instruction], bool], innermost: bool = False
+    ) -> list[tuple[int, frozenset[int]]]:
+        """The loops that hold an instruction of each kind, from the inside; ``innermost``: none that holds another."""
+        holds = [
+            (head, body)
+            for head, body in self.loops
+            if all(any(kind(i) for block in body for i in self.blocks[block]) for kind in wanted)
+        ]
+        return [a for a in holds if not innermost or not any(b[1] < a[1] for b in holds)]
 
     def _reach(self, start: int, head: int, body: frozenset[int]) -> set[int]:
         """Blocks that a block leads to, itself included, without going back to the start of any loop."""
@@ -156,9 +185,10 @@ class Code:
             shares: tuple[float, ...] = (1.0,) * len(ways)
             if len(ways) == 2:
                 there, on = (self._reach(way, head, body) for way in ways)
-                around = [h for h, b in self.loops if block in b and b <= body]
+                around = [(h, b) for h, b in self.loops if block in b and b <= body]
                 sides = (self._flat(there - on), self._flat(on - there))
-                taken = odds(Branch(self.blocks[block][-1], *sides, ways[0] in around, len(around) - 1))
+                back, leaves = ways[0] in dict(around), ways[0] not in around[0][1]
+                taken = odds(Branch(self.blocks[block][-1], *sides, back, leaves, len(around) - 1))
                 shares = (taken, 1 - taken)
             for way, share in zip(ways, shares, strict=True):
                 if way in place and way != head:

@@ -80,28 +80,6 @@ DDST_DEVICE void store_granule(dev::global_ptr<T> output, const int (&pixel)[2],
   }
 }
 
-// Bias, residual and ReLU of a granule (as store_granule has it) whose output channels begin at `first`.
-template <class Params>
-DDST_DEVICE void finish_granule(const Params& p, const int (&pixel)[2], int first, int lane, float (&c)[2][4]) {
-  const int channels = p.g.out_channels;
-  DDST_UNROLL
-  for (int n = 0; n < 2; ++n) {
-    const int channel = first + n * 8 + lane % 4 * 2;
-    if (channel >= channels) continue;
-    float bias[2] = {}, residual[2] = {};
-    if (p.bias) load_pair(bias, p.bias + channel);
-    DDST_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      if (p.residual && pixel[r] >= 0) load_pair(residual, p.residual + (std::int64_t(pixel[r]) * channels + channel));
-      DDST_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const float v = c[n][2 * r + i] + bias[i] + residual[i];
-        c[n][2 * r + i] = p.relu && v < 0 ? 0 : v;  // NaN stays
-      }
-    }
-  }
-}
-
 template <class Traits>
 DDST_DEVICE void store_tile(const GatherParams<typename Traits::T>& p, const GatherPlace& place,
                             Accumulators<Traits>& acc) {
@@ -116,7 +94,24 @@ DDST_DEVICE void store_tile(const GatherParams<typename Traits::T>& p, const Gat
     for (int o = 0; o < Traits::kGranules; ++o) {
       const int first = place.group * Traits::kTile.channels + o * kSlice;
       if (first >= p.g.out_channels) break;
-      finish_granule(p, pixel, first, lane, acc[m][o]);
+      DDST_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        const int channel = first + n * 8 + lane % 4 * 2;
+        if (channel >= p.g.out_channels) continue;
+        float (&c)[4] = acc[m][o][n];
+        float bias[2] = {}, residual[2] = {};
+        if (p.bias) load_pair(bias, p.bias + channel);
+        DDST_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          if (p.residual && pixel[r] >= 0)
+            load_pair(residual, p.residual + (std::int64_t(pixel[r]) * p.g.out_channels + channel));
+          DDST_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const float v = c[2 * r + i] + bias[i] + residual[i];
+            c[2 * r + i] = p.relu && v < 0 ? 0 : v;  // NaN stays
+          }
+        }
+      }
       store_granule(p.output, pixel, p.g.out_channels, first, lane, acc[m][o]);
     }
   }

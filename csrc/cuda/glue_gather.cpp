@@ -23,18 +23,13 @@ Tensor conv2d_gather(const Tensor& input, const Tensor& values, const Tensor& re
                      const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
                      const std::optional<Tensor>& activated, double slope, int64_t upsample, int64_t pool,
                      int64_t residual_upsample) {
-  for (const int64_t factor : {upsample, pool, residual_upsample})
-    if (factor < 1 || factor > (fused ? 2 : 1)) fail(kOp, "a factor is ", factor, ", expected 1, or 2 where fused");
+  const GatherFactors by{upsample, pool, residual_upsample};
+  check_factors(kOp, fused, by);
   const GatherCall call = check_gather(kOp, input, values, bias, residual, weight_shape, input_size, stride, padding,
-                                       input_gradient, allow_tf32, {upsample, pool, residual_upsample});
+                                       input_gradient, allow_tf32, by);
   const auto& problem = call.problem;
   const int32_t device = call.device;
-  const Prologues tables = check_prologue(kOp, mean, scale, shift, problem.images, problem.in_channels, device);
-  if (activated.has_value()) {
-    check_channels_last(kOp, "activated", *activated, device);
-    check_dtype(kOp, "activated", *activated, input.scalar_type(), "input");
-    check_shape(kOp, "activated", *activated, call.forward_shape);
-  }
+  const Prologues tables = check_fused(kOp, call, input, mean, scale, shift, activated);
 
   GatherGeometry g;
   const GatherTile tile = gather_tile(large_tile, ddst_cuda_element_bytes(problem.dtype));

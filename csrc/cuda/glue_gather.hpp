@@ -83,6 +83,24 @@ inline GatherCall check_gather(const char* op, const Tensor& input, const Tensor
   return call;
 }
 
+// Of a fused half block: the factors by which tensors are halved, before anything else is checked.
+inline void check_factors(const char* op, bool fused, const GatherFactors& by) {
+  for (const int64_t factor : {by.upsample, by.pool, by.residual_upsample})
+    if (factor < 1 || factor > (fused ? 2 : 1)) fail(op, "a factor is ", factor, ", expected 1, or 2 where fused");
+}
+
+// Its norm's tables, and the forward input that the gradient of what was activated needs.
+inline Prologues check_fused(const char* op, const GatherCall& call, const Tensor& input,
+                             const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
+                             const std::optional<Tensor>& shift, const std::optional<Tensor>& activated) {
+  if (activated.has_value()) {
+    check_channels_last(op, "activated", *activated, call.device);
+    check_dtype(op, "activated", *activated, input.scalar_type(), "input");
+    check_shape(op, "activated", *activated, call.forward_shape);
+  }
+  return check_prologue(op, mean, scale, shift, call.problem.images, call.problem.in_channels, call.device);
+}
+
 // The result in channels_last order: [images, height, width, channels].
 inline Tensor gather_output(const char* op, const GatherCall& call, const Tensor& like) {
   const Ints& w = call.written;

@@ -44,7 +44,10 @@ DDST_DEVICE void multiply_all(const typename Traits::Params& p, const HopperShar
       }
       stage.next(g.stages), record.next(g.stages + kRecordsAhead);
     }
-    store_hopper_tile<Traits>(p, item.place, sums);
+    if constexpr (Traits::Source::kFused)
+      store_fused_hopper_tile<Traits>(p, item.place, sums);
+    else
+      store_plain_tile<Traits>(p, item.place, sums);
   }
 }
 

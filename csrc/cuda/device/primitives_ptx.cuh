@@ -46,6 +46,11 @@ DDST_DEVICE std::uint32_t load_word(const T* p) {  // 4 bytes at a 4-byte bounda
   return __ldg(reinterpret_cast<const std::uint32_t*>(p));
 }
 template <class T>
+DDST_DEVICE Words4 load_words(const T* p) {  // 16 bytes at a 16-byte boundary
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+template <class T>
 DDST_DEVICE void store(T* p, T value) {
   *p = value;
 }

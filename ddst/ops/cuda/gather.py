@@ -20,26 +20,12 @@ from ... import _extension
 from ... import topology as tp
 from ...index_cache import cached
 from ..precision import tf32_allowed
+from . import hopper, hopper_lists
+from .gather_problem import DTYPES, Device, Window, dtype_code, problem_of
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = ["DTYPES", "Device", "Window", "dtype_code", "problem_of"]
 _TILE_PIXELS, _TILE_CHANNELS = {True: 256, False: 128}, {True: 128, False: 64}  # by large_tile, as gather_tile()
 _GRANULE, _HEADER = 16, 4  # kSlice, kRecordHeader of csrc/cuda/gather_geometry.hpp
-
-
-class Window(NamedTuple):
-    """Where a convolution's taps lie."""
-
-    input_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-
-
-class Device(NamedTuple):
-    """Facts of a CUDA device: multiprocessors, bytes of shared memory that a CTA may have, compute capability."""
-
-    multiprocessors: int
-    shared_bytes: int
-    capability: tuple[int, int]
 
 
 class Fused(NamedTuple):
@@ -112,32 +98,10 @@ def gather_records(
     return records[:nowhere].view(lines, ints)
 
 
-def dtype_code(dtype: torch.dtype, allow_tf32: bool) -> int:
-    """``DDST_CUDA_…`` of csrc/cuda/ddst_cuda.h.
-
-    >>> dtype_code(torch.bfloat16, True), dtype_code(torch.float32, True), dtype_code(torch.float32, False)
-    (0, 2, 3)
-    """
-    return DTYPES.index(dtype) + (dtype == torch.float32 and not allow_tf32)
-
-
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
     """The library of CUDA C++ kernels, for its functions that are no operators: an operator has no string to give."""
     return ctypes.CDLL(str(_extension.CUDA_LIBRARY))
-
-
-def problem_of(
-    dtype: int, weight_shape: Sequence[int], block: Sequence[int], window: Window, images: int
-) -> ctypes.Array[ctypes.c_int32]:
-    """``ddst_cuda_conv2d_problem`` of csrc/cuda/ddst_cuda.h, whose fields are 32-bit ints only."""
-    (height, width), stride, padding = window
-    out = [(window.input_size[i] + 2 * padding[i] - weight_shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
-    fields = (
-        images, height, width, weight_shape[1], *out, weight_shape[0], *weight_shape[2:], *stride, *padding, *block,
-        dtype,
-    )  # fmt: skip
-    return (ctypes.c_int32 * len(fields))(*fields)
 
 
 @lru_cache(maxsize=4096)
@@ -226,6 +190,16 @@ def _gather(
         output = input.new_empty(images, *(side // (1 + squares) for side in output_size), channels)
     else:
         device, allow_tf32 = facts(input.device), tf32_allowed(linear=linear)
+        form = hopper.form_of(
+            input.dtype, shape, block, window, images, values.shape[0], input_gradient=input_gradient, device=device,
+            fused=fused is not None, squares=squares, halved=(half.pool if input_gradient else half.upsample) == 2,
+        )  # fmt: skip
+        if form is not None:
+            output = _hopper_gather(
+                input, values, bias, residual, topology, shape, window, form, fused,
+                input_gradient=input_gradient, relu=relu,
+            ).permute(0, 3, 1, 2)  # fmt: skip
+            return output if channels_last else output.contiguous()
         large = _large_tile(
             input.dtype, shape, block, window, images, pixels, input_gradient, allow_tf32, device, fused is not None,
             squares,
@@ -250,6 +224,42 @@ def _gather(
         )  # fmt: skip
     output = output.permute(0, 3, 1, 2)
     return output if channels_last else output.contiguous()
+
+
+def _hopper_gather(
+    input: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    topology: Tensor,
+    shape: tuple[int, ...],
+    window: Window,
+    form: hopper.Form,
+    fused: Fused | None,
+    *,
+    input_gradient: bool,
+    relu: bool,
+) -> Tensor:
+    """The same by the kernel for sm_90a; ``[N, H, W, C]``."""
+    half = fused or Fused(None, None, 1.0, 1, 1)
+    block = (values.shape[1], values.shape[2])
+    rows, cols, _ = tp.grid(shape, block)
+    phases = window.stride if input_gradient else (1, 1)
+    records, order = cached(
+        topology,
+        ("hopper_gather", shape, block, phases, input_gradient, form.granules),
+        lambda topology: hopper_lists.records_and_order(
+            tp.split_topology(topology, rows, cols), shape, block, window.stride,
+            input_gradient=input_gradient, granules=form.granules,
+        ),
+    )  # fmt: skip
+    return torch.ops.ddst_cuda.hopper_gather(
+        _dense_channels_last(input), _dense(values), records.view(-1), order,
+        None if bias is None else _dense(bias), None if residual is None else _dense_channels_last(residual),
+        list(shape), list(window.input_size), list(window.stride), list(window.padding), input_gradient, relu,
+        form.granules, form.cluster, fused is not None, *(half.norm or (None, None, None)), half.activated, half.slope,
+        half.upsample, half.pool, half.residual_upsample,
+    )  # fmt: skip
 
 
 def conv2d(

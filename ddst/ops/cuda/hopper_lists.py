@@ -1,8 +1,8 @@
 """Lists that the gather kernel for sm_90a walks (``csrc/cuda/hopper_gather_geometry.hpp``), made on the device.
 
 A record for each phase of the taps, group of 128 output channels and input block holds the taps that have a block,
-which granules of 16 channels they are, and where the blocks lie; an order has the groups with most blocks first, so that
-the last ones to be computed are short.
+which granules of 16 channels they are, and where the blocks lie. An order has the groups with most blocks first, so
+that the last ones to be computed are short.
 """
 
 from __future__ import annotations

@@ -45,6 +45,12 @@ std::uint32_t load_word(emu::GlobalPtr<const T> p, Where where = Where::current(
   return word;
 }
 template <class T>
+Words4 load_words(emu::GlobalPtr<const T> p, Where where = Where::current()) {
+  Words4 words;
+  std::memcpy(&words, p.buffer()->read(p.byte_offset(), 16, 16, where), 16);
+  return words;
+}
+template <class T>
 void store(emu::GlobalPtr<T> p, std::type_identity_t<T> value, Where where = Where::current()) {
   std::memcpy(p.buffer()->write(p.byte_offset(), sizeof(T), sizeof(T), where), &value, sizeof(T));
 }

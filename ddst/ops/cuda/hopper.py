@@ -1,0 +1,289 @@
+"""Which passes run on the kernels for sm_90a (``csrc/cuda/hopper_*.cuh``), and in which form.
+
+They run on devices of compute capability 9.0 alone, for bfloat16 and float16, under backend "cuda". Elsewhere, and for
+what they refuse by name, the kernels for every architecture run.
+
+**The model of the gather.** A CTA's time for a slice of 16 input channels is the longer of two, in clocks: instructions
+issued by the busiest of the four schedulers, and products on the tensor cores. The former were counted in machine code
+(``python -m ddst.benchmarks hopper-counts``); they depend on the density and on how many output channels a block has.
+The latter assume the peak rate for any number of columns, which a device has yet to confirm for 16. A product of one
+granule of 16 channels multiplies no zeros; one of four takes fewer instructions for 64 channels, and multiplies the
+zeros of those that are not active. Where there are too few tiles for the device's multiprocessors, the kernel for every
+architecture has smaller ones.
+
+None of this has been measured. `forced` sets a form, or the other kernel, aside of the model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ... import _extension
+from ... import topology as tp
+from .gather_problem import Device, Window, dtype_code, problem_of
+
+CAPABILITY = (9, 0)
+DTYPES = (torch.bfloat16, torch.float16)
+TILE_PIXELS, TILE_CHANNELS, GRANULE = 256, 128, 16
+
+
+class Form(NamedTuple):
+    """``granules`` of 16 output channels in one product, 1 or 4; ``cluster``: CTAs that share copies of weights."""
+
+    granules: int
+    cluster: int
+
+
+FORMS = tuple(Form(granules, cluster) for granules in (1, 4) for cluster in (1, 2))
+
+
+class Plan(NamedTuple):
+    """How the gather kernel would cut a problem (``hopper_gather_plan.cpp``)."""
+
+    tile_images: int
+    tile_rows: int
+    tile_columns: int
+    patch_rows: int
+    patch_columns: int
+    tiles: int
+    groups: int
+    slices: int
+    stages: int
+    record_ints: int
+    shared_bytes: int
+
+
+#: What `forced` sets: nothing, "general" for the kernels of every architecture, or a form of the gather.
+_forced: list[Form | str] = []
+
+
+@contextmanager
+def forced(choice: Form | str) -> Iterator[None]:
+    """Within it, every pass that can runs like this, in all threads: a `Form` (weight gradients then run on their
+    kernel for sm_90a), or ``"general"``, the kernels of every architecture.
+
+    >>> with forced("general"):
+    ...     is_general()
+    True
+    """
+    if choice != "general" and choice not in FORMS:
+        raise ValueError(f"choice must be 'general' or one of {FORMS}, got {choice!r}")
+    _forced.append(choice)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def is_general() -> bool:
+    """Whether `forced` asks for the kernels of every architecture."""
+    return bool(_forced) and _forced[-1] == "general"
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The library of CUDA C++ kernels, for its functions that are no operators."""
+    return ctypes.CDLL(str(_extension.CUDA_LIBRARY))
+
+
+def device_refusal(dtype: torch.dtype, capability: tuple[int, int]) -> str:
+    """Why no kernel for sm_90a runs there, "" if one may.
+
+    >>> device_refusal(torch.float32, (9, 0))
+    'takes bfloat16 and float16, got torch.float32'
+    """
+    if capability != CAPABILITY:
+        return f"needs compute capability 9.0, got {capability[0]}.{capability[1]}"
+    if dtype not in DTYPES:
+        return f"takes bfloat16 and float16, got {dtype}"
+    if not hasattr(library(), "ddst_cuda_hopper_gather_plan"):
+        return "libddst_cuda.so holds no code for sm_90a: build it with 90-real among DDST_CUDA_ARCHS"
+    return ""
+
+
+def plan(
+    dtype: torch.dtype,
+    weight_shape: tuple[int, ...],
+    block: tuple[int, int],
+    window: Window,
+    images: int,
+    form: Form,
+    *,
+    input_gradient: bool,
+    device: Device,
+    fused: bool = False,
+    squares: bool = False,
+    halved: bool = False,
+) -> tuple[Plan | None, str]:
+    """``(how the kernel would run this, "")``, or ``(None, why it does not)``."""
+    why = device_refusal(dtype, device.capability)
+    if why:
+        return None, why
+    return _plan(
+        dtype, weight_shape, block, window, images, form,
+        input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    dtype: torch.dtype, weight_shape: tuple[int, ...], block: tuple[int, int], window: Window, images: int, form: Form,
+    *, input_gradient: bool, device: Device, fused: bool,
+    squares: bool,
+    halved: bool,
+) -> tuple[Plan | None, str]:  # fmt: skip
+    facts, message = (ctypes.c_int32 * len(Plan._fields))(), ctypes.create_string_buffer(256)
+    library().ddst_cuda_hopper_gather_plan(
+        problem_of(dtype_code(dtype, False), weight_shape, block, window, images), ctypes.c_bool(input_gradient),
+        form.granules, form.cluster, *map(ctypes.c_bool, (fused, squares, halved)), device.shared_bytes, facts, message,
+        len(message),
+    )  # fmt: skip
+    why = message.value.decode()
+    return (None, why) if why else (Plan(*facts), "")
+
+
+class Slots(NamedTuple):
+    """Instructions that the busiest scheduler issues, as ``hopper-counts`` prints them, for a slice of a tile.
+
+    Two warps multiply there and, for the kernels of sm_90a, one may copy: per slice, per tap with blocks, per product,
+    and per listed block.
+    """
+
+    slice: float
+    tap: float
+    product: float
+    listed: float
+
+
+#: Least squares over densities of what is counted for blocks of 16 x 16, within 15 slots (forward; bf16; 3 x 3).
+SLOTS: dict[Form | str, Slots] = {
+    Form(1, 1): Slots(108, 55, 14, 13),
+    Form(1, 2): Slots(126, 54, 14, 7),
+    Form(4, 1): Slots(139, 30, 14, 12.5),
+    Form(4, 2): Slots(152, 31, 14, 6.4),
+    "general": Slots(596, 117, 28, 1.3),
+}
+_PRODUCT_CLOCKS = 32  # of four 64 x 16 x 16 products, two of each warpgroup, at 1024 multiply-adds a clock
+
+
+def slice_slots(form: Form | str, density: float, side: int, taps: int) -> float:
+    """Instructions of the busiest scheduler for a slice of a full tile, for blocks of ``side`` output channels.
+
+    >>> [round(slice_slots(form, 0.1, 16, 9)) for form in (Form(1, 2), Form(4, 2), "general")]
+    [554, 556, 1407]
+    """
+    return _slice(form, density, side, taps)[0]
+
+
+def slice_clocks(form: Form | str, density: float, side: int, taps: int) -> float:
+    """The model: clocks of such a slice."""
+    return max(_slice(form, density, side, taps))
+
+
+def _slice(form: Form | str, density: float, side: int, taps: int) -> tuple[float, float]:
+    """(slots, clocks of the tensor cores)."""
+    places = TILE_CHANNELS // side
+    width = form.granules * GRANULE if isinstance(form, Form) else GRANULE
+    together = max(1, width // side)  # blocks of a product
+    active_taps = taps * (1 - (1 - density) ** places)
+    products = taps * (TILE_CHANNELS // width) * (1 - (1 - density) ** together)
+    listed = products * width / side
+    slots = SLOTS[form]
+    issue = slots.slice + slots.tap * active_taps + slots.product * products + slots.listed * listed
+    rate = 1 if isinstance(form, Form) else 0.62  # mma.sync reaches about that share of the tensor cores' peak
+    return issue, products * width / GRANULE * _PRODUCT_CLOCKS / rate
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    dtype: torch.dtype,
+    weight_shape: tuple[int, ...],
+    block: tuple[int, int],
+    window: Window,
+    images: int,
+    density: float,
+    *,
+    input_gradient: bool,
+    device: Device,
+    fused: bool = False,
+    squares: bool = False,
+    halved: bool = False,
+) -> tuple[Form | None, str]:
+    """``(form, why)`` by the model; None for the kernel of every architecture. ``density``: of slots."""
+    side, taps = block[1 if input_gradient else 0], math.prod(weight_shape[2:])
+    best, least = None, (math.inf, math.inf)
+    for form in FORMS:
+        cut, why = plan(
+            dtype, weight_shape, block, window, images, form,
+            input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
+        )  # fmt: skip
+        if cut is None:
+            return None, why
+        if 4 * cut.tiles * cut.groups < 3 * device.multiprocessors:
+            return None, f"{cut.tiles * cut.groups} tiles are too few for {device.multiprocessors} multiprocessors"
+        mine = (slice_clocks(form, density, side, taps), slice_slots(form, density, side, taps))
+        if mine < least:  # where products are the limit, the fewest instructions
+            best, least = form, mine
+    other = slice_clocks("general", density, side, taps)
+    why = f"estimated at {least[0]:.0f} clocks a slice, {other:.0f} by the kernel of every architecture"
+    return (best if least[0] < other else None), why
+
+
+def form_of(
+    dtype: torch.dtype,
+    weight_shape: tuple[int, ...],
+    block: tuple[int, int],
+    window: Window,
+    images: int,
+    slots: int,
+    *,
+    input_gradient: bool,
+    device: Device,
+    fused: bool = False,
+    squares: bool = False,
+    halved: bool = False,
+) -> Form | None:
+    """The form that runs: the forced one where the kernel takes the problem, else what the model says."""
+    if slots == 0 or is_general() or device_refusal(dtype, device.capability):
+        return None
+    if _forced and isinstance(_forced[-1], Form):
+        cut, _ = plan(
+            dtype, weight_shape, block, window, images, _forced[-1],
+            input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
+        )  # fmt: skip
+        return None if cut is None else _forced[-1]
+    density = 2 ** (round(4 * math.log2(slots / math.prod(tp.grid(weight_shape, block)))) / 4)
+    return choose(
+        dtype, weight_shape, block, window, images, min(1.0, density),
+        input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
+    )[0]  # fmt: skip
+
+
+def supports(
+    op: str,
+    device: Device,
+    dtype: torch.dtype,
+    weight_shape: Sequence[int],
+    block: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+) -> tuple[bool, str]:
+    """``(ok, reason)``: whether the gather kernel for sm_90a runs an operator, and if not why, whatever the size."""
+    gathers = {"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True}
+    gathers |= {"norm_act_conv2d": False, "norm_act_conv2d_input_grad": True}
+    if op not in gathers:
+        return False, f"{op} does not gather"
+    taps = (1, 1) if len(weight_shape) == 2 else (weight_shape[2], weight_shape[3])
+    window = Window((max(32, taps[0]), max(32, taps[1])), (stride[0], stride[1]), (padding[0], padding[1]))
+    _, why = plan(
+        dtype, (weight_shape[0], weight_shape[1], *taps), (block[0], block[1]), window, 1, FORMS[0],
+        input_gradient=gathers[op], device=device, fused=op.startswith("norm"),
+    )  # fmt: skip
+    return not why, why

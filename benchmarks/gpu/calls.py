@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,16 @@ import torch
 from torch import Tensor
 
 from ddst import backends
+from ddst.ops.cuda import compiled, gather, hopper, hopper_weight_grad
 
 #: On each device, the backends that are proved and measured there.
 BACKENDS_OF = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+#: Backend "cuda" with the kernel set that its model would choose: both forms for sm_90a, and the one for all.
+FORMS: dict[str, hopper.Form | str] = {
+    "cuda N=16": hopper.Form(1, 2),
+    "cuda N=64": hopper.Form(4, 2),
+    "cuda mma.sync": "general",
+}
 BLOCKS = tuple((rows, columns) for rows in (32, 64, 16) for columns in (32, 64, 16))
 #: Operators without a choice of backend, and the backends whose own they are.
 SCORES = {"conv2d_block_scores": ("triton", "cpu"), "linear_block_scores": ("triton", "cpu")}
@@ -33,6 +41,27 @@ def usable(device: str, dtype: torch.dtype, block: tuple[int, int]) -> dict[str,
     return found
 
 
+def forms(device: str, dtype: torch.dtype) -> list[str]:
+    """Those of :data:`FORMS` that the device has."""
+    if device != "cuda":
+        return []
+    return [] if hopper.device_refusal(dtype, torch.cuda.get_device_capability()) else list(FORMS)
+
+
+def plain(backend: str) -> str:
+    """The backend, without the form.
+
+    >>> plain("cuda N=16"), plain("triton")
+    ('cuda', 'triton')
+    """
+    return backend.partition(" ")[0]
+
+
+def forcing(backend: str) -> AbstractContextManager[None]:
+    """Within it, what runs on the backend does so in its form."""
+    return hopper.forced(FORMS[backend]) if backend in FORMS else nullcontext()
+
+
 def bound(name: str, arguments: Sequence[Any], backend: str) -> Callable[[], Tensor]:
     """A call of an operator on a backend.
 
@@ -44,14 +73,20 @@ def bound(name: str, arguments: Sequence[Any], backend: str) -> Callable[[], Ten
     """
     operator = getattr(torch.ops.ddst, name).default
     if name in SCORES:
-        if backend not in SCORES[name]:
+        if plain(backend) != backend or backend not in SCORES[name]:
             raise RefusedError("no block scores of its own")
         return partial(operator, *arguments)
     named = dict(zip((argument.name for argument in operator._schema.arguments), arguments, strict=False))
     refusal = _refusal(name, arguments[0], named, backend)
     if refusal is not None:
         raise RefusedError(refusal)
-    return partial(operator, *arguments, backend=backends.code(backend))
+    call = partial(operator, *arguments, backend=backends.code(plain(backend)))
+    return partial(_forced, call, backend) if backend in FORMS else call
+
+
+def _forced(call: Callable[[], Tensor], backend: str) -> Tensor:
+    with forcing(backend):
+        return call()
 
 
 def _refusal(name: str, first: Tensor, named: dict[str, Any], backend: str) -> str | None:
@@ -59,15 +94,27 @@ def _refusal(name: str, first: Tensor, named: dict[str, Any], backend: str) -> s
     shape = named["weight_shape"]
     block = tuple(named["values"].shape[1:]) if "values" in named else tuple(named["block"])
     window = [tuple(named.get(key, default)) for key, default in WINDOW.items()]
-    if backend == "cuda":  # it may do one pass and not another
-        from ddst.ops.cuda import compiled
-
+    if plain(backend) == "cuda":  # it may do one pass and not another
         yes, reason = compiled.supports(name, first.device, first.dtype, shape, block, *window)
+        if yes and isinstance(FORMS.get(backend), hopper.Form):
+            reason = _form_refusal(name, first, shape, block, window, backend)
+            yes = not reason
     else:
         stride, _, dilation = window
         problem = backends.Problem(first.device.type, first.dtype, block, tuple(shape[2:]) or (1, 1), stride, dilation)
         yes, reason = backends.supports(backend, problem)
     return None if yes else reason
+
+
+def _form_refusal(
+    name: str, first: Tensor, shape: Sequence[int], block: Sequence[int], window: Sequence[Any], backend: str
+) -> str:
+    """Why a form for sm_90a does not do a call: forcing it would run the kernel for all architectures."""
+    if not name.endswith("weight_grad"):
+        return hopper.supports(name, gather.facts(first.device), first.dtype, shape, block, *window[:2])[1]
+    if backend != "cuda N=16":
+        return "weight gradients have one form: it is with N=16"
+    return hopper_weight_grad.supports(gather.facts(first.device), first.dtype, shape, block, *window)[1]
 
 
 def with_relu(name: str, arguments: Sequence[Any]) -> Callable[[], Tensor]:

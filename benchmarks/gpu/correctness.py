@@ -86,6 +86,8 @@ def groups(
             with precision(mode):
                 answers = calls.usable(device, dtype, block)
             found += [Group(backend, kind, block, device) for backend, no in answers.items() if no is None]
+            if block[0] == block[1]:
+                found += [Group(backend, kind, block, device) for backend in calls.forms(device, dtype)]
             refusals |= {f"{backend} {kind}": no for backend, no in answers.items() if no is not None}
     return found, refusals
 
@@ -121,7 +123,7 @@ def check_group(group: Group) -> dict[str, Any]:
     report, started = Report(str(group)), time.perf_counter()
     dtype, mode = KINDS[group.kind]
     try:
-        with precision(mode), poisoned(), torch.no_grad():
+        with precision(mode), poisoned(), torch.no_grad(), calls.forcing(group.backend):
             for seed, shape in enumerate(group.shapes):
                 _check_shape(group, shape, dtype, seed, report)
             for shape in group.shapes:
@@ -208,7 +210,7 @@ def _check_layer(group: Group, linear: bool, dtype: torch.dtype, report: Report)
     """A layer by autograd, with block scores, before and after its mask is changed."""
     kernel = (1, 1) if linear else (3, 3)
     yes, reason = backends.supports(
-        group.backend, backends.Problem(group.device, dtype, group.block, kernel, linear=linear)
+        calls.plain(group.backend), backends.Problem(group.device, dtype, group.block, kernel, linear=linear)
     )
     if not yes:
         raise calls.RefusedError(reason)
@@ -216,7 +218,7 @@ def _check_layer(group: Group, linear: bool, dtype: torch.dtype, report: Report)
     into, out = 3 * group.block[1], 2 * group.block[0]
     torch.manual_seed(0)
     layer = make(into, out, block=group.block, density=0.4, device=group.device, dtype=dtype)
-    layer.backend = group.backend
+    layer.backend = calls.plain(group.backend)
     for mask in (layer.block_mask, layer.block_mask.flip(0)):
         layer.set_block_mask(mask)
         with torch.no_grad():
@@ -247,8 +249,8 @@ def _check_layer(group: Group, linear: bool, dtype: torch.dtype, report: Report)
 
 def _check_half(group: Group, half: Half, dtype: torch.dtype, report: Report) -> None:
     """A fused half block by autograd: output, moments, every gradient; the same bits each time."""
-    results, expected = half.run(group.backend, group.device, group.block, dtype)
-    again, _ = half.run(group.backend, group.device, group.block, dtype)
+    results, expected = half.run(calls.plain(group.backend), group.device, group.block, dtype)
+    again, _ = half.run(calls.plain(group.backend), group.device, group.block, dtype)
     for name, result in results.items():
         report.checked["half block"] = report.checked.get("half block", 0) + 1
         # The activated map is rounded once more than in float64; statistics are float32.

@@ -65,6 +65,8 @@ BATCHES = {
 }
 DENSITIES = (0.1, 0.3, 0.2, 0.5)
 BLOCKS = ((32, 32), (64, 64), (16, 16))
+#: Those of which every form of the kernels is measured.
+FORMED = tuple(BATCHES)[:2]
 assert BATCHES.keys() == {layer.name for layer in NETWORKS["gpu-targets"]}
 
 
@@ -154,6 +156,7 @@ class Bench:
         dtype, mode = KINDS[spec.kind]
         with precision(mode), torch.no_grad(), cudnn_benchmark(True):
             backends = [name for name, no in calls.usable(self.device, dtype, spec.block).items() if no is None]
+            backends += calls.forms(self.device, dtype) if spec.layer in FORMED else []
             setting = self._setting(spec)
             sets = problems_of(spec, setting.inputs, setting.gradients)
             expected = reference(sets[0], spec.kind)

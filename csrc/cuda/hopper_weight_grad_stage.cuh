@@ -124,6 +124,7 @@ DDST_DEVICE void change_tiles(const HopperFusedWeightGradParams<T>& p, const Hop
   const int patch = s.tile_images * z.patch_h * z.patch_w, planes = z.planes_h * z.planes_w;
   const int first = (warp * 32 + lane) >> bits, step = kChangingWarps * 32 >> bits;
   const int end = chunk < chunks && channel < s.in_channels ? patch : 0;
+  const int inside = chunk * 8 % z.input_channels * 2;
   const int slice = z.grad_slices * z.grad_slice_bytes + chunk * 8 / z.input_channels * planes * z.input_plane_bytes;
   ChannelFactors<8> factors;
   if (end != 0) {
@@ -143,8 +144,7 @@ DDST_DEVICE void change_tiles(const HopperFusedWeightGradParams<T>& p, const Hop
                   x = at.input_x(s) + (place & 1023);
         if (image >= s.images || unsigned(y) >= unsigned(s.in_h) || unsigned(x) >= unsigned(s.in_w)) continue;
         if (f.norm == 2 && image != known) factors.load_factors(f, image, s.in_channels, channel), known = image;
-        change_words((from + swizzled_bytes(pixel * pitch + chunk * 8 % z.input_channels * 2, pitch)).template as<T>(),
-                     factors, f.slope);
+        change_words((from + swizzled_bytes(pixel * pitch + inside, pitch)).template as<T>(), factors, f.slope);
       }
     }
     dev::fence_async_shared();  // these writes come before the copy that overwrites them

@@ -275,3 +275,19 @@ def test_problems_are_guarded_and_shaped_as_said() -> None:
 )
 def test_only_errors_that_stay_end_a_process(said: str, lost: bool) -> None:
     assert correctness.device_is_lost(RuntimeError(said)) == lost
+
+
+def test_forms_of_the_kernels_are_calls_that_force_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddst.ops.cuda import hopper
+
+    monkeypatch.setattr(hopper, "device_refusal", lambda *_: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert calls.forms("cuda", torch.bfloat16) == ["cuda N=16", "cuda N=64", "cuda mma.sync"]
+    assert calls.forms("cpu", torch.bfloat16) == []
+    for backend, choice in calls.FORMS.items():
+        with calls.forcing(backend):
+            assert hopper._forced == [choice]
+    with calls.forcing("cuda"):
+        assert hopper._forced == []
+    monkeypatch.setattr(hopper, "device_refusal", lambda *_: "none here")
+    assert calls.forms("cuda", torch.bfloat16) == []

@@ -128,9 +128,9 @@ def test_counts_reach_their_goals_and_are_what_the_model_goes_by(capsys: pytest.
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="hopper-counts: no .*nothing.so"):
+    with pytest.raises(SystemExit, match=r"hopper-counts: no .*nothing.so"):
         hopper_counts.main(["--code", str(tmp_path / "nothing.so")])
     (tmp_path / "empty.cubin").touch()
     monkeypatch.setattr(hopper_counts, "listings", lambda *_: {})
-    with pytest.raises(SystemExit, match="no kernel .*conv2d_gather.* build with 90-real"):
+    with pytest.raises(SystemExit, match=r"no kernel .*conv2d_gather.* build with 90-real"):
         hopper_counts.main(["--code", str(tmp_path / "empty.cubin")])

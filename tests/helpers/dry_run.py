@@ -22,6 +22,7 @@ from ddst.benchmarks.gpu import (
     __main__ as program,
 )
 from ddst.benchmarks.gpu import (
+    calls,
     correctness,
     environment,
     host_time,
@@ -38,7 +39,7 @@ from ddst.benchmarks.gpu.networks import Network
 from ddst.benchmarks.gpu.problems import Shape
 from ddst.benchmarks.registry import Layer
 from ddst.kernels import configs, tuning
-from ddst.ops.cuda import compiled
+from ddst.ops.cuda import compiled, hopper, hopper_weight_grad
 from helpers import fake_cuda
 from helpers import interpreter as interpreter
 
@@ -131,6 +132,11 @@ def _small(stage: Stage, patch: pytest.MonkeyPatch) -> None:
     put(backends, "supports", lambda name, problem: (True, "pretended"))
     put(compiled, "supports", lambda op, *_: (op != "linear_input_grad", "pretended to be refused"))
     put(backends, "code", lambda name: 0)
+    put(hopper, "device_refusal", lambda *_: "")  # it has two forms of the kernels for sm_90a
+    put(calls, "FORMS", {name: form for name, form in calls.FORMS.items() if isinstance(form, hopper.Form)})
+    put(hopper, "supports", lambda op, *_: (True, "") if op == "conv2d" else (False, "pretended"))
+    put(hopper_weight_grad, "supports", lambda *_: (True, ""))
+    put(kernel_rows, "FORMED", (CONV.name,))
     put(workers, "run", _inline(workers.run))
     # Parts, each in a small size.
     source = folder / "device" / "probe_device.cu"

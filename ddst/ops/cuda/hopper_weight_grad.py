@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,12 +23,13 @@ import torch
 
 from ... import topology as tp
 from . import hopper
+from .gather_problem import Device
 from .weight_grad_units import Geometry, Plan, most_groups, parts_of
 
 WARPS, TILE_PIXELS = 16, 64  # kHopperWarps, kTilePixels
 _ACCUMULATOR_BYTES = WARPS * 32 * 64 * 4  # partial sums of a CTA
 #: Slots: of a unit and tile (four steps of 16 pixels), of a warp and tile besides, of a tile's copies.
-_UNIT_SLOTS, _WARP_SLOTS, _COPY_SLOTS = 33, 45, 190
+_UNIT_SLOTS, _WARP_SLOTS, _COPY_SLOTS = 27, 30, 250
 #: Clocks of shared memory for a unit's reads of one tile, 16 x 16 parts of a unit counted singly.
 _UNIT_READS = 16
 _L2_BYTES = 24  # a clock and multiprocessor
@@ -89,6 +91,24 @@ def _refusal(geometry: Geometry, itemsize: int, fused: bool) -> str:
     """That of the first tile, where all are refused."""
     reasons = [facts(geometry, (1, 1), tile, itemsize, fused)[1] for tile in tiles()]
     return "" if "" in reasons else reasons[0]
+
+
+def supports(
+    device: Device,
+    dtype: torch.dtype,
+    weight_shape: Sequence[int],
+    block: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> tuple[bool, str]:
+    """``(ok, reason)``: whether it runs the weight gradient of a layer, and if not why, whatever the size."""
+    rows, columns = (1, 1) if len(weight_shape) == 2 else (weight_shape[2], weight_shape[3])
+    shape = (weight_shape[0], weight_shape[1], rows, columns)
+    pairs = ((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
+    geometry = Geometry(1, (64, 64), (8, 8), shape, (block[0], block[1]), *pairs)
+    why = refusal(geometry, dtype, device.capability, fused=False, halved=False)
+    return not why, why
 
 
 def expected_groups(geometry: Geometry, density: float, band: tuple[int, int]) -> int:

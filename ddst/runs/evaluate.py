@@ -55,7 +55,7 @@ def evaluate(
         raise ConfigError(f"--metrics must be some of {', '.join(METRICS)} joined by commas, got {unknown[0]!r}")
     if statistics is not None:
         check_target("--statistics", statistics, ".npz")
-        if not set(metrics) - {"digits"}:
+        if not set(metrics) - set(TRAINED):
             raise ConfigError("--statistics are those of the Inception network: they need --metrics fid, is or prdc")
     generator, about = read_generator(source)
     config = about.config

@@ -179,7 +179,7 @@ def _finish(trainer: Trainer) -> None:
         (grid, f"samples of the averaged generator (earlier ones in {SAMPLES})"),
         (report, "balance ratio, densities and losses over steps"),
         (numbers, "the numbers of this table"),
-        *(((out / BEST, f"the best generator, {trainer.best:.1f}"),) if trainer.best is not None else ()),
+        *(((out / BEST, f"the best generator, {trainer.best.value:.1f}"),) if trainer.best is not None else ()),
         (out / LOG, "every step and decision, one JSON object per line"),
         (out / CHECKPOINT, "networks, optimizers and everything else of the last step"),
     ):

@@ -112,6 +112,10 @@ def test_what_is_missing_is_one_line(
         (["--metrics", "fid"], "metric fid needs the weights of Inception-v3 as a local file (--weights FILE"),
         (["--metrics", "kid"], "--metrics must be some of digits, shapes, fid, is, prdc joined by commas, got 'kid'"),
         (["--statistics", str(tmp_path / "new.npz")], "--statistics are those of the Inception network: they need"),
+        (
+            ["--metrics", "shapes,digits", "--statistics", str(tmp_path / "new.npz")],
+            "--statistics are those of the Inception network: they need",
+        ),
         (["--statistics", str(tmp_path / "new")], "--statistics must end in .npz, got"),
         (["--statistics", str(tmp_path / "no" / "new.npz")], f"there is no folder {tmp_path / 'no'}"),
         (["--metrics", "prdc", *given, "--data", str(few)], "metric prdc needs at least 6 real images, got 5"),

@@ -48,7 +48,8 @@ def evaluate(
         tell: is called with each figure before a file is written.
 
     Raises:
-        ConfigError: metrics that there are not, statistics without a metric that needs them, or where no file can be.
+        ConfigError: metrics that there are not, statistics without a metric that needs them, or a place where no file
+            can be, a run's folder included (its checkpoint as `source` is judged all the same).
         DataError, CheckpointError: what is needed is not there. OSError: a file cannot be written.
     """
     if unknown := [name for name in metrics if name not in METRICS]:
@@ -58,6 +59,8 @@ def evaluate(
         if not set(metrics) - set(TRAINED):
             raise ConfigError("--statistics are those of the Inception network: they need --metrics fid, is or prdc")
     generator, about = read_generator(source)
+    if source.is_dir():
+        check_target("RUN", source / EVALUATION)
     config = about.config
     name = config.data if data is None else data
     real = None

@@ -39,7 +39,8 @@ class Inception:
         digest: of the weights, whatever file they came from: figures of two of them cannot be compared.
 
     Raises:
-        DataError: the file is missing, damaged, or its tensors are not those of the network; one line.
+        DataError: the file is missing, damaged, or its tensors are not those of the network; torchvision, which
+            torch-fidelity imports, is one for another torch; one line.
         ModuleNotFoundError: torch-fidelity is missing: `pip install 'ddst[metrics]'`.
 
     Cost: 5.7 billion multiply-adds an image.
@@ -97,7 +98,15 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 
 
 def _blank_network() -> Any:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError:
+        raise
+    except (ImportError, RuntimeError) as error:  # What a torchvision of another torch raises.
+        raise DataError(
+            f"torch-fidelity cannot be imported: {' '.join(str(error).split())} (its torchvision must be the one for "
+            f"torch {torch.__version__})"
+        ) from None
 
     class Blank(FeatureExtractorInceptionV3):
         """Its own reading of the weights would unpickle whatever the file holds."""

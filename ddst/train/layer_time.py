@@ -90,7 +90,7 @@ def _mark(module: nn.Module, name: str) -> None:
         with record_function(name):
             return forward(*inputs, **named)
 
-    module.forward = marked  # type: ignore[method-assign]
+    module.forward = marked
 
 
 def _shares(events: Sequence[Any], owners: Mapping[int, Owner]) -> list[LayerTime]:
@@ -130,8 +130,10 @@ def _walked(event: Any, owners: Mapping[int, Owner]) -> Owner | None:
     if event.tag != _EventType.TorchOp or event.name.startswith(_LAYER):
         return None
     if event.name.startswith("ddst::"):
-        addresses = (getattr(given, "storage_data_ptr", None) for given in event.extra_fields.inputs)
-        return next((owners[address] for address in addresses if address in owners), None)
+        for given in event.extra_fields.inputs:
+            if (owner := owners.get(getattr(given, "storage_data_ptr", None) or 0)) is not None:
+                return owner
+        return None
     called = [child for child in event.children if child.name.startswith("ddst::")]
     return _walked(called[0], owners) if called else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,22 @@ def test_digits_need_no_weights(sparse_run: Path, capsys: pytest.CaptureFixture[
     assert first.startswith("digits ") and "30 samples against 1,797 real ones (digits, training)" in first
     assert main(["evaluate", str(sparse_run), "--samples", "30", "--seed", "1"]) == 0
     assert capsys.readouterr().out.split()[1] != first.split()[1]
+
+
+def test_a_torchvision_of_another_torch_is_one_line(
+    sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torch_fidelity"
+    package.mkdir()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    assert main(["evaluate", str(sparse_run), "--metrics", "fid", "--weights", str(tmp_path / "weights.pth")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "torch-fidelity cannot be imported: operator torchvision::nms does not exist" in line
+    assert f"(its torchvision must be the one for torch {torch.__version__})" in line
 
 
 def test_what_is_missing_is_one_line(

@@ -47,10 +47,12 @@ class Figure:
         return asdict(self)
 
     def __str__(self) -> str:
-        real = f"{self.real:,} real ones" if self.real else "a file's statistics"
+        real = f" against {self.real:,} real ones" if self.real else " against a file's statistics"
+        if self.metric == "is":  # It compares with nothing.
+            real = ""
         more = ", ".join(f"{name} {value:.3f}" for name, value in self.more.items() if isinstance(value, float))
         return (
-            f"{self.metric} {self.value:.4g}{f' ({more})' if more else ''}: {self.samples:,} samples against {real} "
+            f"{self.metric} {self.value:.4g}{f' ({more})' if more else ''}: {self.samples:,} samples{real} "
             f"({self.split}); {self.resizer}"
         )
 

@@ -55,6 +55,7 @@ def test_figures_say_what_they_depend_on(
         f": 11 samples against 7 real ones ({photos}, training); ddst.data's to 8; the network's bilinear to 299 "
         "(TensorFlow 1)"
     )
+    assert ": 11 samples (no real images in it); " in lines[5]
     assert held["figures"][0]["more"] == {"k": 5}
     assert 1 <= held["figures"][5]["value"] < 11
 

@@ -73,7 +73,9 @@ def test_whole_words_reach_the_run(tmp_path, capsys):
     ("words", "contains"),
     [
         (["--speed", "11"], "--speed"),
-        (["--metho", "static"], "--metho"),
+        (["--metho", "static"], "ddst train: error: unrecognized arguments: --metho static (did you mean --method?)"),
+        (["--stpes=3"], "unrecognized arguments: --stpes=3 (did you mean --steps?)"),
+        (["folder"], "unrecognized arguments: folder (ddst train --help lists what there is)"),
         (["--steps", "many"], "--steps: expected a whole number, got 'many'"),
         (["--steps", "-3"], "--steps must be at least 1 and at most 2147483647, got -3"),
         (["--density", "1.5"], "--density must be above 0 and at most 1, got 1.5"),

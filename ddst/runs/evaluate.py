@@ -9,6 +9,7 @@ from typing import Any
 
 from ddst.data import DataError, load_images
 from ddst.data.cache import cache_folder
+from ddst.data.images import EMBEDDED
 from ddst.metrics.classifier import TRAINED
 from ddst.metrics.judge import METRICS, Figure, Judge
 from ddst.metrics.statistics import write_statistics
@@ -66,7 +67,11 @@ def evaluate(
     real = None
     if reference is None or any(metric in TRAINED for metric in metrics):
         cache = cache_folder(config.data_cache)
-        real = load_images(name, config.resolution, held_out=held_out, cache=cache)
+        try:
+            real = load_images(name, config.resolution, held_out=held_out, cache=cache)
+        except DataError as error:
+            where = "" if data is not None or name in EMBEDDED else "; --data PATH says where they lie now"
+            raise DataError(f"{error}{where}") from None
         if real.channels != about.channels and real.channels == 1:
             raise DataError(f"{name} is grey, the generator makes {about.channels} channels")
     judge = Judge(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ddst.cli import main
 from ddst.metrics import Moments, frechet_of_moments, read_reference
 from ddst.metrics.inception import FEATURES, Inception, to_bytes
 from ddst.runs.sample import draw, noise_of
+from ddst.train.generator import read_generator, write_generator
 from helpers.fidelity import import_fidelity, inception_weights
 
 
@@ -90,6 +92,16 @@ def test_digits_need_no_weights(sparse_run: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.split()[1] != first.split()[1]
 
 
+def test_images_that_lie_elsewhere_now(sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator, about = read_generator(sparse_run)
+    file = tmp_path / "g.safetensors"
+    write_generator(file, generator, replace(about, settings={**about.settings, "data": str(tmp_path / "gone")}))
+    for given, told in (([], True), (["--data", str(tmp_path / "gone")], False)):
+        assert main(["evaluate", str(file), *given]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "gone does not exist" in line and line.endswith("; --data PATH says where they lie now") == told
+
+
 def test_a_torchvision_of_another_torch_is_one_line(
     sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +164,7 @@ def test_what_is_missing_is_one_line(
         ),
         (["--metrics", "fid", "--weights", str(tmp_path / "less.pth")], "Mixed_7c.branch1x1.conv.weight is missing"),
         (["--metrics", "fid", "--weights", str(tmp_path / "code.pth")], "more than tensors and plain values"),
-        (["--data", str(tmp_path / "none")], "does not exist"),
+        (["--data", str(tmp_path / "none")], "'digits' or 'shapes')"),
         (["--held-out"], "digits sets no images aside"),
     ):
         assert main(["evaluate", run, *arguments]) == 2, arguments

@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str]) -> NoReturn:
     """The command's error for arguments that it does not have, with its option that is spelled nearly so."""
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    of = commands.choices[command]
+    of: argparse.ArgumentParser = commands.choices[command]
     near = difflib.get_close_matches(unknown[0].partition("=")[0], of._option_string_actions, 1)
     more = f"did you mean {near[0]}?" if near else f"ddst {command} --help lists what there is"
     of.error(f"unrecognized arguments: {' '.join(unknown)} ({more})")

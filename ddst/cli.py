@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -106,8 +107,10 @@ def _add_option(parser: argparse.ArgumentParser, name: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (argparse exits by itself for --help and wrong options)."""
     parser, after = build_parser()
-    namespace = parser.parse_args(arguments)
+    namespace, unknown = parser.parse_known_args(arguments)
     command = namespace.command
+    if unknown:
+        _refuse(parser, command, unknown)
     if command == "info":
         return _info()
     with lenient_streams():
@@ -119,6 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name != "command"
         }
         return _guarded(command, lambda: _replay(given) if command == "replay" else _train(given))
+
+
+def _refuse(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str]) -> NoReturn:
+    """The command's error for arguments that it does not have, with its option that is spelled nearly so."""
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    of: argparse.ArgumentParser = commands.choices[command]
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], of._option_string_actions, 1)
+    more = f"did you mean {near[0]}?" if near else f"ddst {command} --help lists what there is"
+    of.error(f"unrecognized arguments: {' '.join(unknown)} ({more})")
 
 
 def _replay(given: dict[str, Any]) -> int:

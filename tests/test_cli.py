@@ -73,7 +73,9 @@ def test_whole_words_reach_the_run(tmp_path, capsys):
     ("words", "contains"),
     [
         (["--speed", "11"], "--speed"),
-        (["--metho", "static"], "--metho"),
+        (["--metho", "static"], "ddst train: error: unrecognized arguments: --metho static (did you mean --method?)"),
+        (["--stpes=3"], "unrecognized arguments: --stpes=3 (did you mean --steps?)"),
+        (["folder"], "unrecognized arguments: folder (ddst train --help lists what there is)"),
         (["--steps", "many"], "--steps: expected a whole number, got 'many'"),
         (["--steps", "-3"], "--steps must be at least 1 and at most 2147483647, got -3"),
         (["--density", "1.5"], "--density must be above 0 and at most 1, got 1.5"),
@@ -102,6 +104,10 @@ def test_whole_words_reach_the_run(tmp_path, capsys):
         (["--width-g", "2000000000"], "--width-g, --width-d and --latent do not fit"),
         (["--block", "64x64"], "--density 0.3: density 0.3 cannot be met with blocks of 64x64"),
         (["--data", "no/such/folder"], "data folder no/such/folder does not exist"),
+        (["--data", ""], "--data must not be empty"),  # As a path it would be the present folder.
+        (["--inception", ""], "--inception must not be empty"),
+        (["--out", "x" * 300], "File name too long"),
+        (["--out", "x" * 300, "--resume"], "File name too long"),
     ],
 )
 def test_wrong_settings_are_one_line_with_code_2(tmp_path, capsys, words, contains):

@@ -58,6 +58,8 @@ def load_images(data: str, resolution: int, *, held_out: bool = False, cache: Pa
         if held_out:
             raise DataError(f"{data} sets no images aside, only CIFAR, STL-10 and TinyImageNet do")
         return EMBEDDED[data](resolution)
+    if not data:  # As a path it would be the present folder.
+        raise DataError(f"data must not be empty ({_EXPECTED})")
     path = Path(data)
     source = _recognised(path, held_out)
     pixels, where = _read(source, path, resolution, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,8 +35,12 @@ class Inception:
             unpickling code.
         device: where it runs.
 
+    Attributes:
+        digest: of the weights, whatever file they came from: figures of two of them cannot be compared.
+
     Raises:
-        DataError: the file is missing, damaged, or its tensors are not those of the network; one line.
+        DataError: the file is missing, damaged, or its tensors are not those of the network; torchvision, which
+            torch-fidelity imports, is one for another torch; one line.
         ModuleNotFoundError: torch-fidelity is missing: `pip install 'ddst[metrics]'`.
 
     Cost: 5.7 billion multiply-adds an image.
@@ -43,7 +48,9 @@ class Inception:
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         network = _blank_network()
-        network.load_state_dict(_weights(path, network.state_dict()))
+        weights = _weights(path, network.state_dict())
+        network.load_state_dict(weights)
+        self.digest = digest_of(weights)
         self._network, self._device = network.to(device), device
 
     @torch.no_grad()
@@ -56,6 +63,22 @@ class Inception:
                 pool.append(found[0].cpu())
                 logits.append(found[1].cpu())
         return Features(torch.cat(pool), torch.cat(logits))
+
+
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """Of the values that a network computes with, in the order of their names.
+
+    >>> a, b = torch.zeros(2), torch.ones(2)
+    >>> digest_of({"a": a, "b": b}) == digest_of({"b": b, "bn.num_batches_tracked": torch.tensor(3), "a": a})
+    True
+    >>> digest_of({"a": a, "b": b}) == digest_of({"a": b, "b": a})
+    False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(weights[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -75,7 +98,15 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 
 
 def _blank_network() -> Any:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError:
+        raise
+    except (ImportError, RuntimeError) as error:  # What a torchvision of another torch raises.
+        raise DataError(
+            f"torch-fidelity cannot be imported: {' '.join(str(error).split())} (its torchvision must be the one for "
+            f"torch {torch.__version__})"
+        ) from None
 
     class Blank(FeatureExtractorInceptionV3):
         """Its own reading of the weights would unpickle whatever the file holds."""

@@ -47,10 +47,12 @@ class Figure:
         return asdict(self)
 
     def __str__(self) -> str:
-        real = f"{self.real:,} real ones" if self.real else "a file's statistics"
+        real = f" against {self.real:,} real ones" if self.real else " against a file's statistics"
+        if self.metric == "is":  # It compares with nothing.
+            real = ""
         more = ", ".join(f"{name} {value:.3f}" for name, value in self.more.items() if isinstance(value, float))
         return (
-            f"{self.metric} {self.value:.4g}{f' ({more})' if more else ''}: {self.samples:,} samples against {real} "
+            f"{self.metric} {self.value:.4g}{f' ({more})' if more else ''}: {self.samples:,} samples{real} "
             f"({self.split}); {self.resizer}"
         )
 
@@ -64,6 +66,9 @@ class Judge:
         split: words for which images those are.
         weights: file of `Inception`'s weights. device: where it runs.
         reference: .npz of `read_reference`, in place of `real` for "fid", and for "prdc" if it holds images.
+
+    Attributes:
+        network: digest of the weights, None where no metric needs them.
 
     Raises:
         DataError: a metric needs what was not given; one line. As of `Inception` and `read_reference`.
@@ -95,6 +100,7 @@ class Judge:
                 kind = "grey" if TRAINED[name][0] == 1 else "colour"
                 raise DataError(f"metric {name} is of {kind} images: its classifier knows {name} only")
         self._network = None if not by_network or weights is None else Inception(weights, device)
+        self.network = None if self._network is None else self._network.digest
         self._file = Reference(None, None) if reference is None else read_reference(reference, FEATURES)
         if "prdc" in metrics and reference is not None and self._file.images is None:
             raise DataError(f"reference {reference} holds no images (arr_0), which metric prdc needs")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ddst.data import DataError, load_images
 from ddst.data.cache import cache_folder
+from ddst.data.images import EMBEDDED
 from ddst.metrics.classifier import TRAINED
 from ddst.metrics.judge import METRICS, Figure, Judge
 from ddst.metrics.statistics import write_statistics
@@ -48,22 +49,29 @@ def evaluate(
         tell: is called with each figure before a file is written.
 
     Raises:
-        ConfigError: metrics that there are not, statistics without a metric that needs them, or where no file can be.
+        ConfigError: metrics that there are not, statistics without a metric that needs them, or a place where no file
+            can be, a run's folder included (its checkpoint as `source` is judged all the same).
         DataError, CheckpointError: what is needed is not there. OSError: a file cannot be written.
     """
     if unknown := [name for name in metrics if name not in METRICS]:
         raise ConfigError(f"--metrics must be some of {', '.join(METRICS)} joined by commas, got {unknown[0]!r}")
     if statistics is not None:
         check_target("--statistics", statistics, ".npz")
-        if not set(metrics) - {"digits"}:
+        if not set(metrics) - set(TRAINED):
             raise ConfigError("--statistics are those of the Inception network: they need --metrics fid, is or prdc")
     generator, about = read_generator(source)
+    if source.is_dir():
+        check_target("RUN", source / EVALUATION)
     config = about.config
     name = config.data if data is None else data
     real = None
     if reference is None or any(metric in TRAINED for metric in metrics):
         cache = cache_folder(config.data_cache)
-        real = load_images(name, config.resolution, held_out=held_out, cache=cache)
+        try:
+            real = load_images(name, config.resolution, held_out=held_out, cache=cache)
+        except DataError as error:
+            where = "" if data is not None or name in EMBEDDED else "; --data PATH says where they lie now"
+            raise DataError(f"{error}{where}") from None
         if real.channels != about.channels and real.channels == 1:
             raise DataError(f"{name} is grey, the generator makes {about.channels} channels")
     judge = Judge(

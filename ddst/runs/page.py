@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddst.metrics.classifier import TRAINED
 from ddst.runs.plots import COLOURS, Line, plot, thinned
 from ddst.train.checkpoint import replacing
 from ddst.train.collapse import told, watched
@@ -19,8 +20,22 @@ from ddst.train.options import ConfigError
 from ddst.train.target import check_target
 
 MOST_GRIDS = 6
+MOST_LAYERS = 12
 
 _Plot = tuple[str, str, list[tuple[int, str]]]  # Its title, the drawing, and the colours and names of its lines.
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What a layer, several of them or what is none takes of an iteration: percent forward and backward."""
+
+    name: str
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
 
 
 @dataclass
@@ -37,6 +52,7 @@ class Run:
     decisions: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     figures: list[list[str]] = field(default_factory=list)
+    layer_times: list[LayerRow] = field(default_factory=list)
     grids: list[tuple[int, str]] = field(default_factory=list)
     signs: str = ""
 
@@ -115,6 +131,7 @@ def _read(folder: Path, number: int) -> Run:
     summary = _json(folder / SUMMARY)
     # Of a run that goes on after its end, they are numbers of a time that is past.
     run.summary = summary if run.steps and summary.get("steps") == run.steps[-1]["step"] else {}
+    run.layer_times = _layer_times(run.summary.get("layers"))
     judged = _json(folder / EVALUATION)
     figures = judged.get("figures")
     run.figures = [_figure(f, judged) for f in figures if isinstance(f, dict)] if isinstance(figures, list) else []
@@ -133,6 +150,30 @@ def _signs(settings: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
     if not (isinstance(steps, int) and isinstance(bounds, list) and [type(b) for b in bounds] == [float, float]):
         return ""
     return told(watched(entries, bounds, steps))
+
+
+def _layer_times(said: Any) -> list[LayerRow]:
+    """The layers that take most of an iteration, the others together, and what is of no layer; nothing if a run's
+    summary does not say."""
+    if not isinstance(said, list) or not said or not all(_is_layer_time(entry) for entry in said):
+        return []
+    rows = [LayerRow(f"{e['network']} {e['layer']}", 100 * e["forward"], 100 * e["backward"]) for e in said]
+    rows.sort(key=lambda row: -row.total)
+    most, others = rows[:MOST_LAYERS], rows[MOST_LAYERS:]
+    if others:
+        most.append(
+            LayerRow(f"{len(others)} others", sum(row.forward for row in others), sum(row.backward for row in others))
+        )
+    rest = 100 - sum(row.total for row in rows)
+    return [*most, LayerRow("of no layer: losses, optimizers, what moves blocks", max(rest, 0.0), 0.0)]
+
+
+def _is_layer_time(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), str) for key in ("network", "layer"))
+        and all(isinstance(entry.get(key), float) and 0 <= entry[key] <= 1 for key in ("forward", "backward"))
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -162,21 +203,26 @@ def _row(run: Run) -> list[str]:
     generator, discriminator = _dict(run.summary.get("generator")), _dict(run.summary.get("discriminator"))
     memory = [net.get(key, "") for key in ("state_bytes", "dense_state_bytes") for net in (generator, discriminator)]
     share = (memory[0] + memory[1]) / (memory[2] + memory[3]) if all(type(m) is int and m > 0 for m in memory) else None
-    values = [m["value"] for m in run.metrics if m["value"] is not None]
+    measured = [(m["metric"], m.get("samples"), m["value"]) for m in run.metrics if m["value"] is not None]
+    metric = measured[-1][0] if measured else "–"
+    values = [m[2] for m in measured if m[:2] == measured[-1][:2]]  # Figures of others are not smaller or larger.
     per_step = last["seconds"] / max(last["step"], 1) if isinstance(last.get("seconds"), int | float) else None
     timing = _dict(run.summary.get("timing"))
     both = all(isinstance(timing.get(key), float) and timing[key] > 0 for key in ("seconds", "dense"))
+    held = all(type(timing.get(key)) is int and timing[key] > 0 for key in ("peak_bytes", "dense_peak_bytes"))
     return [
         str(run.settings.get("method", "–")),
         _number(last.get("step"), ",d"),
         _number(last.get("density_g"), ".3f"),
         _number(last.get("density_d"), ".3f"),
+        str(metric),
         _number(values[-1] if values else None, ".1f"),
         _number(min(values) if values else None, ".1f"),
         _number(per_step, ".4f"),
         _number(timing["dense"] / timing["seconds"] if both else None, ".2f"),
         _number(run.summary.get("flops_ratio"), ".3f"),
         _number(share, ".3f"),
+        _number(timing["peak_bytes"] / timing["dense_peak_bytes"] if held else None, ".3f"),
     ]
 
 
@@ -193,7 +239,8 @@ def _comparisons(runs: Sequence[Run]) -> list[_Plot]:
                 if x:
                     lines.append(Line(x, y, run.colour, "--" if run.dashed else "-"))
                     legend.append((run.colour, run.name + (" (dashed)" if run.dashed else "")))
-            title = f"{'Embedded Fréchet distance' if kind == 'digits' else kind.upper()} over {label}"
+            named = f"Embedded Fréchet distance of {kind}" if kind in TRAINED else str(kind).upper()
+            title = f"{named} over {label}"
             plots.append((title, plot(f"{kind} {key}", lines, label, "distance", log_scale=True), legend))
     return [entry for entry in plots if entry[1]]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddst.train.checkpoint import CheckpointError, naming
-from ddst.train.folder import make_folder
+from ddst.train.folder import make_folder, reached
 from ddst.train.generator import About, read_generator
 from ddst.train.options import ConfigError
 from ddst.train.samples import save_grid, to_pixels
@@ -53,8 +53,11 @@ def sample(
         check_target("--out", grid, ".png")
     if grid is not None and count > LARGEST_GRID:
         raise ConfigError(f"--count must be at most {LARGEST_GRID} for one grid, got {count}; --folder takes more")
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--folder {folder} must be new or empty")
+    if folder is not None:
+        with reached("--folder", folder):
+            taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if taken:
+            raise ConfigError(f"--folder {folder} must be new or empty")
     generator, about = read_generator(source)
     columns = math.ceil(math.sqrt(count))
     labels = labels_of(generator, count, label, each=columns if interpolate else 1)

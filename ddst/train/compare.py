@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from ddst.measure import clock_of
 from ddst.peak_memory import peak_memory
 from ddst.train.checkpointing import checkpoint_blocks
 from ddst.train.game import Inputs
+from ddst.train.layer_time import LayerTime, layer_times
 from ddst.train.loop import Trainer
 from ddst.train.players import Players, build_networks, gan_iteration, with_optimizers
 
@@ -50,19 +52,13 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
         pairs: iterations of each, after one of each that is not counted.
         limit: seconds after which no further pair is begun.
     """
-    config, players, device = trainer.config, trainer.players, trainer.device
+    config, device = trainer.config, trainer.device
     clock = clock_of(device.type)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        mine = with_optimizers(config, copy.deepcopy(players.generator), copy.deepcopy(players.discriminator))
+        mine = _copies(trainer)
         generator_twin, discriminator_twin = build_networks(config, trainer.images.channels, trainer.classes)
         twin = with_optimizers(config, generator_twin.to(device), discriminator_twin.to(device))
-        generator = torch.Generator().manual_seed(0)
-        count = config.d_steps * config.accumulate
-        picked = torch.randint(len(trainer.images), (count, config.batch), generator=generator)
-        reals = [trainer.real_of(row) for row in picked]
-
-        def draw_noise() -> Inputs:
-            return trainer.noise_of(generator)
+        reals, draw_noise = _inputs(trainer)
 
         def timed(who: Players) -> float:
             started = clock()
@@ -93,3 +89,29 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
     sparse, dense = zip(*times, strict=True)
     medians = statistics.median(sparse), statistics.median(dense)
     return Timing(*medians, len(times), peak_bytes, dense_peak_bytes, checkpointed)
+
+
+def time_of_layers(trainer: Trainer) -> list[LayerTime]:
+    """What each layer takes of an iteration of copies of the run's networks; nothing of the run is changed.
+
+    Nothing on devices, whose work is not in the recording.
+    """
+    if trainer.device.type != "cpu":
+        return []
+    with torch.random.fork_rng(devices=[]):
+        mine, (reals, draw_noise) = _copies(trainer), _inputs(trainer)
+        networks = {"generator": mine.generator, "discriminator": mine.discriminator}
+        return layer_times(lambda: gan_iteration(mine, reals, draw_noise), networks)
+
+
+def _copies(trainer: Trainer) -> Players:
+    players = trainer.players
+    return with_optimizers(trainer.config, copy.deepcopy(players.generator), copy.deepcopy(players.discriminator))
+
+
+def _inputs(trainer: Trainer) -> tuple[list[Inputs], Callable[[], Inputs]]:
+    """Real images of an iteration, and what draws its noise."""
+    config, generator = trainer.config, torch.Generator().manual_seed(0)
+    count = config.d_steps * config.accumulate
+    picked = torch.randint(len(trainer.images), (count, config.batch), generator=generator)
+    return [trainer.real_of(row) for row in picked], lambda: trainer.noise_of(generator)

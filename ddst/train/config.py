@@ -294,8 +294,8 @@ class TrainConfig:
                        choices=("none", "tensorboard", "wandb"))
     inception: str | None = option(None, str, "weights of Inception-v3 as a local file, for FID", shown="none",
                                    metavar="FILE")
-    compare_steps: int = option(5, int, "iterations timed beside a dense twin at the end (0: none)", range=NATURAL,
-                                metavar="N")
+    compare_steps: int = option(5, int, "iterations timed beside a dense twin at the end, and one layer by layer (0: "
+                                "none)", range=NATURAL, metavar="N")
 
     # fmt: on
 

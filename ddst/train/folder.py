@@ -37,12 +37,26 @@ def versions() -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def reached(option: str, path: Path) -> Iterator[None]:
+    """Raises ConfigError that names the option where the block may not look at its path."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be read: {error.strerror or error}") from error
+
+
 def check_folder(out: Path) -> None:
     """Raises ConfigError if a new run in `out` would overwrite something, or `out` is no folder.
 
     What a run left that ended before its first checkpoint (its settings, the picture of its noise) is nothing: a new
     run takes the folder over.
     """
+    with reached("--out", out):
+        _check_free(out)
+
+
+def _check_free(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is not a folder")
     for name in (CHECKPOINT, REPORT, SUMMARY):
@@ -79,11 +93,13 @@ def settings_begun(out: Path) -> Any:
 
 
 def make_folder(out: Path, option: str = "--out") -> None:
-    """Make a new folder that an option names; ConfigError if it cannot be made."""
+    """Make a folder that an option names; ConfigError if it cannot be, or is there and nothing may be made in it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{option} {out} cannot be made: {error.strerror or error}") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {out} cannot be written: nothing may be made in it")
 
 
 def clear_folder(out: Path) -> None:

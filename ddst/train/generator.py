@@ -95,10 +95,10 @@ def read_generator(path: str | PathLike[str], device: torch.device | str = "cpu"
     if not isinstance(path, str | PathLike) or "\0" in fspath(path):
         raise TypeError(f"path must be that of a run or a file, got {path!r}")
     device, file = check_device("device", device), Path(path)
-    file = file / CHECKPOINT if file.is_dir() else file
-    if not file.exists():
-        raise CheckpointError(f"no run and no generator at the path {path}")
     try:
+        file = file / CHECKPOINT if file.is_dir() else file
+        if not file.exists():
+            raise CheckpointError(f"no run and no generator at the path {path}")
         read = _of_safetensors if _is_safetensors(file) else _of_checkpoint
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None

@@ -23,6 +23,7 @@ from ddst.train.folder import (
     check_folder,
     make_folder,
     only_writer,
+    reached,
     settings_begun,
     versions,
 )
@@ -82,7 +83,7 @@ def _writer(out: Path) -> Iterator[list[str]]:
 def _resume(given: Mapping[str, Any]) -> int:
     out = Path(resolve({"out": given.get("out")}).out)
     path = out / CHECKPOINT
-    if not sums([int(first() and path.exists())])[0]:
+    if not sums([by_first(lambda: _is_there(out, path)) or 0])[0]:
         # It may have ended before its first checkpoint: then it begins anew, with the settings it was given.
         try:
             settings = check_saved(settings_begun(out))
@@ -110,6 +111,11 @@ def _resume(given: Mapping[str, Any]) -> int:
         kept = by_first(lambda: kept_log(out / LOG, saved["log"], trainer.step)) or Kept(0, ())
         judge = by_first(lambda: Judging(trainer))
         return _train(trainer, kept, judge, [*warnings, *kept.warnings, *_other_versions(saved["versions"])])
+
+
+def _is_there(out: Path, path: Path) -> int:
+    with reached("--out", out):
+        return int(path.exists())
 
 
 def _continued(settings: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
@@ -179,7 +185,7 @@ def _finish(trainer: Trainer) -> None:
         (grid, f"samples of the averaged generator (earlier ones in {SAMPLES})"),
         (report, "balance ratio, densities and losses over steps"),
         (numbers, "the numbers of this table"),
-        *(((out / BEST, f"the best generator, {trainer.best:.1f}"),) if trainer.best is not None else ()),
+        *(((out / BEST, f"the best generator, {trainer.best.value:.1f}"),) if trainer.best is not None else ()),
         (out / LOG, "every step and decision, one JSON object per line"),
         (out / CHECKPOINT, "networks, optimizers and everything else of the last step"),
     ):

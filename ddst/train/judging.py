@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,20 @@ if TYPE_CHECKING:
     from ddst.train.loop import Trainer
 
 
+@dataclass(frozen=True)
+class Best:
+    """The smallest distance found so far, and what measured it: others are not smaller or larger."""
+
+    value: float
+    measure: str
+
+
 class Judging:
     """Calls for a log line after each step; does something every `metric_every` steps and after the last.
 
     The metric is the embedded distance for digits and shapes, FID with `inception` given, else none. Nothing of the
-    run is changed but `Trainer.best`, random states included.
+    run is changed but `Trainer.best`, random states included. The best by another measure (a resumed run may be given
+    `inception` and `fd_samples` anew) is no longer the best: the first figure by this one takes its place.
 
     Raises:
         DataError: the weights cannot be read.
@@ -36,6 +46,8 @@ class Judging:
             weights = Path(config.inception) if config.inception else None
             split = f"{config.data}, training"
             self._judge = Judge([metric], trainer.images, split, weights=weights, device=trainer.device)
+            by = "" if self._judge.network is None else f" by weights {self._judge.network}"
+            self._measure = f"{metric} of {config.fd_samples} samples{by}"
 
     def __call__(self, log: RunLog) -> None:
         trainer, config = self._trainer, self._trainer.config
@@ -46,9 +58,10 @@ class Judging:
         turns = torch.arange(len(z)) % trainer.classes  # Of all parts together, as of `ddst evaluate`.
         parts = zip(z.split(4096), turns.split(4096), strict=True)
         (figure,) = self._judge(generate(trainer.ema.module, part, labels=labels) for part, labels in parts)
-        best = trainer.best is None or figure.value < trainer.best
+        before = trainer.best
+        best = before is None or before.measure != self._measure or figure.value < before.value
         if best:
-            trainer.best = figure.value
+            trainer.best = Best(figure.value, self._measure)
             about = About(config.saved(), trainer.images.channels, trainer.classes, {}, trainer.step, versions())
             write_generator(trainer.out / BEST, trainer.ema.module, about)
         seconds, flops = round(trainer.seconds, 4), trainer.flops.counted

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +31,7 @@ from ddst.train.collapse import Signs
 from ddst.train.config import TrainConfig, fitting, out_of_memory, setting_errors
 from ddst.train.folder import CHECKPOINT, LOG, SAMPLES, clear_folder, versions
 from ddst.train.game import Inputs
-from ddst.train.judging import Judging
+from ddst.train.judging import Best, Judging
 from ddst.train.live import live, require
 from ddst.train.log import Kept, RunLog, cut_log
 from ddst.train.options import ConfigError, flag
@@ -95,7 +96,7 @@ class Trainer:
         sparse: makes the two networks of a config sparse, in place; another one for studies of other distributions.
 
     Attributes:
-        step: generator iterations done. seconds: time they took. best: the smallest distance found so far.
+        step: generator iterations done. seconds: time they took. best: the smallest distance found so far, by what.
         changed: name of a setting -> its value before and now, of those that a resumed run was given anew.
         flops: counted operations of the steps done. forward_flops: of them, sums of the two networks' single forward
             passes per image.
@@ -134,7 +135,7 @@ class Trainer:
         self.forward_flops = (0.0, 0.0)
         self.step, self.seconds = 0, 0.0
         self.saved_step: int | None = None  # of the checkpoint in the folder
-        self.best: float | None = None
+        self.best: Best | None = None
         self.changed: dict[str, tuple[Any, Any]] = {}
 
     def _count_classes(self) -> int:
@@ -242,7 +243,7 @@ class Trainer:
             "classes": self.classes,
             "step": self.step,
             "seconds": self.seconds,
-            "best": self.best,
+            "best": None if self.best is None else asdict(self.best),
             "flops": {**self.flops.state_dict(), "forward": self.forward_flops},
             "generator": players.generator.state_dict(),
             "discriminator": players.discriminator.state_dict(),
@@ -296,7 +297,8 @@ class Trainer:
         players.game.random.set_state(state["augment"])
         for scaler, saved in zip(self._scalers(), state["scalers"] or (), strict=True):
             scaler.load_state_dict(saved)
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.best = None if state["best"] is None else Best(**state["best"])
         self.saved_step = self.step
         players.game.steps_of_d = self.step * self.config.d_steps
         now = self.config.saved()

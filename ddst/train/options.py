@@ -90,6 +90,8 @@ class Option:
                 raise ConfigError(f"{flag(name)}: {error}") from None
         if plain is None:
             raise ConfigError(f"{flag(name)} must be {expected}, got {value!r}")
+        if plain == "":
+            raise ConfigError(f"{flag(name)} must not be empty")
         if self.choices and plain not in self.choices:
             raise ConfigError(f"{flag(name)} must be one of {', '.join(self.choices)}, got {plain}")
         if self.range and not self.range.holds(plain):

@@ -193,10 +193,11 @@ def plot(result: Replay, path: Path) -> None:
 
 def run_replay(log: Path, given: Mapping[str, Any], mode: str | None, signal: str | None, out: Path | None) -> int:
     """`ddst replay`: prints the table, writes the picture; returns the exit code."""
-    path = out or (log if log.is_dir() else log.parent) / "replay.png"
     if out is not None:
         check_target("--out", out, ".png")
     result = replay(log, given, mode, signal)
+    path = out or (log if log.is_dir() else log.parent) / "replay.png"
+    check_target("--out", path)
     print(table(result))
     try:
         plot(result, path)

@@ -17,8 +17,9 @@ from ddst.metrics import Quality, evaluate_embedded
 from ddst.metrics.classifier import TRAINED
 from ddst.sparsity.stats import network_stats
 from ddst.train.checkpoint import replacing
-from ddst.train.compare import Timing, compare_with_dense
+from ddst.train.compare import Timing, compare_with_dense, time_of_layers
 from ddst.train.folder import LOG, REPORT, SUMMARY
+from ddst.train.layer_time import LayerTime
 from ddst.train.log import lengths, read_log
 from ddst.train.loop import Trainer
 from ddst.train.methods import steered_by
@@ -57,6 +58,7 @@ class Summary:
     flops_ratio: float
     seconds_per_step: float
     timing: Timing | None
+    layers: list[LayerTime]
     quality: Quality | None
     fd_samples: int
 
@@ -92,6 +94,7 @@ def summarize(trainer: Trainer) -> Summary:
         flops.relative,
         trainer.seconds / steps,
         timing,
+        time_of_layers(trainer) if config.compare_steps else [],
         _quality(trainer),
         config.fd_samples,
     )

@@ -67,7 +67,7 @@ def _description(state: Mapping[str, Any], trainer: Trainer) -> dict[str, Rule]:
         "classes": whole(trainer.classes, trainer.classes),
         "step": whole(step, step),
         "seconds": number(0),
-        "best": optional(number(0)),
+        "best": optional(record({"value": number(0), "measure": text})),
         "log": record({"bytes": whole(1), "sha256": text}),
         "flops": record({"counted": number(0), "counted_dense": number(0), "forward": pair(number(0))}),
         "generator": network(players.generator),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from ddst.cli import main
 from ddst.metrics import Moments, frechet_of_moments, read_reference
 from ddst.metrics.inception import FEATURES, Inception, to_bytes
 from ddst.runs.sample import draw, noise_of
+from ddst.train.generator import read_generator, write_generator
 from helpers.fidelity import import_fidelity, inception_weights
 
 
@@ -54,6 +57,7 @@ def test_figures_say_what_they_depend_on(
         f": 11 samples against 7 real ones ({photos}, training); ddst.data's to 8; the network's bilinear to 299 "
         "(TensorFlow 1)"
     )
+    assert ": 11 samples (no real images in it); " in lines[5]
     assert held["figures"][0]["more"] == {"k": 5}
     assert 1 <= held["figures"][5]["value"] < 11
 
@@ -88,6 +92,32 @@ def test_digits_need_no_weights(sparse_run: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.split()[1] != first.split()[1]
 
 
+def test_images_that_lie_elsewhere_now(sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator, about = read_generator(sparse_run)
+    file = tmp_path / "g.safetensors"
+    write_generator(file, generator, replace(about, settings={**about.settings, "data": str(tmp_path / "gone")}))
+    for given, told in (([], True), (["--data", str(tmp_path / "gone")], False)):
+        assert main(["evaluate", str(file), *given]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "gone does not exist" in line and line.endswith("; --data PATH says where they lie now") == told
+
+
+def test_a_torchvision_of_another_torch_is_one_line(
+    sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torch_fidelity"
+    package.mkdir()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    assert main(["evaluate", str(sparse_run), "--metrics", "fid", "--weights", str(tmp_path / "weights.pth")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "torch-fidelity cannot be imported: operator torchvision::nms does not exist" in line
+    assert f"(its torchvision must be the one for torch {torch.__version__})" in line
+
+
 def test_what_is_missing_is_one_line(
     sparse_run: Path,
     weights: Path,
@@ -112,6 +142,10 @@ def test_what_is_missing_is_one_line(
         (["--metrics", "fid"], "metric fid needs the weights of Inception-v3 as a local file (--weights FILE"),
         (["--metrics", "kid"], "--metrics must be some of digits, shapes, fid, is, prdc joined by commas, got 'kid'"),
         (["--statistics", str(tmp_path / "new.npz")], "--statistics are those of the Inception network: they need"),
+        (
+            ["--metrics", "shapes,digits", "--statistics", str(tmp_path / "new.npz")],
+            "--statistics are those of the Inception network: they need",
+        ),
         (["--statistics", str(tmp_path / "new")], "--statistics must end in .npz, got"),
         (["--statistics", str(tmp_path / "no" / "new.npz")], f"there is no folder {tmp_path / 'no'}"),
         (["--metrics", "prdc", *given, "--data", str(few)], "metric prdc needs at least 6 real images, got 5"),
@@ -130,7 +164,7 @@ def test_what_is_missing_is_one_line(
         ),
         (["--metrics", "fid", "--weights", str(tmp_path / "less.pth")], "Mixed_7c.branch1x1.conv.weight is missing"),
         (["--metrics", "fid", "--weights", str(tmp_path / "code.pth")], "more than tensors and plain values"),
-        (["--data", str(tmp_path / "none")], "does not exist"),
+        (["--data", str(tmp_path / "none")], "'digits' or 'shapes')"),
         (["--held-out"], "digits sets no images aside"),
     ):
         assert main(["evaluate", run, *arguments]) == 2, arguments

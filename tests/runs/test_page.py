@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -113,11 +114,52 @@ def test_a_legend_names_the_runs_that_have_the_line(sparse_run: Path, dense_run:
     out = tmp_path / "page.html"
     assert main(["report", *map(str, runs), "--out", str(out)]) == 0
     page = out.read_text()
-    over_steps = page[page.index("Embedded Fréchet distance over step") :].split("</figure>")[0]
+    over_steps = page[page.index("Embedded Fréchet distance of digits over step") :].split("</figure>")[0]
     listed = re.findall(r"</span>([^<]*)</li>", over_steps)
     assert listed == [str(run) for run in [runs[0], *runs[2:8]]] + [f"{runs[8]} (dashed)"]
     of_dense = page[page.index(f"</span>{runs[2]}</h2>") :].split("<h2>")[0]
     assert "Balance ratio</figcaption>" in of_dense and "with its bounds" not in of_dense
+
+
+def test_figures_of_two_metrics_are_not_compared(sparse_run: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", (sparse_run / "log.jsonl").read_bytes()
+    run.mkdir()
+    metric = {"event": "metric", "step": 14, "metric": "fid", "samples": 40, "seconds": 1.0, "flops": 1.0}
+    more = [json.dumps({**metric, "value": value}).encode() for value in (900.25, 910.75)]
+    (run / "log.jsonl").write_bytes(b"\n".join([log + more[0], more[1], b""]))
+    out = tmp_path / "page.html"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "<td>fid</td><td>910.8</td><td>900.2</td>" in page
+    assert "Embedded Fréchet distance of digits over step" in page and "FID over step" in page
+
+
+def test_where_the_time_of_an_iteration_went(sparse_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(sparse_run, run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["timing"] is None and summary["layers"] == []
+    layers = [
+        {"network": "generator", "layer": f"blocks.{i}.<b>", "forward": 0.01 + i / 1000, "backward": 0.02}
+        for i in range(14)
+    ]
+    timing = {"seconds": 1.0, "dense": 2.0, "peak_bytes": 300, "dense_peak_bytes": 1200}
+    for given, rows in ((layers, 14), ([*layers, {"network": 3}], 0), ([], 0)):
+        (run / "summary.json").write_text(json.dumps({**summary, "timing": timing, "layers": given}))
+        out = tmp_path / "page.html"
+        assert main(["report", str(run), "--out", str(out)]) == 0
+        page = out.read_text()
+        Tags(page)
+        assert "<td>0.250</td></tr>" in page  # of the dense twin's memory
+        assert page.count('<div class="bar">') == rows
+    (run / "summary.json").write_text(json.dumps({**summary, "timing": timing, "layers": layers}))
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    table = re.findall(r"<tr><td>([^<]*)</td>\s*<td>([\d.]+)</td><td>([\d.]+)</td>\s*<td><div", out.read_text())
+    assert table[0] == ("generator blocks.13.&lt;b&gt;", "2.3", "2.0")
+    assert table[-2:] == [
+        ("2 others", "2.1", "4.0"),
+        ("of no layer: losses, optimizers, what moves blocks", "48.9", "0.0"),
+    ]
 
 
 def test_long_series_are_thinned_by_means() -> None:

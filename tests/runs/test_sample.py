@@ -109,6 +109,25 @@ def test_classes() -> None:
         labels_of(generator, 5, 3)
 
 
+def test_a_folder_in_which_nothing_may_be_made_is_refused(
+    sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # As root everything may be.
+    for module in ("evaluate", "sample"):  # In this order: the first import of evaluate takes what sample has.
+        monkeypatch.setattr(f"ddst.runs.{module}.draw", lambda *given: pytest.fail("images were drawn"))
+    before = sorted(sparse_run.iterdir())
+    for command, why in (
+        (["sample", sparse_run, "--folder", tmp_path], "nothing may be made in it"),
+        (["evaluate", sparse_run, "--samples", "11"], f"nothing may be made in {sparse_run}"),
+        (["replay", sparse_run], f"nothing may be made in {sparse_run}"),
+    ):
+        assert main([str(word) for word in command]) == 2
+        said = capsys.readouterr()
+        (line,) = said.err.splitlines()
+        assert line.startswith(f"ddst {command[0]}: error: ") and line.endswith(why) and said.out == ""
+    assert sorted(sparse_run.iterdir()) == before
+
+
 def test_what_cannot_be_is_one_line(sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.png").write_text("mine")
@@ -119,6 +138,8 @@ def test_what_cannot_be_is_one_line(sparse_run: Path, tmp_path: Path, capsys: py
         ([run], "--out FILE or --folder DIR is required"),
         ([run, "--out", out, "--class", "1"], "--class 1: this generator knows no classes"),
         ([run, "--folder", str(tmp_path / "full")], "must be new or empty"),
+        ([run, "--folder", "x" * 300], "File name too long"),
+        (["x" * 300, "--out", out], "File name too long"),
         ([run, "--out", out, "--count", "10001"], "--count must be at most 10000 for one grid"),
         ([run, "--out", str(tmp_path / "g.jpg")], "--out must end in .png, got "),
         ([run, "--out", str(tmp_path / "no" / "g.png")], f"there is no folder {tmp_path / 'no'}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,45 @@ def test_figures_are_logged_and_the_best_generator_is_kept(tmp_path: Path) -> No
         load_images("digits", 8).batch(slice(None)), generate(ddst.load_generator(out / "best.safetensors"), noise)
     )
     assert best.distance == pytest.approx(min(values), rel=1e-6)
-    assert load_checkpoint(out / "checkpoint.pt")["best"] == min(values)
+    assert load_checkpoint(out / "checkpoint.pt")["best"] == {"value": min(values), "measure": "digits of 40 samples"}
+
+
+def test_the_best_by_another_measure_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(resolve(tiny(out=str(tmp_path))), load_images("digits", 8))
+    written: list[bool] = []
+    log = SimpleNamespace(write=lambda **entry: written.append(entry["best"]))
+    kept: list[float] = []
+    for settings, network, value in (
+        ({}, None, 5.0),
+        ({}, None, 6.0),
+        ({"fd_samples": 41}, None, 6.0),  # fewer or more samples are another measure, too
+        ({"inception": "file"}, "weights a", 90.0),
+        ({"inception": "moved"}, "weights a", 91.0),
+        ({"inception": "moved"}, "weights b", 92.0),
+        ({}, None, 7.0),
+    ):
+        figure = SimpleNamespace(value=value, as_dict=dict)
+        judge = _Known(network, figure)
+        monkeypatch.setattr(judging, "Judge", lambda *given, judge=judge, **more: judge)
+        trainer.config = dataclasses.replace(trainer.config, **{"fd_samples": 40, "inception": None, **settings})
+        judging.Judging(trainer)(log)
+        kept.append(trainer.best.value)
+        state = trainer.state_dict()
+        trainer.best = None
+        trainer.load_state_dict({**state, "log": {"bytes": 1, "sha256": ""}})
+    assert written == [True, False, True, True, False, True, True]
+    assert kept == [5.0, 5.0, 6.0, 90.0, 90.0, 92.0, 7.0]
+
+
+@dataclasses.dataclass
+class _Known:
+    """A judge whose network has a name and whose figure is known."""
+
+    network: str | None
+    figure: SimpleNamespace
+
+    def __call__(self, parts: object) -> list[SimpleNamespace]:
+        return [self.figure]
 
 
 def test_an_interrupted_run_logs_the_same_figures(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_own_gan_trains_sparse(examples):
 
 @pytest.mark.parametrize("package", ["lightning", "accelerate"])
 def test_a_gan_in_somebody_elses_loop_trains_sparse(package, examples):
-    pytest.importorskip(package)
+    if f"{package}_gan" not in examples:
+        pytest.skip(f"{package} is not installed")
     done = examples[f"{package}_gan"]
     assert done.returncode == 0, done.err
     steps = [line for line in done.out.splitlines() if line.startswith("step ")]

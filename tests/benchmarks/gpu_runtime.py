@@ -22,6 +22,7 @@ from ddst.benchmarks.gpu.budget import SHARES, Budget, Deadline
 from ddst.benchmarks.gpu.journal import Progress
 from ddst.benchmarks.gpu.table import markdown
 from ddst.benchmarks.gpu.timing import HostWatch, Program, in_turn, precision
+from helpers.copies import SERVER
 from helpers.worker_tasks import act
 
 ROOT = Path(ddst.__file__).resolve().parents[1]
@@ -120,6 +121,13 @@ def test_precision_is_put_back() -> None:
     assert not torch.backends.cudnn.benchmark
 
 
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers begin as copies: there is no device here that forked processes could not use."""
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: {"spawn": SERVER}[method])
+
+
+@pytest.mark.usefixtures("copied")
 def test_tasks_end_each_in_their_own_way_and_the_others_go_on() -> None:
     tasks = [("fail", 2), ("lose", 4), ("die", 3), ("do", 5)]
     done = {d.task: d for d in workers.run(act, tasks, 2, Deadline(300.0))}
@@ -130,6 +138,7 @@ def test_tasks_end_each_in_their_own_way_and_the_others_go_on() -> None:
     assert done["do", 5].result == 5 and done["do", 5].trouble is None
 
 
+@pytest.mark.usefixtures("copied")
 def test_what_hangs_is_cut_off_and_what_waits_is_named() -> None:
     hanging, waiting = workers.run(act, [("hang", 1), ("do", 2)], 1, Deadline(1.5))
     assert hanging.task == ("hang", 1)

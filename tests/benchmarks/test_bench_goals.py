@@ -38,6 +38,8 @@ SMALL = {
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.GANS, "tiny", {"preset": "sngan32", "resolution": 8, "width_g": 16, "width_d": 16})
     monkeypatch.setattr(report, "peak", lambda *_: Peak(1e11, 1e10))
+    # A process for each; no figure is read from the last one.
+    monkeypatch.setattr(freed_memory, "ROWS", dict(list(freed_memory.ROWS.items())[:3]))
 
 
 def kept(line: str, folder: Path) -> dict[str, Any]:

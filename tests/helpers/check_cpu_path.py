@@ -20,10 +20,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ddst._extension import cpu_capability
+from helpers import scale
 from helpers.dense import block_norms, pack_blocks, unpack_blocks
 from helpers.problems import Case, between_guards, large_problems, sample_problems, wide_problems
 from helpers.sparse import Problem, call, forward_and_grads, op_arguments
 from helpers.tolerances import TOLERANCES, Tolerance, relative_error
+
+CPU_ORDER = ("portable", "avx2", "avx512", "neon")
 
 Result = tuple[str, Tensor, Tensor, Tensor | None]
 
@@ -95,6 +98,9 @@ def main() -> None:
         for problem in sample_problems():
             check(str(problem), public_results(problem, problem.build(dtype, seed=13)), dtype, 1)
         for i, problem in enumerate(chain(large_problems(), wide_problems(80, seed=0))):
+            # Their references are most of the work: each in one dtype, the other one is another instruction set's.
+            if not scale.everything() and (i // 4 + CPU_ORDER.index(cpu_capability()) + (dtype == torch.float32)) % 2:
+                continue
             torch.set_num_threads(1 + i % 2)
             results = op_results(problem, problem.build(dtype, seed=14), channels_last=i // 2 % 2 == 0)
             check(str(problem), results, dtype, 5)  # the table is for a few thousand products, here are up to 17 000

@@ -72,7 +72,7 @@ class Done(NamedTuple):
 def run_copies(
     programs: Sequence[tuple[str, str]], environment: Mapping[str, str] | None = None, timeout: float = 600
 ) -> list[Done]:
-    """Runs programs one after another, each in a copy.
+    """Runs programs one after another, each in a copy, in a folder that is deleted afterwards.
 
     Args:
         programs: (what is imported before the copy is made, the copy's code). What was imported for one is there
@@ -82,7 +82,9 @@ def run_copies(
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-P", "-c", _SERVER, folder, json.dumps(programs)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         codes = json.loads(done.stdout.splitlines()[-1])
         said = [[Path(folder, f"{n}.{stream}").read_bytes() for stream in ("out", "err")] for n in range(len(codes))]

@@ -30,7 +30,7 @@ from .sass import Code, Instruction, instructions, listings
 H200 = Device(132, 227 * 1024, (9, 0))
 SHAPE, BLOCK, IMAGES, SIZE, DENSITIES = (256, 256, 3, 3), (16, 16), 64, 32, (0.1, 0.3)
 TODAY = "conv2d_gather<GatherTraits<bf16, false, true, PlainSource> >"
-GATHER = "hopper_gather<HopperGatherTraits<bf16, {direction}, {granules}, {cluster}> >"
+GATHER = "hopper_gather<HopperGatherTraits<bf16, {direction}, {granules}, {cluster}, HopperPlain> >"
 GRADIENTS = "weight_grad<bf16, Unit<16, 16> >", "hopper_weight_grad<bf16, Unit<16, 16> >"
 SCHEDULERS, WARPS = 4, 8
 PATCH_SLOTS = 340  # of today's tile of 8 x 32 pixels

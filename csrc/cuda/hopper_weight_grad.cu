@@ -23,7 +23,7 @@ cudaError_t launch(void (*kernel)(Params), Params p, cudaStream_t stream) {
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.sizes.shared_bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<dim3(p.shape.groups, p.shape.shares), kHopperThreads, p.sizes.shared_bytes, stream>>>(p);
+  kernel<<<dim3(p.shape.groups, p.shape.shares), kHopperGradThreads, p.sizes.shared_bytes, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -192,13 +192,13 @@ struct HopperWeightGrad {
 
 // Grid: x = groups, y = shares.
 template <class T, class U>
-DDST_KERNEL(kHopperThreads, 1)
+DDST_KERNEL(kHopperGradThreads, 1)
 hopper_weight_grad(DDST_GRID_CONSTANT HopperWeightGradParams<T> p) {
   HopperWeightGrad<T, U, false>::run(p);
 }
 
 template <class T, class U>
-DDST_KERNEL(kHopperThreads, 1)
+DDST_KERNEL(kHopperGradThreads, 1)
 hopper_fused_weight_grad(DDST_GRID_CONSTANT HopperFusedWeightGradParams<T> p) {
   HopperWeightGrad<T, U, true>::run(p);
 }

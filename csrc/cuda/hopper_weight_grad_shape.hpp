@@ -20,7 +20,7 @@
 namespace ddst::cuda {
 
 constexpr int kHopperWarps = 16, kChangingWarps = 3;  // that multiply; that do a prologue, beside one that copies
-constexpr int kHopperThreads = (kHopperWarps + 1 + kChangingWarps) * 32;
+constexpr int kHopperGradThreads = (kHopperWarps + 1 + kChangingWarps) * 32;
 // At the start 65536 / 640 threads leave 96 registers for each: what the last four warps give the others take.
 constexpr int kMultiplyingRegisters = 104, kChangingRegisters = 64;
 constexpr int kTilePixels = 64, kTileSteps = kTilePixels / 16;

@@ -104,7 +104,7 @@ DDST_DEVICE void fill_patch_places(const HopperFusedWeightGradParams<T>& p, dev:
   const WeightGradShape& s = p.shape;
   const HopperWeightGradSizes& z = p.sizes;
   const int patch = s.tile_images * z.patch_h * z.patch_w;
-  for (int i = dev::thread_index(); i < z.planes_h * z.planes_w * patch; i += kHopperThreads) {
+  for (int i = dev::thread_index(); i < z.planes_h * z.planes_w * patch; i += kHopperGradThreads) {
     const int plane = i / patch, pixel = i % patch, y = pixel / z.patch_w;
     dev::store(places + i, pack_place(y / z.patch_h, z.plane_rows[plane / z.planes_w] + y % z.patch_h * s.stride_h,
                                       z.plane_columns[plane % z.planes_w] + pixel % z.patch_w * s.stride_w));

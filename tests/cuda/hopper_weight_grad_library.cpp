@@ -26,7 +26,7 @@ emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::
   static emu::Block block;  // keeps the fiber stacks
   block.options = options;
   block.stats = {};
-  block.launch({s.groups, s.shares, 1}, cuda::kHopperThreads, std::size_t(sizes.shared_bytes), [&] {
+  block.launch({s.groups, s.shares, 1}, cuda::kHopperGradThreads, std::size_t(sizes.shared_bytes), [&] {
     if (arrays.fused)
       cuda::hopper_fused_weight_grad<T, U>(p);
     else

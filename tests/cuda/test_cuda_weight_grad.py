@@ -104,9 +104,9 @@ def test_linear_weight_grad(operator: Library) -> None:
 
 
 def test_the_emulated_operator_takes_what_the_compiled_one_does() -> None:
-    glue = (emulation.KERNELS / "glue_weight_grad.cpp").read_text()
-    (text,) = re.findall(r"m\.def\((.*?)\);", glue, re.DOTALL)
-    schema = re.fullmatch(r"conv2d_weight_grad\((.*)\) -> Tensor", "".join(re.findall(r'"([^"]*)"', text)))
+    glue = (emulation.KERNELS / "glue_weight_grad.hpp").read_text()
+    (text,) = re.findall(r"#define DDST_WEIGHT_GRAD_ARGUMENTS(.*?)\n\n", glue, re.DOTALL)
+    schema = re.fullmatch(r"\((.*)\) -> Tensor", "".join(re.findall(r'"([^"]*)"', text)))
     assert schema is not None
     mine = list(inspect.signature(Library.conv2d_weight_grad).parameters)
     assert ["self", *(p.split()[-1] for p in schema[1].split(","))] == mine

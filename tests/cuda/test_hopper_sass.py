@@ -18,6 +18,7 @@ SOURCES = sorted(cuda_resources.KERNELS.glob(cuda_resources.HOPPER))
 #: the compiler leaves out where launch bounds do not say how many blocks there are).
 HAS = {"planted": ("UTMALDG", "HGMMA", "USETMAXREG")}
 HAS |= {"hopper_gather": HAS["planted"], "hopper_weight_grad": ("UTMALDG", "HMMA", "USETMAXREG")}
+HAS |= {"hopper_fused_weight_grad": HAS["hopper_weight_grad"]}
 pytestmark = [
     pytest.mark.skipif(cuda_resources.nvcc() is None, reason="needs nvcc"),
     pytest.mark.skipif(cuda_resources.tool() is None, reason="needs cuobjdump (CUDA toolkit, or triton's package)"),

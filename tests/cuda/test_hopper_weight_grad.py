@@ -65,7 +65,7 @@ def test_matches_float64(library: Library, window) -> None:
 @pytest.mark.parametrize("density", [0.0, 0.03, 1.0])
 def test_empty_rows_and_full_masks(library: Library, density: float) -> None:
     for block in ((16, 16), (64, 32)):
-        problem = Problem.random(torch.bfloat16, 1, (6, 6), (136, 72, 3, 3), block, density=density, seed=3)
+        problem = Problem.random(torch.bfloat16, 1, (6, 6), (136, 40, 3, 3), block, density=density, seed=3)
         got, _ = library.run(problem, Plan(bands(problem), (1, 8, 8), 1))
         assert problem.error(got) <= 1
 
@@ -118,22 +118,25 @@ def fused_case(
 @pytest.mark.parametrize("dims", [0, 1, 2], ids=["activation", "norm of channels", "norm of samples"])
 def test_fused(library: Library, dims: int) -> None:
     problem, norm, changed = fused_case(dims)
-    for band, tile in (((3, 4), (2, 4, 8)), ((1, 3), (1, 4, 16))):
-        got, _ = library.run(problem, Plan(band, tile, 2), Options(seed=dims), norm)
-        assert changed.error(got) <= 1, (band, tile)
-    strided, norm, changed = fused_case(dims, stride=(2, 3))
-    got, _ = library.run(strided, Plan((3, 4), (1, 8, 8), 1), norm=norm)
+    got, _ = library.run(problem, Plan((3, 4), (2, 4, 8), 1), Options(seed=dims), norm)
     assert changed.error(got) <= 1
-    got, _ = library.run(problem, Plan((3, 4), (1, 8, 8), 1), norm=Norm(None, 1.0))  # nothing to do
+    strided, norm, changed = fused_case(dims, stride=(2, 3))
+    got, _ = library.run(strided, Plan((1, 5), (1, 4, 16), 2), norm=norm)
+    assert changed.error(got) <= 1
+
+
+def test_fused_with_nothing_to_do(library: Library) -> None:
+    problem, _, _ = fused_case(0)
+    got, _ = library.run(problem, Plan((3, 4), (1, 8, 8), 1), norm=Norm(None, 1.0))
     assert problem.error(got) <= 1
 
 
 def test_every_pixel_is_counted_once(library: Library) -> None:
     """Exact in fp32: ones, so that each sum is a count of pixels."""
-    problem = Problem.random(torch.float16, 3, (9, 16), (32, 16, 3, 3), (16, 16), density=1.0)
+    problem = Problem.random(torch.float16, 2, (9, 16), (32, 16, 3, 3), (16, 16), density=1.0)
     problem.x.fill_(1)
     problem.gy.fill_(1)
-    for tile, shares in (((1, 8, 8), 1), ((1, 8, 8), 5), ((2, 2, 16), 3)):
+    for tile, shares in (((1, 8, 8), 1), ((1, 8, 8), 5), ((2, 2, 16), 2)):
         got, _ = library.run(problem, Plan((2, 1), tile, shares))
         assert torch.equal(got[problem.slots.of_block].double(), problem.reference()[0])
 

@@ -93,6 +93,13 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(_extension.CUDA_LIBRARY))
 
 
+def _has_kernels() -> bool:
+    try:
+        return hasattr(library(), "ddst_cuda_hopper_gather_plan")
+    except OSError:  # built without a CUDA compiler
+        return False
+
+
 def device_refusal(dtype: torch.dtype, capability: tuple[int, int]) -> str:
     """Why no kernel for sm_90a runs there, "" if one may.
 
@@ -103,7 +110,7 @@ def device_refusal(dtype: torch.dtype, capability: tuple[int, int]) -> str:
         return f"needs compute capability 9.0, got {capability[0]}.{capability[1]}"
     if dtype not in DTYPES:
         return f"takes bfloat16 and float16, got {dtype}"
-    if not hasattr(library(), "ddst_cuda_hopper_gather_plan"):
+    if not _has_kernels():
         return "libddst_cuda.so holds no code for sm_90a: build it with 90-real among DDST_CUDA_ARCHS"
     return ""
 

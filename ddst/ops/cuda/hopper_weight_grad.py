@@ -51,7 +51,7 @@ def tiles() -> list[tuple[int, int, int]]:
     (28, (1, 1, 64))
     """
     powers = [1 << i for i in range(TILE_PIXELS.bit_length())]
-    return [tile for tile in itertools.product(powers, repeat=3) if math.prod(tile) == TILE_PIXELS]
+    return [(n, h, w) for n, h, w in itertools.product(powers, repeat=3) if n * h * w == TILE_PIXELS]
 
 
 def facts(

@@ -98,9 +98,10 @@ def test_what_is_refused_is_named(calls: Calls, changes: dict[str, Any], why: st
 
 
 def test_a_library_without_the_kernels_is_named(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "library", lambda: ctypes.CDLL(None))
-    assert "holds no code for sm_90a" in hopper.device_refusal(torch.bfloat16, (9, 0))
-    assert form(0.1) is None
+    for library in (None, "/nowhere/libddst_cuda.so"):
+        monkeypatch.setattr(hopper, "library", lambda library=library: ctypes.CDLL(library))
+        assert "holds no code for sm_90a" in hopper.device_refusal(torch.bfloat16, (9, 0))
+        assert form(0.1) is None
 
 
 def test_supports_names_operators(calls: Calls) -> None:

@@ -37,6 +37,7 @@ struct HopperGatherGeometry : GatherGeometry {
   int copied_bytes;                  // of a patch
   int low_images;                    // log2 of the images between column and row in the order of a tile's pixels
   int squares;                       // 1: the order begins with the pixels of 2 x 2 squares
+  int second_bit;                    // bit of a pixel's number, 3 to 7, that tells a warpgroup's m64 tiles apart
   int second;                        // bytes between a pixel of a warpgroup's first m64 tile and the one of its second
   int block_out;                     // rows of a packed block
   int tile_sets;                     // tiles of a phase, by cluster
@@ -45,9 +46,12 @@ struct HopperGatherGeometry : GatherGeometry {
   int records, barriers, bytes;      // places in shared memory, its size
 };
 
-// Pixel m of the tile: columns, `low_images` of the images, rows, images. Eight pixels in a row must lie in slots that
-// differ modulo 8, hence images between columns and rows where there are less than 8 columns.
+// Pixel m of the tile: columns, `low_images` of the images, rows, images, but for bit 6, which changes places with bit
+// `second_bit`. Eight pixels in a row should lie in slots that differ modulo 8, hence images between columns and rows
+// where there are less than 8 columns.
 DDST_BOTH inline GridPixel hopper_grid_pixel(const HopperGatherGeometry& g, int m) {
+  const int differ = (m >> 6 ^ m >> g.second_bit) & 1;
+  m ^= differ << 6 | differ << g.second_bit;
   int low_row = 0, low_col = 0;
   const int cols = g.log_tile_cols - g.squares, rows = g.log_tile_rows - g.squares;
   if (g.squares) low_col = m & 1, low_row = m >> 1 & 1, m >>= 2;
@@ -62,13 +66,21 @@ DDST_BOTH inline int hopper_slot(const HopperGatherGeometry& g, int m) {
   return pixel.image * g.image_pitch + pixel.row * g.patch_cols + pixel.column;
 }
 
-// Whether the second m64 tile repeats the swizzle of the first, which the kernel relies on, and (`quick`) eight pixels
-// in a row have no bank conflict. Slots are sums of what the bits of m stand for, so that the first ones tell.
-inline bool patch_lies_well(const HopperGatherGeometry& g, bool quick) {
-  if (hopper_slot(g, 64) % 8) return false;
+// Finds a bit of m that may tell a warpgroup's m64 tiles apart: whose pixels are a multiple of 8 slots apart, so that
+// the second tile repeats the swizzle of the first, which the kernel relies on. Slots are sums of what the bits stand
+// for.
+inline bool find_second_bit(HopperGatherGeometry& g) {
+  for (const int bit : {6, 7, 5, 4, 3}) {
+    g.second_bit = bit;
+    if (hopper_slot(g, 64) % 8 == 0) return true;
+  }
+  return false;
+}
+// Whether eight pixels in a row have no bank conflict.
+inline bool has_no_conflicts(const HopperGatherGeometry& g) {
   unsigned seen = 0;
   for (int m = 0; m < 8; ++m) seen |= 1u << hopper_slot(g, m) % 8;
-  return !quick || seen == 0xff;
+  return seen == 0xff;
 }
 
 // 2^rows x 2^cols pixels of as many images as make 256. False if no patch for it lies well, or if it is certain to be
@@ -86,20 +98,23 @@ inline bool set_hopper_tile(HopperGatherGeometry& g, int log_rows, int log_cols,
   g.parts = g.parts_y * g.parts_x;
   const int per_slot = g.parts << log_images;
   if (most >= 0 && g.tiles * std::int64_t(kHopperPixels + rows * cols * per_slot) >= most) return false;
-  int best_rows = 0, best_cols = 0;
-  for (int quick = 1; quick >= 0 && best_rows == 0; --quick)
-    for (int more = 0; more < 64; ++more) {
-      g.patch_rows = rows + more / 8, g.patch_cols = cols + more % 8, g.image_pitch = g.patch_rows * g.patch_cols;
-      if (g.patch_rows * g.step_y > 256 || g.patch_cols * g.step_x > 256) continue;
-      if (best_rows && g.image_pitch >= best_rows * best_cols) continue;
-      if (patch_lies_well(g, quick)) best_rows = g.patch_rows, best_cols = g.patch_cols;
-    }
-  g.patch_rows = best_rows, g.patch_cols = g.patch_half = best_cols, g.image_pitch = best_rows * best_cols;
+  // Padded patches cost bytes, bank conflicts time of ldmatrix alone: as much as a sixth more bytes, it is assumed.
+  int least = 0;
+  HopperGatherGeometry best = g;
+  for (int more = 0; more < 64; ++more) {
+    g.patch_rows = rows + more / 8, g.patch_cols = cols + more % 8, g.image_pitch = g.patch_rows * g.patch_cols;
+    if (g.patch_rows * g.step_y > 256 || g.patch_cols * g.step_x > 256) continue;
+    if ((least && g.image_pitch * 6 >= least) || !find_second_bit(g)) continue;
+    const int cost = g.image_pitch * (has_no_conflicts(g) ? 6 : 7);
+    if (least == 0 || cost < least) least = cost, best = g;
+  }
+  g = best;
+  g.patch_half = g.patch_cols;
   g.patch_slots = g.image_pitch * per_slot;
   g.part_bytes = ceil_div((g.image_pitch << log_images) * kSlice * 2, 256) * 256;
   g.copied_bytes = g.patch_slots * kSlice * 2;
   g.second = hopper_slot(g, 64) * kSlice * 2;
-  return best_rows > 0;
+  return least > 0;
 }
 
 // Places in shared memory: stages (patch, weights) | records | barriers.

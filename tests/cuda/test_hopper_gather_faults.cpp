@@ -71,9 +71,9 @@ void test_layouts() {
   test_layout<false>("16x16 pixels", square(1, 16, 32, 32, 32), "1 x 16 x 16", 4);
   test_layout<false>("8x8", square(4, 8, 16, 32, 16), "4 x 8 x 8", 4);
   test_layout<false>("4x4", square(16, 4, 16, 32, 16), "16 x 4 x 4", 4);
-  test_layout<false>("stride 2", strided, "1 x 16 x 16", 2);
+  test_layout<false>("stride 2", strided, "1 x 16 x 16", 3);
   test_layout<true>("stride 2, input gradient", strided, "1 x 16 x 16", 4);
-  test_layout<false>("4x4 kernel, stride 2", four, "2 x 16 x 8", 2);
+  test_layout<false>("4x4 kernel, stride 2", four, "4 x 8 x 8", 2);
   test_layout<false>("1x1", square(3, 9, 32, 32, 32, 1), "1 x 1 x 256", 8);
 }
 

@@ -1,6 +1,7 @@
 // Instantiations and launches of the gather kernel.
 #include <cuda_runtime.h>
 
+#include "allow_shared_memory.cuh"
 #include "conv2d_gather.cuh"
 #include "conv2d_gather.h"
 
@@ -18,7 +19,7 @@ GatherParams<T> parameters(const GatherGeometry& g, const GatherTile& tile, cons
 template <class Traits>
 cudaError_t launch(const typename Traits::Params& p, cudaStream_t stream) {
   const auto kernel = &conv2d_gather<Traits>;
-  const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.layout.bytes);
+  const cudaError_t status = allow_shared_memory(kernel);
   if (status != cudaSuccess) return status;
   kernel<<<gather_blocks(p.g), Traits::kThreads, p.layout.bytes, stream>>>(p);
   return cudaGetLastError();

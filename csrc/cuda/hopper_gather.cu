@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "allow_shared_memory.cuh"
 #include "hopper_gather.cuh"
 #include "hopper_gather.h"
 
@@ -25,7 +26,7 @@ cudaError_t launch(const HopperGatherGeometry& g, const ddst_cuda_hopper_gather_
   p.bias = static_cast<const T*>(a.bias), p.residual = static_cast<const T*>(a.residual);
   p.output = static_cast<T*>(a.output), p.relu = a.relu, p.g = g;
   const auto kernel = &hopper_gather<Traits>;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, g.bytes);
+  const cudaError_t status = allow_shared_memory(kernel);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

@@ -53,6 +53,7 @@ DDST_DEVICE void multiply_all(const typename Traits::Params& p, const HopperShar
 
 // Registers are given to whole warpgroups. 2 * 240 + 24 is what 384 threads can have.
 constexpr int kConsumerRegisters = 240, kCopierRegisters = 24;
+static_assert(dev::registers_fit(kHopperThreads, kHopperConsumers, kConsumerRegisters, kCopierRegisters));
 
 // Grid: p.clusters clusters of Traits::kCluster. Dynamic shared memory: p.g.bytes.
 template <class Traits>
@@ -83,7 +84,6 @@ hopper_gather(DDST_GRID_CONSTANT typename Traits::Params p) {
     if (warp == kHopperConsumers / 32) copy_patches<Traits>(p, s, first_item);
     if (warp == kHopperConsumers / 32 + 1) copy_weights<Traits>(p, s, first_item);
   }
-  if constexpr (Traits::kCluster > 1) dev::cluster_sync();  // the other CTA may still arrive at this one's barriers
 }
 
 }  // namespace ddst::cuda

@@ -163,9 +163,10 @@ DDST_DEVICE void copy_blocks(const typename Traits::Params& p, int slice, int co
 }
 
 // Calls `copy(item, slice, stage, record, full)` for each slice of this cluster's items, when its stage is empty and
-// its record is there: the parts of what two warps do, each of which arrives at `full` once.
+// its record is there: the parts of what two warps do, each of which arrives at `full` once. Returns the place after
+// the last one.
 template <class Traits, class Copy>
-DDST_DEVICE void for_each_stage(const typename Traits::Params& p, const HopperShared& s, int first_item, Copy copy) {
+DDST_DEVICE RingPlace for_each_stage(const typename Traits::Params& p, const HopperShared& s, int first_item, Copy copy) {
   const HopperGatherGeometry& g = p.g;
   RingPlace stage, record;
   for (int index = first_item; index < g.items; index += p.clusters) {
@@ -177,6 +178,20 @@ DDST_DEVICE void for_each_stage(const typename Traits::Params& p, const HopperSh
            s.records + record.index * g.record_ints, s.full + stage.index);
       stage.next(g.stages), record.next(g.stages + kRecordsAhead);
     }
+  }
+  return stage;
+}
+
+// Waits until the consumers of all CTAs have left all stages. Then every arrival from another CTA has landed, and so
+// has every copy to another one, whose consumers waited for it: a CTA may end. Its other warps need not wait, as
+// shared memory is the CTA's until its last warp has ended. A relaxed cluster barrier would not do: it orders no
+// arrivals.
+template <class Traits>
+DDST_DEVICE void drain_stages(const typename Traits::Params& p, const HopperShared& s, RingPlace stage) {
+  DDST_ROLLED
+  for (int i = 0; i < p.g.stages; ++i) {
+    dev::barrier_wait(s.empty + stage.index, stage.parity ^ 1);
+    stage.next(p.g.stages);
   }
 }
 
@@ -194,16 +209,18 @@ DDST_DEVICE void copy_patches(const typename Traits::Params& p, const HopperShar
   });
 }
 
-// The second copying warp: weights.
+// The second copying warp: weights; and it is the last of a cluster's CTA to end.
 template <class Traits>
 DDST_DEVICE void copy_weights(const typename Traits::Params& p, const HopperShared& s, int first_item) {
   const HopperGatherGeometry& g = p.g;
-  for_each_stage<Traits>(p, s, first_item, [&](const HopperItem&, int slice, auto stage, auto record, auto full) {
+  const auto copy = [&](const HopperItem&, int slice, auto stage, auto record, auto full) {
     const int blocks = dev::load(record);
     copy_blocks<Traits>(p, slice, blocks, record + (kRecordHeader + g.padded_taps), stage + g.weights / 2, full);
     dev::sync_warp();  // as above; so this warp arrives last
     if (dev::elect_one()) dev::barrier_arrive_expect(full, blocks * kSlice * 2 << g.log_channels_per_block);
-  });
+  };
+  [[maybe_unused]] const RingPlace after = for_each_stage<Traits>(p, s, first_item, copy);
+  if constexpr (Traits::kCluster > 1) drain_stages<Traits>(p, s, after);
 }
 
 }  // namespace ddst::cuda

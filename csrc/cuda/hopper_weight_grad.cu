@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "allow_shared_memory.cuh"
 #include "hopper_weight_grad.cuh"
 #include "hopper_weight_grad.h"
 #include "tensor_maps.h"
@@ -20,8 +21,7 @@ cudaError_t encode(const TensorMap& map, dev::TensorMap& to) {
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), Params p, cudaStream_t stream) {
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.sizes.shared_bytes);
+  const cudaError_t status = allow_shared_memory(kernel);
   if (status != cudaSuccess) return status;
   kernel<<<dim3(p.shape.groups, p.shape.shares), kHopperGradThreads, p.sizes.shared_bytes, stream>>>(p);
   return cudaGetLastError();

@@ -21,6 +21,8 @@
 
 namespace ddst::cuda {
 
+static_assert(dev::registers_fit(kHopperGradThreads, kHopperWarps * 32, kMultiplyingRegisters, kChangingRegisters));
+
 template <class T, class U, bool kFused>
 struct HopperWeightGrad {
   using Params = std::conditional_t<kFused, HopperFusedWeightGradParams<T>, HopperWeightGradParams<T>>;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "allow_shared_memory.cuh"
 #include "weight_grad.cuh"
 #include "weight_grad.h"
 
@@ -18,7 +19,7 @@ cudaError_t launch_reduce(const WeightGradParams<T>& p, cudaStream_t stream) {
 template <class Number, class U, class Params>
 cudaError_t launch_kernels(void (*kernel)(Params), const Params& p, cudaStream_t stream) {
   const int shared_bytes = static_cast<int>(p.sizes.shared_bytes);
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t status = allow_shared_memory(kernel);
   if (status != cudaSuccess) return status;
   kernel<<<dim3(p.shape.groups, p.shape.shares), kWeightGradThreads, shared_bytes, stream>>>(p);
   const cudaError_t launched = cudaGetLastError();

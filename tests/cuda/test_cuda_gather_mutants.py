@@ -62,6 +62,7 @@ HOPPER = {
         ("bytes of a patch", "any ? p.g.copied_bytes : 0", "p.g.copied_bytes"),
         ("begin of a patch", "left + x, top + y", "left + y, top + x"),
         ("slices of a block", "chunk = Traits::kTransposed ? 0 : within", "chunk = 0"),
+        ("a CTA ends before the last arrivals", "drain_stages<Traits>(p, s, after);", ";"),
         ("turns of the CTAs", "first += 4 * Traits::kCluster", "first += 4"),
     ],
     "hopper_gather_multiply.cuh": [

@@ -32,7 +32,8 @@ const Planted kRing[] = {
     {Slip::no_cluster_sync, "no cluster barrier", {"nothing orders before", "uninitialised barrier"}},
     {Slip::init_of_too_few, "too few arrivals asked for", {"copy in flight", "more arrivals than", "write after"}},
     {Slip::init_of_too_many, "too many arrivals asked for", {"1 arrivals and 0 bytes missing"}},
-    {Slip::leaves_early, "a CTA leaves early", {"may end before", "has ended", "ends while"}},
+    {Slip::leaves_early, "a CTA leaves early", {"may end before", "has ended"}},
+    {Slip::relaxed_leave, "a relaxed barrier at the end", {"may end before"}},
     {Slip::wrong_rank, "wrong rank", {"deadlock", "more arrivals than", "bytes more than"}},
     {Slip::no_such_cta, "no such CTA", {"to CTA 2 of 2"}},
     {Slip::stray_box, "stray box", {"shared access out of bounds"}},
@@ -90,14 +91,15 @@ void expect_found(const Planted& planted, const std::function<void(const emu::Op
 
 // Nobody misses the wait for the product before the last one and the last two times that lanes wait for each other:
 // those stages are not filled again, and the last wait is for both products. Nor the producer's first wait for each
-// stage, whose barrier has not been used yet.
+// stage, whose barrier has not been used yet, nor its first wait at the end: the same warps arrive at the other stage
+// later.
 void test_each_wait(const SampleProblem& problem) {
   for (const auto& options : orders()) {
     if (options.seed > 1) continue;
     std::string turns, names;
     for (const auto& place : unnoticed([&](const emu::Options& o) { return problem.ring(o); }, options, true))
       turns += place.substr(std::min(place.find('#'), place.size())) + ' ', names += ' ' + place;
-    expect(turns == "#3 #3 #4 #0 #1 ", "waits of the ring that nobody misses:" + names);
+    expect(turns == "#0 #3 #3 #4 #0 #1 ", "waits of the ring that nobody misses:" + names);
     const auto rewrite = unnoticed([&](const emu::Options& o) { return problem.rewrite(o); }, options, true);
     expect(rewrite.empty(), "waits that nobody misses: " + (rewrite.empty() ? "" : rewrite[0]));
   }
@@ -150,7 +152,12 @@ void test_registers() {
   const auto launch = [](int threads, auto kernel) {
     return [=] { emu::Block().launch({1, 1, 1}, threads, 0, kernel); };
   };
-  launch(256, [] { dev::thread_index() < 128 ? dev::give_registers<24>() : dev::take_registers<240>(); })();
+  launch(384, [] { dev::thread_index() < 128 ? dev::give_registers<24>() : dev::take_registers<240>(); })();
+  expect_caught("increase", "an increase from 256 registers to 240", launch(256, [] { dev::take_registers<240>(); }));
+  expect_caught("decrease", "a decrease from 168 registers to 176", launch(384, [] { dev::give_registers<176>(); }));
+  expect_caught("nobody gives", "82944 registers are asked for", launch(384, [] {
+                  if (dev::thread_index() >= 128) dev::take_registers<240>();
+                }));
   expect_caught("registers", "registers are asked for", launch(384, [] { dev::take_registers<176>(); }));
   expect_caught("registers of a warp", "the warpgroup's warps ask for",
                 launch(256, [] { dev::thread_index() < 32 ? dev::give_registers<24>() : dev::give_registers<32>(); }));

@@ -4,6 +4,7 @@
 // A kernel takes its tensor maps by value in a parameter marked DDST_GRID_CONSTANT and passes their addresses.
 #pragma once
 #include "primitives.cuh"
+#include "registers.hpp"
 
 namespace ddst::dev {
 

@@ -78,7 +78,9 @@ DDST_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// All threads of the cluster. Relaxed: it orders initialised barriers (fence_barrier_init) and the CTAs' ends, no data.
+// All threads of the cluster. Relaxed: it orders barriers that were initialised and fenced (fence_barrier_init), and
+// nothing else: neither data, nor earlier arrivals at another CTA's barriers before that CTA's end. Whoever ends waits
+// for those at the barriers themselves.
 DDST_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -95,7 +97,7 @@ DDST_DEVICE shared_ptr<T> kept(shared_ptr<T> p) {
 DDST_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0); }
 
 // ---- copies: asynchronous, they complete their bytes on the barrier ----
-struct alignas(64) TensorMap {  // CUtensorMap, which the driver encodes
+struct alignas(128) TensorMap {  // CUtensorMap, which the driver encodes; aligned as CUDA 13's
   std::uint64_t opaque[16];
 };
 

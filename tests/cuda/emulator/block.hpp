@@ -11,6 +11,7 @@
 #include <sstream>
 #include <utility>
 
+#include "device/registers.hpp"
 #include "mbarrier.hpp"
 #include "thread.hpp"
 
@@ -156,13 +157,15 @@ class Block final : public Mbarriers::Host {
   }
   std::size_t shadow_offset(int block, std::uint32_t offset) const { return block * shared_stride_ + offset; }
 
-  void set_registers(int warp, int count) {
-    registers_[warp] = count;
-    const int warps = thread_count_ / kWarp, first = warp / warps * warps;
-    const int sum = std::accumulate(registers_.begin() + first, registers_.begin() + first + warps, 0);
-    if (sum * kWarp > 65536)
-      report(threads_[warp * kWarp].get(), "setmaxnreg: " + std::to_string(sum * kWarp) + " registers are asked for",
+  // An increase may come before the decrease that it waits for: whether all fits is seen when the block ends.
+  void set_registers(int warp, int count, bool more) {
+    const int now = registers_[warp];
+    if (more ? count < now : count > now)
+      report(threads_[warp * kWarp].get(),
+             std::string("setmaxnreg: ") + (more ? "an increase" : "a decrease") + " from " + std::to_string(now) +
+                 " registers to " + std::to_string(count),
              threads_[warp * kWarp]->where);
+    registers_[warp] = count;
   }
 
   std::string place(Where where) const {
@@ -181,13 +184,13 @@ class Block final : public Mbarriers::Host {
   }
   Thread& thread(int id) { return *threads_[id]; }
   void wake(int thread) override { threads_[thread]->state = Thread::State::ready; }
-  // An arrival or a copy reaches block `rank` from another one.
-  void reach(int rank, const char* what, Where where) {
+  // An arrival or a copy reaches block `rank` from another one: access of `owner` at `time`.
+  void reach(int rank, const char* what, int owner, Time time, Where where) {
     if (rank < 0 || rank >= blocks_)
       fail(std::string(what) + " to CTA " + std::to_string(rank) + " of " + std::to_string(blocks_), where);
     if (rank == running_->block) return;
     if (ended(rank)) fail(std::string(what) + " to CTA " + std::to_string(rank) + ", which has ended", where);
-    reached_[rank].push_back({running_->id, clocks.now(running_->id), what, where});
+    reached_[rank].insert_or_assign(owner, Reach{running_->id, time, what, where});
   }
 
   Clocks clocks;
@@ -240,9 +243,9 @@ class Block final : public Mbarriers::Host {
   std::size_t shared_bytes_ = 0, shared_stride_ = 0, capacity_ = 0;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::deque<BulkCopy> in_flight_;
-  std::vector<std::vector<Reach>> reached_;  // of each block, since the last cluster barrier
+  std::vector<std::map<int, Reach>> reached_;  // of each block, the last one of each owner
   std::vector<bool> ended_;
-  std::vector<int> registers_;  // of each warp, by setmaxnreg
+  std::vector<int> registers_;  // of a thread of each warp, by setmaxnreg
   Index3 first_block_;
   int blocks_ = 1, thread_count_ = 0, barriers_ = 0;
   bool progress_ = false;

@@ -104,8 +104,10 @@ inline void start_copy(int rank, std::uint32_t to, std::shared_ptr<const std::ve
                        std::uint32_t barrier, Where where) {
   Block& block = *Block::current;
   Thread& self = block.self();
-  block.reach(rank, "copy", where);
+  if (rank >= block.cluster_size())
+    block.fail("copy to CTA " + std::to_string(rank) + " of " + std::to_string(block.cluster_size()), where);
   const Mbarrier& b = block.barriers.used(self.id, rank, barrier, true, "copy", where);
+  block.reach(rank, "copy", b.owner, b.phase + 1, where);
   const auto count = std::uint32_t(bytes->size());
   std::byte* const there = block.shared_data_in(rank, to, count, 16, where);
   const Time time = b.phase + 1;

@@ -23,7 +23,7 @@ inline void fence_barrier_init(Where where = Where::current()) {
 inline void arrive(int rank, emu::SharedPtr<Barrier> b, int bytes, Where where) {
   Block& block = *Block::current;
   emu::Thread& self = block.self();
-  block.reach(rank, "arrival", where);
+  block.reach(rank, "arrival", self.id, block.clocks.now(self.id), where);
   const bool remote = rank != self.block;
   ++(remote ? block.stats.remote_arrivals : block.stats.barrier_arrivals);
   block.barriers.arrive(block.barriers.used(self.id, rank, b.offset(), remote, "arrival", where), self.id, bytes,
@@ -53,13 +53,13 @@ inline bool elect_one(Where where = Where::current()) {
 template <int kCount>
 void give_registers(Where where = Where::current()) {
   static_assert(kCount >= 24 && kCount <= 256 && kCount % 8 == 0);
-  emu::RegisterArgs args{kCount};
+  emu::RegisterArgs args{kCount, false};
   Block::current->warp_op(&emu::set_registers, &args, "setmaxnreg.dec", where);
 }
 template <int kCount>
 void take_registers(Where where = Where::current()) {
   static_assert(kCount >= 24 && kCount <= 256 && kCount % 8 == 0);
-  emu::RegisterArgs args{kCount};
+  emu::RegisterArgs args{kCount, true};
   Block::current->warp_op(&emu::set_registers, &args, "setmaxnreg.inc", where);
 }
 template <int kId>

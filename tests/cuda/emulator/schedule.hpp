@@ -48,7 +48,7 @@ inline void Block::prepare(int blocks, int threads, std::size_t shared_bytes) {
   in_flight_.clear();
   reached_.assign(blocks, {});
   ended_.assign(blocks, false);
-  registers_.assign(blocks * threads / kWarp, 0);
+  registers_.assign(blocks * threads / kWarp, dev::registers_at_entry(threads));
   barriers_ = 0;
   random_.seed(options.seed);
   stats.blocks += blocks;
@@ -185,10 +185,7 @@ inline void Block::release_barriers() {
       orders = orders && !threads_[t]->orders_nothing;
       wake(t);
     }
-    if (orders) {
-      barriers.cluster_synchronised();
-      for (auto& reached : reached_) reached.clear();
-    }
+    if (orders) barriers.cluster_synchronised();  // relaxed: no data, and no arrivals before a CTA's end
     progress_ = true;
   }
 }
@@ -256,13 +253,13 @@ inline bool Block::ended(int block) const {
   const int first = block * thread_count_;
   return count(first, first + thread_count_, Thread::State::done) == thread_count_;
 }
-// What others do to a block must be over when it ends: somebody there knows, or a cluster barrier was in between.
+// What others do to a block must be over when it ends: somebody there waited for it.
 inline void Block::block_ends(int block) {
   ended_[block] = true;
   const int first = block * thread_count_;
-  for (const Reach& reach : reached_[block]) {
+  for (const auto& [owner, reach] : reached_[block]) {
     bool known = false;
-    for (int t = first; t < first + thread_count_ && !known; ++t) known = clocks.knows(t, reach.thread, reach.time);
+    for (int t = first; t < first + thread_count_ && !known; ++t) known = clocks.knows(t, owner, reach.time);
     if (!known)
       report(threads_[reach.thread].get(),
              "CTA " + std::to_string(block) + " may end before the " + reach.what + " to it", reach.where);
@@ -275,6 +272,12 @@ inline void Block::block_ends(int block) {
                  std::to_string(registers_[warp]) + " registers",
              threads_[warp * kWarp]->where);
   }
+  const int warps = thread_count_ / kWarp, first_warp = first / kWarp;
+  const int sum = std::accumulate(registers_.begin() + first_warp, registers_.begin() + first_warp + warps, 0);
+  if (sum > dev::registers_at_entry(thread_count_) * warps)
+    report(threads_[first].get(),
+           "setmaxnreg: " + std::to_string(sum * kWarp) + " registers are asked for, more than there were",
+           threads_[first]->where);
   for (const BulkCopy& copy : in_flight_)
     if (copy.block == block)
       report(threads_[copy.thread].get(), "CTA " + std::to_string(block) + " ends while a copy to it is in flight",

@@ -124,10 +124,12 @@ inline void elect(Block& block, int, void* const* args) {
 }
 struct RegisterArgs {
   int count;
+  bool more;
 };
-// setmaxnreg: what all warps ask for must fit; a warpgroup's warps ask for the same (checked when the block ends).
+// setmaxnreg: what all warps have must fit, and a warpgroup's warps ask for the same (both checked when the block ends).
 inline void set_registers(Block& block, int warp, void* const* args) {
-  block.set_registers(warp, static_cast<const RegisterArgs*>(args[0])->count);
+  const auto& asked = *static_cast<const RegisterArgs*>(args[0]);
+  block.set_registers(warp, asked.count, asked.more);
 }
 
 }  // namespace ddst::emu

@@ -24,7 +24,8 @@ void test_fault_injection(const std::string& name) {
   emu::Options options;
   options.list_waits = true;
   const auto places = run_hopper<Traits>(problem, options, name, 1).stats.wait_places;
-  // Barriers, a fence, waits for products, warps that agree before an arrival; at the begin (and the end) three.
+  // Barriers, a fence, the waits for products, the warps that agree before an arrival; at the begin (and the end)
+  // three.
   expect(places.size() == (Traits::kCluster > 1 ? 12 : 11), name + ": " + std::to_string(places.size()) + " waits");
   options.list_waits = false;
   for (const auto& [place, count] : places) {

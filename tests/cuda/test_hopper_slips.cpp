@@ -113,6 +113,39 @@ void test_early_read(const SampleProblem& problem) {
     expect_caught("sum read early", "wrong result", [&] { problem.ring(options, Slip::sum_read_early); });
 }
 
+void test_barriers() {
+  const auto launch = [](int arrivals, auto kernel) {
+    return [=] {
+      emu::Block().launch({1, 1, 1}, 64, 16, [=] {
+        const auto b = dev::dynamic_shared<dev::Barrier>();
+        if (dev::thread_index() == 0) dev::barrier_init(b, arrivals);
+        dev::sync_threads();
+        kernel(dev::thread_index(), b);
+      });
+    };
+  };
+  launch(1, [](int t, auto b) { t < 32 ? dev::barrier_wait(b, 0) : t == 32 ? dev::barrier_arrive(b) : void(); })();
+  expect_caught("two phases in a row", "may still wait for the one before", launch(1, [](int t, auto b) {
+                  if (t < 32) dev::barrier_wait(b, 0);
+                  if (t == 32) dev::barrier_arrive(b), dev::barrier_arrive(b);
+                }));
+  expect_caught("a phase that never comes", "deadlock: threads 0...31 at barrier_wait", launch(2, [](int t, auto b) {
+                  if (t < 32) dev::barrier_wait(b, 0);
+                  if (t == 32) dev::barrier_arrive(b);
+                }));
+  expect_caught("no arrivals", "barrier_init with 0 arrivals", launch(0, [](int, auto) {}));
+  expect_caught("initialised twice", "initialised twice", launch(1, [](int t, auto b) {
+                  if (t == 5) dev::barrier_init(b, 1);
+                }));
+  expect_caught("parity", "for parity 2", launch(1, [](int, auto b) { dev::barrier_wait(b, 2); }));
+  expect_caught("write to a barrier", "write over an mbarrier", launch(1, [](int t, auto b) {
+                  if (t == 0) dev::store(b.template as<int>(), 0);
+                }));
+  expect_caught("phase without end", "bytes missing", launch(1, [](int t, auto b) {
+                  if (t == 0) dev::barrier_arrive_expect(b, 16);
+                }));
+}
+
 void test_registers() {
   const auto launch = [](int threads, auto kernel) {
     return [=] { emu::Block().launch({1, 1, 1}, threads, 0, kernel); };
@@ -182,6 +215,7 @@ int main() {
     expect_found(planted, [&](const emu::Options& options) { problem.rewrite(options, planted.slip); });
   test_early_read(problem);
   test_each_wait(problem);
+  test_barriers();
   test_registers();
   test_maps();
   return finish("hopper slips");

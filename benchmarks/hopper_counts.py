@@ -141,7 +141,7 @@ def weight_grad_slots(code: dict[str, Code], density: float) -> tuple[float, flo
     boxes = [-(-band * 16 // 64) for band in new.band]
     copier = kernel.issued(
         kernel.loops_around(Instruction.is_tensor_copy, Instruction.is_wait, innermost=True)[0],
-        odds.of_weight_grad_copier((boxes[0], boxes[1])),
+        odds.of_weight_grad_copier(boxes[0], boxes[1]),
     )
     mine = tiles * groups * (hopper_weight_grad.WARPS * consumer + copier)
     return today / H200.multiprocessors / SCHEDULERS, mine / H200.multiprocessors / SCHEDULERS

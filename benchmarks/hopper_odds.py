@@ -199,24 +199,29 @@ def of_hopper_weight_grad(units: float, rows: float) -> Odds:
     return odds
 
 
-def of_weight_grad_copier(boxes: tuple[int, int]) -> Odds:
-    """Of its loop over tiles in the warp that copies: boxes of gy and of x, by fours, then two, then one."""
-    left = list(boxes)
+def of_weight_grad_copier(grad_boxes: int, input_boxes: int) -> Odds:
+    """Of its loop over tiles in the warp that copies: boxes of gy by fours, then two, then one; those of x singly, in
+    loops over the parities of rows and columns (of which there is one without strides) and over slices of channels."""
+    last = iter([float(grad_boxes % 2 == 0), 0.0, 0.0, 0.0])
 
     def odds(branch: Branch) -> float:
-        on = branch.counts("UTMALDG")[1]
+        there, on = branch.counts("UTMALDG")
         if branch.counts("SYNCS.PHASECHK") != (0, 0) and not (branch.depth == 0 and branch.back):
             return 0.0
         if branch.back:
-            return 1 - 1 / max(1, left[0] // 4) if branch.depth else 1.0
+            if there == 4:
+                return 1 - 1 / max(1, grad_boxes // 4)
+            if there == 1:
+                return 1 - 1 / input_boxes if branch.depth == 3 else 0.0
+            return 1.0
         if on == 7:
             return 0.0
         if on == 4:
-            return float(left[0] < 4)
+            return float(grad_boxes < 4)
         if on == 2:
-            return float(left[0] % 4 < 2)
+            return float(grad_boxes % 4 < 2)
         if on == 1:
-            return float(left.pop(0) % 2 == 0)
+            return next(last)
         raise _unknown(branch)
 
     return odds

@@ -17,9 +17,9 @@ from ddst.ops.cuda import compiled, gather, hopper, hopper_weight_grad
 BACKENDS_OF = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 #: Backend "cuda" with the kernel set that its model would choose: both forms for sm_90a, and the one for all.
 FORMS: dict[str, hopper.Form | str] = {
-    "cuda N=16": hopper.Form(1, 2),
-    "cuda N=64": hopper.Form(4, 2),
-    "cuda mma.sync": "general",
+    "cuda/N=16": hopper.Form(1, 2),
+    "cuda/N=64": hopper.Form(4, 2),
+    "cuda/mma.sync": "general",
 }
 BLOCKS = tuple((rows, columns) for rows in (32, 64, 16) for columns in (32, 64, 16))
 #: Operators without a choice of backend, and the backends whose own they are.
@@ -51,10 +51,10 @@ def forms(device: str, dtype: torch.dtype) -> list[str]:
 def plain(backend: str) -> str:
     """The backend, without the form.
 
-    >>> plain("cuda N=16"), plain("triton")
+    >>> plain("cuda/N=16"), plain("triton")
     ('cuda', 'triton')
     """
-    return backend.partition(" ")[0]
+    return backend.partition("/")[0]
 
 
 def forcing(backend: str) -> AbstractContextManager[None]:
@@ -112,8 +112,8 @@ def _form_refusal(
     """Why a form for sm_90a does not do a call: forcing it would run the kernel for all architectures."""
     if not name.endswith("weight_grad"):
         return hopper.supports(name, gather.facts(first.device), first.dtype, shape, block, *window[:2])[1]
-    if backend != "cuda N=16":
-        return "weight gradients have one form: it is with N=16"
+    if backend != "cuda/N=16":
+        return "weight gradients have one form: that of N=16"
     return hopper_weight_grad.supports(gather.facts(first.device), first.dtype, shape, block, *window)[1]
 
 

@@ -39,7 +39,7 @@ from ddst.benchmarks.gpu.networks import Network
 from ddst.benchmarks.gpu.problems import Shape
 from ddst.benchmarks.registry import Layer
 from ddst.kernels import configs, tuning
-from ddst.ops.cuda import compiled, hopper, hopper_weight_grad
+from ddst.ops.cuda import compiled, gather, hopper, hopper_weight_grad
 from helpers import fake_cuda
 from helpers import interpreter as interpreter
 
@@ -132,6 +132,7 @@ def _small(stage: Stage, patch: pytest.MonkeyPatch) -> None:
     put(backends, "supports", lambda name, problem: (True, "pretended"))
     put(compiled, "supports", lambda op, *_: (op != "linear_input_grad", "pretended to be refused"))
     put(backends, "code", lambda name: 0)
+    put(gather, "facts", lambda device: gather.Device(132, 227 * 1024, (9, 0)))
     put(hopper, "device_refusal", lambda *_: "")  # it has two forms of the kernels for sm_90a
     put(calls, "FORMS", {name: form for name, form in calls.FORMS.items() if isinstance(form, hopper.Form)})
     put(hopper, "supports", lambda op, *_: (True, "") if op == "conv2d" else (False, "pretended"))

@@ -166,7 +166,8 @@ DDST_DEVICE void copy_blocks(const typename Traits::Params& p, int slice, int co
 // its record is there: the parts of what two warps do, each of which arrives at `full` once. Returns the place after
 // the last one.
 template <class Traits, class Copy>
-DDST_DEVICE RingPlace for_each_stage(const typename Traits::Params& p, const HopperShared& s, int first_item, Copy copy) {
+DDST_DEVICE RingPlace for_each_stage(const typename Traits::Params& p, const HopperShared& s, int first_item,
+                                     Copy copy) {
   const HopperGatherGeometry& g = p.g;
   RingPlace stage, record;
   for (int index = first_item; index < g.items; index += p.clusters) {

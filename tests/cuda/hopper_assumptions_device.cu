@@ -1,5 +1,5 @@
-// What the kernels for sm_90a, and the emulator with them, take for granted where the manual is short: a GPU tells (make
-// gpu), and the emulator must agree (tests/cuda/test_cuda_primitives.py).
+// What the kernels for sm_90a, and the emulator with them, take for granted where the manual is short: a GPU tells
+// (make gpu), and the emulator must agree (tests/cuda/test_cuda_primitives.py).
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Icsrc/cuda tests/cuda/hopper_assumptions_device.cu
 //     -o /tmp/assumptions && /tmp/assumptions
@@ -123,14 +123,14 @@ void check_steps() {
       map.steps[1] = step, map.steps[2] = 2;
       const int bytes = 2 * kRows * kColumns * 32;
       expect(cuda::copied_bytes(map) == bytes, "bytes of a box with steps");
-      const Words found = run(copy_probe, 1, 32, kTensor, std::size_t(bytes) / 4, map,
-                              {kBox4, bytes, {16, -1, -3, 1, 0}, {0, 0}});
+      const Words found =
+          run(copy_probe, 1, 32, kTensor, std::size_t(bytes) / 4, map, {kBox4, bytes, {16, -1, -3, 1, 0}, {0, 0}});
       bool right = true;
       for (int pixel = 0; pixel < 2 * kRows * kColumns; ++pixel)
         for (int c = 0; c < 16; ++c)
-          right = right && half(found, place(pixel, c, 16, 32)) ==
-                               element(1 + pixel / kColumns / kRows, -3 + pixel / kColumns % kRows * 2,
-                                       -1 + pixel % kColumns * step, 16 + c);
+          right = right && half(found, place(pixel, c, 16, 32)) == element(1 + pixel / kColumns / kRows,
+                                                                           -3 + pixel / kColumns % kRows * 2,
+                                                                           -1 + pixel % kColumns * step, 16 + c);
       expect(right, "box from (-1, -3) on, steps " + std::to_string(step) + " and 2, ends " +
                         (whole ? "after a whole step" : "with its last element"));
     }
@@ -162,9 +162,9 @@ void check_barriers() {
       const std::string name = "CTA " + std::to_string(rank) + ": ";
       expect(rows_are(found, begin, rows, 0) && rows_are(found, begin + kBytes, rows, 8),
              name + "the other one's bytes come before they are expected");
-      expect(rows_are(found, begin + 2 * kBytes, rows, -1),
-             name + "a box for both from column " + std::to_string(at[0]) + ", row " + std::to_string(at[1]) +
-                 " on, outside of the tensor");
+      expect(rows_are(found, begin + 2 * kBytes, rows, -1), name + "a box for both from column " +
+                                                                std::to_string(at[0]) + ", row " +
+                                                                std::to_string(at[1]) + " on, outside of the tensor");
     }
   }
 }
@@ -195,8 +195,7 @@ void check_groups(int at) {
     for (int i = 0; i < kN / 2; ++i) {
       int sum = 0;
       for (int g = 0; g < kGroups; ++g)
-        for (int k = 0; k < 16; ++k)
-          sum += value(0, g, row(t, i), k) * value(1, g, i / 4 * 8 + t % 4 * 2 + i % 2, k);
+        for (int k = 0; k < 16; ++k) sum += value(0, g, row(t, i), k) * value(1, g, i / 4 * 8 + t % 4 * 2 + i % 2, k);
       float got;
       std::memcpy(&got, &out[std::size_t(t) * kN / 2 + std::size_t(i)], 4);
       right = right && got == float(sum);

@@ -29,8 +29,8 @@ DDST_KERNEL(32, 1) multicast_probe(DDST_GRID_CONSTANT dev::TensorMap map, In, Ou
 // A copying warp and two warpgroups that add up rows, over a ring of two stages; CTAs wait for each other's consumers.
 // Threads begin with 168 registers. The sums need more: without the increase they would not be there.
 constexpr int kSums = 184;
+static_assert(dev::registers_at_entry(384) < kSums && dev::registers_fit(384, 256, 240, 24));
 DDST_KERNEL(384, 1) ring_probe(DDST_GRID_CONSTANT dev::TensorMap map, In, Out out, Ask ask) {
-  static_assert(dev::registers_at_entry(384) < kSums && dev::registers_fit(384, 256, 240, 24));
   const auto shared = dev::dynamic_shared<dev::bf16>();
   const auto full = barriers(), empty = full + 2;
   const int warp = dev::warp_index(), rank = dev::cluster_rank();

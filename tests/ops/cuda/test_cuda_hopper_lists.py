@@ -80,9 +80,7 @@ def test_lists_are_those_of_the_definition(
 def test_more_rows_than_int32_can_number_are_refused() -> None:
     many = tp.Index(*(torch.zeros(1, dtype=torch.int32).expand(2**27) for _ in tp.Index._fields))
     with pytest.raises(ValueError, match="fewer than 2\\^31 rows, got 2147483648"):
-        hopper_lists.records_and_order(
-            many, (256, 256, 3, 3), (16, 16), (1, 1), input_gradient=False, granules=1
-        )
+        hopper_lists.records_and_order(many, (256, 256, 3, 3), (16, 16), (1, 1), input_gradient=False, granules=1)
 
 
 @pytest.mark.parametrize("granules", [1, 4])

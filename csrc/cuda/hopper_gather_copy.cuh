@@ -210,7 +210,7 @@ DDST_DEVICE void copy_patches(const typename Traits::Params& p, const HopperShar
   });
 }
 
-// The second copying warp: weights; and it is the last of a cluster's CTA to end.
+// The second copying warp: weights. In a cluster it stays until the other CTA has arrived here for the last time.
 template <class Traits>
 DDST_DEVICE void copy_weights(const typename Traits::Params& p, const HopperShared& s, int first_item) {
   const HopperGatherGeometry& g = p.g;

@@ -166,7 +166,8 @@ DDST_DEVICE void copy_blocks(const typename Traits::Params& p, int slice, int co
 // its record is there: the parts of what two warps do, each of which arrives at `full` once. Returns the place after
 // the last one.
 template <class Traits, class Copy>
-DDST_DEVICE RingPlace for_each_stage(const typename Traits::Params& p, const HopperShared& s, int first_item, Copy copy) {
+DDST_DEVICE RingPlace for_each_stage(const typename Traits::Params& p, const HopperShared& s, int first_item,
+                                     Copy copy) {
   const HopperGatherGeometry& g = p.g;
   RingPlace stage, record;
   for (int index = first_item; index < g.items; index += p.clusters) {
@@ -209,7 +210,7 @@ DDST_DEVICE void copy_patches(const typename Traits::Params& p, const HopperShar
   });
 }
 
-// The second copying warp: weights; and it is the last of a cluster's CTA to end.
+// The second copying warp: weights. In a cluster it stays until the other CTA has arrived here for the last time.
 template <class Traits>
 DDST_DEVICE void copy_weights(const typename Traits::Params& p, const HopperShared& s, int first_item) {
   const HopperGatherGeometry& g = p.g;

@@ -58,7 +58,7 @@ def faults(kernel: Kernel, has: Sequence[str]) -> list[str]:
     found += [f"ptxas: {line}" for line in kernel.said if "serialized" in line]
     if any(name.startswith("BRA.U.ANY") for name in names):
         found.append("a loop over lanes around what one thread does: choose it by elect_one()")
-    if names.count("CCTL.IVALL") > names.count("UCGABAR_WAIT"):  # each cluster_sync has one, at the begin and the end
+    if names.count("CCTL.IVALL") > names.count("UCGABAR_WAIT"):  # each cluster_sync has one
         found.append("drops the first-level cache: an acquire at cluster scope")
     found += [f"has no {name}" for name in has if not any(n.startswith(name) for n in names)]
     return found

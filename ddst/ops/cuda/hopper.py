@@ -8,8 +8,9 @@ issued by the busiest of the four schedulers, and products on the tensor cores. 
 (``python -m ddst.benchmarks hopper-counts``); they depend on the density and on how many output channels a block has.
 The latter assume the peak rate for any number of columns, which a device has yet to confirm for 16. A product of one
 granule of 16 channels multiplies no zeros; one of four takes fewer instructions for 64 channels, and multiplies the
-zeros of those that are not active. Where there are too few tiles for the device's multiprocessors, the kernel for every
-architecture has smaller ones.
+zeros of those that are not active: where a pixel is Inf or NaN, they become NaN there without having a block, which
+they do not in the form of one granule. Where there are too few tiles for the device's multiprocessors, the kernel for
+every architecture has smaller ones.
 
 None of this has been measured. `forced` sets a form, or the other kernel, aside of the model.
 """

@@ -44,6 +44,9 @@ def records_and_order(
     ``granules`` = 4, blocks of 64 channels are taken together: where one of them is there, the others are listed with
     the row behind the last one, and read as zeros.
 
+    Raises:
+        ValueError: there are 2³¹ rows or more, which int32 cannot number.
+
     Returns:
         int32. Built by operations of fixed size, without a host synchronisation. Cost: some passes over a table of all
         blocks there could be.
@@ -54,6 +57,8 @@ def records_and_order(
     out_channels, in_channels = (weight_shape[1], weight_shape[0]) if input_gradient else weight_shape[:2]
     phases = stride if input_gradient else (1, 1)
     per_group, per_block, together = TILE_CHANNELS // side, side // GRANULE, max(1, granules * GRANULE // side)
+    if (rows := out.numel() * block[0]) >= 2**31:
+        raise ValueError(f"packed values must have fewer than 2^31 rows, got {rows}")
     groups, in_blocks = -(-out_channels // TILE_CHANNELS), -(-in_channels // depth)
     ints, padded = record_ints(taps, per_group)
     lines, slots, device = phases[0] * phases[1] * groups * in_blocks, out.numel(), out.device

@@ -126,7 +126,8 @@ struct RegisterArgs {
   int count;
   bool more;
 };
-// setmaxnreg: what all warps have must fit, and a warpgroup's warps ask for the same (both checked when the block ends).
+// setmaxnreg: what all warps have must fit, and a warpgroup's warps ask for the same (both checked when the block
+// ends).
 inline void set_registers(Block& block, int warp, void* const* args) {
   const auto& asked = *static_cast<const RegisterArgs*>(args[0]);
   block.set_registers(warp, asked.count, asked.more);

@@ -77,6 +77,12 @@ def test_lists_are_those_of_the_definition(
     assert records.shape[1] == hopper_lists.record_ints(kernel[0] * kernel[1], 128 // block[input_gradient])[0]
 
 
+def test_more_rows_than_int32_can_number_are_refused() -> None:
+    many = tp.Index(*(torch.zeros(1, dtype=torch.int32).expand(2**27) for _ in tp.Index._fields))
+    with pytest.raises(ValueError, match="fewer than 2\\^31 rows, got 2147483648"):
+        hopper_lists.records_and_order(many, (256, 256, 3, 3), (16, 16), (1, 1), input_gradient=False, granules=1)
+
+
 @pytest.mark.parametrize("granules", [1, 4])
 def test_sizes_follow_from_the_shape_alone(granules: int) -> None:
     """So that lists can be rewritten in place under a captured graph."""

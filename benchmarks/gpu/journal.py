@@ -22,7 +22,7 @@ LAYERS = (*OPERATORS, "ddst/nn")
 NETWORKS = (*LAYERS, "kernels/tables", "ddst/convert", "ddst/models", "ddst/sparsity", "ddst/gan", "ddst/train")
 CHECKS = ("correctness", "problems", "half_blocks", "calls", "timing")
 SOURCES = {
-    "primitives": ("csrc/cuda/device", "csrc/cuda/tensor_map*", "tests/cuda/*_device.cu"),
+    "primitives": ("csrc/cuda/device", "csrc/cuda/tensor_map*", "tests/cuda/*_device.cu", "tests/cuda/*_probes.hpp"),
     "correctness": (*LAYERS, *(f"benchmarks/gpu/{name}.py" for name in CHECKS)),
     "kernels": (*OPERATORS, "kernels/tables", "benchmarks/gpu/kernel_rows.py", "benchmarks/gpu/timing.py"),
     "iteration": (*NETWORKS, "benchmarks/gpu/iteration.py", "benchmarks/gpu/networks.py", "benchmarks/gpu/timing.py"),

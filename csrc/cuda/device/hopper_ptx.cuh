@@ -165,7 +165,7 @@ DDST_DEVICE MatrixDescriptor matrix_descriptor(shared_ptr<T> at, int leading_byt
           std::uint32_t(stride_bytes / 16) | kMode << 30};
 }
 
-// Registers and shared memory that were written before are seen by the products that follow.
+// Registers that were written before are seen by the products that follow; shared memory takes fence_async_shared.
 DDST_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DDST_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kLeft>

@@ -59,9 +59,9 @@ std::vector<T> run_fused(Params p, const GatherProblem<T>& problem, const HalfBl
 
 // Returns the places of waits.
 template <class T, bool kTransposed, int kWidth, int kCluster>
-std::map<std::string, long> test_fused(const std::string& name, const ddst_cuda_conv2d_problem& shape, int norm,
-                                       bool squares, bool halved, float slope, Rng& rng,
-                                       const std::string& without = "") {
+std::map<std::string, int> test_fused(const std::string& name, const ddst_cuda_conv2d_problem& shape, int norm,
+                                      bool squares, bool halved, float slope, Rng& rng,
+                                      const std::string& without = "") {
   using Traits = HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperFused>;
   using Today = GatherTraits<T, kTransposed, false, FusedSource>;
   const GatherProblem<T> problem(shape, kTransposed, 0.4, false, rng);

@@ -4,7 +4,8 @@
 
 ``--torch`` takes another torch, with the Triton that belongs to it (`make test-oldest`). The packages go into a virtual
 environment of their own (several GB where they are CUDA builds), which is deleted afterwards unless ``--venv`` names
-it; ddst is this tree with the library built in it by the pinned torch's headers. ``--write`` writes docs/notes/newest.md.
+it; ddst is this tree with the library built in it by the pinned torch's headers. ``--write`` writes
+docs/notes/newest.md.
 """
 
 from __future__ import annotations

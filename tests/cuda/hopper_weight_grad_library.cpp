@@ -23,9 +23,8 @@ emu::Stats run(const cuda::WeightGradShape& s, const Arrays& arrays, const emu::
   p.block_row = reduced.block_row, p.block_col = reduced.block_col, p.block_tap = reduced.block_tap;
   p.units = reduced.units, p.partials = reduced.partials;
   p.shape = s, p.sizes = sizes, p.prologue = on.prologue();
-  static emu::Block block;  // keeps the fiber stacks
+  emu::Block block;  // not kept for the next run: libraries of mutants stay loaded, with all their stacks
   block.options = options;
-  block.stats = {};
   block.launch({s.groups, s.shares, 1}, cuda::kHopperGradThreads, std::size_t(sizes.shared_bytes), [&] {
     if (arrays.fused)
       cuda::hopper_fused_weight_grad<T, U>(p);

@@ -15,6 +15,7 @@ from ..precision import tf32_allowed
 from . import gather, weight_grad
 from .fused import norm_act_conv2d, norm_act_conv2d_input_grad, norm_act_conv2d_weight_grad
 from .gather import conv2d, conv2d_input_grad, linear, linear_input_grad
+from .gather_problem import GATHERS
 from .weight_grad import conv2d_weight_grad, linear_weight_grad
 
 __all__ = [
@@ -31,8 +32,6 @@ __all__ = [
     "supports_all",
 ]
 
-_GATHERS = {"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True}  # input_gradient
-_GATHERS |= {"norm_act_conv2d": False, "norm_act_conv2d_input_grad": True}
 _WEIGHT_GRADS = ("conv2d_weight_grad", "linear_weight_grad", "norm_act_conv2d_weight_grad")
 
 
@@ -58,7 +57,7 @@ def supports(
     >>> supports("conv2d_block_scores", torch.device("cuda:0"), torch.float32, (16, 16, 3, 3), (16, 16))
     (False, "conv2d_block_scores is not written in CUDA C++: use backend 'triton'")
     """
-    if op not in _GATHERS and op not in _WEIGHT_GRADS:
+    if op not in GATHERS and op not in _WEIGHT_GRADS:
         return False, f"{op} is not written in CUDA C++: use backend 'triton'"
     if dtype not in gather.DTYPES:
         return False, f"dtype must be bfloat16, float16 or float32, got {dtype}"
@@ -84,7 +83,7 @@ def supports(
     size = (max(32, shape[2]), max(32, shape[3]))
     window = gather.Window(size, (stride[0], stride[1]), (padding[0], padding[1]))
     why = gather.refusal(
-        dtype, shape, sides, window, 1, input_gradient=_GATHERS[op], large_tile=False,
+        dtype, shape, sides, window, 1, input_gradient=GATHERS[op], large_tile=False,
         allow_tf32=tf32_allowed(linear=op.startswith("linear")), device=facts,
     )  # fmt: skip
     return not why, why

@@ -16,12 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _extension
 from ... import topology as tp
 from ...index_cache import cached
 from ..precision import tf32_allowed
 from . import hopper, hopper_lists
-from .gather_problem import DTYPES, Device, Window, dtype_code, problem_of
+from .gather_problem import DTYPES, Device, Window, dtype_code, library, problem_of
 
 __all__ = ["DTYPES", "Device", "Window", "dtype_code", "problem_of"]
 _TILE_PIXELS, _TILE_CHANNELS = {True: 256, False: 128}, {True: 128, False: 64}  # by large_tile, as gather_tile()
@@ -98,12 +97,6 @@ def gather_records(
     return records[:nowhere].view(lines, ints)
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    """The library of CUDA C++ kernels, for its functions that are no operators: an operator has no string to give."""
-    return ctypes.CDLL(str(_extension.CUDA_LIBRARY))
-
-
 @lru_cache(maxsize=4096)
 def refusal(
     dtype: torch.dtype,
@@ -122,7 +115,7 @@ def refusal(
     """Why the kernel cannot run this on the device, from the kernel's own geometry; empty if it can."""
     message = ctypes.create_string_buffer(256)
     problem = problem_of(dtype_code(dtype, allow_tf32), weight_shape, block, window, images)
-    _library().ddst_cuda_gather_refusal(
+    library().ddst_cuda_gather_refusal(
         problem, ctypes.c_bool(input_gradient), ctypes.c_bool(large_tile), ctypes.c_bool(fused), ctypes.c_bool(squares),
         device.shared_bytes, message, len(message),
     )  # fmt: skip

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from ... import _extension
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Operators that gather -> whether they are input gradients.
+GATHERS = {"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True}
+GATHERS |= {"norm_act_conv2d": False, "norm_act_conv2d_input_grad": True}
 
 
 class Window(NamedTuple):
@@ -47,3 +53,9 @@ def problem_of(
         dtype,
     )  # fmt: skip
     return (ctypes.c_int32 * len(fields))(*fields)
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The library of CUDA C++ kernels, for its functions that are no operators: an operator has no string to give."""
+    return ctypes.CDLL(str(_extension.CUDA_LIBRARY))

@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import torch
 
-from ... import _extension
 from ... import topology as tp
-from .gather_problem import Device, Window, dtype_code, problem_of
+from .gather_problem import GATHERS, Device, Window, dtype_code, problem_of
+from .gather_problem import library as library
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -86,12 +86,6 @@ def forced(choice: Form | str) -> Iterator[None]:
 def is_general() -> bool:
     """Whether `forced` asks for the kernels of every architecture."""
     return bool(_forced) and _forced[-1] == "general"
-
-
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
-    """The library of CUDA C++ kernels, for its functions that are no operators."""
-    return ctypes.CDLL(str(_extension.CUDA_LIBRARY))
 
 
 def _has_kernels() -> bool:
@@ -284,14 +278,12 @@ def supports(
     padding: Sequence[int] = (0, 0),
 ) -> tuple[bool, str]:
     """``(ok, reason)``: whether the gather kernel for sm_90a runs an operator, and if not why, whatever the size."""
-    gathers = {"conv2d": False, "linear": False, "conv2d_input_grad": True, "linear_input_grad": True}
-    gathers |= {"norm_act_conv2d": False, "norm_act_conv2d_input_grad": True}
-    if op not in gathers:
+    if op not in GATHERS:
         return False, f"{op} does not gather"
     taps = (1, 1) if len(weight_shape) == 2 else (weight_shape[2], weight_shape[3])
     window = Window((max(32, taps[0]), max(32, taps[1])), (stride[0], stride[1]), (padding[0], padding[1]))
     _, why = plan(
         dtype, (weight_shape[0], weight_shape[1], *taps), (block[0], block[1]), window, 1, FORMS[0],
-        input_gradient=gathers[op], device=device, fused=op.startswith("norm"),
+        input_gradient=GATHERS[op], device=device, fused=op.startswith("norm"),
     )  # fmt: skip
     return not why, why

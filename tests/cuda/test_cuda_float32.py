@@ -47,7 +47,7 @@ def ops(libraries: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator
     libraries.gather.calls = []
     monkeypatch.setattr(torch.ops, "ddst_cuda", libraries)
     monkeypatch.setattr(gather, "facts", lambda device: SM90)
-    monkeypatch.setattr(gather, "_library", lambda: libraries.gather.library)
+    monkeypatch.setattr(gather, "library", lambda: libraries.gather.library)
     monkeypatch.setattr(weight_grad, "_device", lambda index: emulated_weight_grad.DEVICE)
     switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [switch.allow_tf32 for switch in switches]

@@ -36,7 +36,7 @@ def ops(library: EmulatedOps, monkeypatch: pytest.MonkeyPatch) -> EmulatedOps:
     library.calls = []
     monkeypatch.setattr(torch.ops, "ddst_cuda", library)
     monkeypatch.setattr(gather, "facts", lambda device: SM90)
-    monkeypatch.setattr(gather, "_library", lambda: library.library)
+    monkeypatch.setattr(gather, "library", lambda: library.library)
     monkeypatch.setattr(hopper, "library", lambda: library.library)  # which has no kernels for sm_90a
     return library
 

@@ -54,7 +54,7 @@ def emulated(request: pytest.FixtureRequest) -> _Emulated:
 def ops(emulated: _Emulated, monkeypatch: pytest.MonkeyPatch) -> _Emulated:
     monkeypatch.setattr(torch.ops, "ddst_cuda", emulated)
     monkeypatch.setattr(gather, "facts", lambda device: SM90)
-    monkeypatch.setattr(gather, "_library", lambda: emulated.library)
+    monkeypatch.setattr(gather, "library", lambda: emulated.library)
     monkeypatch.setattr(hopper, "library", lambda: emulated.library)  # which has no kernels for sm_90a
     for module in (gather, cwg):
         monkeypatch.setattr(module, "tf32_allowed", lambda *, linear: False)

@@ -3,8 +3,8 @@
 They are kept under the tensor itself, by weak reference, each with the version of the tensor that it was made of. Where
 the tensor was written to since, the next call that asks for a list makes it anew *into the memory of the old one*
 (its sizes follow from the number of slots alone), and :func:`refresh` does that at once for every list: a captured CUDA
-graph that walks lists from here goes on with those of the new blocks, and needs no new capture. A list of the Triton
-kernels takes one launch each; no list has the host wait for the device.
+graph that walks lists from here goes on with those of the new blocks, and needs no new capture. On a device with Triton
+each takes one launch; no list has the host wait for the device.
 
 Two kinds of lists are made anew at every call: those of an inference tensor, which counts no versions, and those that
 are missing or outdated while a CUDA graph is captured. The latter belong to that graph, which makes them anew at every

@@ -38,7 +38,7 @@ from triton.compiler import ASTSource
 
 from ddst.topology import block_count
 
-from . import block_scores, gather, gather_norm, half_block, lists, moments, weight_grad, weight_grad_norm
+from . import block_scores, cuda_lists, gather, gather_norm, half_block, lists, moments, weight_grad, weight_grad_norm
 from .configs import SIDES, GatherConfig, Problem, WeightGradConfig, candidates
 from .fingerprint import fingerprint
 from .gather_norm import Fusion
@@ -55,7 +55,7 @@ HOLDS = dict.fromkeys(
     ("partial", "squares", "mean", "scale", "offset", "shift", "moments", "per_pixel", "sums"), "fp32"
 )
 HOLDS |= dict.fromkeys(("bounds", "ids", "row", "col", "tap", "ptr", "entries", "order"), "i32")
-HOLDS |= dict.fromkeys(("topology", "held", "starts"), "i32")
+HOLDS |= dict.fromkeys(("topology", "held", "starts", "firsts", "records", "units"), "i32")
 #: What the kernels of the fused half block are compiled with; others are cases of less.
 FUSED = {
     "batch norm": Fusion(1, 0.0, 1, 1, bias=True, residual=1, moments=True, sums=True),
@@ -66,6 +66,7 @@ FUSED = {
 PASSES = ("tile moments", "merge moments", "statistics", "sample sums")
 #: Kernels that write index lists.
 LISTS = ("row lists", "unions of rows", "lists of phases", "groups by row", "groups by column")
+LISTS += ("records", "records of phases", "records of unions", "units")
 
 
 class Job(NamedTuple):
@@ -140,12 +141,17 @@ def launch_of(job: Job) -> Launch:
     """The launch whose kernel a job compiles."""
     if job.fused in (*PASSES, *LISTS):
         rows, groups, ones = (16, 16, 9, 3, 230, 16, 16, 1, 16), (16, 16, 9, 230, 100, 4), (1, 1, 0, 0, 1, 1)
+        lines, units = (16, 16, 9, 3, 230, 2, 16, 1, 1, 32, 88), (16, 16, 9, 230, 1, 2, 16, 8, 1280)
         launches = {
             "row lists": lambda: lists.row_lists_launch((*rows, *ones), False, 1, 5),
             "unions of rows": lambda: lists.row_lists_launch((*rows, *ones), False, 4, 5),
             "lists of phases": lambda: lists.row_lists_launch((*rows, *ones), True, 1, 5),
             "groups by row": lambda: lists.groups_launch(groups, True),
             "groups by column": lambda: lists.groups_launch(groups, False),
+            "records": lambda: cuda_lists.gather_records_launch((*lines, 16), False, 8, 1, 4),
+            "records of phases": lambda: cuda_lists.gather_records_launch((*lines, 16), True, 8, 1, 4),
+            "records of unions": lambda: cuda_lists.hopper_records_launch((*lines, 16, 16), False, 8, 1, 4, 4),
+            "units": lambda: cuda_lists.units_launch(units, 1, 16, 8),
             "tile moments": lambda: moments.tile_launch(65536, 256),
             "merge moments": lambda: moments.merge_launch(512, 128, 65536, 256),
             "statistics": lambda: half_block.statistics_launch(64, 1024, 256, 2),

@@ -91,7 +91,19 @@ def row_lists_kernel(
         done += tl.sum(one, axis=0)
     tl.store(ptr + groups, done)
     tl.debug_barrier()
-    for first in tl.range(0, groups, SIDE):  # the place of each group among them all
+    rank_by_length(ptr, order, groups, SIDE)
+
+
+@triton.jit
+def lengths(ptr, g, groups):
+    """How many entries groups have."""
+    return tl.load(ptr + g + 1, mask=g < groups, other=0) - tl.load(ptr + g, mask=g < groups, other=0)
+
+
+@triton.jit
+def rank_by_length(ptr, order, groups, SIDE: tl.constexpr):
+    """Writes the groups by falling number of entries, equal ones by number; group g has ``ptr[g + 1] - ptr[g]``."""
+    for first in tl.range(0, groups, SIDE):
         g = first + tl.arange(0, SIDE)
         own_length = lengths(ptr, g, groups)
         rank = tl.zeros((SIDE,), dtype=tl.int32)
@@ -105,9 +117,23 @@ def row_lists_kernel(
 
 
 @triton.jit
-def lengths(ptr, g, groups):
-    """How many entries groups have."""
-    return tl.load(ptr + g + 1, mask=g < groups, other=0) - tl.load(ptr + g, mask=g < groups, other=0)
+def close_ranks(held, ids, starts, runs, length, slots, TILE: tl.constexpr):
+    """Writes a table's slots to ``ids``, one after another, and to ``starts`` the position of each run's first one.
+
+    The table has ``runs`` times ``length`` places, -1 where there is no block, and after them ``slots`` for free slots,
+    a run as well; last in ``starts`` is their end.
+    """
+    total = runs * length
+    done = tl.sum(tl.zeros((TILE,), dtype=tl.int32), axis=0)
+    for first in tl.range(0, total + slots, TILE):
+        d = first + tl.arange(0, TILE)
+        slot = tl.load(held + d, mask=d < total + slots, other=-1)
+        one = (slot >= 0).to(tl.int32)
+        position = done + tl.cumsum(one, 0) - one
+        tl.store(ids + position, slot, mask=slot >= 0)
+        tl.store(starts + d // length, position, mask=(d % length == 0) & (d <= total) & (d < total + slots))
+        done += tl.sum(one, axis=0)
+    tl.store(starts + runs + 1, done)
 
 
 @triton.jit(do_not_specialize=["R", "C", "taps", "slots", "most", "size"])
@@ -133,16 +159,7 @@ def groups_kernel(
         at = (r * C + c) * taps + t if BY_ROW else (c * taps + t) * R + r
         tl.store(held + tl.where(r < R, at, total + s), s, mask=s < slots)
     tl.debug_barrier()
-    done = tl.sum(tl.zeros((TILE,), dtype=tl.int32), axis=0)
-    for first in tl.range(0, total + slots, TILE):
-        d = first + tl.arange(0, TILE)
-        slot = tl.load(held + d, mask=d < total + slots, other=-1)
-        one = (slot >= 0).to(tl.int32)
-        position = done + tl.cumsum(one, 0) - one
-        tl.store(ids + position, slot, mask=slot >= 0)
-        tl.store(starts + d // length, position, mask=(d % length == 0) & (d <= total) & (d < total + slots))
-        done += tl.sum(one, axis=0)
-    tl.store(starts + runs + 1, done)
+    close_ranks(held, ids, starts, runs, length, slots, TILE)
     tl.debug_barrier()
     done = tl.sum(tl.zeros((TILE,), dtype=tl.int32), axis=0)
     lines = tl.sum(tl.zeros((TILE,), dtype=tl.int32), axis=0)

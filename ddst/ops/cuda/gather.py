@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import topology as tp
-from ...index_cache import cached
 from ..precision import tf32_allowed
-from . import hopper, hopper_lists
+from . import hopper, hopper_lists, kept_lists
+from .gather_lines import HEADER, Lines, lines_of
 from .gather_problem import DTYPES, Device, Window, dtype_code, library, problem_of
 
 __all__ = ["DTYPES", "Device", "Window", "dtype_code", "problem_of"]
 _TILE_PIXELS, _TILE_CHANNELS = {True: 256, False: 128}, {True: 128, False: 64}  # by large_tile, as gather_tile()
-_GRANULE, _HEADER = 16, 4  # kSlice, kRecordHeader of csrc/cuda/gather_geometry.hpp
 
 
 class Fused(NamedTuple):
@@ -68,33 +68,74 @@ def gather_records(
     Returns:
         int32. Built by operations of fixed size, without a host synchronisation. Cost: one sort of ``slots`` keys.
     """
-    width, taps = weight_shape[3], weight_shape[2] * weight_shape[3]
-    out, inner = (index.block_col, index.block_row) if input_gradient else (index.block_row, index.block_col)
-    side, depth = (block[1], block[0]) if input_gradient else block
-    out_channels, in_channels = (weight_shape[1], weight_shape[0]) if input_gradient else weight_shape[:2]
-    phases = stride if input_gradient else (1, 1)
-    per_group, granules = tile_channels // side, side // _GRANULE
-    groups, in_blocks = -(-out_channels // tile_channels), -(-in_channels // depth)
-    padded_taps = -(-taps // 4) * 4
-    ints = _HEADER + padded_taps + -(-taps * per_group // 4) * 4
-    lines, device = phases[0] * phases[1] * groups * in_blocks, out.device
-    nowhere = lines * ints  # one number more, which takes what would be said of free slots
+    lines = lines_of(
+        weight_shape, block, stride if input_gradient else (1, 1), input_gradient=input_gradient,
+        tile_channels=tile_channels,
+    )  # fmt: skip
+    ints, first_slot = record_ints(lines)
+    count, device = lines.total, index.block_row.device
+    nowhere = count * ints  # one number more, which takes what would be said of free slots
 
-    tap, place = index.block_tap.long(), out.long() % per_group
-    phase = tap // width % phases[0] * phases[1] + tap % width % phases[1]
-    free = index.block_row == tp.grid(weight_shape, block)[0]
-    line = torch.where(free, lines, (phase * groups + out // per_group) * in_blocks + inner)
+    line, tap, place, free = lines.place(index)
     records = torch.zeros(nowhere + 1, dtype=torch.int32, device=device)
-    bits = torch.full_like(place, (1 << granules) - 1) << place * granules
-    records.scatter_add_(0, torch.where(free, nowhere, line * ints + _HEADER + tap), bits.int())
-    order = torch.argsort((line * taps + tap) * per_group + place)
+    bits = torch.full_like(place, (1 << lines.granules) - 1) << place * lines.granules
+    records.scatter_add_(0, torch.where(free, nowhere, line * ints + HEADER + tap), bits.int())
+    order = torch.argsort((line * lines.grid[2] + tap) * lines.per_group + place)
     line = line[order]
-    begin = torch.searchsorted(line, torch.arange(lines + 1, device=device))
+    begin = torch.searchsorted(line, torch.arange(count + 1, device=device))
     records[:nowhere:ints] = begin.diff().int()
     rank = torch.arange(line.numel(), device=device) - begin[line]
-    at = torch.where(line == lines, nowhere, line * ints + _HEADER + padded_taps + rank)
+    at = torch.where(line == count, nowhere, line * ints + first_slot + rank)
     records.scatter_(0, at, order.int())
-    return records[:nowhere].view(lines, ints)
+    return records[:nowhere].view(count, ints)
+
+
+def record_ints(lines: Lines) -> tuple[int, int]:
+    """``(ints of a record, those before its slots)``."""
+    first_slot = HEADER + -(-lines.grid[2] // 4) * 4
+    return first_slot + -(-lines.grid[2] * lines.per_group // 4) * 4, first_slot
+
+
+@dataclass(frozen=True)
+class Records:
+    """`gather_records` of any topology, kept (:mod:`.kept_lists`); ``phases``: of the input gradient, else (1, 1)."""
+
+    weight_shape: tuple[int, ...]
+    block: tuple[int, int]
+    phases: tuple[int, int]
+    input_gradient: bool
+    tile_channels: int
+
+    @property
+    def lines(self) -> Lines:
+        return lines_of(
+            self.weight_shape, self.block, self.phases, input_gradient=self.input_gradient,
+            tile_channels=self.tile_channels,
+        )  # fmt: skip
+
+    def by_operators(self, topology: Tensor) -> Tensor:
+        index = tp.split_topology(topology, *tp.grid(self.weight_shape, self.block)[:2])
+        return gather_records(
+            index, self.weight_shape, self.block, self.phases, input_gradient=self.input_gradient,
+            tile_channels=self.tile_channels,
+        )  # fmt: skip
+
+    def empty(self, topology: Tensor) -> Tensor:
+        lines = self.lines
+        return topology.new_empty(lines.total, record_ints(lines)[0])
+
+    def rewrite(self, topology: Tensor, records: Tensor) -> None:
+        lines = self.lines
+        held = topology.new_empty(lines.places)
+        _launch(lines, tp.slot_count(topology, *lines.grid[:2]))(topology, held, records)
+
+
+@lru_cache(maxsize=1024)
+def _launch(lines: Lines, slots: int) -> Any:
+    numbers = (*lines.numbers(slots), *record_ints(lines))
+    return kept_lists.kernels().gather_records_launch(
+        numbers, lines.input_gradient, lines.per_group, lines.granules, HEADER
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -199,15 +240,7 @@ def _gather(
         )  # fmt: skip
         tile = _TILE_CHANNELS[large]
         phases = window.stride if input_gradient else (1, 1)
-        rows, cols, _ = tp.grid(shape, block)
-        records = cached(
-            topology,
-            ("cuda_gather", shape, block, phases, input_gradient, tile),
-            lambda topology: gather_records(
-                tp.split_topology(topology, rows, cols), shape, block, window.stride,
-                input_gradient=input_gradient, tile_channels=tile,
-            ),
-        )  # fmt: skip
+        records = kept_lists.kept(topology, Records(shape, block, phases, input_gradient, tile))
         output = torch.ops.ddst_cuda.conv2d_gather(
             _dense_channels_last(input), _dense(values), records.view(-1),
             None if bias is None else _dense(bias), None if residual is None else _dense_channels_last(residual),
@@ -236,16 +269,9 @@ def _hopper_gather(
     """The same by the kernel for sm_90a; ``[N, H, W, C]``."""
     half = fused or Fused(None, None, 1.0, 1, 1)
     block = (values.shape[1], values.shape[2])
-    rows, cols, _ = tp.grid(shape, block)
     phases = window.stride if input_gradient else (1, 1)
-    records, order = cached(
-        topology,
-        ("hopper_gather", shape, block, phases, input_gradient, form.granules),
-        lambda topology: hopper_lists.records_and_order(
-            tp.split_topology(topology, rows, cols), shape, block, window.stride,
-            input_gradient=input_gradient, granules=form.granules,
-        ),
-    )  # fmt: skip
+    listing = hopper_lists.RecordsAndOrder(shape, block, phases, input_gradient, form.granules)
+    records, order = kept_lists.kept(topology, listing)
     return torch.ops.ddst_cuda.hopper_gather(
         _dense_channels_last(input), _dense(values), records.view(-1), order,
         None if bias is None else _dense(bias), None if residual is None else _dense_channels_last(residual),

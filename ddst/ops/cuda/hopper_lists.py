@@ -8,13 +8,18 @@ that the last ones to be computed are short.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import topology as tp
+from . import kept_lists
+from .gather_lines import HEADER, Lines, lines_of
 
-TILE_CHANNELS, GRANULE, HEADER = 128, 16, 4  # kHopperChannels, kSlice, kRecordHeader
+TILE_CHANNELS = 128  # kHopperChannels
 
 
 def record_ints(taps: int, per_group: int) -> tuple[int, int]:
@@ -51,41 +56,92 @@ def records_and_order(
         int32. Built by operations of fixed size, without a host synchronisation. Cost: some passes over a table of all
         blocks there could be.
     """
-    width, taps = weight_shape[3], weight_shape[2] * weight_shape[3]
-    out, inner = (index.block_col, index.block_row) if input_gradient else (index.block_row, index.block_col)
-    side, depth = (block[1], block[0]) if input_gradient else block
-    out_channels, in_channels = (weight_shape[1], weight_shape[0]) if input_gradient else weight_shape[:2]
-    phases = stride if input_gradient else (1, 1)
-    per_group, per_block, together = TILE_CHANNELS // side, side // GRANULE, max(1, granules * GRANULE // side)
-    if (rows := out.numel() * block[0]) >= 2**31:
-        raise ValueError(f"packed values must have fewer than 2^31 rows, got {rows}")
-    groups, in_blocks = -(-out_channels // TILE_CHANNELS), -(-in_channels // depth)
+    lines = lines_of(
+        weight_shape, block, stride if input_gradient else (1, 1), input_gradient=input_gradient,
+        tile_channels=TILE_CHANNELS,
+    )  # fmt: skip
+    taps, per_group, count = lines.grid[2], lines.per_group, lines.total
+    together = _together(lines, granules)
+    slots, device = index.block_row.numel(), index.block_row.device
+    _check_rows(slots, block)
     ints, padded = record_ints(taps, per_group)
-    lines, slots, device = phases[0] * phases[1] * groups * in_blocks, out.numel(), out.device
 
     # Every place for a block: its slot + 1, or 0; one place more takes what would be said of free slots.
-    tap = index.block_tap.long()
-    phase = tap // width % phases[0] * phases[1] + tap % width % phases[1]
-    line = (phase * groups + out // per_group) * in_blocks + inner
-    nowhere = lines * taps * per_group
-    free = index.block_row == tp.grid(weight_shape, block)[0]
-    at = torch.where(free, nowhere, (line * taps + tap) * per_group + out % per_group)
+    line, tap, place, free = lines.place(index)
+    nowhere = lines.places
+    at = torch.where(free, nowhere, (line * taps + tap) * per_group + place)
     held = torch.zeros(nowhere + 1, dtype=torch.int64, device=device)
-    held = held.scatter_(0, at, torch.arange(1, slots + 1, device=device))[:nowhere].view(lines, taps, per_group)
+    held = held.scatter_(0, at, torch.arange(1, slots + 1, device=device))[:nowhere].view(count, taps, per_group)
 
-    united = held.view(lines, taps, per_group // together, together)
+    united = held.view(count, taps, per_group // together, together)
     listed = (united > 0).any(-1, keepdim=True).expand_as(united).reshape(held.shape)
-    bits = ((1 << per_block) - 1) << torch.arange(per_group, device=device) * per_block
+    bits = ((1 << lines.granules) - 1) << torch.arange(per_group, device=device) * lines.granules
     mask = (listed * bits).sum(-1)
     used = mask > 0
     entries = torch.where(used, torch.arange(taps, device=device) + (mask << 16), 0)
     row = torch.where(held > 0, held - 1, slots) * block[0]
 
-    records = torch.zeros(lines, ints + 1, dtype=torch.int64, device=device)  # the last int takes what is not listed
+    records = torch.zeros(count, ints + 1, dtype=torch.int64, device=device)  # the last int takes what is not listed
     records[:, 0] = listed.sum((1, 2))
     records.scatter_(1, torch.where(used, HEADER + used.cumsum(-1) - 1, ints), entries)
-    flat = listed.view(lines, -1)
-    records.scatter_(1, torch.where(flat, HEADER + padded + flat.cumsum(-1) - 1, ints), row.view(lines, -1))
-    work = records[:, 0].view(-1, in_blocks).sum(-1)
+    flat = listed.view(count, -1)
+    records.scatter_(1, torch.where(flat, HEADER + padded + flat.cumsum(-1) - 1, ints), row.view(count, -1))
+    work = records[:, 0].view(-1, lines.inner_blocks).sum(-1)
     order = torch.sort(work, descending=True, stable=True)[1]
     return records[:, :ints].int().contiguous(), order.int()
+
+
+def _together(lines: Lines, granules: int) -> int:
+    """Output blocks that a product of so many granules takes."""
+    return max(1, granules // lines.granules)
+
+
+def _check_rows(slots: int, block: tuple[int, int]) -> None:
+    if (rows := slots * block[0]) >= 2**31:
+        raise ValueError(f"packed values must have fewer than 2^31 rows, got {rows}")
+
+
+@dataclass(frozen=True)
+class RecordsAndOrder:
+    """`records_and_order` of any topology, kept (:mod:`.kept_lists`); ``phases``: as for `gather.Records`."""
+
+    weight_shape: tuple[int, ...]
+    block: tuple[int, int]
+    phases: tuple[int, int]
+    input_gradient: bool
+    granules: int
+
+    @property
+    def lines(self) -> Lines:
+        return lines_of(
+            self.weight_shape, self.block, self.phases, input_gradient=self.input_gradient,
+            tile_channels=TILE_CHANNELS,
+        )  # fmt: skip
+
+    def by_operators(self, topology: Tensor) -> tuple[Tensor, Tensor]:
+        index = tp.split_topology(topology, *tp.grid(self.weight_shape, self.block)[:2])
+        return records_and_order(
+            index, self.weight_shape, self.block, self.phases, input_gradient=self.input_gradient,
+            granules=self.granules,
+        )  # fmt: skip
+
+    def empty(self, topology: Tensor) -> tuple[Tensor, Tensor]:
+        lines = self.lines
+        _check_rows(tp.slot_count(topology, *lines.grid[:2]), self.block)
+        ints, _ = record_ints(lines.grid[2], lines.per_group)
+        return topology.new_empty(lines.total, ints), topology.new_empty(lines.total // lines.inner_blocks)
+
+    def rewrite(self, topology: Tensor, lists: tuple[Tensor, Tensor]) -> None:
+        lines = self.lines
+        held, ptr = topology.new_empty(lines.places), topology.new_empty(lines.total // lines.inner_blocks + 1)
+        launch = _launch(lines, tp.slot_count(topology, *lines.grid[:2]), self.block[0], self.granules)
+        launch(topology, held, ptr, *lists)
+
+
+@lru_cache(maxsize=1024)
+def _launch(lines: Lines, slots: int, height: int, granules: int) -> Any:
+    ints, padded = record_ints(lines.grid[2], lines.per_group)
+    return kept_lists.kernels().hopper_records_launch(
+        (*lines.numbers(slots), ints, HEADER + padded, height), lines.input_gradient, lines.per_group, lines.granules,
+        HEADER, _together(lines, granules),
+    )  # fmt: skip

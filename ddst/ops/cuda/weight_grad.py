@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ... import topology as tp
-from ...index_cache import cached
 from ..precision import tf32_allowed
-from . import hopper, hopper_weight_grad
+from . import hopper, hopper_weight_grad, kept_lists
 from .gather import Fused
-from .weight_grad_units import WARPS, Geometry, Plan, list_units, most_groups, parts_of
+from .weight_grad_units import WARPS, Geometry, Plan, Units, list_units, most_groups, parts_of
 
 __all__ = ["WARPS", "Geometry", "Plan", "list_units", "most_groups", "parts_of"]
 _SIDES = (16, 32, 64)  # of blocks
@@ -266,12 +265,7 @@ def conv2d_weight_grad(
     chosen = special or plan(flat, slots, x.element_size(), device, allow_tf32=allow_tf32)
     warps = hopper_weight_grad.WARPS if special else WARPS
     operator = torch.ops.ddst_cuda.hopper_weight_grad if special else torch.ops.ddst_cuda.conv2d_weight_grad
-    key = ("cuda_weight_grad", geometry.block, chosen.band, warps)
-    units = cached(
-        topology,
-        key,
-        lambda topology: list_units(tp.split_topology(topology, *grid[:2]), grid, geometry.block, chosen.band, warps),
-    )
+    units = kept_lists.kept(topology, Units(grid, geometry.block, chosen.band, warps))
     return operator(
         gy, x, index.block_row, index.block_col, index.block_tap, units.view(-1), list(weight_shape), list(block),
         list(stride), list(padding), list(dilation), list(chosen.band), list(chosen.tile), chosen.shares,

@@ -8,12 +8,15 @@ in order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import topology as tp
+from . import kept_lists
 
 WARPS = 8  # of a CTA of the kernel for every architecture
 _ACCUMULATORS = 2048  # fp32 sums of a warp
@@ -108,3 +111,39 @@ def list_units(
 
 def _ceil_div(a: Tensor, b: Tensor | int) -> Tensor:
     return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Units:
+    """`list_units` of any topology, kept (:mod:`.kept_lists`)."""
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int]
+    band: tuple[int, int]
+    warps: int
+
+    def by_operators(self, topology: Tensor) -> Tensor:
+        index = tp.split_topology(topology, *self.grid[:2])
+        return list_units(index, self.grid, self.block, self.band, self.warps)
+
+    def empty(self, topology: Tensor) -> Tensor:
+        slots = tp.slot_count(topology, *self.grid[:2])
+        groups = most_groups(slots, _bands(self.grid, self.band), self.block, self.warps)
+        return topology.new_empty(groups, self.warps, parts_of(self.block)[1])
+
+    def rewrite(self, topology: Tensor, units: Tensor) -> None:
+        slots, bands = tp.slot_count(topology, *self.grid[:2]), _bands(self.grid, self.band)
+        held = topology.new_empty(bands * self.band[0] * self.band[1] * self.grid[2] + slots)
+        ids, starts, firsts = (topology.new_empty(size) for size in (slots, bands + 2, bands + 1))
+        _launch(self, slots, units.numel())(topology, held, ids, starts, firsts, units)
+
+
+def _bands(grid: tuple[int, int, int], band: tuple[int, int]) -> int:
+    return -(-grid[0] // band[0]) * -(-grid[1] // band[1])
+
+
+@lru_cache(maxsize=1024)
+def _launch(of: Units, slots: int, ints: int) -> Any:
+    numbers = (*of.grid, slots, -(-of.grid[1] // of.band[1]), _bands(of.grid, of.band), *of.band, ints)
+    parts, per_warp = parts_of(of.block)
+    return kept_lists.kernels().units_launch(numbers, parts, of.warps, per_warp)

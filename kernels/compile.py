@@ -66,7 +66,7 @@ FUSED = {
 PASSES = ("tile moments", "merge moments", "statistics", "sample sums")
 #: Kernels that write index lists.
 LISTS = ("row lists", "unions of rows", "lists of phases", "groups by row", "groups by column")
-LISTS += ("records", "records of phases", "records of unions", "units")
+LISTS += ("records", "records of phases", "records and order", "records of unions", "units")
 
 
 class Job(NamedTuple):
@@ -150,6 +150,7 @@ def launch_of(job: Job) -> Launch:
             "groups by column": lambda: lists.groups_launch(groups, False),
             "records": lambda: cuda_lists.gather_records_launch((*lines, 16), False, 8, 1, 4),
             "records of phases": lambda: cuda_lists.gather_records_launch((*lines, 16), True, 8, 1, 4),
+            "records and order": lambda: cuda_lists.hopper_records_launch((*lines, 16, 16), True, 8, 1, 4, 1),
             "records of unions": lambda: cuda_lists.hopper_records_launch((*lines, 16, 16), False, 8, 1, 4, 4),
             "units": lambda: cuda_lists.units_launch(units, 1, 16, 8),
             "tile moments": lambda: moments.tile_launch(65536, 256),

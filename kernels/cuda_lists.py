@@ -1,7 +1,7 @@
 """Index lists of the CUDA C++ kernels, written by one launch each: by a single program, as :mod:`.lists` says.
 
 What a list holds is defined where it is made by operations of torch, for a topology on any device:
-:mod:`ddst.ops.cuda.gather_lists`, :mod:`ddst.ops.cuda.hopper_lists` and :mod:`ddst.ops.cuda.weight_grad_units`.
+:mod:`ddst.ops.cuda.gather`, :mod:`ddst.ops.cuda.hopper_lists` and :mod:`ddst.ops.cuda.weight_grad_units`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def gather_records_kernel(
     DGRAD: tl.constexpr, PER: tl.constexpr, BITS: tl.constexpr, HEADER: tl.constexpr, TAPS: tl.constexpr,
     LINES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``ddst.ops.cuda.gather_lists.gather_records``. ``first_slot``: ints of a record before those of its slots."""
+    """``ddst.ops.cuda.gather.gather_records``. ``first_slot``: ints of a record before those of its slots."""
     clear(records, lines * ints, 0, TILE)
     spread_by_line(topology, held, R, C, taps, width, slots, groups, inner_blocks, s_h, s_w, lines, DGRAD, PER, TILE)
     t = tl.arange(0, TAPS)[None, :]

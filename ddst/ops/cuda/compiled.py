@@ -1,7 +1,7 @@
 """The passes that run in CUDA C++ (``torch.ops.ddst_cuda.*``): one function for each, and what they refuse.
 
-Arguments are checked by the caller as for every backend; index lists are built here, on the device and without waiting
-for it. Scores of blocks are not among them.
+Arguments are checked by the caller as for every backend; index lists (:mod:`.kept_lists`) are made on the device and
+without waiting for it. Scores of blocks are not among them.
 """
 
 from __future__ import annotations

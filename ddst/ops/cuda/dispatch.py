@@ -39,6 +39,13 @@ def _meta(tensor: Tensor) -> Meta:
     return Meta(tensor.shape, tensor.dtype, tensor.device)
 
 
+def _index(op: str, topology: Tensor) -> Meta:
+    """Of a topology, whose numbers kernels read one after another."""
+    if not topology.is_contiguous():
+        _fail(op, f"topology has the strides {list(topology.stride())}, expected a contiguous vector")
+    return _meta(topology)
+
+
 def _kernels(
     op: str,
     backend: int,
@@ -258,7 +265,8 @@ def conv2d(
     window = (tuple(stride), tuple(padding), tuple(dilation))
     _check_conv2d(
         "conv2d", backend, tuple(weight_shape), tuple(values.shape[1:]), window,
-        input=_meta(input), values=_meta(values), bias=None if bias is None else _meta(bias), topology=_meta(topology),
+        input=_meta(input), values=_meta(values), bias=None if bias is None else _meta(bias),
+        topology=_index("conv2d", topology),
     )  # fmt: skip
     kernels = _kernels("conv2d", backend, input, weight_shape, values.shape[1:], topology, window)
     return kernels.conv2d(input, values, bias, topology, weight_shape, *window, channels_last)
@@ -282,7 +290,7 @@ def conv2d_input_grad(
     window = (tuple(stride), tuple(padding), tuple(dilation))
     _check_conv2d(
         "conv2d_input_grad", backend, tuple(weight_shape), tuple(values.shape[1:]), window, tuple(input_size),
-        grad_output=_meta(grad_output), values=_meta(values), topology=_meta(topology),
+        grad_output=_meta(grad_output), values=_meta(values), topology=_index("conv2d_input_grad", topology),
     )  # fmt: skip
     kernels = _kernels("conv2d_input_grad", backend, grad_output, weight_shape, values.shape[1:], topology, window)
     return kernels.conv2d_input_grad(grad_output, values, topology, weight_shape, input_size, *window, channels_last)
@@ -304,7 +312,7 @@ def conv2d_weight_grad(
     window = (tuple(stride), tuple(padding), tuple(dilation))
     _check_conv2d(
         "conv2d_weight_grad", backend, tuple(weight_shape), tuple(block), window,
-        input=_meta(input), grad_output=_meta(grad_output), topology=_meta(topology),
+        input=_meta(input), grad_output=_meta(grad_output), topology=_index("conv2d_weight_grad", topology),
     )  # fmt: skip
     kernels = _kernels("conv2d_weight_grad", backend, input, weight_shape, block, topology, window)
     return kernels.conv2d_weight_grad(grad_output, input, topology, weight_shape, block, *window)
@@ -343,7 +351,8 @@ def linear(
     """``ddst::linear`` on a CUDA device."""
     _check_linear(
         "linear", backend, tuple(weight_shape), tuple(values.shape[1:]),
-        input=_meta(input), values=_meta(values), bias=None if bias is None else _meta(bias), topology=_meta(topology),
+        input=_meta(input), values=_meta(values), bias=None if bias is None else _meta(bias),
+        topology=_index("linear", topology),
     )  # fmt: skip
     kernels = _kernels("linear", backend, input, weight_shape, values.shape[1:], topology)
     return kernels.linear(input, values, bias, topology, weight_shape)
@@ -361,7 +370,7 @@ def linear_input_grad(
     """``ddst::linear_input_grad`` on a CUDA device."""
     _check_linear(
         "linear_input_grad", backend, tuple(weight_shape), tuple(values.shape[1:]),
-        grad_output=_meta(grad_output), values=_meta(values), topology=_meta(topology),
+        grad_output=_meta(grad_output), values=_meta(values), topology=_index("linear_input_grad", topology),
     )  # fmt: skip
     kernels = _kernels("linear_input_grad", backend, grad_output, weight_shape, values.shape[1:], topology)
     return kernels.linear_input_grad(grad_output, values, topology, weight_shape)
@@ -379,7 +388,7 @@ def linear_weight_grad(
     """``ddst::linear_weight_grad`` on a CUDA device."""
     _check_linear(
         "linear_weight_grad", backend, tuple(weight_shape), tuple(block),
-        input=_meta(input), grad_output=_meta(grad_output), topology=_meta(topology),
+        input=_meta(input), grad_output=_meta(grad_output), topology=_index("linear_weight_grad", topology),
     )  # fmt: skip
     kernels = _kernels("linear_weight_grad", backend, input, weight_shape, block, topology)
     return kernels.linear_weight_grad(grad_output, input, topology, weight_shape, block)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -72,7 +71,7 @@ def gather_records(
         weight_shape, block, stride if input_gradient else (1, 1), input_gradient=input_gradient,
         tile_channels=tile_channels,
     )  # fmt: skip
-    ints, first_slot = record_ints(lines)
+    ints, padded = record_ints(lines)
     count, device = lines.total, index.block_row.device
     nowhere = count * ints  # one number more, which takes what would be said of free slots
 
@@ -85,19 +84,18 @@ def gather_records(
     begin = torch.searchsorted(line, torch.arange(count + 1, device=device))
     records[:nowhere:ints] = begin.diff().int()
     rank = torch.arange(line.numel(), device=device) - begin[line]
-    at = torch.where(line == count, nowhere, line * ints + first_slot + rank)
+    at = torch.where(line == count, nowhere, line * ints + HEADER + padded + rank)
     records.scatter_(0, at, order.int())
     return records[:nowhere].view(count, ints)
 
 
 def record_ints(lines: Lines) -> tuple[int, int]:
-    """``(ints of a record, those before its slots)``."""
-    first_slot = HEADER + -(-lines.grid[2] // 4) * 4
-    return first_slot + -(-lines.grid[2] * lines.per_group // 4) * 4, first_slot
+    """``(ints of a record, those of its masks)``."""
+    padded = -(-lines.grid[2] // 4) * 4
+    return HEADER + padded + -(-lines.grid[2] * lines.per_group // 4) * 4, padded
 
 
-@dataclass(frozen=True)
-class Records:
+class Records(NamedTuple):
     """`gather_records` of any topology, kept (:mod:`.kept_lists`); ``phases``: of the input gradient, else (1, 1)."""
 
     weight_shape: tuple[int, ...]
@@ -105,6 +103,7 @@ class Records:
     phases: tuple[int, int]
     input_gradient: bool
     tile_channels: int
+    kind: str = "gather"  # among all that are kept
 
     @property
     def lines(self) -> Lines:
@@ -120,6 +119,11 @@ class Records:
             tile_channels=self.tile_channels,
         )  # fmt: skip
 
+    def by_launch(self, topology: Tensor) -> Tensor:
+        lists = self.empty(topology)
+        self.rewrite(topology, lists)
+        return lists
+
     def empty(self, topology: Tensor) -> Tensor:
         lines = self.lines
         return topology.new_empty(lines.total, record_ints(lines)[0])
@@ -132,9 +136,9 @@ class Records:
 
 @lru_cache(maxsize=1024)
 def _launch(lines: Lines, slots: int) -> Any:
-    numbers = (*lines.numbers(slots), *record_ints(lines))
+    ints, padded = record_ints(lines)
     return kept_lists.kernels().gather_records_launch(
-        numbers, lines.input_gradient, lines.per_group, lines.granules, HEADER
+        (*lines.numbers(slots), ints, HEADER + padded), lines.input_gradient, lines.per_group, lines.granules, HEADER
     )
 
 

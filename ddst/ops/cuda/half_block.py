@@ -18,6 +18,7 @@ from .dispatch import (
     _check_conv2d_window,
     _check_shape,
     _fail,
+    _index,
     _kernels,
     _meta,
     _serves,
@@ -104,7 +105,7 @@ def _check(
     upsampled = meta._replace(shape=(*meta.shape[:2], *(side * factors[0] for side in meta.shape[2:])))
     _check_conv2d(
         op, backend, shape, tuple(block), window, input=upsampled, values=None if values is None else _meta(values),
-        bias=None if bias is None else _meta(bias), topology=_meta(topology),
+        bias=None if bias is None else _meta(bias), topology=_index(op, topology),
     )  # fmt: skip
 
 

@@ -8,9 +8,8 @@ that the last ones to be computed are short.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,8 +100,7 @@ def _check_rows(slots: int, block: tuple[int, int]) -> None:
         raise ValueError(f"packed values must have fewer than 2^31 rows, got {rows}")
 
 
-@dataclass(frozen=True)
-class RecordsAndOrder:
+class RecordsAndOrder(NamedTuple):
     """`records_and_order` of any topology, kept (:mod:`.kept_lists`); ``phases``: as for `gather.Records`."""
 
     weight_shape: tuple[int, ...]
@@ -110,6 +108,7 @@ class RecordsAndOrder:
     phases: tuple[int, int]
     input_gradient: bool
     granules: int
+    kind: str = "hopper"
 
     @property
     def lines(self) -> Lines:
@@ -124,6 +123,11 @@ class RecordsAndOrder:
             index, self.weight_shape, self.block, self.phases, input_gradient=self.input_gradient,
             granules=self.granules,
         )  # fmt: skip
+
+    def by_launch(self, topology: Tensor) -> tuple[Tensor, Tensor]:
+        lists = self.empty(topology)
+        self.rewrite(topology, lists)
+        return lists
 
     def empty(self, topology: Tensor) -> tuple[Tensor, Tensor]:
         lines = self.lines

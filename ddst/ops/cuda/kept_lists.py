@@ -18,15 +18,15 @@ _Lists = TypeVar("_Lists", bound=Tensor | tuple[Tensor, ...])
 
 
 class Listing(Protocol[_Lists]):
-    """What decides on lists beside the topology."""
+    """What decides on lists beside the topology; no two kinds are equal."""
 
     def __hash__(self) -> int: ...
 
     def by_operators(self, topology: Tensor) -> _Lists:
         """The lists, by operations of torch on the topology's device."""
 
-    def empty(self, topology: Tensor) -> _Lists:
-        """Memory for the lists of a topology of so many slots."""
+    def by_launch(self, topology: Tensor) -> _Lists:
+        """The lists, by one launch."""
 
     def rewrite(self, topology: Tensor, lists: _Lists) -> None:
         """Writes the lists there by one launch."""
@@ -34,15 +34,9 @@ class Listing(Protocol[_Lists]):
 
 def kept(topology: Tensor, listing: Listing[_Lists]) -> _Lists:
     """The lists of a topology, made, rewritten or as they are kept."""
-    if not is_launched(topology):
-        return cached(topology, listing, listing.by_operators)
-
-    def build(topology: Tensor) -> _Lists:
-        lists = listing.empty(topology)
-        listing.rewrite(topology, lists)
-        return lists
-
-    return cached(topology, listing, build, listing.rewrite)
+    if is_launched(topology):
+        return cached(topology, listing, listing.by_launch, listing.rewrite)
+    return cached(topology, listing, listing.by_operators)
 
 
 def is_launched(topology: Tensor) -> bool:

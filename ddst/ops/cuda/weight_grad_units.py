@@ -8,7 +8,6 @@ in order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -113,18 +112,23 @@ def _ceil_div(a: Tensor, b: Tensor | int) -> Tensor:
     return -(-a // b)
 
 
-@dataclass(frozen=True)
-class Units:
+class Units(NamedTuple):
     """`list_units` of any topology, kept (:mod:`.kept_lists`)."""
 
     grid: tuple[int, int, int]
     block: tuple[int, int]
     band: tuple[int, int]
     warps: int
+    kind: str = "units"
 
     def by_operators(self, topology: Tensor) -> Tensor:
         index = tp.split_topology(topology, *self.grid[:2])
         return list_units(index, self.grid, self.block, self.band, self.warps)
+
+    def by_launch(self, topology: Tensor) -> Tensor:
+        lists = self.empty(topology)
+        self.rewrite(topology, lists)
+        return lists
 
     def empty(self, topology: Tensor) -> Tensor:
         slots = tp.slot_count(topology, *self.grid[:2])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddst.ops.cuda import dispatch, preferred
+from ddst.ops.cuda import dispatch, half_block, preferred
 from ddst.ops.cuda.dispatch import AUTO, CUDA, TRITON, Meta
 
 DEVICE, F32 = torch.device("cuda", 0), torch.float32
@@ -198,6 +198,35 @@ def test_the_table_in_the_package_can_be_read_and_others_are_refused(tmp_path: P
 def test_every_operator_is_served_on_cuda(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ddst::{name}", "CUDA")
     assert callable(getattr(dispatch, name))
+
+
+OPS = [f"{kind}{what}" for kind in ("conv2d", "linear") for what in ("", "_input_grad", "_weight_grad")]
+FUSED = (1e-5, 1.0, 1, 1, 1, False, False, True)  # epsilon and so on of a half block that does nothing besides
+
+
+@pytest.mark.parametrize("op", [*OPS, "norm_act_conv2d"])
+def test_a_topology_of_other_strides_is_refused(op: str) -> None:
+    """Kernels read its numbers one after another."""
+    topology = torch.zeros(2 * 32, dtype=torch.int32)[::2]
+    x, values = torch.zeros(2, 20, 9, 8), torch.zeros(5, 16, 16)
+    if op.startswith("linear"):
+        x, shape = x[:, :, 0, 0], list(SHAPE[:2])
+        arguments: dict[str, list[Any]] = {
+            "linear": [x, values, None, topology, shape],
+            "linear_input_grad": [torch.zeros(2, 40), values, topology, shape],
+            "linear_weight_grad": [torch.zeros(2, 40), x, topology, shape, BLOCK],
+        }
+    else:
+        y, window = torch.zeros(2, 40, 5, 8), WINDOW
+        arguments = {
+            "conv2d": [x, values, None, topology, SHAPE, *window, True],
+            "conv2d_input_grad": [y, values, topology, SHAPE, (9, 8), *window, True],
+            "conv2d_weight_grad": [y, x, topology, SHAPE, BLOCK, *window],
+            "norm_act_conv2d": [x, values, *[None] * 6, topology, SHAPE, *window, *FUSED],
+        }
+    function = getattr(half_block if op.startswith("norm") else dispatch, op)
+    with pytest.raises(ValueError, match=rf"ddst::{op}: topology has the strides \[2\], expected a contiguous vector"):
+        function(*arguments[op])
 
 
 def test_the_backend_argument_is_checked_on_the_cpu() -> None:

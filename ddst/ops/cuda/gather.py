@@ -119,11 +119,6 @@ class Records(NamedTuple):
             tile_channels=self.tile_channels,
         )  # fmt: skip
 
-    def by_launch(self, topology: Tensor) -> Tensor:
-        lists = self.empty(topology)
-        self.rewrite(topology, lists)
-        return lists
-
     def empty(self, topology: Tensor) -> Tensor:
         lines = self.lines
         return topology.new_empty(lines.total, record_ints(lines)[0])

@@ -124,11 +124,6 @@ class RecordsAndOrder(NamedTuple):
             granules=self.granules,
         )  # fmt: skip
 
-    def by_launch(self, topology: Tensor) -> tuple[Tensor, Tensor]:
-        lists = self.empty(topology)
-        self.rewrite(topology, lists)
-        return lists
-
     def empty(self, topology: Tensor) -> tuple[Tensor, Tensor]:
         lines = self.lines
         _check_rows(tp.slot_count(topology, *lines.grid[:2]), self.block)

@@ -25,8 +25,8 @@ class Listing(Protocol[_Lists]):
     def by_operators(self, topology: Tensor) -> _Lists:
         """The lists, by operations of torch on the topology's device."""
 
-    def by_launch(self, topology: Tensor) -> _Lists:
-        """The lists, by one launch."""
+    def empty(self, topology: Tensor) -> _Lists:
+        """Memory for the lists of a topology of so many slots."""
 
     def rewrite(self, topology: Tensor, lists: _Lists) -> None:
         """Writes the lists there by one launch."""
@@ -35,8 +35,14 @@ class Listing(Protocol[_Lists]):
 def kept(topology: Tensor, listing: Listing[_Lists]) -> _Lists:
     """The lists of a topology, made, rewritten or as they are kept."""
     if is_launched(topology):
-        return cached(topology, listing, listing.by_launch, listing.rewrite)
+        return cached(topology, listing, functools.partial(_by_launch, listing), listing.rewrite)
     return cached(topology, listing, listing.by_operators)
+
+
+def _by_launch(listing: Listing[_Lists], topology: Tensor) -> _Lists:
+    lists = listing.empty(topology)
+    listing.rewrite(topology, lists)
+    return lists
 
 
 def is_launched(topology: Tensor) -> bool:

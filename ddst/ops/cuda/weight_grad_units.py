@@ -125,11 +125,6 @@ class Units(NamedTuple):
         index = tp.split_topology(topology, *self.grid[:2])
         return list_units(index, self.grid, self.block, self.band, self.warps)
 
-    def by_launch(self, topology: Tensor) -> Tensor:
-        lists = self.empty(topology)
-        self.rewrite(topology, lists)
-        return lists
-
     def empty(self, topology: Tensor) -> Tensor:
         slots = tp.slot_count(topology, *self.grid[:2])
         groups = most_groups(slots, _bands(self.grid, self.band), self.block, self.warps)

@@ -30,7 +30,10 @@ from .sass import Code, Instruction, instructions, listings
 H200 = Device(132, 227 * 1024, (9, 0))
 SHAPE, BLOCK, IMAGES, SIZE, DENSITIES = (256, 256, 3, 3), (16, 16), 64, 32, (0.1, 0.3)
 TODAY = "conv2d_gather<GatherTraits<bf16, false, true, PlainSource> >"
-GATHER = "hopper_gather<HopperGatherTraits<bf16, {direction}, {granules}, {cluster}, HopperPlain> >"
+GATHER = (
+    "hopper_gather<HopperGatherTraits<bf16, {direction}, {form.granules}, {form.cluster}, HopperPlain, {form.depth}, "
+    "{im2col}> >"
+)
 GRADIENTS = "weight_grad<bf16, Unit<16, 16> >", "hopper_weight_grad<bf16, Unit<16, 16> >"
 SCHEDULERS, WARPS = 4, 8
 PATCH_SLOTS = 340  # of today's tile of 8 x 32 pixels
@@ -75,18 +78,20 @@ def today_slots(code: Code, density: float) -> float:
     return WARPS / SCHEDULERS * code.issued(loop, odds.of_today(odds.Mask(density), PATCH_SLOTS))
 
 
-def hopper_slots(code: Code, density: float, form: hopper.Form, parts: int = 1, slices: int = 16) -> Slots:
+def hopper_slots(code: Code, density: float, form: hopper.Form, slices: int = 16) -> Slots:
     """Slots of a slice of the gather kernel for sm_90a."""
-    mask = odds.Mask(density)
+    mask, depth = odds.Mask(density), form.depth
     consumer = code.issued(
-        code.loops_around(Instruction.is_product, Instruction.is_wait)[0], odds.of_consumers(mask, form.granules)
+        code.loops_around(Instruction.is_product, Instruction.is_wait)[0],
+        odds.of_consumers(mask, form.granules, depth),
     )
+    copies = mask.active_taps / mask.any_of(mask.blocks * mask.taps) if form.im2col else 1  # of a stage's pixels
     copiers = [
-        code.issued(loop, odds.of_copiers(mask, form.granules, slices, parts, form.cluster))
+        code.issued(loop, odds.of_copiers(mask, form.granules, slices // depth, copies, form.cluster, depth))
         for loop in code.loops_around(Instruction.is_tensor_copy, Instruction.is_wait, innermost=True)
     ]
     mean = (WARPS * consumer + sum(copiers)) / SCHEDULERS
-    return Slots(mean, WARPS / SCHEDULERS * consumer + max(copiers))
+    return Slots(mean / depth, (WARPS / SCHEDULERS * consumer + max(copiers)) / depth)
 
 
 def patch_pixels(rows: int, columns: int, halo: int = 1) -> int:
@@ -165,9 +170,10 @@ def gather_rows(code: dict[str, Code]) -> list[list[object]]:
             noted, today = noted_slots(density), today_slots(code[TODAY], density)
             goal = GATHER_GOALS[density] * noted
             for form in hopper.FORMS:
-                kernel = code[GATHER.format(direction=direction, granules=form.granules, cluster=form.cluster)]
+                kernel = code[GATHER.format(direction=direction, form=form, im2col=str(form.im2col).lower())]
                 mean, busiest = hopper_slots(kernel, density, form)
-                what = [name, f"{density:.0%}", 16 * form.granules, form.cluster]
+                pixels = "im2col" if form.im2col else f"patches of {16 * form.depth}"
+                what = [name, f"{density:.0%}", 16 * form.granules, form.cluster, pixels]
                 numbers = [round(n) for n in (noted, today, goal, mean, busiest)]
                 rows.append([*what, *numbers, f"{reached(mean, goal)} / {reached(busiest, goal)}"])
     return rows
@@ -205,7 +211,7 @@ def report(code: dict[str, Code]) -> str:
     return "\n".join(
         [
             "Slots of a scheduler for a slice of 16 channels of a tile:",
-            *_table(("gather", "density", "N", "CTAs", *titles), gather_rows(code)),
+            *_table(("gather", "density", "N", "CTAs", "pixels", *titles), gather_rows(code)),
             "\nBytes from L2, forward:",
             *_table(("density", "CTAs", "MB", "floor", "share", "goal", "reached"), bytes_rows()),
             "\nSlots of a scheduler for the whole weight gradient:",

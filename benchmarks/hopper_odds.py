@@ -91,8 +91,9 @@ def of_today(mask: Mask, patch_slots: int) -> Odds:
     return odds
 
 
-def of_consumers(mask: Mask, united: int) -> Odds:
-    """Of ``hopper_gather``'s loop over slices in a warp that multiplies; ``united``: blocks in one product."""
+def of_consumers(mask: Mask, united: int, depth: int = 1) -> Odds:
+    """Of ``hopper_gather``'s loop over stages of ``depth`` slices, in a warp that multiplies; ``united``: blocks in one
+    product."""
     tap, half, unit = (mask.any_of(n) for n in (mask.blocks, mask.blocks // 2, united))
     taps = mask.active_taps / mask.any_of(mask.blocks * mask.taps)  # of a slice that has any
 
@@ -101,8 +102,8 @@ def of_consumers(mask: Mask, united: int) -> Odds:
         if branch.counts("SYNCS.PHASECHK") != (0, 0) and not (branch.depth == 0 and branch.back):
             return 0.0  # what is waited for is there: waiting is no work
         if branch.back:
-            return 1.0
-        if branch.depth == 0 and on and not there:
+            return 1 - 1 / depth if branch.depth else 1.0
+        if branch.depth == depth - 1 and on and not there:
             return 1 - mask.any_of(mask.blocks * mask.taps)
         if branch.leaves:
             return 1 / taps
@@ -115,8 +116,9 @@ def of_consumers(mask: Mask, united: int) -> Odds:
     return odds
 
 
-def of_copiers(mask: Mask, united: int, slices: int, parts: int, cluster: int) -> Odds:
-    """Of ``hopper_gather``'s loops over slices in the warps that copy: blocks by fours, of which CTAs take turns."""
+def of_copiers(mask: Mask, united: int, stages: int, parts: float, cluster: int, depth: int = 1) -> Odds:
+    """Of ``hopper_gather``'s loops over stages of ``depth`` slices in the warps that copy: pixels in ``parts`` copies,
+    where a stage has blocks; blocks by fours, of which CTAs take turns. ``stages``: of an item."""
     fours, none, copies = 0.0, 0.0, [0.0] * 5  # expected ones; odds of none; fours with at least so many blocks
     for count, p in enumerate(mask.count_odds(united)):
         for rank in range(cluster):
@@ -126,7 +128,7 @@ def of_copiers(mask: Mask, united: int, slices: int, parts: int, cluster: int) -
             for size in mine:
                 for n in range(1, size + 1):
                     copies[n] += p / cluster
-    new_item = iter([1 - 1 / slices, 0.0])  # a record of the next item; there is a next one
+    new_item = iter([1 - 1 / stages, 0.0])  # a record of the next item; there is a next one
 
     def odds(branch: Branch) -> float:
         there, on = branch.counts("UTMALDG")
@@ -139,7 +141,7 @@ def of_copiers(mask: Mask, united: int, slices: int, parts: int, cluster: int) -
         if branch.counts("LDG")[1]:
             return next(new_item)
         if on == 1 and branch.depth == 0:
-            return 1 - mask.any_of(mask.blocks * mask.taps)
+            return 1 - mask.any_of(mask.blocks * mask.taps * depth)
         if on == 4:
             return 0.0 if branch.depth else none
         if 1 <= on <= 3:

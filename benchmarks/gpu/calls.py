@@ -15,10 +15,12 @@ from ddst.ops.cuda import compiled, gather, hopper, hopper_weight_grad
 
 #: On each device, the backends that are proved and measured there.
 BACKENDS_OF = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
-#: Backend "cuda" with the kernel set that its model would choose: both forms for sm_90a, and the one for all.
+#: Backend "cuda" with the kernel set that its model would choose: the forms for sm_90a, and the one for all.
 FORMS: dict[str, hopper.Form | str] = {
     "cuda/N=16": hopper.Form(1, 2),
     "cuda/N=64": hopper.Form(4, 2),
+    "cuda/32 channels": hopper.Form(1, 2, 2),
+    "cuda/im2col": hopper.Form(1, 2, 1, True),
     "cuda/mma.sync": "general",
 }
 BLOCKS = tuple((rows, columns) for rows in (32, 64, 16) for columns in (32, 64, 16))
@@ -96,8 +98,9 @@ def _refusal(name: str, first: Tensor, named: dict[str, Any], backend: str) -> s
     window = [tuple(named.get(key, default)) for key, default in WINDOW.items()]
     if plain(backend) == "cuda":  # it may do one pass and not another
         yes, reason = compiled.supports(name, first.device, first.dtype, shape, block, *window)
-        if yes and isinstance(FORMS.get(backend), hopper.Form):
-            reason = _form_refusal(name, first, shape, block, window, backend)
+        form = FORMS.get(backend)
+        if yes and isinstance(form, hopper.Form):
+            reason = _form_refusal(name, first, shape, block, window, form)
             yes = not reason
     else:
         stride, _, dilation = window
@@ -107,12 +110,12 @@ def _refusal(name: str, first: Tensor, named: dict[str, Any], backend: str) -> s
 
 
 def _form_refusal(
-    name: str, first: Tensor, shape: Sequence[int], block: Sequence[int], window: Sequence[Any], backend: str
+    name: str, first: Tensor, shape: Sequence[int], block: Sequence[int], window: Sequence[Any], form: hopper.Form
 ) -> str:
     """Why a form for sm_90a does not do a call: forcing it would run the kernel for all architectures."""
     if not name.endswith("weight_grad"):
-        return hopper.supports(name, gather.facts(first.device), first.dtype, shape, block, *window[:2])[1]
-    if backend != "cuda/N=16":
+        return hopper.supports(name, gather.facts(first.device), first.dtype, shape, block, *window[:2], form)[1]
+    if form != FORMS["cuda/N=16"]:
         return "weight gradients have one form: that of N=16"
     return hopper_weight_grad.supports(gather.facts(first.device), first.dtype, shape, block, *window)[1]
 

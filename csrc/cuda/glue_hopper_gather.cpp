@@ -18,10 +18,10 @@ constexpr const char* kOp = "hopper_gather";
 Tensor hopper_gather(const Tensor& input, const Tensor& values, const Tensor& records, const Tensor& order,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, const Ints& weight_shape,
                      const Ints& input_size, const Ints& stride, const Ints& padding, bool input_gradient, bool relu,
-                     int64_t granules, int64_t cluster, bool fused, const std::optional<Tensor>& mean,
-                     const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                     const std::optional<Tensor>& activated, double slope, int64_t upsample, int64_t pool,
-                     int64_t residual_upsample) {
+                     int64_t granules, int64_t cluster, int64_t depth, bool im2col, bool fused,
+                     const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& shift, const std::optional<Tensor>& activated, double slope,
+                     int64_t upsample, int64_t pool, int64_t residual_upsample) {
   const GatherFactors by{upsample, pool, residual_upsample};
   check_factors(kOp, fused, by);
   const GatherCall call = check_gather(kOp, input, values, bias, residual, weight_shape, input_size, stride, padding,
@@ -30,8 +30,9 @@ Tensor hopper_gather(const Tensor& input, const Tensor& values, const Tensor& re
   const int32_t device = call.device;
   if (granules != 1 && granules != 4) fail(kOp, "granules is ", granules, ", expected 1 or 4");
   if (cluster != 1 && cluster != 2) fail(kOp, "cluster is ", cluster, ", expected 1 or 2");
+  if (depth != 1 && depth != 2) fail(kOp, "depth is ", depth, ", expected 1 or 2");
   if (values.size(0) == 0) fail(kOp, "values has no slots");
-  const GatherForm form{static_cast<int>(granules), static_cast<int>(cluster)};
+  const GatherForm form{static_cast<int>(granules), static_cast<int>(cluster), static_cast<int>(depth), im2col};
   const bool halved = (input_gradient ? pool : upsample) == 2, squares = (input_gradient ? upsample : pool) == 2;
   HopperGatherGeometry g;
   const auto why = hopper_gather_geometry(call.problem, input_gradient, form,
@@ -54,7 +55,7 @@ Tensor hopper_gather(const Tensor& input, const Tensor& values, const Tensor& re
   arrays.mean = tables.mean, arrays.scale = tables.scale, arrays.shift = tables.shift, arrays.norm = tables.norm;
   arrays.activated = data_or_null(activated);
   arrays.residual_halved = residual_upsample == 2, arrays.squares = squares;
-  encode_map(kOp, hopper_patch_map(g, input.data_ptr()), arrays.input);
+  encode_map(kOp, hopper_input_map(g, input.data_ptr()), arrays.input);
   encode_map(kOp, hopper_weights_map(g, values.data_ptr(), values.size(0), input_gradient), arrays.values);
   check_launch(kOp, ddst_cuda_hopper_gather(call.problem.dtype, input_gradient, &form, &g, &arrays, multiprocessors,
                                             current_stream(kOp, device)));
@@ -68,8 +69,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ddst_cuda, m) {
   m.def(
       "hopper_gather(Tensor input, Tensor values, Tensor records, Tensor order, Tensor? bias, Tensor? residual, int[] "
       "weight_shape, int[] input_size, int[] stride, int[] padding, bool input_gradient, bool relu, int granules, int "
-      "cluster, bool fused, Tensor? mean, Tensor? scale, Tensor? shift, Tensor? activated, float slope, int upsample, "
-      "int "
-      "pool, int residual_upsample) -> Tensor");
+      "cluster, int depth, bool im2col, bool fused, Tensor? mean, Tensor? scale, Tensor? shift, Tensor? activated, "
+      "float slope, int upsample, int pool, int residual_upsample) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ddst_cuda, CUDA, m) { m.impl("hopper_gather", TORCH_BOX(&ddst::cuda::hopper_gather)); }

@@ -39,33 +39,37 @@ cudaError_t launch(const HopperGatherGeometry& g, const ddst_cuda_hopper_gather_
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-template <class T, bool kTransposed, int kWidth, int kCluster>
-cudaError_t launch_source(const HopperGatherGeometry& g, const ddst_cuda_hopper_gather_arrays& a, int multiprocessors,
-                          cudaStream_t stream) {
-  return a.fused
-             ? launch<HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperFused>>(g, a, multiprocessors, stream)
-             : launch<HopperGatherTraits<T, kTransposed, kWidth, kCluster>>(g, a, multiprocessors, stream);
+template <class T, bool kTransposed, int kWidth, int kCluster, int kDepth>
+cudaError_t launch_patches(const HopperGatherGeometry& g, const ddst_cuda_hopper_gather_arrays& a, int multiprocessors,
+                           cudaStream_t stream) {
+  return a.fused ? launch<HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperFused, kDepth>>(
+                       g, a, multiprocessors, stream)
+                 : launch<HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperPlain, kDepth>>(
+                       g, a, multiprocessors, stream);
 }
 
-template <class T, bool kTransposed, int kWidth>
-cudaError_t launch_cluster(const GatherForm& form, const HopperGatherGeometry& g,
-                           const ddst_cuda_hopper_gather_arrays& a, int multiprocessors, cudaStream_t stream) {
-  return form.cluster == 2 ? launch_source<T, kTransposed, kWidth, 2>(g, a, multiprocessors, stream)
-                           : launch_source<T, kTransposed, kWidth, 1>(g, a, multiprocessors, stream);
+template <class T, bool kTransposed, int kCluster>
+cudaError_t launch_form(const GatherForm& form, const HopperGatherGeometry& g, const ddst_cuda_hopper_gather_arrays& a,
+                        int multiprocessors, cudaStream_t stream) {
+  if (form.granules == 4) return launch_patches<T, kTransposed, 4, kCluster, 1>(g, a, multiprocessors, stream);
+  if (form.im2col)
+    return launch<HopperGatherTraits<T, kTransposed, 1, kCluster, HopperPlain, 1, true>>(g, a, multiprocessors, stream);
+  return form.depth == 2 ? launch_patches<T, kTransposed, 1, kCluster, 2>(g, a, multiprocessors, stream)
+                         : launch_patches<T, kTransposed, 1, kCluster, 1>(g, a, multiprocessors, stream);
 }
 
 template <class T, bool kTransposed>
-cudaError_t launch_form(const GatherForm& form, const HopperGatherGeometry& g, const ddst_cuda_hopper_gather_arrays& a,
-                        int multiprocessors, cudaStream_t stream) {
-  return form.granules == 4 ? launch_cluster<T, kTransposed, 4>(form, g, a, multiprocessors, stream)
-                            : launch_cluster<T, kTransposed, 1>(form, g, a, multiprocessors, stream);
+cudaError_t launch_cluster(const GatherForm& form, const HopperGatherGeometry& g,
+                           const ddst_cuda_hopper_gather_arrays& a, int multiprocessors, cudaStream_t stream) {
+  return form.cluster == 2 ? launch_form<T, kTransposed, 2>(form, g, a, multiprocessors, stream)
+                           : launch_form<T, kTransposed, 1>(form, g, a, multiprocessors, stream);
 }
 
 template <class T>
 cudaError_t launch_direction(bool input_gradient, const GatherForm& form, const HopperGatherGeometry& g,
                              const ddst_cuda_hopper_gather_arrays& a, int multiprocessors, cudaStream_t stream) {
-  return input_gradient ? launch_form<T, true>(form, g, a, multiprocessors, stream)
-                        : launch_form<T, false>(form, g, a, multiprocessors, stream);
+  return input_gradient ? launch_cluster<T, true>(form, g, a, multiprocessors, stream)
+                        : launch_cluster<T, false>(form, g, a, multiprocessors, stream);
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 //
 // A CTA owns tiles of 256 pixels x 128 output channels, one after another, heavy ones first. Two warps copy, by bulk
 // tensor copies alone: per slice of 16 input channels the patch with its halo, whose padding is what lies outside of
-// the tensor, and the listed blocks' share of the slice. Two warpgroups multiply. They meet at barriers in shared
+// the tensor, and the listed blocks' share of the slice. (Or two slices at once, or by im2col what each tap reads in
+// place of a patch: GatherForm.) Two warpgroups multiply. They meet at barriers in shared
 // memory only: a stage is full when its bytes have arrived, empty when every warp of the cluster has left it. Two CTAs
 // of a cluster have the same output channels, and each copies half of the weights to both.
 #pragma once
@@ -17,23 +18,24 @@ DDST_DEVICE int tap_shift(const HopperGatherGeometry& g, int tap) {
   const int dy = tap_offset<Traits::kTransposed>(tap / g.kernel_width, g.phases_y, g.reach_y);
   const int dx = tap_offset<Traits::kTransposed>(tap % g.kernel_width, g.phases_x, g.reach_x);
   const int part = dy % g.step_y * g.parts_x + dx % g.step_x;
-  return part * g.part_bytes + (dy / g.step_y * g.patch_cols + dx / g.step_x) * kSlice * 2;
+  return part * g.part_bytes + (dy / g.step_y * g.patch_cols + dx / g.step_x) * Traits::kSlotBytes;
 }
 
 template <class Traits>
 DDST_DEVICE void multiply_all(const typename Traits::Params& p, const HopperShared& s, int first_item) {
   const HopperGatherGeometry& g = p.g;
   const int warp = dev::warp_index(), lane = dev::thread_index() % 32;
-  const int lane_place = hopper_slot(g, warp / 4 * 128 + warp % 4 * 16 + lane % 16) * kSlice * 2 + lane / 16 * 16;
-  const int shift = tap_shift<Traits>(g, lane < g.taps ? lane : 0);
+  const int pixel = warp / 4 * 128 + warp % 4 * 16 + lane % 16;
+  const int lane_place = (Traits::kIm2col ? pixel : hopper_slot(g, pixel)) * Traits::kSlotBytes + lane / 16 * 16;
+  const int shift = Traits::kIm2col ? 0 : tap_shift<Traits>(g, lane < g.taps ? lane : 0);
   RingPlace stage, record;
   for (int index = first_item; index < g.items; index += p.clusters) {
     const HopperItem item = hopper_item<Traits>(p, index);
     [[maybe_unused]] const typename Traits::Source::template Patch<Traits> fused(p, item.place);
     HopperSums<Traits> sums = {};
-    for (int slice = 0; slice < g.slices; ++slice) {
+    for (int slice = 0; slice < g.slices; slice += Traits::kDepth) {
       const auto patch = s.base + stage.index * g.stage_bytes;
-      const auto list = s.records + record.index * g.record_ints;
+      const auto list = record_at<Traits>(g, s, record, 0);
       dev::barrier_wait(s.full + stage.index, stage.parity);
       if constexpr (Traits::Source::kFused) fused.change(p, patch.template as<typename Traits::T>(), list, slice);
       multiply_stage<Traits>(sums, g, patch, list, lane_place, shift);
@@ -81,7 +83,7 @@ hopper_gather(DDST_GRID_CONSTANT typename Traits::Params p) {
     multiply_all<Traits>(p, s, first_item);
   } else {
     dev::give_registers<kCopierRegisters>();
-    if (warp == kHopperConsumers / 32) copy_patches<Traits>(p, s, first_item);
+    if (warp == kHopperConsumers / 32) copy_pixels<Traits>(p, s, first_item);
     if (warp == kHopperConsumers / 32 + 1) copy_weights<Traits>(p, s, first_item);
   }
 }

@@ -7,7 +7,7 @@
 // Forward: output = act(W input + bias + residual). Input gradient: output = act(W^T input + ...), input is
 // grad_output.
 struct ddst_cuda_hopper_gather_arrays {
-  ddst::cuda::EncodedTensorMap input, values;  // of hopper_patch_map and hopper_weights_map
+  ddst::cuda::EncodedTensorMap input, values;  // of hopper_input_map and hopper_weights_map
   const int32_t *records, *order;              // as hopper_gather_geometry.hpp says, for the form and direction
   const void *bias, *residual;                 // [channels of the output] or null; like the output, or null
   void* output;                                // not any of the others

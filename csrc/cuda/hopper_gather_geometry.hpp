@@ -26,15 +26,22 @@ constexpr int kMaxStages = 8;
 constexpr int kGranuleBytes = kSlice * kSlice * 2;
 
 struct GatherForm {
-  int granules;  // of 16 output channels in one product: 1, or 4 with zeros multiplied
-  int cluster;   // CTAs of one output group that share the copies of weights: 1 or 2
+  int granules;   // of 16 output channels in one product: 1, or 4 with zeros multiplied
+  int cluster;    // CTAs of one output group that share the copies of weights: 1 or 2
+  int depth = 1;  // slices of 16 input channels in a stage: 1 or 2
+  bool im2col =
+      false;  // pixels are copied for each tap that has a block, by im2col; otherwise a patch with its halo is
 };
 
 // patch_rows, patch_cols, image_pitch are of one part of the patch: the source pixels of equal (y % step, x % step), as
-// many parts as taps meet. Slots of a part: [image][row][column], 32 bytes each.
+// many parts as taps meet. Slots of a part: [image][row][column], slot_bytes each.
+//
+// With im2col a tile is 256 pixels in the order of the images, a part is what one tap reads of them.
 struct HopperGatherGeometry : GatherGeometry {
+  int depth, slot_bytes;
+  int im2col, origin_y, origin_x;  // origin: of im2col's first pixel, where the first tap reads
   int parts_y, parts_x, parts, part_bytes;
-  int copied_bytes;                  // of a patch
+  int copied_bytes;                  // of a patch, or with im2col of a part
   int low_images;                    // log2 of the images between column and row in the order of a tile's pixels
   int squares;                       // 1: the order begins with the pixels of 2 x 2 squares
   int second_bit;                    // bit of a pixel's number, 3 to 7, that tells a warpgroup's m64 tiles apart
@@ -111,22 +118,77 @@ inline bool set_hopper_tile(HopperGatherGeometry& g, int log_rows, int log_cols,
   g = best;
   g.patch_half = g.patch_cols;
   g.patch_slots = g.image_pitch * per_slot;
-  g.part_bytes = ceil_div((g.image_pitch << log_images) * kSlice * 2, 256) * 256;
-  g.copied_bytes = g.patch_slots * kSlice * 2;
-  g.second = hopper_slot(g, 64) * kSlice * 2;
+  g.part_bytes = ceil_div(g.image_pitch << log_images, 8) * 8 * g.slot_bytes;
+  g.copied_bytes = g.patch_slots * g.slot_bytes;
+  g.second = hopper_slot(g, 64) * g.slot_bytes;
   return least > 0;
 }
+
+// 256 pixels in a row, whatever the sizes of the images: no tile but the last one has fewer.
+inline void set_im2col_tile(HopperGatherGeometry& g) {
+  g.log_tile_cols = log2_ceil(kHopperPixels);
+  g.tiles = int((std::int64_t(g.images) * g.out_height * g.out_width + kHopperPixels - 1) / kHopperPixels);
+  g.parts = g.parts_y = g.taps, g.parts_x = 1;
+  g.patch_rows = 1, g.patch_cols = kHopperPixels;
+  g.part_bytes = g.copied_bytes = kHopperPixels * g.slot_bytes;
+  g.second_bit = 6, g.second = 64 * g.slot_bytes;
+}
+// The last pixels that im2col takes, as tensor maps count them: from the end of the image on.
+inline int im2col_upper(int out, int step, int origin, int in) { return (out - 1) * step + origin - (in - 1); }
 
 // Places in shared memory: stages (patch, weights) | records | barriers.
 inline void set_hopper_layout(HopperGatherGeometry& g, int shared_limit) {
   g.weights = g.parts * g.part_bytes;
-  g.stage_bytes = g.weights + g.taps * (kHopperChannels / kSlice) * kGranuleBytes;
+  g.stage_bytes = g.weights + g.depth * g.taps * (kHopperChannels / kSlice) * kGranuleBytes;
   for (g.stages = kMaxStages; g.stages > 0; --g.stages) {
     g.records = g.stages * g.stage_bytes;
-    g.barriers = g.records + (g.stages + kRecordsAhead) * g.record_ints * 4;
+    g.barriers = g.records + (g.stages + kRecordsAhead) * g.depth * g.record_ints * 4;
     g.bytes = g.barriers + (3 * g.stages + kRecordsAhead) * 8;
     if (g.bytes <= shared_limit) return;
   }
+}
+
+// What the kernel reads pixels by: a copy is one part of a patch, as many channels deep as a stage.
+inline TensorMap hopper_input_map(const HopperGatherGeometry& g, const void* input) {
+  const int box[4] = {g.depth * kSlice, g.patch_cols * g.step_x, g.patch_rows * g.step_y, 1 << g.log_tile_images};
+  TensorMap map = patch_map(input, 2, g.images, g.in_height, g.in_width, g.in_channels, box, g.slot_bytes);
+  map.steps[1] = g.step_x, map.steps[2] = g.step_y;
+  if (g.im2col) {
+    for (int& side : map.box) side = 0;
+    map.im2col = 1, map.channels = kSlice, map.pixels = kHopperPixels;
+    map.lower[0] = g.origin_x, map.lower[1] = g.origin_y;
+    map.upper[0] = im2col_upper(g.out_width, g.step_x, g.origin_x, g.in_width);
+    map.upper[1] = im2col_upper(g.out_height, g.step_y, g.origin_y, g.in_height);
+  }
+  return map;
+}
+
+// The shape of tile with the least work: pixels multiplied and copied. Leaves g.stages below 2 if none fits.
+inline void set_best_tile(HopperGatherGeometry& g, int shared_limit) {
+  const int log_pixels = log2_ceil(kHopperPixels);
+  std::int64_t least = -1;
+  HopperGatherGeometry best{};
+  for (int rows = g.squares; rows <= log_pixels; ++rows)
+    for (int cols = g.squares; rows + cols <= log_pixels; ++cols) {
+      if (!set_hopper_tile(g, rows, cols, least)) continue;
+      set_hopper_layout(g, shared_limit);
+      const std::int64_t work = std::int64_t(g.tiles) * (kHopperPixels + g.patch_slots);
+      if (g.stages >= 2 && (least < 0 || work < least)) least = work, best = g;
+    }
+  g = best;
+}
+
+// Why a form does not fit the problem, or an empty string.
+inline std::string form_refusal(const HopperGatherGeometry& g, const GatherForm& form, const GatherShape& shape) {
+  if (form.granules > 1 && (form.depth > 1 || form.im2col))
+    return "products of four granules take patches of 16 channels";
+  if (form.depth > 1 && form.im2col) return "im2col copies 16 channels";
+  if (g.slices % form.depth)
+    return "stages of 32 channels need an even number of slices of 16, got " + std::to_string(g.slices);
+  if (form.im2col && shape.fused) return "a fused half block changes patches, which im2col does not copy";
+  if (form.im2col && g.phases_y * g.phases_x > 1)
+    return "im2col does not copy what the input gradient of a strided convolution reads";
+  return "";
 }
 
 // Fills `g` and returns "", or says why the kernel cannot run the problem. halved: of a fused half block, whose source
@@ -141,33 +203,26 @@ inline std::string hopper_gather_geometry(const ddst_cuda_conv2d_problem& p, boo
   if (!why.empty()) return why;
   if (halved) return "the kernel for sm_90a does not upsample what it reads";
   g.squares = shape.squares, g.block_out = p.block_out;
+  g.depth = form.depth, g.slot_bytes = form.depth * kSlice * 2, g.im2col = form.im2col;
+  const std::string unfit = form_refusal(g, form, shape);
+  if (!unfit.empty()) return unfit;
   g.record_ints -= g.padded_taps, g.padded_taps = ceil_div(g.taps + 1, 4) * 4, g.record_ints += g.padded_taps;
 
-  const int log_pixels = log2_ceil(kHopperPixels);
-  std::int64_t least = -1;
-  HopperGatherGeometry best{};
-  for (int rows = g.squares; rows <= log_pixels; ++rows)
-    for (int cols = g.squares; rows + cols <= log_pixels; ++cols) {
-      if (!set_hopper_tile(g, rows, cols, least)) continue;
-      set_hopper_layout(g, shared_limit);
-      const std::int64_t work = std::int64_t(g.tiles) * (kHopperPixels + g.patch_slots);
-      if (g.stages >= 2 && (least < 0 || work < least)) least = work, best = g;
-    }
-  if (least < 0) return "two stages need more shared memory than " + std::to_string(shared_limit) + " bytes";
-  g = best;
+  if (form.im2col) {
+    g.origin_y = input_gradient ? g.padding_y - g.reach_y : -g.padding_y;
+    g.origin_x = input_gradient ? g.padding_x - g.reach_x : -g.padding_x;
+    set_im2col_tile(g), set_hopper_layout(g, shared_limit);
+    const std::string error = tensor_map_error(hopper_input_map(g, reinterpret_cast<const void*>(256)));  // anywhere
+    if (!error.empty()) return "im2col, " + error;
+  } else {
+    g.stages = 0, set_best_tile(g, shared_limit);
+  }
+  if (g.stages < 2) return "two stages need more shared memory than " + std::to_string(shared_limit) + " bytes";
   g.tile_sets = ceil_div(g.tiles, form.cluster);
   const std::int64_t items = std::int64_t(g.tile_sets) * g.phases_y * g.phases_x * g.groups;
   if (items >= kPixelLimit) return "too many tiles for one launch";
   g.items = int(items);
   return "";
-}
-
-// What the kernel reads pixels by: a copy is one part of a patch, 16 channels deep.
-inline TensorMap hopper_patch_map(const HopperGatherGeometry& g, const void* input) {
-  const int box[4] = {kSlice, g.patch_cols * g.step_x, g.patch_rows * g.step_y, 1 << g.log_tile_images};
-  TensorMap map = patch_map(input, 2, g.images, g.in_height, g.in_width, g.in_channels, box, kSwizzle32);
-  map.steps[1] = g.step_x, map.steps[2] = g.step_y;
-  return map;
 }
 
 // Packed values as [columns / 16][rows][16]: a copy is a block's share of a slice, granules one after another. The

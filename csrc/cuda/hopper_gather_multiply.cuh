@@ -13,11 +13,11 @@ using HopperSums = float[Traits::kPixelTiles][Traits::kProducts][Traits::kWidth 
 using HopperPixels = std::uint32_t[2][4];
 
 // `lane_place`: bytes from the patch's begin to this lane's row of ldmatrix at shift 0. Matrices: (pixel 0, k 0),
-// (8, 0), (0, 8), (8, 8). The patch begins at a multiple of the swizzle's 256 bytes.
+// (8, 0), (0, 8), (8, 8). The patch begins at a multiple of the swizzle's 8 slots.
 template <class Traits>
 DDST_DEVICE void load_pixels(HopperPixels& pixels, dev::shared_ptr<unsigned char> patch,
                              dev::shared_ptr<unsigned char> second, int place) {
-  const int row = place ^ (place >> 3 & 16);
+  const int row = place ^ (place >> 3 & (Traits::kSlotBytes - 16));
   dev::ldmatrix_x4(pixels[0], (patch + row).template as<typename Traits::T>());
   dev::ldmatrix_x4(pixels[1], (second + row).template as<typename Traits::T>());
 }
@@ -44,19 +44,22 @@ DDST_DEVICE void multiply_tap(HopperSums<Traits>& sums, const HopperPixels& pixe
   }
 }
 
-// `shift`: of lane t, the bytes between a pixel and where tap t reads it.
+// Products of one slice, whose blocks' share begins at `granule`, which is left where they end. `shift`: of lane t, the
+// bytes between a pixel and where tap t reads it; with im2col pixels lie there in the order of the entries.
 template <class Traits>
-DDST_DEVICE void multiply_stage(HopperSums<Traits>& sums, const HopperGatherGeometry& g,
-                                dev::shared_ptr<unsigned char> stage, dev::shared_ptr<int> record, int lane_place,
-                                int shift) {
+DDST_DEVICE void multiply_slice(HopperSums<Traits>& sums, dev::shared_ptr<unsigned char> patch,
+                                dev::shared_ptr<unsigned char> second, dev::shared_ptr<int> record,
+                                dev::MatrixDescriptor& granule, int lane_place, int shift) {
   auto entries = record + kRecordHeader;
   int entry = dev::load(entries);
   if (entry == 0) return;
-  // A granule, whatever its rows are: 8 of them 256 bytes apart, 16 columns 512 bytes.
-  auto granule = dev::matrix_descriptor<32>(stage + g.weights, kGranuleBytes, kGranuleBytes / 2);
-  const auto second = stage + g.second;
   const auto load = [&](HopperPixels& pixels) {
-    load_pixels<Traits>(pixels, stage, second, lane_place + int(dev::shfl(std::uint32_t(shift), entry)));
+    if constexpr (Traits::kIm2col) {
+      load_pixels<Traits>(pixels, patch, second, lane_place);
+      lane_place += kHopperPixels * Traits::kSlotBytes;
+    } else {
+      load_pixels<Traits>(pixels, patch, second, lane_place + int(dev::shfl(std::uint32_t(shift), entry)));
+    }
   };
   const auto step = [&](const HopperPixels& now, HopperPixels& after) {
     const auto mask = std::uint32_t(entry) >> 16;
@@ -74,6 +77,20 @@ DDST_DEVICE void multiply_stage(HopperSums<Traits>& sums, const HopperGatherGeom
   HopperPixels even, odd;
   load(even);
   while (step(even, odd) && step(odd, even)) {
+  }
+}
+
+// `record`: of the stage's first slice, the others' follow.
+template <class Traits>
+DDST_DEVICE void multiply_stage(HopperSums<Traits>& sums, const HopperGatherGeometry& g,
+                                dev::shared_ptr<unsigned char> stage, dev::shared_ptr<int> record, int lane_place,
+                                int shift) {
+  // A granule, whatever its rows are: 8 of them 256 bytes apart, 16 columns 512 bytes.
+  auto granule = dev::matrix_descriptor<32>(stage + g.weights, kGranuleBytes, kGranuleBytes / 2);
+  DDST_ROLLED
+  for (int i = 0; i < Traits::kDepth; ++i) {
+    multiply_slice<Traits>(sums, stage, stage + g.second, record, granule, lane_place + i * kSlice * 2, shift);
+    record = record + g.record_ints;
   }
 }
 

@@ -5,14 +5,15 @@
 #include "hopper_gather_geometry.hpp"
 
 // squares, halved: of fused half blocks. facts: images, rows and columns of a tile; rows and columns of an image's
-// patch; tiles of all phases, groups, slices; stages, ints of a record, bytes of shared memory. message: why not, or an
-// empty string.
+// patch (with im2col: taps, pixels); tiles of all phases, groups, slices; stages, ints of a record, bytes of shared
+// memory. message: why not, or an empty string.
 extern "C" __attribute__((visibility("default"))) void ddst_cuda_hopper_gather_plan(
-    const ddst_cuda_conv2d_problem* problem, bool input_gradient, int granules, int cluster, bool fused, bool squares,
-    bool halved, int shared_limit, int32_t facts[11], char* message, int size) {
+    const ddst_cuda_conv2d_problem* problem, bool input_gradient, int granules, int cluster, int depth, bool im2col,
+    bool fused, bool squares, bool halved, int shared_limit, int32_t facts[11], char* message, int size) {
   ddst::cuda::HopperGatherGeometry g;
-  const std::string why = hopper_gather_geometry(*problem, input_gradient, ddst::cuda::GatherForm{granules, cluster},
-                                                 shared_limit, g, ddst::cuda::GatherShape{fused, squares}, halved);
+  const ddst::cuda::GatherForm form{granules, cluster, depth, im2col};
+  const std::string why = hopper_gather_geometry(*problem, input_gradient, form, shared_limit, g,
+                                                 ddst::cuda::GatherShape{fused, squares}, halved);
   std::snprintf(message, static_cast<size_t>(size), "%s", why.c_str());
   if (!why.empty()) return;
   const int32_t found[] = {

@@ -10,6 +10,15 @@ DDST_DEVICE int hopper_row(int m, int r) {
   return warp / 4 * 128 + m * 64 + warp % 4 * 16 + r * 8 + lane / 4;
 }
 
+// Index of the output pixel that is the tile's pixel `m`, -1 outside of the images.
+template <class Traits>
+DDST_DEVICE int hopper_output_pixel(const HopperGatherGeometry& g, const GatherPlace& place, int m) {
+  if constexpr (!Traits::kIm2col) return output_pixel(g, place, hopper_grid_pixel(g, m));
+  const std::int64_t row = std::int64_t(place.first_image) * g.out_height + place.first_row;
+  const std::int64_t pixel = row * g.out_width + place.first_col + m;
+  return pixel < std::int64_t(g.images) * g.out_height * g.out_width ? int(pixel) : -1;
+}
+
 // Sums of granule `o` of m64 tile `m`, as store_granule (gather_epilogue.cuh) has them.
 template <class Traits>
 DDST_DEVICE void take_granule(float (&c)[2][4], const HopperSums<Traits>& sums, int m, int o) {
@@ -29,7 +38,7 @@ DDST_DEVICE void store_plain_tile(const typename Traits::Params& p, const Gather
   std::int64_t at[2];
   DDST_UNROLL
   for (int m = 0; m < 2; ++m) {
-    const int pixel = output_pixel(p.g, place, hopper_grid_pixel(p.g, hopper_row(m, t / 2)));
+    const int pixel = hopper_output_pixel<Traits>(p.g, place, hopper_row(m, t / 2));
     room[m] = pixel < 0 ? 0 : channels - begin - mine;
     at[m] = std::int64_t(pixel < 0 ? 0 : pixel) * channels + (begin + mine);
   }

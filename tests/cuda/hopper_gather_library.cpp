@@ -1,6 +1,6 @@
 // The gather kernel for sm_90a on the emulator as a shared library, for tests/cuda/test_cuda_hopper_gather.py, and the
-// plan that says how it cuts a problem. Of the instantiations those of bfloat16 with one granule and clusters, and of
-// float16 with four granules and single CTAs.
+// plan that says how it cuts a problem. Of the instantiations those of bfloat16 with one granule, clusters and stages
+// of 16 and 32 channels, and of float16 with four granules, or im2col, and single CTAs.
 #include <cstring>
 
 #include "check.hpp"
@@ -33,8 +33,8 @@ template <class Traits>
 void run(const ddst_cuda_conv2d_problem& problem, const Arrays& a) {
   using T = typename Traits::T;
   typename Traits::Params p{};
-  const std::string why = hopper_gather_geometry(problem, Traits::kTransposed, {Traits::kWidth, Traits::kCluster},
-                                                 227 * 1024, p.g, {a.fused != 0, a.squares != 0});
+  const std::string why = hopper_gather_geometry(problem, Traits::kTransposed, Traits::kForm, 227 * 1024, p.g,
+                                                 {a.fused != 0, a.squares != 0});
   if (!why.empty()) throw emu::Failure(why);
   const auto& g = p.g;
   p.relu = a.relu, p.clusters = std::min(a.clusters, g.items);
@@ -51,7 +51,7 @@ void run(const ddst_cuda_conv2d_problem& problem, const Arrays& a) {
   Buffer bias = input<T>("bias", a.bias, g.out_channels);
   Buffer residual = input<T>("residual", a.residual, pixels(a.squares + a.residual_halved) * g.out_channels);
   Buffer output("output", std::size_t(written) * sizeof(T), Buffer::Role::output_once);
-  p.input = hopper_patch_map(g, x.host<T>());
+  p.input = hopper_input_map(g, x.host<T>());
   p.values = hopper_weights_map(g, values.host<T>(), a.slots, Traits::kTransposed);
   p.records = dev::global_ptr<const int>(records), p.order = dev::global_ptr<const int>(order);
   p.output = dev::global_ptr<T>(output);
@@ -76,29 +76,39 @@ void run(const ddst_cuda_conv2d_problem& problem, const Arrays& a) {
   std::memcpy(a.output, output.host<T>(), output.size());
 }
 
-template <class T, int kWidth, int kCluster, class Source>
+template <class T, class Source, int kWidth, int kCluster, int kDepth = 1, bool kIm2col = false>
 void run_direction(const ddst_cuda_conv2d_problem& problem, bool input_gradient, const Arrays& a) {
-  input_gradient ? run<HopperGatherTraits<T, true, kWidth, kCluster, Source>>(problem, a)
-                 : run<HopperGatherTraits<T, false, kWidth, kCluster, Source>>(problem, a);
+  input_gradient ? run<HopperGatherTraits<T, true, kWidth, kCluster, Source, kDepth, kIm2col>>(problem, a)
+                 : run<HopperGatherTraits<T, false, kWidth, kCluster, Source, kDepth, kIm2col>>(problem, a);
 }
 
-template <class T, int kWidth, int kCluster>
+template <class T, int kWidth, int kCluster, int kDepth = 1>
 void run_source(const ddst_cuda_conv2d_problem& problem, bool input_gradient, const Arrays& a) {
-  a.fused ? run_direction<T, kWidth, kCluster, HopperFused>(problem, input_gradient, a)
-          : run_direction<T, kWidth, kCluster, HopperPlain>(problem, input_gradient, a);
+  a.fused ? run_direction<T, HopperFused, kWidth, kCluster, kDepth>(problem, input_gradient, a)
+          : run_direction<T, HopperPlain, kWidth, kCluster, kDepth>(problem, input_gradient, a);
+}
+
+bool operator==(const GatherForm& a, const GatherForm& b) {
+  return a.granules == b.granules && a.cluster == b.cluster && a.depth == b.depth && a.im2col == b.im2col;
 }
 
 }  // namespace
 
 // Writes why it fails into `message`, "" if it does not.
 extern "C" void hopper_gather(const ddst_cuda_conv2d_problem* problem, bool input_gradient, int granules, int cluster,
-                              const Arrays* arrays, char* message, int size) {
+                              int depth, bool im2col, const Arrays* arrays, char* message, int size) {
   message[0] = 0;
+  const GatherForm form{granules, cluster, depth, im2col};
+  const bool bf16 = problem->dtype == DDST_CUDA_BFLOAT16, fp16 = problem->dtype == DDST_CUDA_FLOAT16;
   try {
-    if (problem->dtype == DDST_CUDA_BFLOAT16 && granules == 1 && cluster == 2)
+    if (bf16 && form == GatherForm{1, 2})
       run_source<dev::bf16, 1, 2>(*problem, input_gradient, *arrays);
-    else if (problem->dtype == DDST_CUDA_FLOAT16 && granules == 4 && cluster == 1)
+    else if (bf16 && form == GatherForm{1, 2, 2})
+      run_source<dev::bf16, 1, 2, 2>(*problem, input_gradient, *arrays);
+    else if (fp16 && form == GatherForm{4, 1})
       run_source<dev::fp16, 4, 1>(*problem, input_gradient, *arrays);
+    else if (fp16 && form == GatherForm{1, 1, 1, true} && !arrays->fused)
+      run_direction<dev::fp16, HopperPlain, 1, 1, 1, true>(*problem, input_gradient, *arrays);
     else
       throw emu::Failure("not instantiated");
   } catch (const emu::Failure& failure) {

@@ -72,8 +72,7 @@ HopperRun run_hopper(const GatherProblem<typename Traits::T>& problem, const emu
   using T = typename Traits::T;
   HopperRun run;
   typename Traits::Params p{};
-  const std::string why =
-      hopper_gather_geometry(problem.p, Traits::kTransposed, {Traits::kWidth, Traits::kCluster}, kSharedLimit, p.g);
+  const std::string why = hopper_gather_geometry(problem.p, Traits::kTransposed, Traits::kForm, kSharedLimit, p.g);
   if (!why.empty()) throw emu::Failure(name + ": refused, " + why);
   run.g = p.g, run.lists = hopper_lists(problem, p.g, Traits::kWidth);
   const std::int64_t slots = std::int64_t(problem.values.size()) / p.g.block_elements;
@@ -84,7 +83,7 @@ HopperRun run_hopper(const GatherProblem<typename Traits::T>& problem, const emu
   auto bias = input_buffer("bias", problem.bias), residual = input_buffer("residual", problem.residual);
   emu::Buffer output("output", std::size_t(problem.written_pixels) * problem.written_channels * sizeof(T),
                      emu::Buffer::Role::output_once);
-  p.input = hopper_patch_map(p.g, input.template host<T>());
+  p.input = hopper_input_map(p.g, input.template host<T>());
   p.values = hopper_weights_map(p.g, values.template host<T>(), std::max<std::int64_t>(slots, 1), Traits::kTransposed);
   p.records = dev::global_ptr<const int>(records), p.order = dev::global_ptr<const int>(order);
   p.output = dev::global_ptr<T>(output);
@@ -107,15 +106,22 @@ HopperRun run_hopper(const GatherProblem<typename Traits::T>& problem, const emu
   return run;
 }
 
-template <class T, bool kTransposed, int kWidth, int kCluster>
+// Problems that the form refuses, which stages of 32 channels and im2col do, are drawn anew.
+template <class T, bool kTransposed, int kWidth, int kCluster, int kDepth = 1, bool kIm2col = false>
 void test_random_hopper(const char* name, int count, int most_channels) {
-  using Traits = HopperGatherTraits<T, kTransposed, kWidth, kCluster>;
+  using Traits = HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperPlain, kDepth, kIm2col>;
   Rng rng(kTransposed * 4 + kWidth + kCluster * 16);
   const double start = seconds();
-  long products = 0, items = 0;
+  long products = 0, items = 0, refused = 0;
   for (int i = 0; i < count; ++i) {
     const double density = pick(rng, 0, 8) == 0 ? pick(rng, 0, 1) : pick(rng, 1, 6) / 10.0;
     const GatherProblem<T> problem(random_problem(rng, 8, false, most_channels), kTransposed, density, rng() % 2, rng);
+    HopperGatherGeometry g;
+    if ((kDepth > 1 || kIm2col) && refused < 10 * count &&
+        !hopper_gather_geometry(problem.p, kTransposed, Traits::kForm, kSharedLimit, g).empty()) {
+      ++refused, --i;
+      continue;
+    }
     emu::Options options;
     options.seed = rng(), options.delay_copies = rng() % 2;
     const auto run = run_hopper<Traits>(problem, options, std::string(name) + " " + std::to_string(i), pick(rng, 1, 3));

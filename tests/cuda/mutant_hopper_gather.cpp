@@ -7,13 +7,14 @@ using namespace ddst::test;
 
 namespace {
 
-template <class T, bool kTransposed, int kWidth, int kCluster>
+template <class T, bool kTransposed, int kWidth, int kCluster, int kDepth = 1, bool kIm2col = false>
 void check(const char* name, ddst_cuda_conv2d_problem p, double density) {
   Rng rng(3);
   const GatherProblem<T> problem(p, kTransposed, density, true, rng);
   emu::Options options;
   options.seed = 5;
-  const auto run = run_hopper<HopperGatherTraits<T, kTransposed, kWidth, kCluster>>(problem, options, name, 1);
+  using Traits = HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperPlain, kDepth, kIm2col>;
+  const auto run = run_hopper<Traits>(problem, options, name, 1);
   expect(run.stats.ldmatrix_conflicts == 0, std::string(name) + ": bank conflicts");
 }
 
@@ -29,5 +30,7 @@ int main() {
   check<dev::fp16, true, 1, 2>("input gradient", problem(5, 9, 12, 152, 56, 2, 3, 2, 1, 32, 32), 0.3);
   check<dev::bf16, false, 4, 1>("forward, four granules", problem(1, 16, 16, 40, 88, 2, 2, 1, 1, 16, 16), 0.2);
   check<dev::fp16, true, 4, 1>("input gradient, four granules", problem(2, 5, 4, 88, 40, 2, 3, 1, 1, 16, 16), 0.3);
+  check<dev::bf16, false, 1, 1, 2>("forward, 32 channels", problem(1, 9, 12, 96, 40, 2, 2, 1, 1, 16, 16), 0.2);
+  check<dev::fp16, true, 1, 1, 1, true>("input gradient, im2col", problem(3, 9, 12, 40, 56, 2, 3, 1, 1, 16, 16), 0.2);
   return finish("hopper gather");
 }

@@ -62,11 +62,19 @@ HOPPER = {
         ("bytes of a patch", "any ? p.g.copied_bytes : 0", "p.g.copied_bytes"),
         ("begin of a patch", "left + x, top + y", "left + y, top + x"),
         ("slices of a block", "chunk = Traits::kTransposed ? 0 : within", "chunk = 0"),
+        ("bytes of columns", "taps * p.g.copied_bytes", "p.g.copied_bytes"),
+        ("first pixel of columns", "item.place.first_col = int(pixel % g.out_width)", "item.place.first_col = 0"),
+        ("height and width of an offset", "{both & 0xffff, both >> 16}", "{both >> 16, both & 0xffff}"),
+        ("record of the second slice", "(slice + i) >> p.g.log_slices_per_block", "slice >> p.g.log_slices_per_block"),
+        ("blocks of the second slice", "(p, slice + i, blocks", "(p, slice, blocks"),
         ("a CTA ends before the last arrivals", "drain_stages<Traits>(p, s, after);", ";"),
         ("turns of the CTAs", "first += 4 * Traits::kCluster", "first += 4"),
     ],
     "hopper_gather_multiply.cuh": [
-        ("no swizzle", "place ^ (place >> 3 & 16)", "place"),
+        ("no swizzle", "place ^ (place >> 3 & (Traits::kSlotBytes - 16))", "place"),
+        ("swizzle of 32 channels", "Traits::kSlotBytes - 16", "16"),
+        ("channels of the second slice", "lane_place + i * kSlice * 2", "lane_place"),
+        ("pixels of the next tap", "lane_place += kHopperPixels * Traits::kSlotBytes;", ""),
         ("8 rows of a granule", "kGranuleBytes, kGranuleBytes / 2)", "kGranuleBytes, kGranuleBytes)"),
         ("granules of four", "granule + Traits::kWidth * kGranuleBytes", "granule + kGranuleBytes"),
         ("wait too weak", "dev::wgmma_wait<0>();\n    return true", "dev::wgmma_wait<1>();\n    return true"),
@@ -74,7 +82,8 @@ HOPPER = {
     ],
     "hopper_gather_geometry.hpp": [
         ("stride of the columns", "map.steps[1] = g.step_x", "map.steps[1] = 1"),
-        ("records of two items", "kRecordsAhead) * g.record_ints * 4", "kRecordsAhead - 1) * g.record_ints * 4"),
+        ("records of two items", "kRecordsAhead) * g.depth", "kRecordsAhead - 1) * g.depth"),
+        ("last column of an image", "(out - 1) * step + origin - (in - 1)", "out * step + origin - (in - 1)"),
     ],
 }  # fmt: skip
 

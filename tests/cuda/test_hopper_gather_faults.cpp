@@ -19,8 +19,9 @@ ddst_cuda_conv2d_problem square(int images, int size, int channels_in, int chann
 template <class Traits>
 void test_fault_injection(const std::string& name) {
   Rng rng(5);
-  const GatherProblem<typename Traits::T> problem(square(Traits::kCluster, 16, 112, 144, 16), Traits::kTransposed, 0.2,
-                                                  false, rng);
+  const int even = Traits::kDepth > 1 ? 160 : 112;
+  const GatherProblem<typename Traits::T> problem(square(Traits::kCluster, 16, even, even + 32, 16),
+                                                  Traits::kTransposed, 0.2, false, rng);
   emu::Options options;
   options.list_waits = true;
   const auto places = run_hopper<Traits>(problem, options, name, 1).stats.wait_places;
@@ -36,12 +37,14 @@ void test_fault_injection(const std::string& name) {
 
 // 256 to 256 channels, 3x3 at 32 x 32 (one image of the batch): what is multiplied and what comes from the
 // second-level cache, of which at least halo patches once a tile and active blocks once a cluster have to.
-template <int kWidth, int kCluster>
+template <int kWidth, int kCluster, int kDepth = 1>
 void test_counts(double density, double most) {
   Rng rng(6);
   const GatherProblem<dev::bf16> problem(square(1, 32, 256, 256, 16), false, density, false, rng);
-  const std::string name = std::to_string(kWidth) + " granules, clusters of " + std::to_string(kCluster);
-  const auto [stats, g, lists] = run_hopper<HopperGatherTraits<dev::bf16, false, kWidth, kCluster>>(problem, {}, name);
+  const std::string name = std::to_string(kWidth) + " granules, clusters of " + std::to_string(kCluster) + ", " +
+                           std::to_string(kDepth * 16) + " channels";
+  using Traits = HopperGatherTraits<dev::bf16, false, kWidth, kCluster, HopperPlain, kDepth>;
+  const auto [stats, g, lists] = run_hopper<Traits>(problem, {}, name);
   const long blocks = long(problem.values.size()) / 256, sets = 4 / kCluster;
   expect(stats.wgmma[kWidth * 2] == lists.blocks / kWidth * 4 * 4 && (kWidth > 1 || lists.blocks == blocks),
          name + ": products " + std::to_string(stats.wgmma[kWidth * 2]));
@@ -52,11 +55,12 @@ void test_counts(double density, double most) {
   expect(stats.ldmatrix_conflicts == 0, name + ": bank conflicts");
 }
 
-template <bool kTransposed>
+template <bool kTransposed, int kDepth = 1, bool kIm2col = false>
 void test_layout(const char* name, const ddst_cuda_conv2d_problem& shape, const char* tile, int stages) {
   Rng rng(7);
   const GatherProblem<dev::bf16> problem(shape, kTransposed, 1, false, rng);
-  const auto [stats, g, lists] = run_hopper<HopperGatherTraits<dev::bf16, kTransposed, 1, 1>>(problem, {}, name);
+  using Traits = HopperGatherTraits<dev::bf16, kTransposed, 1, 1, HopperPlain, kDepth, kIm2col>;
+  const auto [stats, g, lists] = run_hopper<Traits>(problem, {}, name);
   const auto text = [](int log) { return std::to_string(1 << log); };
   const std::string got = text(g.log_tile_images) + " x " + text(g.log_tile_rows) + " x " + text(g.log_tile_cols);
   expect(got == tile && g.stages == stages,
@@ -75,23 +79,46 @@ void test_layouts() {
   test_layout<true>("stride 2, input gradient", strided, "1 x 16 x 16", 4);
   test_layout<false>("4x4 kernel, stride 2", four, "4 x 8 x 8", 2);
   test_layout<false>("1x1", square(3, 9, 32, 32, 32, 1), "1 x 1 x 256", 8);
+  test_layout<false, 2>("16x16, 32 channels", square(1, 16, 32, 32, 32), "1 x 16 x 16", 2);
+  test_layout<true, 2>("4x4, 32 channels", square(16, 4, 32, 32, 16), "16 x 4 x 4", 2);
+  test_layout<false, 2>("1x1, 32 channels", square(3, 9, 32, 32, 32, 1), "1 x 1 x 256", 8);
+  test_layout<false, 1, true>("stride 2, im2col", strided, "1 x 1 x 256", 2);
+  test_layout<true, 1, true>("6x6, im2col", square(8, 6, 16, 32, 16), "1 x 1 x 256", 2);
+  test_layout<false, 1, true>("1x1, im2col", square(3, 9, 32, 32, 32, 1), "1 x 1 x 256", 8);
 }
 
 void test_refusals() {
   auto p = square(1, 8, 16, 16, 16);
   p.out_height = p.out_width = 8;
-  const auto refused = [&](const char* reason, bool halved, auto change) {
+  GatherForm form{1, 2};
+  struct Uses {
+    bool fused = false, halved = false, input_gradient = false;
+  };
+  const auto refused = [&](const char* reason, auto change, const Uses& uses = {}) {
     auto changed = p;
     change(changed);
     HopperGatherGeometry g;
-    const std::string why = hopper_gather_geometry(changed, false, {1, 2}, kSharedLimit, g, {halved, false}, halved);
+    const std::string why =
+        hopper_gather_geometry(changed, uses.input_gradient, form, kSharedLimit, g, {uses.fused, false}, uses.halved);
     expect(why.find(reason) != std::string::npos, std::string("refusal: ") + reason + ", got " + why);
   };
-  refused("takes bfloat16 and float16", false, [](auto& q) { q.dtype = DDST_CUDA_TFLOAT32; });
-  refused("does not upsample", true, [](auto&) {});
-  refused("block must", false, [](auto& q) { q.block_out = 8; });
-  refused("taps", false, [](auto& q) { q.kernel_width = 6; });
-  refused("channels must", false, [](auto& q) { q.in_channels = 12; });
+  refused("takes bfloat16 and float16", [](auto& q) { q.dtype = DDST_CUDA_TFLOAT32; });
+  refused("does not upsample", [](auto&) {}, {.fused = true, .halved = true});
+  refused("block must", [](auto& q) { q.block_out = 8; });
+  refused("taps", [](auto& q) { q.kernel_width = 6; });
+  refused("channels must", [](auto& q) { q.in_channels = 12; });
+  form.depth = 2;
+  refused("even number of slices of 16, got 3", [](auto& q) { q.in_channels = 40; });
+  refused("two stages", [](auto& q) { q.in_channels = 32, q.kernel_height = q.kernel_width = 4; });
+  form.im2col = true;
+  refused("im2col copies 16 channels", [](auto& q) { q.in_channels = 32; });
+  form.depth = 1;
+  refused("which im2col does not copy", [](auto&) {}, {.fused = true});
+  refused("of a strided convolution", [](auto& q) { q.stride_y = 2, q.out_height = 4; }, {.input_gradient = true});
+  refused("two stages", [](auto& q) { q.kernel_height = q.kernel_width = 4, q.out_height = q.out_width = 7; });
+  refused("lower[1] is -130, expected -128", [](auto& q) { q.padding_y = 130, q.out_height = 266; });
+  form.granules = 4;
+  refused("products of four granules", [](auto&) {});
 }
 
 }  // namespace
@@ -100,9 +127,12 @@ int main() {
   test_counts<1, 2>(0.1, 1.15);
   test_counts<1, 2>(0.3, 1.15);
   test_counts<4, 1>(0.1, 1.15);
+  test_counts<1, 2, 2>(0.1, 1.15);
   test_layouts();
   test_refusals();
   test_fault_injection<HopperGatherTraits<dev::bf16, false, 1, 1>>("forward");
   test_fault_injection<HopperGatherTraits<dev::bf16, true, 1, 2>>("input gradient, clusters");
+  test_fault_injection<HopperGatherTraits<dev::bf16, false, 1, 2, HopperPlain, 2>>("32 channels, clusters");
+  test_fault_injection<HopperGatherTraits<dev::bf16, true, 1, 1, HopperPlain, 1, true>>("im2col");
   return finish("hopper gather faults");
 }

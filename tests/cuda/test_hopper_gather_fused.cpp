@@ -58,16 +58,16 @@ std::vector<T> run_fused(Params p, const GatherProblem<T>& problem, const HalfBl
 }
 
 // Returns the places of waits.
-template <class T, bool kTransposed, int kWidth, int kCluster>
+template <class T, bool kTransposed, int kWidth, int kCluster, int kDepth = 1>
 std::map<std::string, int> test_fused(const std::string& name, const ddst_cuda_conv2d_problem& shape, int norm,
                                       bool squares, bool halved, float slope, Rng& rng,
                                       const std::string& without = "") {
-  using Traits = HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperFused>;
+  using Traits = HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperFused, kDepth>;
   using Today = GatherTraits<T, kTransposed, false, FusedSource>;
   const GatherProblem<T> problem(shape, kTransposed, 0.4, false, rng);
   const GatherShape fused{true, squares};
   FusedHopperGatherParams<T> p{};
-  std::string why = hopper_gather_geometry(problem.p, kTransposed, {kWidth, kCluster}, kSharedLimit, p.g, fused);
+  std::string why = hopper_gather_geometry(problem.p, kTransposed, Traits::kForm, kSharedLimit, p.g, fused);
   FusedGatherParams<T> today{};
   why += gather_geometry(problem.p, kTransposed, Today::kTile, kSharedLimit, today.g, fused);
   if (!why.empty()) throw emu::Failure(name + ": refused, " + why);
@@ -78,7 +78,7 @@ std::map<std::string, int> test_fused(const std::string& name, const ddst_cuda_c
   auto records = input_buffer("records", lists.records), order = input_buffer("order", lists.order);
   auto todays_records = input_buffer("records", problem.records(today.g, Today::kTile.channels));
   const std::int64_t slots = std::int64_t(problem.values.size()) / p.g.block_elements;
-  p.input = hopper_patch_map(p.g, input.template host<T>());
+  p.input = hopper_input_map(p.g, input.template host<T>());
   p.values = hopper_weights_map(p.g, values.template host<T>(), slots, kTransposed);
   p.records = dev::global_ptr<const int>(records), p.order = dev::global_ptr<const int>(order);
   p.clusters = std::min(2, p.g.items);
@@ -132,6 +132,12 @@ int main() {
   test_fused<fp16, true, 1, 1>("input gradient", shape(2, 9, 12, 72, 40, 3, 1, 16), 1, false, false, 0.1f, rng);
   test_fused<bf16, true, 4, 2>("input gradient, squares", shape(3, 10, 8, 136, 40, 3, 1, 16), 2, true, false, 0, rng);
   test_fused<fp16, true, 1, 1>("input gradient, stride 2", shape(2, 9, 12, 72, 40, 3, 2, 16), 1, false, false, 0, rng);
+  test_fused<bf16, false, 1, 1, 2>("32 channels, norm of images", shape(5, 7, 6, 56, 40, 3, 1, 16), 2, false, false,
+                                   0.1f, rng);
+  test_fused<fp16, false, 1, 2, 2>("32 channels, stride 2", shape(2, 11, 12, 64, 40, 2, 2, 32), 1, false, false, 0,
+                                   rng);
+  test_fused<bf16, true, 1, 1, 2>("input gradient, 32 channels", shape(2, 9, 12, 72, 56, 3, 1, 16), 1, false, false, 0,
+                                  rng);
   const auto again = [&](const std::string& without) {
     return test_fused<fp16, false, 1, 1>("faults", shape(1, 8, 8, 96, 16, 3, 1, 16), 1, false, false, 0, rng, without);
   };

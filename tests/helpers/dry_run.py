@@ -133,7 +133,7 @@ def _small(stage: Stage, patch: pytest.MonkeyPatch) -> None:
     put(compiled, "supports", lambda op, *_: (op != "linear_input_grad", "pretended to be refused"))
     put(backends, "code", lambda name: 0)
     put(gather, "facts", lambda device: gather.Device(132, 227 * 1024, (9, 0)))
-    put(hopper, "device_refusal", lambda *_: "")  # it has two forms of the kernels for sm_90a
+    put(hopper, "device_refusal", lambda *_: "")  # it has the forms of the kernels for sm_90a
     put(calls, "FORMS", {name: form for name, form in calls.FORMS.items() if isinstance(form, hopper.Form)})
     put(hopper, "supports", lambda op, *_: (True, "") if op == "conv2d" else (False, "pretended"))
     put(hopper_weight_grad, "supports", lambda *_: (True, ""))

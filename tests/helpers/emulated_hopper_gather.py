@@ -5,12 +5,18 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ddst.ops.cuda import gather, hopper
 
-#: The forms that tests/cuda/hopper_gather_library.cpp holds, by dtype.
-FORMS = {gather.DTYPES[0]: hopper.Form(1, 2), gather.DTYPES[1]: hopper.Form(4, 1)}
+#: The dtypes and forms that tests/cuda/hopper_gather_library.cpp holds.
+FORMS = [
+    (torch.bfloat16, hopper.Form(1, 2)),
+    (torch.float16, hopper.Form(4, 1)),
+    (torch.bfloat16, hopper.Form(1, 2, 2)),
+    (torch.float16, hopper.Form(1, 1, 1, True)),
+]
 
 
 class _Arrays(ctypes.Structure):
@@ -39,9 +45,9 @@ class EmulatedHopper:
     def hopper_gather(
         self, input: Tensor, values: Tensor, records: Tensor, order: Tensor, bias: Tensor | None,
         residual: Tensor | None, weight_shape: list[int], input_size: list[int], stride: list[int], padding: list[int],
-        input_gradient: bool, relu: bool, granules: int, cluster: int, fused: bool, mean: Tensor | None,
-        scale: Tensor | None, shift: Tensor | None, activated: Tensor | None, slope: float, upsample: int, pool: int,
-        residual_upsample: int,
+        input_gradient: bool, relu: bool, granules: int, cluster: int, depth: int, im2col: bool, fused: bool,
+        mean: Tensor | None, scale: Tensor | None, shift: Tensor | None, activated: Tensor | None, slope: float,
+        upsample: int, pool: int, residual_upsample: int,
     ) -> Tensor:  # fmt: skip
         self.calls.append(input_gradient)
         assert (pool if input_gradient else upsample) == 1, "refused"
@@ -63,7 +69,8 @@ class EmulatedHopper:
         )  # fmt: skip
         message = ctypes.create_string_buffer(2000)
         self.library.hopper_gather(
-            problem, input_gradient, granules, cluster, ctypes.byref(arrays), message, len(message)
-        )
+            problem, ctypes.c_bool(input_gradient), granules, cluster, depth, ctypes.c_bool(im2col),
+            ctypes.byref(arrays), message, len(message),
+        )  # fmt: skip
         assert not message.value, message.value.decode()
         return output

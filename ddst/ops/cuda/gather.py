@@ -275,7 +275,7 @@ def _hopper_gather(
         _dense_channels_last(input), _dense(values), records.view(-1), order,
         None if bias is None else _dense(bias), None if residual is None else _dense_channels_last(residual),
         list(shape), list(window.input_size), list(window.stride), list(window.padding), input_gradient, relu,
-        form.granules, form.cluster, fused is not None, *(half.norm or (None, None, None)), half.activated, half.slope,
+        *form, fused is not None, *(half.norm or (None, None, None)), half.activated, half.slope,
         half.upsample, half.pool, half.residual_upsample,
     )  # fmt: skip
 

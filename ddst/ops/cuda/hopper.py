@@ -3,14 +3,17 @@
 They run on devices of compute capability 9.0 alone, for bfloat16 and float16, under backend "cuda". Elsewhere, and for
 what they refuse by name, the kernels for every architecture run.
 
-**The model of the gather.** A CTA's time for a slice of 16 input channels is the longer of two, in clocks: instructions
-issued by the busiest of the four schedulers, and products on the tensor cores. The former were counted in machine code
-(``python -m ddst.benchmarks hopper-counts``); they depend on the density and on how many output channels a block has.
-The latter assume the peak rate for any number of columns, which a device has yet to confirm for 16. A product of one
-granule of 16 channels multiplies no zeros; one of four takes fewer instructions for 64 channels, and multiplies the
-zeros of those that are not active: where a pixel is Inf or NaN, they become NaN there without having a block, which
-they do not in the form of one granule. Where there are too few tiles for the device's multiprocessors, the kernel for
-every architecture has smaller ones.
+**The model of the gather.** A CTA's time for a slice of 16 input channels is the longest of three, in clocks:
+instructions issued by the busiest of the four schedulers, products on the tensor cores, bytes from the second-level
+cache. The first were counted in machine code (``python -m ddst.benchmarks hopper-counts``); they depend on the density
+and on how many output channels a block has. The second assume the peak rate for any number of columns, which a device
+has yet to confirm for 16; the third a bandwidth. All this times the tiles: patches with a halo want tiles of powers of
+two, im2col takes 256 pixels in a row and copies them for each tap that has a block. A product of one granule of 16
+channels multiplies no zeros; one of four takes fewer instructions for 64 channels, and multiplies the zeros of those
+that are not active: where a pixel is Inf or NaN, they become NaN there without having a block, which they do not in the
+form of one granule. Where there are too few tiles for the device's multiprocessors, the kernel for every architecture
+has smaller ones. Waiting is in no count: stages of 32 channels take fewer instructions than those of 16, and there are
+half as many of them.
 
 None of this has been measured. `forced` sets a form, or the other kernel, aside of the model.
 """
@@ -36,13 +39,21 @@ TILE_PIXELS, TILE_CHANNELS, GRANULE = 256, 128, 16
 
 
 class Form(NamedTuple):
-    """``granules`` of 16 output channels in one product, 1 or 4; ``cluster``: CTAs that share copies of weights."""
+    """``granules`` of 16 output channels in one product, 1 or 4; ``cluster``: CTAs that share copies of weights;
+    ``depth``: slices of 16 input channels copied at once, 1 or 2; ``im2col``: pixels are copied anew for each tap that
+    has a block, not in patches with a halo."""
 
     granules: int
     cluster: int
+    depth: int = 1
+    im2col: bool = False
 
 
-FORMS = tuple(Form(granules, cluster) for granules in (1, 4) for cluster in (1, 2))
+FORMS = tuple(
+    Form(granules, cluster, depth, im2col)
+    for granules, depth, im2col in ((1, 1, False), (4, 1, False), (1, 2, False), (1, 1, True))
+    for cluster in (1, 2)
+)
 
 
 class Plan(NamedTuple):
@@ -144,8 +155,8 @@ def _plan(
     facts, message = (ctypes.c_int32 * len(Plan._fields))(), ctypes.create_string_buffer(256)
     library().ddst_cuda_hopper_gather_plan(
         problem_of(dtype_code(dtype, False), weight_shape, block, window, images), ctypes.c_bool(input_gradient),
-        form.granules, form.cluster, *map(ctypes.c_bool, (fused, squares, halved)), device.shared_bytes, facts, message,
-        len(message),
+        form.granules, form.cluster, form.depth, *map(ctypes.c_bool, (form.im2col, fused, squares, halved)),
+        device.shared_bytes, facts, message, len(message),
     )  # fmt: skip
     why = message.value.decode()
     return (None, why) if why else (Plan(*facts), "")
@@ -164,43 +175,66 @@ class Slots(NamedTuple):
     listed: float
 
 
-#: Least squares over densities of what is counted for blocks of 16 x 16, within 15 slots (forward; bf16; 3 x 3).
+#: Least squares over densities of 2 to 50 % of what is counted for blocks of 16 x 16, within 15 slots (forward; bf16;
+#: 3 x 3).
 SLOTS: dict[Form | str, Slots] = {
-    Form(1, 1): Slots(108, 55, 14, 13),
-    Form(1, 2): Slots(126, 54, 14, 7),
-    Form(4, 1): Slots(139, 30, 14, 12.5),
-    Form(4, 2): Slots(152, 31, 14, 6.4),
+    Form(1, 1): Slots(141, 47.8, 14, 14.3),
+    Form(1, 2): Slots(158, 45.6, 14, 8.6),
+    Form(4, 1): Slots(135, 33.2, 14, 12.2),
+    Form(4, 2): Slots(139, 35.1, 14, 6.0),
+    Form(1, 1, 2): Slots(94, 48.9, 14, 14.1),
+    Form(1, 2, 2): Slots(97, 48.6, 14, 8.3),
+    Form(1, 1, 1, True): Slots(146, 44.6, 14, 14.4),
+    Form(1, 2, 1, True): Slots(164, 50.3, 14, 6.3),
     "general": Slots(596, 117, 28, 1.3),
 }
 _PRODUCT_CLOCKS = 32  # of four 64 x 16 x 16 products, two of each warpgroup, at 1024 multiply-adds a clock
+_BYTES_A_CLOCK = 24  # of 132 multiprocessors each: 5.5 TB/s at 1.75 GHz
+
+
+class Work(NamedTuple):
+    """What a slice of a full tile holds: expected taps that have a block, products, listed blocks."""
+
+    taps: float
+    products: float
+    listed: float
+
+
+def _work(form: Form | str, density: float, side: int, taps: int) -> Work:
+    width = form.granules * GRANULE if isinstance(form, Form) else GRANULE
+    places, together = TILE_CHANNELS // side, max(1, width // side)  # together: blocks of a product
+    products = taps * (TILE_CHANNELS // width) * (1 - (1 - density) ** together)
+    return Work(taps * (1 - (1 - density) ** places), products, products * width / side)
 
 
 def slice_slots(form: Form | str, density: float, side: int, taps: int) -> float:
     """Instructions of the busiest scheduler for a slice of a full tile, for blocks of ``side`` output channels.
 
-    >>> [round(slice_slots(form, 0.1, 16, 9)) for form in (Form(1, 2), Form(4, 2), "general")]
-    [554, 556, 1407]
+    >>> [round(slice_slots(form, 0.1, 16, 9)) for form in (Form(1, 2), Form(1, 2, 2), Form(4, 2), "general")]
+    [554, 507, 553, 1407]
     """
-    return _slice(form, density, side, taps)[0]
+    work, slots = _work(form, density, side, taps), SLOTS[form]
+    return slots.slice + slots.tap * work.taps + slots.product * work.products + slots.listed * work.listed
 
 
 def slice_clocks(form: Form | str, density: float, side: int, taps: int) -> float:
-    """The model: clocks of such a slice."""
-    return max(_slice(form, density, side, taps))
-
-
-def _slice(form: Form | str, density: float, side: int, taps: int) -> tuple[float, float]:
-    """(slots, clocks of the tensor cores)."""
-    places = TILE_CHANNELS // side
-    width = form.granules * GRANULE if isinstance(form, Form) else GRANULE
-    together = max(1, width // side)  # blocks of a product
-    active_taps = taps * (1 - (1 - density) ** places)
-    products = taps * (TILE_CHANNELS // width) * (1 - (1 - density) ** together)
-    listed = products * width / side
-    slots = SLOTS[form]
-    issue = slots.slice + slots.tap * active_taps + slots.product * products + slots.listed * listed
+    """Clocks of such a slice, if copies are no limit."""
+    width = form.granules if isinstance(form, Form) else 1
     rate = 1 if isinstance(form, Form) else 0.62  # mma.sync reaches about that share of the tensor cores' peak
-    return issue, products * width / GRANULE * _PRODUCT_CLOCKS / rate
+    products = _work(form, density, side, taps).products * width * _PRODUCT_CLOCKS / rate
+    return max(slice_slots(form, density, side, taps), products)
+
+
+def copy_clocks(form: Form, cut: Plan, density: float, side: int, taps: int) -> float:
+    """Clocks in which the bytes of such a slice come: pixels, where there is a block for them, and weights once a
+    cluster."""
+    work = _work(form, density, side, taps)
+    if form.im2col:
+        pixels = work.taps * TILE_PIXELS
+    else:
+        any_block = 1 - (1 - density) ** (TILE_CHANNELS // side * taps * form.depth)
+        pixels = any_block * cut.tile_images * cut.patch_rows * cut.patch_columns
+    return (pixels * GRANULE + work.listed * side * GRANULE / form.cluster) * 2 / _BYTES_A_CLOCK
 
 
 @lru_cache(maxsize=4096)
@@ -220,22 +254,29 @@ def choose(
 ) -> tuple[Form | None, str]:
     """``(form, why)`` by the model; None for the kernel of every architecture. ``density``: of slots."""
     side, taps = block[1 if input_gradient else 0], math.prod(weight_shape[2:])
-    best, least = None, (math.inf, math.inf)
+    best, least, general, tiles, reasons = None, (math.inf, math.inf), math.inf, 0, []
     for form in FORMS:
         cut, why = plan(
             dtype, weight_shape, block, window, images, form,
             input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
         )  # fmt: skip
-        if cut is None:
-            return None, why
-        if 4 * cut.tiles * cut.groups < 3 * device.multiprocessors:
-            return None, f"{cut.tiles * cut.groups} tiles are too few for {device.multiprocessors} multiprocessors"
-        mine = (slice_clocks(form, density, side, taps), slice_slots(form, density, side, taps))
-        if mine < least:  # where products are the limit, the fewest instructions
-            best, least = form, mine
-    other = slice_clocks("general", density, side, taps)
-    why = f"estimated at {least[0]:.0f} clocks a slice, {other:.0f} by the kernel of every architecture"
-    return (best if least[0] < other else None), why
+        if cut is not None and 4 * cut.tiles * cut.groups < 3 * device.multiprocessors:
+            why = f"{cut.tiles * cut.groups} tiles are too few for {device.multiprocessors} multiprocessors"
+        reasons.append(why)
+        if cut is None or why:
+            continue
+        clocks = max(slice_clocks(form, density, side, taps), copy_clocks(form, cut, density, side, taps))
+        cost = (cut.tiles * clocks, slice_slots(form, density, side, taps))
+        if cost < least:  # where products or copies are the limit, the fewest instructions
+            best, least, tiles = form, cost, cut.tiles
+        if form == FORMS[0]:  # the kernel of every architecture has about as many tiles and as large patches
+            copies = copy_clocks(form, cut, density, side, taps)
+            general = cut.tiles * max(slice_clocks("general", density, side, taps), copies)
+    if best is None:
+        return None, reasons[0]
+    mine, other = least[0] / tiles, general / tiles
+    why = f"estimated at {mine:.0f} clocks a slice, {other:.0f} by the kernel of every architecture"
+    return (best if mine < other else None), why
 
 
 def form_of(
@@ -276,14 +317,16 @@ def supports(
     block: Sequence[int],
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
+    form: Form = FORMS[0],
 ) -> tuple[bool, str]:
-    """``(ok, reason)``: whether the gather kernel for sm_90a runs an operator, and if not why, whatever the size."""
+    """``(ok, reason)``: whether the gather kernel for sm_90a runs an operator in a form, and if not why, whatever the
+    size."""
     if op not in GATHERS:
         return False, f"{op} does not gather"
     taps = (1, 1) if len(weight_shape) == 2 else (weight_shape[2], weight_shape[3])
     window = Window((max(32, taps[0]), max(32, taps[1])), (stride[0], stride[1]), (padding[0], padding[1]))
     _, why = plan(
-        dtype, (weight_shape[0], weight_shape[1], *taps), (block[0], block[1]), window, 1, FORMS[0],
+        dtype, (weight_shape[0], weight_shape[1], *taps), (block[0], block[1]), window, 1, form,
         input_gradient=GATHERS[op], device=device, fused=op.startswith("norm"),
     )  # fmt: skip
     return not why, why

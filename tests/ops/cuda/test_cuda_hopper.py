@@ -68,10 +68,47 @@ def form(density: float, **changes: Any) -> hopper.Form | None:
 
 
 def test_the_model_chooses_by_density_and_block(calls: Calls) -> None:
-    assert form(0.1) == hopper.Form(1, 2), "no zeros are multiplied where most blocks are missing"
+    assert form(0.1) == hopper.Form(1, 2, 2), "no zeros are multiplied where most blocks are missing"
     assert form(1.0, block=(64, 64)) == hopper.Form(4, 2), "blocks of 64 channels are there or not as a whole"
     assert form(0.1, images=1) is None, "four tiles are less than the multiprocessors"
     assert form(0.0) is None
+
+
+def test_the_model_takes_im2col_where_patches_are_large(calls: Calls) -> None:
+    """A patch of stride 2 has four parts, one for each parity, whatever the taps that have blocks."""
+    strided = Window((28, 28), (2, 2), (1, 1))
+    assert form(0.05, window=strided, images=128) == hopper.Form(1, 2, 1, True)
+    assert form(0.3, window=strided, images=128) == hopper.Form(1, 2)
+    assert form(0.05, window=strided, images=128, input_gradient=True) == hopper.Form(1, 2), "a phase has no stride"
+    assert form(0.05, window=strided, images=128, fused=True) in hopper.FORMS[:4], "which changes patches"
+    plans = {
+        chosen: hopper.plan(
+            torch.bfloat16, SHAPE, BLOCK, strided, 128, chosen, input_gradient=False, device=H100
+        )[0]
+        for chosen in (hopper.FORMS[0], hopper.Form(1, 1, 1, True))
+    }  # fmt: skip
+    tiles = [cut.tiles for cut in plans.values() if cut is not None]
+    assert tiles == [128, -(-128 * 14 * 14 // 256)], "a tile of im2col is any 256 pixels"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "changes", "why"),
+    [
+        (hopper.Form(1, 1, 2), {"shape": (256, 40, 3, 3)}, "even number of slices of 16, got 3"),
+        (hopper.Form(1, 1, 1, True), {"fused": True}, "a fused half block changes patches"),
+        (hopper.Form(1, 2, 1, True), {"window": Window((32, 32), (2, 2), (1, 1)), "input_gradient": True}, "strided"),
+        (hopper.Form(4, 1, 2), {}, "products of four granules"),
+        (hopper.Form(1, 1, 1, True), {"window": Window((32, 32), (1, 1), (200, 1))}, "lower[1] is -200"),
+    ],
+)
+def test_what_a_form_refuses_is_named(calls: Calls, chosen: hopper.Form, changes: dict[str, Any], why: str) -> None:
+    its = {"shape": SHAPE, "window": WINDOW, "input_gradient": False, "fused": False} | changes
+    cut, said = hopper.plan(
+        torch.bfloat16, its["shape"], BLOCK, its["window"], 64, chosen,
+        input_gradient=its["input_gradient"], device=H100, fused=its["fused"],
+    )  # fmt: skip
+    assert cut is None and why in said
+    assert form(0.1, **changes) is not None, "another form takes it"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +183,7 @@ def test_operators_get_the_lists_of_their_form(calls: Calls) -> None:
     for at, input_gradient in enumerate((False, True)):
         records, order = arguments[at][2:4]
         assert records.shape == (2 * 16 * 88,) and order.sort()[0].tolist() == [0, 1]
-        assert arguments[at][10:] == (input_gradient, False, 1, 2, False, *[None] * 4, 1.0, 1, 1, 1)
+        assert arguments[at][10:] == (input_gradient, False, 1, 2, 2, False, False, *[None] * 4, 1.0, 1, 1, 1)
         assert int(records.view(32, 88)[:, 0].sum()) == values.shape[0], "every block is listed once"
     units, tile = arguments[2][5], arguments[2][12]
     assert units.numel() % (16 * 8) == 0 and math.prod(tile) == 64

@@ -31,6 +31,7 @@ int main() {
   check<dev::bf16, false, 4, 1>("forward, four granules", problem(1, 16, 16, 40, 88, 2, 2, 1, 1, 16, 16), 0.2);
   check<dev::fp16, true, 4, 1>("input gradient, four granules", problem(2, 5, 4, 88, 40, 2, 3, 1, 1, 16, 16), 0.3);
   check<dev::bf16, false, 1, 1, 2>("forward, 32 channels", problem(1, 9, 12, 96, 40, 2, 2, 1, 1, 16, 16), 0.2);
+  check<dev::bf16, false, 1, 1, 2>("32 channels of a block", problem(1, 8, 9, 64, 40, 2, 2, 1, 1, 16, 32), 0.3);
   check<dev::fp16, true, 1, 1, 1, true>("input gradient, im2col", problem(3, 9, 12, 40, 56, 2, 3, 1, 1, 16, 16), 0.2);
   return finish("hopper gather");
 }

@@ -19,7 +19,7 @@ BACKENDS_OF = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 FORMS: dict[str, hopper.Form | str] = {
     "cuda/N=16": hopper.Form(1, 2),
     "cuda/N=64": hopper.Form(4, 2),
-    "cuda/32 channels": hopper.Form(1, 2, 2),
+    "cuda/K=32": hopper.Form(1, 2, 2),
     "cuda/im2col": hopper.Form(1, 2, 1, True),
     "cuda/mma.sync": "general",
 }

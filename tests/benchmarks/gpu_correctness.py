@@ -282,7 +282,7 @@ def test_forms_of_the_kernels_are_calls_that_force_them(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(hopper, "device_refusal", lambda *_: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    names = ["cuda/N=16", "cuda/N=64", "cuda/32 channels", "cuda/im2col", "cuda/mma.sync"]
+    names = ["cuda/N=16", "cuda/N=64", "cuda/K=32", "cuda/im2col", "cuda/mma.sync"]
     assert calls.forms("cuda", torch.bfloat16) == names
     assert calls.forms("cpu", torch.bfloat16) == []
     for backend, choice in calls.FORMS.items():

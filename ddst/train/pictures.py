@@ -39,7 +39,7 @@ def panels(path: Path, count: int) -> Iterator[list[Any]]:
         yield axes
         axes[-1].set(xlabel="step")
         for each in axes:
-            _legend(each, "upper right")
+            _legend(each, "best")
             each.grid(alpha=0.3)
         with replacing(path) as file:
             figure.savefig(file, format="png", dpi=110)

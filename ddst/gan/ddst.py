@@ -34,7 +34,7 @@ from ddst.gan.unperturbed import unperturbed
 from ddst.nn import sparse_layers
 from ddst.sparsity.algorithm import SparseTraining
 from ddst.sparsity.density import NetworkDensity
-from ddst.sparsity.schedule import FINAL_FRACTION, make_schedule
+from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, has_single_weight_blocks
 
 MODES = ("relaxed", "strict", "ramp", "sdst")
@@ -76,7 +76,7 @@ class DDST:
         warmup: iterations without a decision; None: 0 for 1×1 blocks in D (the window does it), else an eighth of the
             run, at most 1,000.
         drop_fraction, drop_fraction_d: ``ζ0`` of G, and of D's exchanges at ``d_max``; None: 0.5 for 1×1 blocks, else
-            0.3. drop_fraction_end, schedule: of both.
+            0.3. drop_fraction_end, drop_fraction_steps, schedule: of both.
         scope, ranking, max_norm_share, grown_second_moment, random_share: of both, see :class:`ddst.SparseTraining`.
             Changes of D's density are ranked over the whole of D.
         prune_to, prune_at: of ``method="prune"``.
@@ -159,6 +159,7 @@ class DDST:
         drop_fraction: float | None = None,
         drop_fraction_d: float | None = None,
         drop_fraction_end: float = FINAL_FRACTION,
+        drop_fraction_steps: int | None = None,
         schedule: str | Callable[[int], float] = "cosine",
         scope: str | None = None,
         ranking: str | None = None,
@@ -246,7 +247,8 @@ class DDST:
             if not self.network_d.layers:
                 raise ValueError(f'discriminator has no sparse layers, which mode="{mode}" changes: sparsify it first')
             initial = (0.5 if single else 0.3) if drop_fraction_d is None else drop_fraction_d
-            fraction = make_schedule(schedule, initial, total_steps, "drop_fraction_d", drop_fraction_end)
+            falling = falling_steps(drop_fraction_steps, total_steps)
+            fraction = make_schedule(schedule, initial, falling, "drop_fraction_d", drop_fraction_end)
             updater = TopologyUpdater(
                 discriminator,
                 opt_d,
@@ -264,6 +266,7 @@ class DDST:
             interval=interval_g,
             drop_fraction=drop_fraction,
             drop_fraction_end=drop_fraction_end,
+            drop_fraction_steps=drop_fraction_steps,
             schedule=schedule,
             exempt=exempt_g,
             prune_to=prune_to,

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ddst._arguments import check_generator, check_int, check_number, check_one_of, check_state_keys
 from ddst.distributed import check_movable
 from ddst.nn.storage import RESIZED
-from ddst.sparsity.schedule import FINAL_FRACTION, make_schedule
+from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, UpdateReport
 
 METHODS = ("rigl", "set", "static", "prune")
@@ -48,7 +48,8 @@ class SparseTraining:
         total_steps: ``T``, the number of calls of :meth:`step` of the whole run.
         interval: ``ΔT``, steps between updates: updates are made at multiples of it.
         drop_fraction: ``ζ0``, 0 … 1.
-        drop_fraction_end: the fraction at ``T``, for "cosine" and "linear".
+        drop_fraction_end: ``ζ1``, the fraction at ``T`` and after it, for "cosine" and "linear".
+        drop_fraction_steps: ``T``, over which the fraction falls; None: ``total_steps``.
         schedule: "cosine", "linear", "constant", or a function from step to fraction.
         begin, end: updates are made at steps ``begin ≤ t < end`` (``end=None``: ``T``). The first and the last step of
             the run never make one.
@@ -97,6 +98,7 @@ class SparseTraining:
         interval: int = 100,
         drop_fraction: float | None = None,
         drop_fraction_end: float = FINAL_FRACTION,
+        drop_fraction_steps: int | None = None,
         schedule: str | Callable[[int], float] = "cosine",
         scope: str | None = None,
         ranking: str | None = None,
@@ -139,7 +141,8 @@ class SparseTraining:
             check_movable(self.updater.layers, RESIZED if self.updater.scope == "global" or method == "prune" else "")
         if drop_fraction is None:
             drop_fraction = 0.5 if self.updater.single_weights else 0.3
-        self._fraction = make_schedule(schedule, drop_fraction, self.total_steps, final=drop_fraction_end)
+        falling = falling_steps(drop_fraction_steps, self.total_steps)
+        self._fraction = make_schedule(schedule, drop_fraction, falling, final=drop_fraction_end)
         self.steps = 0
         self._due: int | None = None
 

@@ -181,6 +181,8 @@ class TrainConfig:
                                 choices=("cosine", "linear", "constant"), methods=MOVING)
     drop_fraction_end: float = option(FINAL_FRACTION, float, "share exchanged at the end of the run, of G and of D",
                                       range=SHARE, metavar="SHARE", methods=MOVING)
+    drop_fraction_steps: int | None = option(None, int, "steps over which the share falls, of G and of D", shown="the "
+                                             "whole run", range=COUNT, metavar="STEPS", methods=MOVING)
     scope: str = option(_blocks("global", "layer"), str, "an exchange of blocks (of G; strict: of D too) "
                         "ranks them within each layer or over the network",
                         shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=CHANGING)

@@ -46,6 +46,7 @@ def make_scheduler(config: TrainConfig, players: Players, ema: EMA) -> tuple[DDS
             drop_fraction=c.drop_fraction,
             drop_fraction_d=c.drop_fraction_d,
             drop_fraction_end=c.drop_fraction_end,
+            drop_fraction_steps=c.drop_fraction_steps,
             schedule=c.drop_schedule,
             scope=c.scope,
             ranking=c.ranking,

@@ -55,6 +55,7 @@ def test_defaults_of_the_modes_and_blocks():
         ({"delta": 0}, ValueError, "delta"),
         ({"density_range": (0.5, 0.1)}, ValueError, "density_range"),
         ({"drop_fraction_d": 2.0}, ValueError, "drop_fraction_d"),
+        ({"drop_fraction_steps": 0}, ValueError, "drop_fraction_steps must be"),
         ({"exempt_d": ["nowhere"]}, ValueError, "exempt"),
         ({"br_average": "median"}, ValueError, "average"),
         ({"ema": EMA(nn.Linear(1, 1))}, ValueError, "ema"),

@@ -95,6 +95,12 @@ def test_counts_per_layer_stay_and_fractions_follow_the_schedule():
     assert sum(reports[0].grown.values()) > 0
 
 
+def test_fractions_may_fall_over_fewer_steps_than_the_run():
+    training = make(drop_fraction=0.6, schedule="linear", drop_fraction_steps=8)[2]
+    assert [training.drop_fraction(t) for t in (0, 4, 8, 16)] == pytest.approx([0.6, 0.3025, 0.005, 0.005])
+    assert training.is_update_step(16), "and go on at their last value"
+
+
 def test_default_drop_fraction_depends_on_the_block():
     assert make(block=(8, 8))[2].drop_fraction(0) == 0.3
     assert make(block=(8, 1))[2].drop_fraction(0) == 0.3
@@ -240,6 +246,8 @@ def test_close_lets_go_of_model_and_optimizer():
         ({"total_steps": 2.5}, TypeError, "total_steps"),
         ({"interval": 0}, ValueError, "interval"),
         ({"drop_fraction": 1.5}, ValueError, "drop_fraction"),
+        ({"drop_fraction_steps": 0}, ValueError, "drop_fraction_steps must be"),
+        ({"drop_fraction_steps": 0.3}, TypeError, "drop_fraction_steps must be"),
         ({"schedule": "sine"}, ValueError, "schedule"),
     ],
 )

@@ -102,8 +102,8 @@ DDST_DEVICE dev::shared_ptr<int> record_at(const HopperGatherGeometry& g, const 
   return s.records + (place.index * Traits::kDepth + i) * g.record_ints;
 }
 
-// Walks over the slices of this cluster's items, `kRecordsAhead` in front of the copies, and brings in their records.
-// A record's place is free then: it was of a slice that is a ring of stages behind the one whose place was waited for.
+// Walks over the stages of this cluster's items, `kRecordsAhead` in front of the copies, and brings in their records. A
+// record's place is free then: it was of a stage that is a ring of stages behind the one whose place was waited for.
 template <class Traits>
 struct RecordReader {
   int item, slice = 0, line = 0;

@@ -49,7 +49,7 @@ class FusedPatch {
     }
   }
 
-  // All consumers: the patch of a slice, which has landed, if its record lists blocks.
+  // All consumers: the patch of a stage, which has landed, if its records list blocks.
   DDST_DEVICE void change(const typename Traits::Params& p, dev::shared_ptr<typename Traits::T> patch,
                           dev::shared_ptr<int> record, int slice) const {
     if constexpr (!Traits::kTransposed) {
@@ -83,7 +83,7 @@ class FusedPatch {
  private:
   static constexpr int kChunks = Traits::kSlotBytes / 16, kRows = kHopperConsumers / kChunks;
   int first_image_;
-  std::uint32_t pixels_ = 0;  // bit i: slot thread / kChunks + kRows i is a pixel
+  std::uint32_t pixels_ = 0;  // bit i: slot thread / kChunks + kRows i is a pixel; two stages of 32 kRows do not fit
 };
 
 }  // namespace ddst::cuda

@@ -21,7 +21,7 @@ namespace ddst::cuda {
 
 constexpr int kHopperPixels = 256, kHopperChannels = 128;  // of a CTA's tile
 constexpr int kHopperConsumers = 256, kHopperThreads = kHopperConsumers + 128;
-constexpr int kRecordsAhead = 4;  // slices that a record comes before its copies
+constexpr int kRecordsAhead = 4;  // stages that a record comes before its copies
 constexpr int kMaxStages = 8;
 constexpr int kGranuleBytes = kSlice * kSlice * 2;
 
@@ -29,8 +29,8 @@ struct GatherForm {
   int granules;   // of 16 output channels in one product: 1, or 4 with zeros multiplied
   int cluster;    // CTAs of one output group that share the copies of weights: 1 or 2
   int depth = 1;  // slices of 16 input channels in a stage: 1 or 2
-  bool im2col =
-      false;  // pixels are copied for each tap that has a block, by im2col; otherwise a patch with its halo is
+  // Whether pixels are copied for each tap that has a block, by im2col; otherwise a patch with its halo is.
+  bool im2col = false;
 };
 
 // patch_rows, patch_cols, image_pitch are of one part of the patch: the source pixels of equal (y % step, x % step), as

@@ -60,11 +60,11 @@ std::vector<T> run_fused(Params p, const GatherProblem<T>& problem, const HalfBl
 // Returns the places of waits.
 template <class T, bool kTransposed, int kWidth, int kCluster, int kDepth = 1>
 std::map<std::string, int> test_fused(const std::string& name, const ddst_cuda_conv2d_problem& shape, int norm,
-                                      bool squares, bool halved, float slope, Rng& rng,
-                                      const std::string& without = "") {
+                                      bool squares, bool halved, float slope, Rng& rng, const std::string& without = "",
+                                      double density = 0.4) {
   using Traits = HopperGatherTraits<T, kTransposed, kWidth, kCluster, HopperFused, kDepth>;
   using Today = GatherTraits<T, kTransposed, false, FusedSource>;
-  const GatherProblem<T> problem(shape, kTransposed, 0.4, false, rng);
+  const GatherProblem<T> problem(shape, kTransposed, density, false, rng);
   const GatherShape fused{true, squares};
   FusedHopperGatherParams<T> p{};
   std::string why = hopper_gather_geometry(problem.p, kTransposed, Traits::kForm, kSharedLimit, p.g, fused);
@@ -134,6 +134,9 @@ int main() {
   test_fused<fp16, true, 1, 1>("input gradient, stride 2", shape(2, 9, 12, 72, 40, 3, 2, 16), 1, false, false, 0, rng);
   test_fused<bf16, false, 1, 1, 2>("32 channels, norm of images", shape(5, 7, 6, 56, 40, 3, 1, 16), 2, false, false,
                                    0.1f, rng);
+  // Stages whose first or second slice alone has blocks.
+  test_fused<bf16, false, 1, 1, 2>("32 channels, few blocks", shape(1, 7, 6, 192, 16, 3, 1, 16), 1, false, false, 0,
+                                   rng, "", 0.06);
   test_fused<fp16, false, 1, 2, 2>("32 channels, stride 2", shape(2, 11, 12, 64, 40, 2, 2, 32), 1, false, false, 0,
                                    rng);
   test_fused<bf16, true, 1, 1, 2>("input gradient, 32 channels", shape(2, 9, 12, 72, 56, 3, 1, 16), 1, false, false, 0,

@@ -7,13 +7,13 @@ what they refuse by name, the kernels for every architecture run.
 instructions issued by the busiest of the four schedulers, products on the tensor cores, bytes from the second-level
 cache. The first were counted in machine code (``python -m ddst.benchmarks hopper-counts``); they depend on the density
 and on how many output channels a block has. The second assume the peak rate for any number of columns, which a device
-has yet to confirm for 16; the third a bandwidth. All this times the tiles: patches with a halo want tiles of powers of
-two, im2col takes 256 pixels in a row and copies them for each tap that has a block. A product of one granule of 16
-channels multiplies no zeros; one of four takes fewer instructions for 64 channels, and multiplies the zeros of those
-that are not active: where a pixel is Inf or NaN, they become NaN there without having a block, which they do not in the
-form of one granule. Where there are too few tiles for the device's multiprocessors, the kernel for every architecture
-has smaller ones. Waiting is in no count: stages of 32 channels take fewer instructions than those of 16, and there are
-half as many of them.
+has yet to confirm for 16; the third a bandwidth. All this times a multiprocessor's tiles: patches with a halo want
+tiles of powers of two, im2col takes 256 pixels in a row and copies them for each tap that has a block. A product of one
+granule of 16 channels multiplies no zeros; one of four takes fewer instructions for 64 channels, and multiplies the
+zeros of those that are not active: where a pixel is Inf or NaN, they become NaN there without having a block, which
+they do not in the form of one granule. Where there are too few tiles for the device's multiprocessors, the kernel for
+every architecture has smaller ones. Waiting is in no count: stages of 32 channels take fewer instructions than those of
+16, and there are half as many of them.
 
 None of this has been measured. `forced` sets a form, or the other kernel, aside of the model.
 """
@@ -254,29 +254,37 @@ def choose(
 ) -> tuple[Form | None, str]:
     """``(form, why)`` by the model; None for the kernel of every architecture. ``density``: of slots."""
     side, taps = block[1 if input_gradient else 0], math.prod(weight_shape[2:])
-    best, least, general, tiles, reasons = None, (math.inf, math.inf), math.inf, 0, []
-    for form in FORMS:
-        cut, why = plan(
+    plans = {
+        form: plan(
             dtype, weight_shape, block, window, images, form,
             input_gradient=input_gradient, device=device, fused=fused, squares=squares, halved=halved,
-        )  # fmt: skip
-        if cut is not None and 4 * cut.tiles * cut.groups < 3 * device.multiprocessors:
-            why = f"{cut.tiles * cut.groups} tiles are too few for {device.multiprocessors} multiprocessors"
-        reasons.append(why)
-        if cut is None or why:
-            continue
+        )
+        for form in FORMS
+    }  # fmt: skip
+    first, why = plans[FORMS[0]]  # it takes whatever any form takes
+    if first is None:
+        return None, why
+    if 4 * first.tiles * first.groups < 3 * device.multiprocessors:
+        return None, f"{first.tiles * first.groups} tiles are too few for {device.multiprocessors} multiprocessors"
+
+    def estimate(form: Form, cut: Plan) -> tuple[float, float]:
+        """Clocks; where products or copies are the limit, the fewest instructions."""
         clocks = max(slice_clocks(form, density, side, taps), copy_clocks(form, cut, density, side, taps))
-        cost = (cut.tiles * clocks, slice_slots(form, density, side, taps))
-        if cost < least:  # where products or copies are the limit, the fewest instructions
-            best, least, tiles = form, cost, cut.tiles
-        if form == FORMS[0]:  # the kernel of every architecture has about as many tiles and as large patches
-            copies = copy_clocks(form, cut, density, side, taps)
-            general = cut.tiles * max(slice_clocks("general", density, side, taps), copies)
-    if best is None:
-        return None, reasons[0]
-    mine, other = least[0] / tiles, general / tiles
-    why = f"estimated at {mine:.0f} clocks a slice, {other:.0f} by the kernel of every architecture"
-    return (best if mine < other else None), why
+        return _waves(cut, device) * clocks, slice_slots(form, density, side, taps)
+
+    costs = {form: estimate(form, cut) for form, (cut, _) in plans.items() if cut is not None}
+    best = min(costs, key=lambda form: costs[form])
+    # The kernel of every architecture has about as many tiles as the first form, and as large patches.
+    copies = copy_clocks(FORMS[0], first, density, side, taps)
+    general = _waves(first, device) * max(slice_clocks("general", density, side, taps), copies)
+    mine = costs[best][0]
+    why = f"estimated at {mine:.0f} clocks a slice of all tiles, {general:.0f} by the kernel of every architecture"
+    return (best if mine < general else None), why
+
+
+def _waves(cut: Plan, device: Device) -> float:
+    """Tiles of a multiprocessor."""
+    return max(1.0, cut.tiles * cut.groups / device.multiprocessors)
 
 
 def form_of(

@@ -91,6 +91,21 @@ def test_the_model_takes_im2col_where_patches_are_large(calls: Calls) -> None:
     assert tiles == [128, -(-128 * 14 * 14 // 256)], "a tile of im2col is any 256 pixels"
 
 
+def test_the_model_compares_whole_passes(calls: Calls) -> None:
+    """A form that fits with many small tiles alone is no way around too few; one that needs fewer is not refused."""
+    few = {"shape": (64, 64, 3, 3), "window": Window((8, 8), (1, 2), (1, 1)), "images": 256}
+    assert hopper.plan(torch.bfloat16, few["shape"], BLOCK, few["window"], 256, hopper.Form(1, 2, 2),
+                       input_gradient=False, device=H100)[0].tiles == 256  # fmt: skip
+    assert form(0.1, **few) is None, "the first form has 32"
+    fewer = {"shape": (128, 128, 3, 3), "window": Window((28, 28), (2, 2), (1, 1)), "images": 128}
+    assert form(0.05, **fewer) == hopper.Form(1, 2, 1, True), "98 tiles, where patches have 128"
+    for density in (0.01, 0.05, 0.1, 0.3, 1.0):
+        for its in (few, fewer, {"shape": SHAPE, "window": WINDOW, "images": 64}):
+            _, why = hopper.choose(torch.bfloat16, its["shape"], BLOCK, its["window"], its["images"], density,
+                                   input_gradient=False, device=H100)  # fmt: skip
+            assert "inf" not in why
+
+
 @pytest.mark.parametrize(
     ("chosen", "changes", "why"),
     [

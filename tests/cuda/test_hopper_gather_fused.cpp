@@ -135,8 +135,8 @@ int main() {
   test_fused<bf16, false, 1, 1, 2>("32 channels, norm of images", shape(5, 7, 6, 56, 40, 3, 1, 16), 2, false, false,
                                    0.1f, rng);
   // Stages whose first or second slice alone has blocks.
-  test_fused<bf16, false, 1, 1, 2>("32 channels, few blocks", shape(1, 7, 6, 192, 16, 3, 1, 16), 1, false, false, 0,
-                                   rng, "", 0.06);
+  test_fused<bf16, false, 1, 1, 2>("32 channels, few blocks", shape(1, 7, 6, 512, 16, 3, 1, 16), 1, false, false, 0,
+                                   rng, "", 0.04);
   test_fused<fp16, false, 1, 2, 2>("32 channels, stride 2", shape(2, 11, 12, 64, 40, 2, 2, 32), 1, false, false, 0,
                                    rng);
   test_fused<bf16, true, 1, 1, 2>("input gradient, 32 channels", shape(2, 9, 12, 72, 56, 3, 1, 16), 1, false, false, 0,

@@ -76,7 +76,9 @@ class DDST:
         warmup: iterations without a decision; None: 0 for 1×1 blocks in D (the window does it), else an eighth of the
             run, at most 1,000.
         drop_fraction, drop_fraction_d: ``ζ0`` of G, and of D's exchanges at ``d_max``; None: 0.5 for 1×1 blocks, else
-            0.3. drop_fraction_end, drop_fraction_steps, schedule: of both.
+            0.3. drop_fraction_end, schedule: of both.
+        drop_fraction_steps: over how many iterations both fall; None: all, but for G's with "relaxed" and "strict" and
+            blocks larger than 1×1 a third of the run (``docs/notes/collapse.md``).
         scope, ranking, max_norm_share, grown_second_moment, random_share: of both, see :class:`ddst.SparseTraining`.
             Changes of D's density are ranked over the whole of D.
         prune_to, prune_at: of ``method="prune"``.
@@ -247,8 +249,8 @@ class DDST:
             if not self.network_d.layers:
                 raise ValueError(f'discriminator has no sparse layers, which mode="{mode}" changes: sparsify it first')
             initial = (0.5 if single else 0.3) if drop_fraction_d is None else drop_fraction_d
-            falling = falling_steps(drop_fraction_steps, total_steps)
-            fraction = make_schedule(schedule, initial, falling, "drop_fraction_d", drop_fraction_end)
+            steps_d = falling_steps(drop_fraction_steps, total_steps)
+            fraction = make_schedule(schedule, initial, steps_d, "drop_fraction_d", drop_fraction_end)
             updater = TopologyUpdater(
                 discriminator,
                 opt_d,
@@ -258,6 +260,8 @@ class DDST:
                 **shared,
             )
             self._steering = DensitySteering(updater, rule, self.interval_d, total_steps, fraction)
+        single_g = published or has_single_weight_blocks(sparse_layers(generator))
+        early = mode in CONTROLLED and not single_g
         self.training_g = SparseTraining(
             generator,
             opt_g,
@@ -266,7 +270,7 @@ class DDST:
             interval=interval_g,
             drop_fraction=drop_fraction,
             drop_fraction_end=drop_fraction_end,
-            drop_fraction_steps=drop_fraction_steps,
+            drop_fraction_steps=falling_steps(drop_fraction_steps, max(1, total_steps // 3) if early else total_steps),
             schedule=schedule,
             exempt=exempt_g,
             prune_to=prune_to,

@@ -48,8 +48,8 @@ class SparseTraining:
         total_steps: ``T``, the number of calls of :meth:`step` of the whole run.
         interval: ``ΔT``, steps between updates: updates are made at multiples of it.
         drop_fraction: ``ζ0``, 0 … 1.
-        drop_fraction_end: ``ζ1``, the fraction at ``T`` and after it, for "cosine" and "linear".
-        drop_fraction_steps: ``T``, over which the fraction falls; None: ``total_steps``.
+        drop_fraction_end: the fraction at the end, for "cosine" and "linear".
+        drop_fraction_steps: over how many steps it falls there, where it stays; None: ``T``.
         schedule: "cosine", "linear", "constant", or a function from step to fraction.
         begin, end: updates are made at steps ``begin ≤ t < end`` (``end=None``: ``T``). The first and the last step of
             the run never make one.

@@ -22,7 +22,7 @@ class DropSchedule:
 
     Args:
         initial: ``ζ0``, a share of the active blocks, 0 … 1.
-        total_steps: ``T``, at least 1, of the run or fewer.
+        total_steps: ``T``, at least 1.
         shape: "cosine", "linear" or "constant".
         final: ``ζ1``; where ``initial`` is smaller, ``initial`` is used, so that a schedule never rises.
 
@@ -59,13 +59,13 @@ class DropSchedule:
         return self.initial if left == 1 else final if left == 0 else final + (self.initial - final) * left
 
 
-def falling_steps(drop_fraction_steps: int | None, total_steps: int) -> int:
+def falling_steps(drop_fraction_steps: int | None, default: int) -> int:
     """Steps over which a drop fraction falls.
 
     >>> falling_steps(None, 3000), falling_steps(1000, 3000)
     (3000, 1000)
     """
-    return total_steps if drop_fraction_steps is None else check_int("drop_fraction_steps", drop_fraction_steps, 1)
+    return default if drop_fraction_steps is None else check_int("drop_fraction_steps", drop_fraction_steps, 1)
 
 
 def make_schedule(

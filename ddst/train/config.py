@@ -177,12 +177,13 @@ class TrainConfig:
                              shown="demo 25, published 500", range=COUNT, metavar="STEPS", methods=MOVING)
     drop_fraction: float = option(_blocks(0.5, 0.3), float, "share of G's active blocks exchanged at the first update",
                                   shown="1x1 blocks 0.5, larger 0.3", range=SHARE, metavar="SHARE", methods=MOVING)
-    drop_schedule: str = option("cosine", str, "how that share falls over the run, to --drop-fraction-end",
+    drop_schedule: str = option("cosine", str, "how that share falls, to --drop-fraction-end",
                                 choices=("cosine", "linear", "constant"), methods=MOVING)
-    drop_fraction_end: float = option(FINAL_FRACTION, float, "share exchanged at the end of the run, of G and of D",
+    drop_fraction_end: float = option(FINAL_FRACTION, float, "share exchanged at last, of G and of D",
                                       range=SHARE, metavar="SHARE", methods=MOVING)
-    drop_fraction_steps: int | None = option(None, int, "steps over which the share falls, of G and of D", shown="the "
-                                             "whole run", range=COUNT, metavar="STEPS", methods=MOVING)
+    drop_fraction_steps: int | None = option(None, int, "steps over which the share falls, of G and of D", shown="all, "
+                                             "with ddst-relaxed and ddst-strict and blocks larger than 1x1 a third of "
+                                             "the run for G", range=COUNT, metavar="STEPS", methods=MOVING)
     scope: str = option(_blocks("global", "layer"), str, "an exchange of blocks (of G; strict: of D too) "
                         "ranks them within each layer or over the network",
                         shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=CHANGING)

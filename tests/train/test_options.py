@@ -41,18 +41,18 @@ def test_warm_up_is_the_librarys_whatever_the_preset(tmp_path, settings, warmup)
     assert Trainer(config, load_images("digits", 8)).scheduler.controller.warmup == warmup
 
 
-@pytest.mark.parametrize(("end", "steps"), [(0.25, None), (0.0, None), (0.05, 8)])
+@pytest.mark.parametrize(("end", "steps"), [(0.25, 14), (0.0, 14), (0.05, 8)])
 def test_drop_fractions_fall_alike_in_both_networks(tmp_path, end, steps):
     settings = {"method": "ddst-strict", "bounds": ALWAYS_GROW, "density_d_max": 0.3, "interval_d": 4}
     fractions = {"drop_fraction": 0.25, "drop_fraction_d": 0.25, "drop_fraction_end": end, "drop_schedule": "linear"}
-    fractions |= {} if steps is None else {"drop_fraction_steps": steps}
+    fractions["drop_fraction_steps"] = steps
     trainer = trainer_for(tmp_path, **settings, **fractions)
     train(trainer, None)
     log = log_without_seconds(tmp_path / "run")
     for network in ("generator", "discriminator"):
         updates = [e for e in log if e.get("event") == "update" and e["network"] == network]
         assert [e["step"] for e in updates] == [4, 8, 12]
-        wanted = [end + (0.25 - end) * max(0, 1 - e["step"] / (steps or 14)) for e in updates]
+        wanted = [end + (0.25 - end) * max(0, 1 - e["step"] / steps) for e in updates]
         assert [e["fraction"] for e in updates] == pytest.approx(wanted)
 
 

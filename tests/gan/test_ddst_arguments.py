@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ddst.gan import DDST, EMA
-from helpers.training import SHORT, ToyGan, make
+from ddst.sparsity import DropSchedule
+from helpers.training import SHORT, ToyGan, make, run
 
 
 def test_warns_when_nothing_would_ever_happen():
@@ -47,6 +48,18 @@ def test_defaults_of_the_modes_and_blocks():
     assert strict._steering.fraction(third) > 0.1 and last[2]._steering.fraction(third) == 0.005
     assert (single.updater_d.exempt, single.updater_d.ranking) == ((), "raw")
     assert (strict.updater_d.exempt, strict.updater_d.ranking) == (("0", "7"), "relative")
+
+
+def test_a_state_goes_on_with_the_schedule_of_the_new_length():
+    gan, short = make(total_steps=30)
+    run(gan, short, 5)
+    other, longer = make(total_steps=90)
+    other.g.load_state_dict(gan.g.state_dict())
+    other.d.load_state_dict(gan.d.state_dict())
+    longer.load_state_dict(short.state_dict())
+    assert longer.steps == 5
+    assert short.training_g.drop_fraction(10) == 0.005
+    assert longer.training_g.drop_fraction(10) == DropSchedule(0.3, 30)(10)
 
 
 @pytest.mark.parametrize(

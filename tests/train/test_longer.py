@@ -84,7 +84,7 @@ def test_its_log_has_both_lengths_and_its_schedules_are_those_of_the_new_one(lon
     updates = [e for e in entries if e.get("event") == "update" and e["network"] == "generator"]
     assert [e["step"] for e in updates] == [4, 8, 12, 16]
     for update in updates:
-        assert update["fraction"] == DropSchedule(0.3, 10 if update["step"] < 10 else 20)(update["step"])
+        assert update["fraction"] == DropSchedule(0.3, 3 if update["step"] < 10 else 6)(update["step"])
     # An eighth of the run is its warm-up: 1 step, then 2; the last step of the first plan decides nothing.
     decided = [e["step"] for e in entries if e.get("event") == "decision"]
     assert decided == [3, 6, 9, 12, 15, 18]

@@ -50,8 +50,6 @@ SHAPES = (
     Shape("ragged", blocks=(3, 3), ragged=(5, 3), size=(13, 11), batch=3, mask="lines"),
     Shape("strided", ragged=(1, 7), size=(17, 19), stride=(2, 3), padding=(4, 5), dilation=(2, 1)),
     Shape("4x4 stride 2", kernel=(4, 4), stride=(2, 2), size=(16, 12), mask="0.2"),
-    Shape("3x3 stride 2", blocks=(4, 4), stride=(2, 2), padding=(1, 1), size=(14, 14), mask="0.2"),
-    Shape("even", blocks=(4, 4), size=(12, 12), batch=3, mask="0.2"),
     Shape("1x1", kernel=(1, 1), padding=(0, 0), size=(9, 15), mask="one"),
     Shape("1x5 dilated", kernel=(1, 5), padding=(0, 4), dilation=(1, 2), size=(5, 14), ragged=(2, 0)),
     Shape("nchw", ragged=(3, 5), size=(10, 7), channels_last=False),
@@ -62,6 +60,8 @@ SHAPES = (
     Shape("linear ragged", blocks=(3, 3), ragged=(7, 5), size=(0, 0), batch=37, mask="lines"),
     Shape("linear row", blocks=(2, 12), size=(0, 0), batch=1, mask="full"),
     Shape("linear none", size=(0, 0), batch=5, mask="none"),
+    Shape("3x3 stride 2", blocks=(4, 4), stride=(2, 2), size=(14, 14), mask="0.2"),
+    Shape("even", blocks=(4, 4), batch=3, mask="0.2"),
 )
 
 

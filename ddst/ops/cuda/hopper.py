@@ -211,7 +211,7 @@ def slice_slots(form: Form | str, density: float, side: int, taps: int) -> float
     """Instructions of the busiest scheduler for a slice of a full tile, for blocks of ``side`` output channels.
 
     >>> [round(slice_slots(form, 0.1, 16, 9)) for form in (Form(1, 2), Form(1, 2, 2), Form(4, 2), "general")]
-    [554, 507, 553, 1407]
+    [554, 507, 554, 1407]
     """
     work, slots = _work(form, density, side, taps), SLOTS[form]
     return slots.slice + slots.tap * work.taps + slots.product * work.products + slots.listed * work.listed

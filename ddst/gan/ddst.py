@@ -223,8 +223,9 @@ class DDST:
             grown_second_moment = grown_second_moment or "dense"
             drop_fraction = 0.5 if drop_fraction is None else drop_fraction
             exempt_g = () if exempt_g is None else exempt_g
+        single_g = published or has_single_weight_blocks(sparse_layers(generator))
         if exempt_g is None and mode == "sdst" and method in ("rigl", "set"):
-            exempt_g = () if has_single_weight_blocks(sparse_layers(generator)) else "ends"
+            exempt_g = () if single_g else "ends"
         shared: dict[str, Any] = {
             "scope": scope,
             "ranking": ranking,
@@ -260,8 +261,7 @@ class DDST:
                 **shared,
             )
             self._steering = DensitySteering(updater, rule, self.interval_d, total_steps, fraction)
-        single_g = published or has_single_weight_blocks(sparse_layers(generator))
-        early = mode in CONTROLLED and not single_g
+        early = mode in CONTROLLED and not single_g  # G's share falls early
         self.training_g = SparseTraining(
             generator,
             opt_g,

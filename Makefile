@@ -9,7 +9,7 @@
 #   make test-oldest     the dry run of `make gpu` with the oldest torch, in a venv of its own (several GB)
 #   make test-arm        cross-compile for Arm (aarch64), try the CPU kernels on an emulated processor: part of test-all
 #   make paper   train the paper's methods on the embedded data, keep each run's JSON, build docs/results.md (days; in parts:
-#                make paper ONLY='goal digits' STEPS=800 SEEDS=3 HOURS=8; ARGS=--time, --page-only, --list)
+#                make paper ONLY='goal digits' STEPS=800 SEEDS=3 HOURS=8; ONLY=goal ARGS=--time, or --page-only, --list)
 #   make gpu     prove and measure the library on a GPU: with any python3 that has torch and CMake, no network, no .venv;
 #                at most 7 minutes, a second call from what the first compiled and proved at most 5
 #                (make gpu PYTHON=… ARGS='--only correctness --budget 120 --out DIR')

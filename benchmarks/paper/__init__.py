@@ -5,7 +5,7 @@
     python -m ddst.benchmarks paper --only goal --steps 800    shorter runs, which stand apart in the table
     python -m ddst.benchmarks paper --list                     what would be trained now, nothing is
     python -m ddst.benchmarks paper --page-only                the page of the kept runs
-    python -m ddst.benchmarks paper --time                     seconds of a step of their rows: on a quiet machine
+    python -m ddst.benchmarks paper --only goal --time         seconds of a step of these rows: on a quiet machine
 
 Parts: goal (dense, static, DDST relaxed at 10 %, 16x16 blocks, digits, 5 seeds), digits (every method at 10 and 30 %,
 16x16 blocks and single weights), collapse (20 seeds of SDST-RigL), rest (20 and 50 %, then shapes), moves (SDST-RigL
@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     what = command.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print what is to be trained, train nothing")
     what.add_argument("--page-only", action="store_true", help="build the page of the kept runs, train nothing")
-    what.add_argument("--time", action="store_true", help="time the rows of the kept runs, train nothing")
+    what.add_argument("--time", action="store_true", help="time the rows of which a run is kept, train nothing")
     return command
 
 
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = 0
         if given.time:
-            time_rows(load(given.results), given.results / FILE)
+            time_rows(cells, load(given.results), given.results / FILE)
         elif not given.page_only:
             code = make(cells, given.runs, given.results, given.hours)
         timing = given.results / FILE

@@ -34,16 +34,21 @@ FILE = "timing.json"
 PAIRS = 6
 
 
-def time_rows(records: Sequence[Record], kept: Path) -> dict[str, Any]:
-    """Times every row of the kept runs that is not timed yet, and keeps each at once; returns the file's contents."""
+def time_rows(cells: Sequence[Cell], records: Sequence[Record], kept: Path) -> dict[str, Any]:
+    """Times the rows of some cells, in their order, and keeps each at once; returns the file's contents.
+
+    Args:
+        cells: of the rows. One that is timed already, has no kept run, or has further settings is left out.
+        records: kept runs. kept: the file.
+    """
     runs = Runs(records)
     torch.set_num_threads(1)
     known = json.loads(kept.read_text()) if kept.exists() else _head()
     done = {cell_of(row).group for row in known["rows"]}
-    for group, seeds in runs.groups.items():
-        if group in done or group[-1] or PRESETS[group[1]].full_g:
+    for group in dict.fromkeys(cell.group for cell in cells):
+        if group in done or group not in runs.groups or group[-1] or PRESETS[group[1]].full_g:
             continue
-        row = time_row(list(seeds.values()))
+        row = time_row(list(runs.groups[group].values()))
         known["rows"].append(row)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(known, indent=1) + "\n")

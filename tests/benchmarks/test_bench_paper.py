@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,10 +298,14 @@ def test_rows_are_timed_in_pairs_and_once(tmp_path: Path, monkeypatch: pytest.Mo
     settings = resolve({**given, "method": cell.method, "density": 0.3, "block": (8, 8), "interval_g": 2, "out": "x"})
     records = [made(cell, 9.0, settings=json.loads(json.dumps(settings.saved())), mean_density_d=0.5)]
     kept = tmp_path / "timing.json"
-    (timed,) = time_rows(records, kept)["rows"]
+    changed = cell.with_changes((("interval_g", "100"),))
+    records.append(made(changed, 9.0))
+    other = [Cell("digits", "static", 0.3, (8, 8), 0, 3), changed]  # without a kept run; with further settings
+    assert time_rows(other, records, kept)["rows"] == [] and not kept.exists()
+    (timed,) = time_rows([*other, cell, replace(cell, seed=1)], records, kept)["rows"]
     assert timed["seconds"] == 2.0 and timed["speedup"] == {"median": 2.0, "low": 1.25, "high": 2.5}
     assert timed["density_d"] == pytest.approx(0.5, abs=0.05) and timed["density_g"] == pytest.approx(0.3, abs=0.05)
-    assert time_rows(records, kept) == json.loads(kept.read_text()) and len(calls) == 1
+    assert time_rows([cell], records, kept) == json.loads(kept.read_text()) and len(calls) == 1
     assert "timed: 2000, 2.00× as fast as dense" in page(
         [{**made(cell, 9.0), "cell": {**vars(cell), "block": [16, 16], "changes": {}}}],
         {**json.loads(kept.read_text()), "rows": [{**timed, "cell": {**timed["cell"], "block": [16, 16]}}]},

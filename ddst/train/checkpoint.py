@@ -13,7 +13,7 @@ import torch
 
 from ddst.train.terminal import OneLineError
 
-FORMAT = 5
+FORMAT = 6
 
 # What torch.save writes, a zip file whose checksums torch.load does not compare, ends with this and the SHA-256 of all
 # before it. Readers of zip files pass over what stands behind the end of one.

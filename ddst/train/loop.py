@@ -188,7 +188,8 @@ class Trainer:
         g, d = self.forward_flops
         self.forward_flops = g + self.flops.generator.forward, d + self.flops.discriminator.forward
         players, count = self.players, self.config.d_steps * self.config.accumulate
-        rates = learning_rates(self.config, self.step)
+        densities = self.scheduler.density_g, self.scheduler.density_d
+        rates = learning_rates(self.config, self.step, densities)
         for optimizer, rate in zip((players.optimizer_g, players.optimizer_d), rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -9,6 +9,7 @@ from ddst.data import load_images
 from ddst.nn import sparse_layers
 from ddst.train import Trainer, resolve, run
 from ddst.train.checkpoint import CheckpointError
+from ddst.train.config import refuse_without_effect
 from ddst.train.folder import CHECKPOINT
 from ddst.train.game import Game
 from ddst.train.loop import TrainingError, train
@@ -168,6 +169,32 @@ def test_rates_fall_to_zero_from_the_step_they_are_told():
     linear = rates(lr_decay="linear", lr_decay_start=20)
     assert linear == [(1.0, 2.0), (1.0, 2.0), (0.5, 1.0), pytest.approx((0.0125, 0.025))]
     assert rates(lr_decay="cosine")[1][0] == pytest.approx((1 + math.cos(0.2 * math.pi)) / 2)
+
+
+def test_rates_follow_each_networks_density():
+    """0.2 / √0.25 and 0.2 / √0.64 by default in the demo; the paper has one rate for all."""
+    given = {"out": "x", "lr": 0.2}
+    config = resolve(given)
+    assert learning_rates(config, 0, (0.25, 0.64)) == pytest.approx((0.4, 0.25))
+    assert learning_rates(config, 0, (1.0, 0.0)) == (0.2, 0.2)  # dense; without a block there is nothing to step
+    assert learning_rates(resolve({**given, "lr_density_power": 1.0}), 0, (0.25, 0.5)) == pytest.approx((0.8, 0.4))
+    for paper in ({"published": True}, {"preset": "sngan32"}):
+        assert learning_rates(resolve({**given, **paper}), 0, (0.25, 0.64)) == (0.2, 0.2)
+    with pytest.raises(ConfigError, match="--lr-density-power has no effect with --method dense"):
+        refuse_without_effect({"lr_density_power": 0.5}, "dense")
+
+
+def test_rates_of_a_step_are_those_of_its_densities():
+    config = resolve({**tiny(**SMALL, **GROW), "out": "unused"})
+    trainer = Trainer(config, load_images("digits", config.resolution))
+    met = set()
+    while trainer.step < config.steps:
+        densities = trainer.scheduler.density_g, trainer.scheduler.density_d
+        trainer.train_step()
+        optimizers = trainer.players.optimizer_g, trainer.players.optimizer_d
+        assert [o.param_groups[0]["lr"] for o in optimizers] == [config.lr * d**-0.5 for d in densities]
+        met.add(densities[1])
+    assert len(met) > 1
 
 
 def test_accumulated_batches_are_one_large_batch():

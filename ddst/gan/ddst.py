@@ -82,10 +82,9 @@ class DDST:
         scope, ranking, max_norm_share, grown_second_moment, random_share: of both, see :class:`ddst.SparseTraining`.
             Changes of D's density are ranked over the whole of D.
         prune_to, prune_at: of ``method="prune"``.
-        exempt_g, exempt_d: names of layers that never change, or "ends" (first and last); None: the ends of
-            blocks larger than 1×1 in D, and in G with ``mode="sdst"`` or ``scope="global"``. (A block of G's first
-            layer is what a piece of the noise means to all that follows: moving these beside a D that nothing
-            steers collapsed runs, ``docs/notes/collapse.md``.)
+        exempt_g, exempt_d: names of layers that never change, or "ends" (first and last); None: the ends where blocks
+            are larger than 1×1. (A block of G's first layer is what a piece of the noise means to all that follows:
+            moving these collapsed runs, ``docs/notes/collapse.md``.)
         published: the authors' code in everything that is not given, whatever the blocks: the settings of 1×1 blocks
             above, moments of the dense gradient for what enters (``grown_second_moment="dense"``), decisions on the
             bounds, and nothing above ``d_max`` (:class:`DensityController`). What stays ours: α/β with β ≤ ``br_eps``
@@ -224,7 +223,7 @@ class DDST:
             drop_fraction = 0.5 if drop_fraction is None else drop_fraction
             exempt_g = () if exempt_g is None else exempt_g
         single_g = published or has_single_weight_blocks(sparse_layers(generator))
-        if exempt_g is None and mode == "sdst" and method in ("rigl", "set"):
+        if exempt_g is None and method in ("rigl", "set"):
             exempt_g = () if single_g else "ends"
         shared: dict[str, Any] = {
             "scope": scope,

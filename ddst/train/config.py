@@ -78,6 +78,11 @@ def _published(demo: Any, published: Any) -> Callable[[Known], Any]:
     return lambda known: demo if known["preset"] == "demo" else published
 
 
+def _ours(ours: Any, published: Any) -> Callable[[Known], Any]:
+    """A default of the demo that the authors' runs, and --published, do not have."""
+    return lambda known: published if known["published"] or known["preset"] != "demo" else ours
+
+
 def _preset(demo: Any, sngan32: Any, sngan48: Any, biggan32: Any) -> Callable[[Known], Any]:
     values = dict(zip(PRESETS, (demo, sngan32, sngan48, biggan32), strict=True))
     return lambda known: values[known["preset"]]
@@ -90,6 +95,13 @@ def _model(setting: str) -> Callable[[Known], Any]:
 def _blocks(single: Any, larger: Any) -> Callable[[Known], Any]:
     """A default that is the paper's for single weights (and with --published) and another for larger blocks."""
     return lambda known: single if known["published"] or known["block"] == (1, 1) else larger
+
+
+def _bounds(known: Known) -> tuple[float, float]:
+    """Wide ones in the demo: every change shakes a D of few blocks, and between narrow ones its density swings."""
+    if known["method"] == "ddst-ada":
+        return (0.55, 0.65)
+    return _ours((0.5, 0.8), (0.5, 0.65) if known["method"] == "dda" else (0.45, 0.55))(known)
 
 
 def _strict(other: Any, strict: Any) -> Callable[[Known], Any]:
@@ -202,7 +214,7 @@ class TrainConfig:
                                  range=SHARE, metavar="SHARE", methods=CHANGING)
 
     exempt_g: str | None = option(None, str, "layers of G that never change: none, or its first and last",
-                                  shown="ends of larger blocks than 1x1 with sdst or --scope global, else none",
+                                  shown="1x1 blocks and with --published none, larger ends",
                                   choices=EXEMPT, methods=MOVING)
 
     # The balance ratio and D's density.
@@ -211,10 +223,9 @@ class TrainConfig:
         int, "steps between decisions on D's density, or exchanges of its blocks",
         shown="demo 40, published 1000; strict: twice that", range=COUNT, metavar="STEPS", methods=SPARSE_D)
     bounds: tuple[float, float] = option(
-        lambda known: {"dda": (0.5, 0.65), "ddst-ada": (0.55, 0.65)}.get(known["method"], (0.45, 0.55)), float,
-        "D grows where the balance ratio is above HI and shrinks where it is below LO (ddst-ada: the other way round, "
-        "of the mean sign of D(x))", shown="0.45 0.55, dda 0.5 0.65, ddst-ada 0.55 0.65", words=2, range=BOUNDS,
-        metavar=("LO", "HI"), methods=CONTROLLED)
+        _bounds, float, "D grows where the balance ratio is above HI and shrinks where it is below LO (ddst-ada: the "
+        "other way round, of the mean sign of D(x))", shown="demo 0.5 0.8, published 0.45 0.55, dda 0.5 0.65; ddst-ada "
+        "0.55 0.65", words=2, range=BOUNDS, metavar=("LO", "HI"), methods=CONTROLLED)
     delta: float = option(0.05, float, "change of D's density per decision", range=DENSITY, metavar="D",
                           methods=CONTROLLED)
     density_d_min: float = option(0.05, float, "lowest density of D", range=SHARE, metavar="D", methods=CONTROLLED)
@@ -273,10 +284,9 @@ class TrainConfig:
                        range=RATE, metavar="RATE")
     lr_d: float = option(lambda known: known["lr"], float, "the same for D", shown="that of --lr", range=RATE,
                          metavar="RATE")
-    lr_density_power: float = option(lambda known: 0.5 if known["preset"] == "demo" and not known["published"] else 0.0,
-                                     float, "P: both rates are those of a dense network, divided by the P-th power of "
-                                     "each network's density", shown="demo 0.5, published 0", range=SHARE,
-                                     metavar="P", methods=SPARSE)
+    lr_density_power: float = option(_ours(0.5, 0.0), float, "P: both rates are those of a dense network, divided "
+                                     "by the P-th power of each network's density", shown="demo 0.5, published 0",
+                                     range=SHARE, metavar="P", methods=SPARSE)
     betas: tuple[float, float] = option((0.0, 0.9), float, "betas of Adam", words=2, range=PAIR_BELOW_ONE,
                                         metavar=("B1", "B2"))
     ema: float = option(_published(0.99, 0.999), float, "decay of G's moving average, which makes the samples",

@@ -112,6 +112,8 @@ def test_the_sign_is_measured_on_the_real_batch():
     [
         ((2, 2), {}, ("0", "5")),
         ((2, 2), {"method": "set"}, ("0", "5")),
+        ((2, 2), {"mode": "relaxed"}, ("0", "5")),
+        ((2, 2), {"mode": "ramp"}, ("0", "5")),
         ((2, 2), {"published": True}, ()),
         ((2, 2), {"exempt_g": ()}, ()),
         ((1, 1), {}, ()),
@@ -120,7 +122,8 @@ def test_the_sign_is_measured_on_the_real_batch():
 )
 def test_larger_blocks_of_gs_ends_keep_their_places(block, options, still):
     gan, _ = make(ToyGan(block=block), mode="sdst")
-    scheduler = DDST(gan.g, gan.d, gan.opt_g, gan.opt_d, mode="sdst", total_steps=TOTAL, interval_g=3, **options)
+    options = {"mode": "sdst", **options}
+    scheduler = DDST(gan.g, gan.d, gan.opt_g, gan.opt_d, total_steps=TOTAL, interval_g=3, **options)
     assert scheduler.training_g.updater.exempt == still
     masks = {name: layer.block_mask.clone() for name, layer in sparse_layers(gan.g).items()}
     run(gan, scheduler, 8)

@@ -70,7 +70,7 @@ def test_layers_may_be_exempt_in_both_networks(tmp_path):
     pairs = {"block": (1, 2), "distribution": "uniform"}
     # One image channel is less than a block of D's first layer.
     assert exempt(**pairs, scope="global") == (ends[0], ("linear",))
-    assert exempt(**pairs) == ((), ("linear",))
+    assert exempt(**pairs) == (ends[0], ("linear",))
     assert exempt(**pairs, exempt_g="none", exempt_d="none") == ((), ())
 
 

@@ -157,7 +157,7 @@ def test_published_settings_of_biggan():
     c = resolve({"out": "x", "preset": "biggan32"})
     assert (c.model, c.steps, c.resolution, c.batch, c.d_steps, c.latent) == ("biggan", 200_000, 32, 50, 4, 128)
     dda, ada, strong = (resolve({"out": "x", "method": m}) for m in ("dda", "ddst-ada", "static-strong"))
-    assert (dda.bounds, ada.bounds, strong.density_d) == ((0.5, 0.65), (0.55, 0.65), 1.0)
+    assert (dda.bounds, ada.bounds, strong.density_d) == ((0.5, 0.8), (0.55, 0.65), 1.0)
 
 
 def test_rates_fall_to_zero_from_the_step_they_are_told():

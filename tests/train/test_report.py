@@ -124,7 +124,9 @@ def test_memory_of_an_iteration_holds_the_weight_state_and_more(tmp_path, capfd,
         for name in ("state_bytes", "dense_state_bytes")
     )
     assert sparse < timing.peak_bytes < timing.dense_peak_bytes
-    assert dense < timing.checkpointed_peak_bytes < timing.dense_peak_bytes
+    assert dense < timing.checkpointed_peak_bytes
+    if not settings:  # In float16 some processors convert first, which of networks this small is the peak.
+        assert timing.checkpointed_peak_bytes < timing.dense_peak_bytes
     assert "memory of an iteration at its peak, weight state included" in table(summary)
     trainer.train_step()
     assert (trainer.players.game.augmented_from is None) == (not settings)

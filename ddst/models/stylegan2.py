@@ -33,7 +33,7 @@ class _Styled(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         x = self.conv(x, w)
-        noise = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+        noise = torch.randn(x.shape[0], 1, *x.shape[2:], dtype=x.dtype, device=x.device)
         return act(x + self.strength * noise + self.bias[:, None, None])
 
 
@@ -89,7 +89,7 @@ class Generator(nn.Module):
         w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
         for layer in self.mapping:
             w = act(layer(w))
-        x = self.first(self.const.expand(len(w), -1, -1, -1), w)
+        x = self.first(self.const.expand(w.shape[0], -1, -1, -1), w)
         image = self.first_image(x, w, None)
         for up, same, to_image in zip(self.up, self.same, self.to_image, strict=True):
             x = same(up(x, w), w)

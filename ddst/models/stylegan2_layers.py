@@ -111,7 +111,9 @@ class ModulatedConv2d(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.modulation(w)
-        return self._grouped(x, style) if self.fused else self._scaled(x, style)
+        # As many groups as images would be the one number of images that an exported program takes.
+        grouped = self.fused and not torch.compiler.is_exporting()
+        return self._grouped(x, style) if grouped else self._scaled(x, style)
 
     def _grouped(self, x: Tensor, style: Tensor) -> Tensor:
         n, c_in, height, width = x.shape

@@ -27,7 +27,8 @@ def export(source: Path, form: str, out: Path) -> str:
 
     Args:
         source: see :func:`ddst.load_generator`.
-        form: "onnx": noise (and classes) in, images out, any batch size; packed weights stay packed in the file.
+        form: "onnx": noise (and classes) in, images out, any batch size; packed weights stay packed in the file; what
+            a stylegan2 generator draws itself the program that runs the file draws.
             "dense": torch's own layers, as safetensors. "safetensors": packed. `ddst.load_generator` reads both.
         out: the file; it is written whole or not at all.
 
@@ -61,7 +62,7 @@ def onnx_of(generator: nn.Module) -> bytes:
     """The ONNX file of a generator in eval mode: inputs "noise" ``[N, latent]`` (and "class" ``[N]``), output "image".
 
     Raises:
-        ModuleNotFoundError: onnxscript or onnx is missing.
+        ModuleNotFoundError: onnxscript or onnx is missing. ConfigError: the exporter fixed the number of images.
     """
     inputs, names = inputs_of(generator, 2), ["noise", "class"]
     with _quiet():
@@ -75,7 +76,14 @@ def onnx_of(generator: nn.Module) -> bytes:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto.SerializeToString()
+    model = program.model_proto
+    for value in (*model.graph.input, *model.graph.output):
+        if (first := value.type.tensor_type.shape.dim[0]).HasField("dim_value"):  # Else it has a name, "batch".
+            raise ConfigError(
+                f"--onnx: the exporter fixed {value.name!r} at {first.dim_value} images, expected any number: "
+                "the generator computes with its batch as a plain number"
+            )
+    return model.SerializeToString()
 
 
 @contextmanager

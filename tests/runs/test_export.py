@@ -11,8 +11,11 @@ from torch import nn
 import ddst
 from ddst.cli import main
 from ddst.models import Generator
+from ddst.models.families import FAMILIES, Sizes
 from ddst.nn import sparse_layers
+from ddst.runs.export import onnx_of
 from ddst.train.generator import read_generator
+from ddst.train.options import ConfigError
 
 
 def test_packed_and_dense_files(sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +47,34 @@ def test_onnx(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None
         z = torch.randn(batch, generator.latent)
         (images,) = session.run(["image"], {"noise": z.numpy()})
         torch.testing.assert_close(torch.from_numpy(images), generator(z).detach())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnx_takes_any_number_of_images(family: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    classes, side = (3, 64) if FAMILIES[family].conditional else (1, 8)  # BigGAN's attention begins at 64 pixels.
+    generator = FAMILIES[family].generator(Sizes(side, 128 if side == 64 else 16, 16, 20, 3, classes)).eval()
+    inputs = [torch.randn(5, 20), *([torch.tensor([0, 2, 1, 1, 0])] if classes > 1 else [])]
+    ddst.sparsify(generator, 0.5, block=8, sample=tuple(inputs))
+    session = onnxruntime.InferenceSession(onnx_of(generator), providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 5):
+        given = [value[:batch] for value in inputs]
+        names = [taken.name for taken in session.get_inputs()]
+        (images,) = session.run(["image"], {n: v.numpy() for n, v in zip(names, given, strict=True)})
+        torch.testing.assert_close(torch.from_numpy(images), generator(*given).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_onnx_of_a_generator_that_fixes_its_batch_is_refused() -> None:
+    pytest.importorskip("onnxscript")
+
+    class Fixed(nn.Module):
+        latent = 4
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return z.reshape(len(z), 1, 2, 2)
+
+    with pytest.raises(ConfigError, match="^--onnx: the exporter fixed 'noise' at 2 images, expected any number: "):
+        onnx_of(Fixed())
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(

@@ -174,22 +174,18 @@ def _guarded(command: str, do: Callable[[], int]) -> int:
             why = f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
             return _ended(command, 1, why)
     except ModuleNotFoundError as error:
-        return _ended(command, 2, f"error: {error.name} is missing: pip install 'ddst[{_extra(error.name)}]'")
+        return _ended(command, 2, f"error: {error.name} is missing: pip install {_package(error.name)}")
     except KeyboardInterrupt:  # Outside the training loop, which ends in order.
         return _ended(command, 130, "interrupted")
 
 
-def _extra(module: str | None) -> str:
-    """The extra that brings a module."""
+def _package(module: str | None) -> str:
+    """What pip is to be asked for: the extra that brings a module, or a package without torchvision, which nothing uses."""
     name = (module or "").partition(".")[0]
-    return {
-        "onnx": "onnx",
-        "onnxscript": "onnx",
-        "torch_fidelity": "metrics",
-        "torchvision": "metrics",
-        "tensorboard": "live",
-        "wandb": "live",
-    }.get(name, "train")
+    if name == "torch_fidelity":
+        return "--no-deps torch-fidelity"
+    extra = {"onnx": "onnx", "onnxscript": "onnx", "tensorboard": "live", "wandb": "live"}.get(name, "train")
+    return f"'ddst[{extra}]'"
 
 
 def _ended(command: str, code: int, why: str) -> int:

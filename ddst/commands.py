@@ -84,9 +84,8 @@ def _add_evaluate(commands: Any) -> None:
         "--metrics",
         metavar="NAME,...",
         type=_names,
-        default=["digits"],
         help="fid, is, prdc (precision, recall, density, coverage) by Inception-v3; digits or shapes, the embedded "
-        "distances (default: digits)",
+        "distances (default: that of the run's data, fid for other data)",
     )
     evaluate.add_argument("--weights", metavar="FILE", type=Path, help="weights of Inception-v3, see docs/metrics.md")
     evaluate.add_argument(

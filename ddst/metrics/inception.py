@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,8 +45,7 @@ class Inception:
         digest: of the weights, whatever file they came from: figures of two of them cannot be compared.
 
     Raises:
-        DataError: the file is missing, damaged, or its tensors are not those of the network; torchvision, which
-            torch-fidelity imports, is one for another torch; one line.
+        DataError: the file is missing, damaged, or its tensors are not those of the network; one line.
         ModuleNotFoundError: torch-fidelity is missing: `pip install 'ddst[metrics]'`.
 
     Cost: 5.7 billion multiply-adds an image.
@@ -87,28 +92,43 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
-    """exp E KL(p(y|x) ‖ p(y)): mean and standard deviation over `splits` parts, by torch-fidelity.
+    """exp E KL(p(y|x) ‖ p(y)): mean and standard deviation over `splits` parts, as torch-fidelity has them.
 
-    The order is shuffled first, with torch-fidelity's seed 2020.
+    The order is shuffled first, with torch-fidelity's seed 2020; float64.
+
+    >>> inception_score(torch.eye(2).repeat(3, 1) * 100, splits=1)  # Two classes, every image surely of one.
+    (2.0, 0.0)
     """
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+    shuffled = logits[np.random.RandomState(2020).permutation(len(logits))].double()
+    edges = [i * len(logits) // splits for i in range(splits + 1)]
+    scores = []
+    for part in (shuffled[start:end] for start, end in pairwise(edges)):
+        p = part.softmax(1)
+        scores.append(float((p * (part.log_softmax(1) - p.mean(0).log())).sum(1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
 
-    found = isc_features_to_metric(logits, splits=splits)
-    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+
+def _module() -> ModuleType:
+    """torch-fidelity's module of the network, without the package around it.
+
+    The package imports torchvision, whose wheels each fit one build of torch and do not load beside another; the network
+    needs torch only.
+    """
+    package, name = "torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"
+    if package in sys.modules:
+        return import_module(name)
+    if (spec := find_spec(package)) is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    sys.modules[package] = module_from_spec(spec)  # Not executed: a place to look for its modules.
+    try:
+        return import_module(name)
+    finally:  # Whoever imports the package itself gets all of it.
+        for known in [known for known in sys.modules if known.partition(".")[0] == package]:
+            del sys.modules[known]
 
 
 def _blank_network() -> Any:
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ModuleNotFoundError:
-        raise
-    except (ImportError, RuntimeError) as error:  # What a torchvision of another torch raises.
-        raise DataError(
-            f"torch-fidelity cannot be imported: {' '.join(str(error).split())} (its torchvision must be the one for "
-            f"torch {torch.__version__})"
-        ) from None
-
-    class Blank(FeatureExtractorInceptionV3):
+    class Blank(_module().FeatureExtractorInceptionV3):  # type: ignore[misc]
         """Its own reading of the weights would unpickle whatever the file holds."""
 
         filled = False

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ddst.data import DataError
 
+_ROUNDING = 1e-3  # of a covariance's largest eigenvalue: what its smallest ones may lie below 0
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -94,6 +96,13 @@ def _moments(path: Path, mu: np.ndarray, sigma: np.ndarray, features: int) -> Mo
             raise DataError(f"reference {path}: {name} must be finite")
     if not np.allclose(sigma, sigma.T, atol=1e-6 * float(np.abs(sigma).max(initial=1e-300))):
         raise DataError(f"reference {path}: sigma must be symmetric")
+    values = np.linalg.eigvalsh(sigma.astype(np.float64))
+    # Rounding, of float32 features too, makes small ones negative.
+    if values[0] < -_ROUNDING * np.abs(values).max():
+        raise DataError(
+            f"reference {path}: sigma must be a covariance, without negative eigenvalues: the smallest is "
+            f"{values[0]:.3g}, the largest {values[-1]:.3g}"
+        )
     return Moments(*(torch.from_numpy(a.astype(np.float64)) for a in (mu, sigma)))
 
 

@@ -25,7 +25,7 @@ MOST = 50_000  # Samples, where none are asked for: FID's usual number.
 
 def evaluate(
     source: Path,
-    metrics: Sequence[str],
+    metrics: Sequence[str] | None = None,
     *,
     samples: int | None = None,
     seed: int = 0,
@@ -40,30 +40,31 @@ def evaluate(
 
     Args:
         source: see :func:`ddst.load_generator`.
-        metrics: of :data:`ddst.metrics.judge.METRICS`.
+        metrics: of :data:`ddst.metrics.judge.METRICS`; None: the distance embedded for the data, "fid" for other data.
         samples: generated images; None: as many as there are real ones, at most 50,000.
         seed: of their noise, and of what the generator draws itself.
-        weights: of the Inception network. reference: an .npz in place of real images.
+        weights: of the Inception network. reference: an .npz in place of real images, for "fid" and "prdc".
         data: the real images where the run's own have moved. held_out: those set aside for tests.
         statistics: an .npz file for the mean and covariance of the real images; it is replaced.
         tell: is called with each figure before a file is written.
 
     Raises:
-        ConfigError: metrics that there are not, statistics without a metric that needs them, or a place where no file
-            can be, a run's folder included (its checkpoint as `source` is judged all the same).
+        ConfigError: metrics that there are not, an argument without effect on those asked for, or a place where no
+            file can be, a run's folder included (its checkpoint as `source` is judged all the same).
         DataError, CheckpointError: what is needed is not there. OSError: a file cannot be written.
     """
-    if unknown := [name for name in metrics if name not in METRICS]:
+    if unknown := [name for name in metrics or () if name not in METRICS]:
         raise ConfigError(f"--metrics must be some of {', '.join(METRICS)} joined by commas, got {unknown[0]!r}")
     if statistics is not None:
         check_target("--statistics", statistics, ".npz")
-        if not set(metrics) - set(TRAINED):
-            raise ConfigError("--statistics are those of the Inception network: they need --metrics fid, is or prdc")
     generator, about = read_generator(source)
     if source.is_dir():
         check_target("RUN", source / EVALUATION)
     config = about.config
     name = config.data if data is None else data
+    if metrics is None:
+        metrics = [name if name in TRAINED else "fid"]
+    _refuse_without_effect(metrics, weights, reference, data, held_out, statistics)
     real = None
     if reference is None or any(metric in TRAINED for metric in metrics):
         cache = cache_folder(config.data_cache)
@@ -87,6 +88,30 @@ def evaluate(
         with replacing(source / EVALUATION) as file:
             file.write(json.dumps(_record(figures, about.step, seed), indent=2).encode() + b"\n")
     return figures
+
+
+def _refuse_without_effect(
+    metrics: Sequence[str],
+    weights: Path | None,
+    reference: Path | None,
+    data: str | None,
+    held_out: bool,
+    statistics: Path | None,
+) -> None:
+    asked = f"with --metrics {','.join(metrics)}"
+    by_network = not set(metrics) <= set(TRAINED)
+    if weights is not None and not by_network:
+        raise ConfigError(f"--weights has no effect {asked}, only with fid, is and prdc")
+    if reference is not None and not {"fid", "prdc"} & set(metrics):
+        raise ConfigError(f"--reference has no effect {asked}, only with fid and prdc")
+    if statistics is not None and not by_network:
+        raise ConfigError("--statistics are those of the Inception network: they need --metrics fid, is or prdc")
+    if reference is not None and statistics is not None:
+        raise ConfigError("--statistics are those of real images, and --reference stands in their place: leave one out")
+    if reference is not None and not set(metrics) & set(TRAINED):
+        for option, given in (("--data", data is not None), ("--held-out", held_out)):
+            if given:
+                raise ConfigError(f"{option} has no effect {asked} and --reference, which stands in the images' place")
 
 
 def _record(figures: Sequence[Figure], step: int, seed: int) -> dict[str, Any]:

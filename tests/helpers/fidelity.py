@@ -1,7 +1,7 @@
-"""torch-fidelity where torchvision cannot be imported, and made weights of the published form.
+"""All of torch-fidelity where torchvision cannot be imported, to compare with, and made weights of the published form.
 
 torch-fidelity imports torchvision for data sets, which nothing here uses; a wheel of torchvision fits one build of
-torch and does not load beside another.
+torch and does not load beside another. ddst itself imports the module of the network only.
 """
 
 from __future__ import annotations

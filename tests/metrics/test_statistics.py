@@ -43,6 +43,13 @@ def test_far_from_zero_the_distance_stays() -> None:
     assert frechet_distance(a + 4096, b * 2 + 4096) == pytest.approx(near, rel=1e-9)
 
 
+def test_a_covariance_of_few_images_is_none_the_worse_for_its_rounding(tmp_path: Path) -> None:
+    sigma = np.cov(torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).numpy(), rowvar=False)
+    assert np.linalg.eigvalsh(sigma.astype(np.float32))[0] < 0
+    np.savez(tmp_path / "few.npz", mu=np.zeros(64, np.float32), sigma=sigma.astype(np.float32))
+    assert read_reference(tmp_path / "few.npz", 64).moments is not None
+
+
 class Evil:
     def __reduce__(self) -> tuple:
         return (print, ("run",))
@@ -58,6 +65,8 @@ class Evil:
         ({"mu": np.zeros(3), "sigma": np.eye(3, dtype=np.int64)}, r"sigma must be floats \[3, 3\], got int64"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "mu must be finite"),
         ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "sigma must be symmetric"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "must be a covariance, .* the smallest is -1, the largest -1"),
+        ({"mu": np.zeros(3), "sigma": np.diag([4.0, 1.0, -0.1])}, "the smallest is -0.1, the largest 4"),
         ({"arr_0": np.zeros((2, 8, 8, 3))}, r"arr_0 must be bytes \[N, H, W, 3\], got float64"),
         ({"mu": np.array([Evil()]), "sigma": np.eye(3)}, "cannot be read"),
     ],

@@ -16,6 +16,7 @@ import ddst
 from ddst.cli import main
 from ddst.metrics import Moments, frechet_of_moments, read_reference
 from ddst.metrics.inception import FEATURES, Inception, to_bytes
+from ddst.models import Generator
 from ddst.runs.sample import draw, noise_of
 from ddst.train.generator import read_generator, write_generator
 from helpers.fidelity import import_fidelity, inception_weights
@@ -23,8 +24,6 @@ from helpers.fidelity import import_fidelity, inception_weights
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("scipy")
-    import_fidelity()
     return inception_weights(tmp_path_factory.mktemp("weights") / "made.pth")
 
 
@@ -67,6 +66,8 @@ def test_figures_say_what_they_depend_on(
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(photos.iterdir())])
     found, fake = network.features([torch.from_numpy(pixels).permute(0, 3, 1, 2)]).pool, network.features([made])
     assert fid["value"] == pytest.approx(frechet_of_moments(Moments.of(found), Moments.of(fake.pool)), rel=1e-4)
+    pytest.importorskip("scipy")
+    import_fidelity()
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     score = isc_features_to_metric(fake.logits, splits=10)
@@ -92,6 +93,16 @@ def test_digits_need_no_weights(sparse_run: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.split()[1] != first.split()[1]
 
 
+def test_the_default_metric_is_that_of_the_data(
+    sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, about = read_generator(sparse_run)
+    colour = replace(about, settings={**about.settings, "method": "dense", "data": "shapes"}, channels=3)
+    write_generator(tmp_path / "g.safetensors", Generator(8, 16, 3, 16), colour)
+    assert main(["evaluate", str(tmp_path / "g.safetensors"), "--samples", "11"]) == 0
+    assert capsys.readouterr().out.startswith("shapes ")
+
+
 def test_images_that_lie_elsewhere_now(sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator, about = read_generator(sparse_run)
     file = tmp_path / "g.safetensors"
@@ -102,20 +113,32 @@ def test_images_that_lie_elsewhere_now(sparse_run: Path, tmp_path: Path, capsys:
         assert "gone does not exist" in line and line.endswith("; --data PATH says where they lie now") == told
 
 
-def test_a_torchvision_of_another_torch_is_one_line(
+def _forget_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch_fidelity", "torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_the_network_needs_no_torchvision(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    _forget_fidelity(monkeypatch)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = Inception(weights).features([torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+    assert found.pool.shape == (2, FEATURES)
+    # Whoever wants the package gets it whole, or its own error.
+    assert not [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]
+
+
+def test_without_torch_fidelity_one_line_says_what_to_install(
     sparse_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "torch_fidelity"
-    package.mkdir()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
-    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    _forget_fidelity(monkeypatch)
+    monkeypatch.setattr("ddst.metrics.inception.find_spec", lambda name: None)
     (tmp_path / "weights.pth").write_bytes(b"")
     assert main(["evaluate", str(sparse_run), "--metrics", "fid", "--weights", str(tmp_path / "weights.pth")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "torch-fidelity cannot be imported: operator torchvision::nms does not exist" in line
-    assert f"(its torchvision must be the one for torch {torch.__version__})" in line
+    assert line == "ddst evaluate: error: torch_fidelity is missing: pip install --no-deps torch-fidelity"
 
 
 def test_what_is_missing_is_one_line(
@@ -146,6 +169,18 @@ def test_what_is_missing_is_one_line(
             ["--metrics", "shapes,digits", "--statistics", str(tmp_path / "new.npz")],
             "--statistics are those of the Inception network: they need",
         ),
+        (["--weights", "/nope"], "--weights has no effect with --metrics digits, only with fid, is and prdc"),
+        (["--reference", "/nope"], "--reference has no effect with --metrics digits, only with fid and prdc"),
+        (
+            ["--metrics", "fid", *given, "--reference", str(pictures), "--statistics", str(tmp_path / "new.npz")],
+            "--statistics are those of real images, and --reference stands in their place: leave one out",
+        ),
+        (
+            ["--metrics", "fid", *given, "--reference", str(pictures), "--data", "/nope"],
+            "--data has no effect with --metrics fid and --reference, which stands in the images' place",
+        ),
+        (["--metrics", "is,fid", *given, "--reference", str(pictures), "--held-out"], "--held-out has no effect with"),
+        (["--data", str(few)], "metric fid needs the weights of Inception-v3 as a local file (--weights FILE"),
         (["--statistics", str(tmp_path / "new")], "--statistics must end in .npz, got"),
         (["--statistics", str(tmp_path / "no" / "new.npz")], f"there is no folder {tmp_path / 'no'}"),
         (["--metrics", "prdc", *given, "--data", str(few)], "metric prdc needs at least 6 real images, got 5"),

@@ -180,7 +180,7 @@ def _guarded(command: str, do: Callable[[], int]) -> int:
 
 
 def _package(module: str | None) -> str:
-    """What pip is to be asked for: the extra that brings a module, or a package without torchvision, which nothing uses."""
+    """What to ask pip for: the extra that brings a module; without torchvision, which nothing uses."""
     name = (module or "").partition(".")[0]
     if name == "torch_fidelity":
         return "--no-deps torch-fidelity"

@@ -37,7 +37,12 @@ def _pickled(key: bytes) -> Callable[[Path], Batch]:
     """A reader of pickled dicts with the images in ``data`` and their labels in `key`."""
 
     def read(file: Path) -> Batch:
-        batch = read_batch(file.read_bytes())
+        contents = file.read_bytes()
+        try:
+            batch = read_batch(contents)
+        except Exception as error:  # A damaged pickle makes its reader raise many types, the same to the user.
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{why}; expected the whole pickled dict, as published") from error
         data, labels = (batch.get(name) if isinstance(batch, dict) else None for name in (b"data", key))
         if not isinstance(data, Array) or not isinstance(labels, list) or any(type(i) is not int for i in labels):
             raise ValueError(f"expected a dict with an array 'data' and a list of whole numbers '{key.decode()}'")
@@ -107,7 +112,7 @@ def _batch(form: _Form, file: Path) -> Batch:
         values, labels = form.read(file)
         if labels.min() < 0 or labels.max() >= form.classes:
             raise ValueError(f"it has labels from {labels.min()} to {labels.max()}, expected 0 to {form.classes - 1}")
-    except Exception as error:  # A damaged pickle makes its reader raise many types, the same to the user.
-        why = shown(" ".join(str(error).split())) or type(error).__name__
+    except (ValueError, TypeError, OverflowError, OSError) as error:
+        why = shown(" ".join(str(error).split()))
         raise DataError(f"cannot read {shown(file)} as {form.name}: {why}") from error
     return values, labels

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
+import os
 import re
 import zipfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -17,12 +21,17 @@ from torch import Tensor
 
 from ddst.data.files import HIDDEN, IMAGE_SUFFIXES, ImageFiles, find_images, shown
 from ddst.data.image_set import DataError
-from ddst.data.pixels import read_pixels
+from ddst.data.pixels import FORMATS, read_pixels
 from ddst.data.source import Pixels, Source, as_labels
 
 #: Where StyleGAN's data sets keep their labels, in a folder or a zip.
 STATED = "dataset.json"
 _LARGEST_MEMBER = 2**30  # bytes of an image unpacked from a zip
+_WNIDS, _ANNOTATIONS = "wnids.txt", "val/val_annotations.txt"
+#: What each line of TinyImageNet's lists is.
+_LISTS = {_WNIDS: "a wnid like n01443537", _ANNOTATIONS: "the name of an image, a tab and its wnid"}
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_WHOLE_IMAGE = f"expected a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _STATED_FORM = '{"labels": [["00000/img00000000.png", 0], ...]} or {"labels": null}'
 
 
@@ -32,13 +41,14 @@ def image_folder(path: Path, held_out: bool) -> Source:
     Labels are, by what lies there:
 
     * those of ``dataset.json``, as in StyleGAN's data sets: ``{"labels": [["00000/img00000000.png", 0], ...]}``;
+      its classes are those that occur, from 0 on in the order of the file's numbers;
     * where every image lies in a folder in `path`, and those are two or more: the number of the folder in the order of
       their names, as in torchvision's ``ImageFolder``;
     * else none.
 
     Raises:
-        DataError: the folder cannot be read, holds no image, or ``dataset.json`` does not fit; when it is read: an
-            image cannot be.
+        DataError: the folder cannot be read, holds no image, or splits (``train`` beside ``val``) in place of classes;
+            ``dataset.json`` does not fit; when it is read: an image cannot be.
     """
     _no_held_out(held_out, path)
     try:
@@ -55,6 +65,7 @@ def image_folder(path: Path, held_out: bool) -> Source:
         labels, classes = _stated(_bytes_of(stated), names, shown(stated))
         made_of = [*made_of, stated]
     else:
+        _no_splits(names, f"data folder {shown(path)}", "--data")
         tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
         folders = sorted({str(top) for top in tops}) if None not in tops else []
         if len(folders) > 1:
@@ -68,39 +79,47 @@ def image_folder(path: Path, held_out: bool) -> Source:
 def image_zip(path: Path, held_out: bool) -> Source:
     """Every image in a zip, in the order of their names, with the labels of its ``dataset.json`` where it has one.
 
-    Which names count is as in folders: :func:`ddst.data.files.find_images`. Nothing is unpacked to the disk.
+    Which names count is as in folders: :func:`ddst.data.files.find_images`. Nothing is unpacked to the disk. A zip with
+    ``wnids.txt`` in it, or in its one folder, is TinyImageNet as it is published: :func:`tiny_imagenet`.
 
     Raises:
-        DataError: it is no zip, holds no image, or ``dataset.json`` does not fit; when it is read: an image cannot be.
+        DataError: it is no zip, holds no image, or splits (``train`` beside ``val``) without labels; ``dataset.json``
+            does not fit; when it is read: an image cannot be.
     """
-    _no_held_out(held_out, path)
-    found = ImageFiles()
-    names = []
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in sorted(info.filename for info in archive.infolist() if not info.is_dir()):
-                ending = PurePosixPath(name).suffix.lower()
-                if any(part.startswith(".") for part in name.split("/")):
-                    found.leave_out(HIDDEN, name)
-                elif ending in IMAGE_SUFFIXES:
-                    names.append(name)
-                elif name != STATED:
-                    found.leave_out(ending or "without an ending", name)
-            stated = archive.read(STATED) if STATED in archive.namelist() else None
+            names = sorted(held := {info.filename for info in archive.infolist() if not info.is_dir()})
+            for root in sorted({"", *(name.split("/", 1)[0] + "/" for name in names if "/" in name)}):
+                if f"{root}{_WNIDS}" in held:
+                    return _tiny_imagenet(_Zip(path, archive, names, root), held_out)
+            stated = archive.read(STATED) if STATED in held else None
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # RuntimeError: a password
         raise DataError(f"cannot read {shown(path)} as a zip of images: {shown(error)}") from error
-    if not names:
+    _no_held_out(held_out, path)
+    found = _images_of(name for name in names if name != STATED)
+    if not found.files:
         raise _no_images(f"data {shown(path)}", found)
+    kept = [str(file) for file in found.files]
     labels, classes = None, "without labels"
     if stated is not None:
-        labels, classes = _stated(stated, names, f"{STATED} in {shown(path)}")
+        labels, classes = _stated(stated, kept, f"{STATED} in {shown(path)}")
+    else:
+        _no_splits(kept, f"zip {shown(path)}", "a zip")
+    return Source(f"zip of image files, {classes}", [path], _zip_reader(path, found.files, labels), found)
 
-    def read(resolution: int) -> Pixels:
-        with zipfile.ZipFile(path) as archive:
-            members = ((f"{shown(name)} in {shown(path)}", functools.partial(_member, archive, name)) for name in names)
-            return _pixels(members, len(names), labels, resolution)
 
-    return Source(f"zip of image files, {classes}", [path], read, found)
+def _images_of(names: Iterable[str]) -> ImageFiles:
+    """Names in a zip, sorted out as :func:`find_images` does it with files."""
+    found = ImageFiles()
+    for name in names:
+        ending = PurePosixPath(name).suffix.lower()
+        if any(part.startswith(".") for part in name.split("/")):
+            found.leave_out(HIDDEN, name)
+        elif ending in IMAGE_SUFFIXES:
+            found.files.append(Path(name))
+        else:
+            found.leave_out(ending or "without an ending", name)
+    return found
 
 
 def tiny_imagenet(path: Path, held_out: bool) -> Source | None:
@@ -112,46 +131,96 @@ def tiny_imagenet(path: Path, held_out: bool) -> Source | None:
     Raises:
         DataError: a folder or list is missing or does not fit; when it is read: an image cannot be.
     """
-    wnids_file = path / "wnids.txt"
-    if not wnids_file.is_file():
-        return None
-    wnids = sorted(set(_lines(wnids_file)))
+    return _tiny_imagenet(_Folder(path), held_out) if (path / _WNIDS).is_file() else None
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Where TinyImageNet lies: in a folder."""
+
+    path: Path
+
+    def shown(self, name: str) -> str:
+        return shown(self.path / name)
+
+    def text(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def images(self, inside: str) -> ImageFiles:
+        return find_images(self.path / inside)
+
+    def source(self, took: str, lists: Sequence[str], found: ImageFiles, labels: Tensor) -> Source:
+        files = [*(self.path / name for name in lists), *found.files]
+        return Source(took, files, _reader(found.files, labels), found)
+
+
+@dataclass(frozen=True)
+class _Zip:
+    """Where TinyImageNet lies: in a zip, below `root`; `names` are sorted."""
+
+    path: Path
+    archive: zipfile.ZipFile
+    names: Sequence[str]
+    root: str
+
+    def shown(self, name: str) -> str:
+        return f"{shown(self.root + name)} in {shown(self.path)}"
+
+    def text(self, name: str) -> bytes:
+        if self.root + name not in self.names:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return self.archive.read(self.root + name)
+
+    def images(self, inside: str) -> ImageFiles:
+        # "0" is the character after "/".
+        start, end = (bisect_left(self.names, f"{self.root}{inside}{character}") for character in "/0")
+        if start == end:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return _images_of(self.names[start:end])
+
+    def source(self, took: str, lists: Sequence[str], found: ImageFiles, labels: Tensor) -> Source:
+        return Source(f"{took}, in a zip", [self.path], _zip_reader(self.path, found.files, labels), found)
+
+
+def _tiny_imagenet(place: _Folder | _Zip, held_out: bool) -> Source:
+    wnids_file = place.shown(_WNIDS)
+    wnids = sorted(set(_lines(place, _WNIDS)))
     for wnid in wnids:
         if not re.fullmatch(r"\w+", wnid):  # It becomes part of a path.
-            raise DataError(f"{shown(wnids_file)} is damaged: expected a line like n01443537 each, got {shown(wnid)}")
+            raise DataError(f"{wnids_file} is damaged: expected a line like n01443537 each, got {shown(wnid)}")
     if not wnids:
-        raise DataError(f"{shown(wnids_file)} is damaged: expected a line like n01443537 for each class, got none")
+        raise DataError(f"{wnids_file} is damaged: expected a line like n01443537 for each class, got none")
     found = ImageFiles()
-    made_of = [wnids_file]
+    lists = [_WNIDS]
     if held_out:
-        annotations = path / "val" / "val_annotations.txt"
-        classes = _annotated(annotations, {wnid: i for i, wnid in enumerate(wnids)})
-        _add_images(found, path / "val" / "images")
+        classes = _annotated(place, {wnid: i for i, wnid in enumerate(wnids)})
+        _add_images(found, place, "val/images")
         unlisted = next((file for file in found.files if file.name not in classes), None)
         if unlisted is not None:
-            raise DataError(f"{shown(annotations)} is damaged: it has no line for {shown(unlisted.name)}")
+            raise DataError(f"{place.shown(_ANNOTATIONS)} is damaged: it has no line for {shown(unlisted.name)}")
         if len(found.files) != len(classes):
             there = {file.name for file in found.files}
             missing = next(name for name in classes if name not in there)
-            raise DataError(f"data {shown(path)} is TinyImageNet, without val/images/{shown(missing)}")
+            raise DataError(f"data {shown(place.path)} is TinyImageNet, without val/images/{shown(missing)}")
         labels = as_labels([classes[file.name] for file in found.files])
-        made_of.append(annotations)
+        lists.append(_ANNOTATIONS)
     else:
-        counts = [_add_images(found, path / "train" / wnid / "images") for wnid in wnids]
+        counts = [_add_images(found, place, f"train/{wnid}/images") for wnid in wnids]
         labels = as_labels([i for i, count in enumerate(counts) for _ in range(count)])
-    took = f"TinyImageNet {'val' if held_out else 'train'}, {len(wnids)} classes"
-    return Source(took, [*made_of, *found.files], _reader(found.files, labels), found)
+    return place.source(f"TinyImageNet {'val' if held_out else 'train'}, {len(wnids)} classes", lists, found, labels)
 
 
-def _add_images(found: ImageFiles, folder: Path) -> int:
+def _add_images(found: ImageFiles, place: _Folder | _Zip, folder: str) -> int:
     """Adds the images of a folder of TinyImageNet, which must be there; how many there are."""
     try:
-        inside = find_images(folder)
+        inside = place.images(folder)
     except OSError as error:
         why = error.strerror or str(error)
-        raise DataError(f"TinyImageNet cannot be read: {shown(folder)}: {why}; expected image files there") from error
+        raise DataError(
+            f"TinyImageNet cannot be read: {place.shown(folder)}: {why}; expected image files there"
+        ) from error
     if not inside.files:
-        raise _no_images(f"folder {shown(folder)} of TinyImageNet", inside)
+        raise _no_images(f"folder {place.shown(folder)} of TinyImageNet", inside)
     found.files += inside.files
     for reason, count in inside.left_out.items():
         found.left_out[reason] += count
@@ -159,22 +228,41 @@ def _add_images(found: ImageFiles, folder: Path) -> int:
     return len(inside.files)
 
 
-def _annotated(file: Path, classes: dict[str, int]) -> dict[str, int]:
+def _annotated(place: _Folder | _Zip, classes: dict[str, int]) -> dict[str, int]:
     """Name of an image -> its class; the lines are name, wnid and four numbers, separated by tabs."""
     labels: dict[str, int] = {}
-    for number, line in enumerate(_lines(file), 1):
+    for number, line in enumerate(_lines(place, _ANNOTATIONS), 1):
         name, wnid, *_ = [*line.split("\t"), ""]
         if wnid not in classes or name in labels:
             raise DataError(
-                f"{shown(file)} is damaged: line {number}: expected the name of an image, a tab and its wnid, "
+                f"{place.shown(_ANNOTATIONS)} is damaged: line {number}: expected {_LISTS[_ANNOTATIONS]}, "
                 f"got {shown(line[:80])}"
             )
         labels[name] = classes[wnid]
     return labels
 
 
-def _lines(file: Path) -> list[str]:
-    return [line for line in _bytes_of(file).decode(errors="replace").splitlines() if line.strip()]
+def _lines(place: _Folder | _Zip, name: str) -> list[str]:
+    try:
+        text = place.text(name).decode(errors="replace")
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise DataError(
+            f"TinyImageNet cannot be read: {place.shown(name)}: {why}; expected lines there, each {_LISTS[name]}"
+        ) from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _no_splits(names: Sequence[str], where: str, give: str) -> None:
+    """Raises DataError where images lie in folders for training and tests, and nowhere else."""
+    parts = [name.split("/")[:-1] for name in names]
+    while parts and all(parts) and len({part[0] for part in parts}) == 1:  # All in one folder.
+        parts = [part[1:] for part in parts]
+    tops = {part[0] if part else "" for part in parts}
+    if len(tops) > 1 and {top.lower() for top in tops} <= _SPLITS:
+        raise DataError(
+            f"{where} holds the splits {', '.join(sorted(tops))}, which are no classes: give {give} of one of them"
+        )
 
 
 def _bytes_of(file: Path) -> bytes:
@@ -199,13 +287,25 @@ def _stated(text: bytes, names: Sequence[str], where: str) -> tuple[Tensor | Non
         if type(label) is not int or not 0 <= label < 2**31:
             got = "none" if label is None else shown(repr(label)[:80])
             raise DataError(f"{where} must give {shown(name)} a class, a whole number from 0 on, got {got}")
-    labels = as_labels([classes[name] for name in names])
-    return labels, f"{len(labels.unique())} classes by {STATED}"
+    theirs, labels = torch.unique(as_labels([classes[name] for name in names]), return_inverse=True)
+    text = ", ".join(map(str, theirs.tolist()))
+    renumbered = "" if len(theirs) == theirs[-1] + 1 else f" (its {shown(text[:80])} from 0 on)"
+    return labels, f"{len(theirs)} classes by {STATED}{renumbered}"
 
 
 def _reader(files: Sequence[Path], labels: Tensor | None) -> Callable[[int], Pixels]:
     def read(resolution: int) -> Pixels:
         return _pixels(((shown(file), functools.partial(Path, file)) for file in files), len(files), labels, resolution)
+
+    return read
+
+
+def _zip_reader(path: Path, files: Sequence[Path], labels: Tensor | None) -> Callable[[int], Pixels]:
+    def read(resolution: int) -> Pixels:
+        with zipfile.ZipFile(path) as archive:
+            names = map(str, files)
+            members = ((f"{shown(name)} in {shown(path)}", functools.partial(_member, archive, name)) for name in names)
+            return _pixels(members, len(files), labels, resolution)
 
     return read
 
@@ -226,10 +326,13 @@ def _pixels(
     for i, (name, file) in enumerate(images):
         try:
             pixels, transparent = read_pixels(file(), resolution)
-        except UnidentifiedImageError as error:
-            raise DataError(f"cannot read image {name}: cannot identify image file by its contents") from error
         except Exception as error:  # Pillow's decoders raise many types on damaged files, the same to the user.
-            raise DataError(f"cannot read image {name}: {shown(' '.join(str(error).split()))}") from error
+            why = shown(" ".join(str(error).split()))
+            if isinstance(error, UnidentifiedImageError):
+                why = "cannot identify image file by its contents"
+            # A ValueError says itself what was expected.
+            expected = "" if type(error) is ValueError else f"; {_WHOLE_IMAGE}"
+            raise DataError(f"cannot read image {name}: {why}{expected}") from error
         stored[i] = torch.from_numpy(pixels).permute(2, 0, 1)
         over_white += transparent
     return Pixels(stored, labels, over_white)

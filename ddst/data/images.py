@@ -32,7 +32,7 @@ def load_images(data: str, resolution: int, *, held_out: bool = False, cache: Pa
 
             * CIFAR-10 or CIFAR-100, python batches or binary (:func:`ddst.data.cifar.cifar`);
             * STL-10, binary (:func:`ddst.data.stl10.stl10`);
-            * TinyImageNet (:func:`ddst.data.folders.tiny_imagenet`);
+            * TinyImageNet, in a folder or in its zip (:func:`ddst.data.folders.tiny_imagenet`);
             * a zip of image files, with StyleGAN's ``dataset.json`` or not (:func:`ddst.data.folders.image_zip`);
             * a folder of image files, which is searched at every depth and through links; class folders, or
               ``dataset.json``, give labels (:func:`ddst.data.folders.image_folder`,
@@ -119,4 +119,5 @@ def _read(source: Source, path: Path, resolution: int, cache: Path | None) -> tu
         # Not the whole of an OSError, which names a temporary file.
         why = (error.strerror if isinstance(error, OSError) else None) or error
         return pixels, f"; resized images not kept in {shown(cache)}: {shown(why)}"
-    return pixels, f"; resized images kept in {shown(file)}"
+    # Mapped from the first time on, so that what was made in memory can go.
+    return kept.read(file) or pixels, f"; resized images kept in {shown(file)}"

@@ -111,8 +111,8 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 def _module() -> ModuleType:
     """torch-fidelity's module of the network, without the package around it.
 
-    The package imports torchvision, whose wheels each fit one build of torch and do not load beside another; the network
-    needs torch only.
+    The package imports torchvision, whose wheels each fit one build of torch and do not load beside another; the
+    network needs torch only.
     """
     package, name = "torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"
     if package in sys.modules:

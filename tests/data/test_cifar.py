@@ -116,7 +116,11 @@ def damaged_python(change):
         ("data_batch_2.bin", b"\x0a" + bytes(3072), r"it has labels from 10 to 10, expected 0 to 9"),
         ("data_batch_2", b"", r"exhausted|EOF|[Rr]an out"),
         ("data_batch_2", b"\x80\x02}r\xff\xff\xff\x3f.", r"it counts 1,073,741,823 objects after 2 instructions"),
-        ("data_batch_2", by_python_2(python_batch(images(2), [1, 2]))[:4000], r"truncated|but only"),
+        (
+            "data_batch_2",
+            by_python_2(python_batch(images(2), [1, 2]))[:4000],
+            r"only.*; expected the whole pickled dict, as published",
+        ),
         ("data_batch_2", damaged_python({"labels": [1]}), r"shape \(2, 3072\) beside 1 labels, expected \[N, 3,072\]"),
         ("data_batch_2", damaged_python({"labels": [1, -1]}), r"labels from -1 to 1, expected 0 to 9"),
         ("data_batch_2", damaged_python({"data": b"text"}), r"expected a dict with an array 'data' and a list"),

@@ -44,9 +44,32 @@ def test_no_labels_where_folders_are_no_classes(tmp_path, names, why):
 def test_stylegans_zip_is_its_images_and_labels(tmp_path):
     extra = {"readme.txt": b"x", "__MACOSX/._a.png": b"x", "00000/.hidden.png": b"x"}
     images = load_images(str(zipped(tmp_path / "set.ZIP", {**FILES, **extra}, LABELS[::-1])), 8)
-    assert levels(images) == LEVELS and images.labels.tolist() == [3, 0, 0, 7]
-    assert images.took == "zip of image files, 3 classes by dataset.json"
+    assert levels(images) == LEVELS and images.labels.tolist() == [1, 0, 0, 2]
+    assert images.took == "zip of image files, 3 classes by dataset.json (its 0, 3, 7 from 0 on)"
     assert images.left_out == {"hidden": 2, ".txt": 1}
+
+
+def test_labels_from_0_on_keep_their_numbers(tmp_path):
+    labels = [[name, label] for name, label in zip(NAMES, [2, 0, 1, 1], strict=True)]
+    images = load_images(str(zipped(tmp_path / "a.zip", FILES, labels)), 8)
+    assert images.labels.tolist() == [2, 0, 1, 1]
+    assert images.took == "zip of image files, 3 classes by dataset.json"
+
+
+@pytest.mark.parametrize("root", ["", "set/"])
+def test_splits_are_no_classes(tmp_path, root):
+    files = {f"{root}train/cat/a.png": PNGS[0], f"{root}train/dog/b.png": PNGS[1], f"{root}Val/cat/c.png": PNGS[2]}
+    folder, packed = write(tmp_path / "files", files), zipped(tmp_path / "a.zip", files)
+    for data, where in ((folder, "data folder"), (packed, "zip")):
+        with pytest.raises(DataError, match=rf"^{where} .* holds the splits Val, train, which are no classes: give "):
+            load_images(str(data), 8)
+    assert load_images(str(folder / root / "train"), 8).labels.tolist() == [0, 1]
+    # Somebody's classes, and what a list labels.
+    assert (
+        load_images(str(write(tmp_path / "toys", {"train/a.png": PNGS[0], "bus/b.png": PNGS[1]})), 8).labels.max() == 1
+    )
+    listed = zipped(tmp_path / "listed.zip", files, [[name, i] for i, name in enumerate(files)])
+    assert load_images(str(listed), 8).labels.max() == 2
 
 
 def test_a_zip_without_labels(tmp_path):
@@ -93,9 +116,12 @@ def test_wrong_zips_are_one_line(tmp_path):
     for contents, message in (
         (good[: len(good) // 2], r"cannot read .*bad\.zip as a zip of images"),
         (b"", r"cannot read .*bad\.zip as a zip of images"),
-        (bytes(flipped), r"cannot read image 00000/img00000000\.png in .*bad\.zip: .*CRC"),
+        (bytes(flipped), r"cannot read image 00000/img00000000\.png in .*bad\.zip: .*CRC.*; expected a whole "),
         (empty, r"bad\.zip holds no image file \(.*\); there is: 1 \.txt \(a\.txt\)"),
-        (text, r"cannot read image a\.png in .*bad\.zip: cannot identify image file"),
+        (
+            text,
+            r"cannot read image a\.png in .*bad\.zip: cannot identify image file .*; expected a whole AVIF, .* or WEBP",
+        ),
     ):
         (tmp_path / "bad.zip").write_bytes(contents)
         with pytest.raises(DataError, match=message) as caught:

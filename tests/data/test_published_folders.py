@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddst.data import DataError, load_images
-from helpers.datasets import images, png, write
+from helpers.datasets import images, png, write, zipped
 
 
 def stl_10(root, *, unlabelled=False, count=3):
@@ -105,7 +105,11 @@ def test_tiny_imagenets_validation_images_have_the_labels_of_their_list(tmp_path
         ("val/val_annotations.txt", "val_0.JPEG\tn01\nval_0.JPEG\tn02\n", r"line 2: expected"),
         ("val/val_annotations.txt", "val_0.JPEG\tn01\n", r"it has no line for val_1\.JPEG"),
         ("val/images/val_1.JPEG", None, r"is TinyImageNet, without val/images/val_1\.JPEG"),
-        ("val/val_annotations.txt", None, r"cannot read .*val_annotations\.txt: No such file"),
+        (
+            "val/val_annotations.txt",
+            None,
+            r"cannot be read: .*val_annotations\.txt: No such file or directory; expected lines there, each the name",
+        ),
     ],
 )
 def test_wrong_tiny_imagenet_is_one_line(tmp_path, name, contents, message):
@@ -116,4 +120,37 @@ def test_wrong_tiny_imagenet_is_one_line(tmp_path, name, contents, message):
         (data / name).write_text(contents)
     with pytest.raises(DataError, match=message) as caught:
         load_images(str(data), 16, held_out=name.startswith("val"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("root", ["", "tiny-imagenet-200/"])
+def test_tiny_imagenets_zip_is_its_folder(tmp_path, root):
+    data = tiny(tmp_path / "set")
+    files = {root + file.relative_to(data).as_posix(): file.read_bytes() for file in data.rglob("*") if file.is_file()}
+    packed = zipped(tmp_path / "tiny.zip", files)
+    for held_out in (False, True):
+        a, b = (load_images(str(path), 64, held_out=held_out) for path in (data, packed))
+        assert a.fingerprint() == b.fingerprint() and a.labels.tolist() == b.labels.tolist()
+        assert b.took == f"{a.took}, in a zip" and b.note == ""
+
+
+@pytest.mark.parametrize(
+    "gone, message",
+    [
+        ("train/n01/", r"t/train/n01/images in .*tiny\.zip: No such file or directory; expected image files there"),
+        ("val/images/val_1.JPEG", r"tiny\.zip is TinyImageNet, without val/images/val_1\.JPEG"),
+        (
+            "val/val_annotations.txt",
+            r"t/val/val_annotations\.txt in .*tiny\.zip: No such file or directory; expected lines",
+        ),
+    ],
+)
+def test_a_wrong_zip_of_tiny_imagenet_is_one_line(tmp_path, gone, message):
+    data = tiny(tmp_path / "set")
+    names = (file.relative_to(data).as_posix() for file in data.rglob("*") if file.is_file())
+    packed = zipped(
+        tmp_path / "tiny.zip", {f"t/{name}": (data / name).read_bytes() for name in names if not name.startswith(gone)}
+    )
+    with pytest.raises(DataError, match=message) as caught:
+        load_images(str(packed), 16, held_out=gone.startswith("val"))
     assert "\n" not in str(caught.value)

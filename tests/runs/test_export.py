@@ -73,7 +73,7 @@ def test_onnx_of_a_generator_that_fixes_its_batch_is_refused() -> None:
         def forward(self, z: torch.Tensor) -> torch.Tensor:
             return z.reshape(len(z), 1, 2, 2)
 
-    with pytest.raises(ConfigError, match="^--onnx: the exporter fixed 'noise' at 2 images, expected any number: "):
+    with pytest.raises(ConfigError, match=r"^--onnx: the exporter fixed 'noise' at 2 images, expected any number: "):
         onnx_of(Fixed())
 
 

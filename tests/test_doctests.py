@@ -19,6 +19,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import ddst
 import ddst.benchmarks
+from ddst.benchmarks.paper.published import DISTANCES
 from ddst.cli import build_parser
 from ddst.train.config import refuse_without_effect, resolve
 
@@ -91,6 +92,30 @@ def test_the_commands_of_the_guide_are_such_that_there_are() -> None:
         given = vars(build_parser()[0].parse_args(shlex.split(line, comments=True)[1:]))
         if given.pop("command") == "train" and not given.get("resume"):
             refuse_without_effect(given, resolve(given).method)
+
+
+def test_the_papers_tables_have_a_command_for_each_row() -> None:
+    """Of each network and data, in the published sizes and the authors' form."""
+    preset_of = {"SNGAN on CIFAR-10": "sngan32", "SNGAN on STL-10": "sngan48", "BigGAN on CIFAR-10": "biggan32",
+                 "BigGAN on TinyImageNet": "biggan64"}  # fmt: skip
+    full = {"static": "static-balance", "sdst-set": "sdst-balance-set", "sdst-rigl": "sdst-balance-rigl"}
+    rows = ["dense", *(full.get(method, method) for method in DISTANCES)]
+    sections = dict(re.findall(r"^## ([^\n]+)\n+```sh\n(.*?)^```", PAGES["paper.md"].read_text(), re.M | re.S))
+    folders = []
+    for title, preset in preset_of.items():
+        configs = []
+        for line in sections[title].splitlines():
+            given = vars(build_parser()[0].parse_args(shlex.split(line)[1:]))
+            assert given.pop("command") == "train"
+            configs.append(resolve(given))
+        assert [config.method for config in configs] == rows
+        folders += [config.out for config in configs]
+        for config in configs:
+            assert config.preset == preset and config.steps == (100_000 if config.model == "sngan" else 200_000)
+            if config.method != "dense":
+                assert (config.density, config.block, config.backend) == (0.1, (1, 1), "reference")
+                assert config.published == (not config.method.startswith("static"))
+    assert len(set(folders)) == 4 * len(rows)
 
 
 def test_the_readmes_links_lead_somewhere() -> None:

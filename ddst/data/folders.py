@@ -288,8 +288,8 @@ def _stated(text: bytes, names: Sequence[str], where: str) -> tuple[Tensor | Non
             got = "none" if label is None else shown(repr(label)[:80])
             raise DataError(f"{where} must give {shown(name)} a class, a whole number from 0 on, got {got}")
     theirs, labels = torch.unique(as_labels([classes[name] for name in names]), return_inverse=True)
-    text = ", ".join(map(str, theirs.tolist()))
-    renumbered = "" if len(theirs) == theirs[-1] + 1 else f" (its {shown(text[:80])} from 0 on)"
+    numbers = ", ".join(map(str, theirs.tolist()))
+    renumbered = "" if len(theirs) == theirs[-1] + 1 else f" (its {numbers[:80]} from 0 on)"
     return labels, f"{len(theirs)} classes by {STATED}{renumbered}"
 
 

@@ -165,7 +165,10 @@ def _layer_times(said: Any) -> list[LayerRow]:
             LayerRow(f"{len(others)} others", sum(row.forward for row in others), sum(row.backward for row in others))
         )
     rest = 100 - sum(row.total for row in rows)
-    return [*most, LayerRow("of no layer: losses, optimizers, what moves blocks", max(rest, 0.0), 0.0)]
+    return [
+        *most,
+        LayerRow("of no layer: activations and pooling between layers, losses, optimizers", max(rest, 0.0), 0.0),
+    ]
 
 
 def _is_layer_time(entry: Any) -> bool:

@@ -46,7 +46,7 @@ from ddst.train.options import (
     shown_value,
 )
 
-PRESETS = ("demo", "sngan32", "sngan48", "biggan32")
+PRESETS = ("demo", "sngan32", "sngan48", "biggan32", "biggan64")
 EXEMPT = ("none", "ends")
 
 # Settings of the controller, which `ddst replay` takes.
@@ -83,8 +83,8 @@ def _ours(ours: Any, published: Any) -> Callable[[Known], Any]:
     return lambda known: published if known["published"] or known["preset"] != "demo" else ours
 
 
-def _preset(demo: Any, sngan32: Any, sngan48: Any, biggan32: Any) -> Callable[[Known], Any]:
-    values = dict(zip(PRESETS, (demo, sngan32, sngan48, biggan32), strict=True))
+def _preset(demo: Any, sngan32: Any, sngan48: Any, biggan32: Any, biggan64: Any) -> Callable[[Known], Any]:
+    values = dict(zip(PRESETS, (demo, sngan32, sngan48, biggan32, biggan64), strict=True))
     return lambda known: values[known["preset"]]
 
 
@@ -114,13 +114,15 @@ class TrainConfig:
 
     # fmt: off
     preset: str = option("demo", str, "sizes, lengths and rates: 'demo' is minutes on two cores, "
-                         "'sngan32', 'sngan48' and 'biggan32' are the published runs", choices=PRESETS)
+                         "'sngan32', 'sngan48', 'biggan32' and 'biggan64' are those of the published runs "
+                         "(docs/paper.md)", choices=PRESETS)
     method: str = option("ddst-relaxed", str, "training method (ddst.gan.PRESETS): '-balance' and short names start "
                          "D at G's density, '-strong' has a dense D, 'dda' steers D beside a static G, 'ddst-ramp' "
                          "raises D's density in a line, 'ddst-ada' steers it by the mean sign of D(x), 'prune' trains "
                          "dense, then prunes G", choices=METHODS)
-    model: str = option(_preset("sngan", "sngan", "sngan", "biggan"), str, "networks; biggan needs images with classes",
-                        shown="biggan32: biggan, else sngan", choices=tuple(FAMILIES))
+    model: str = option(_preset("sngan", "sngan", "sngan", "biggan", "biggan"), str, "networks; biggan needs images "
+                        "with classes",
+                        shown="biggan32, biggan64: biggan, else sngan", choices=tuple(FAMILIES))
     data: str = option("digits", str, "'digits' (1,797 real images, part of scikit-learn), 'shapes' (2,000 drawn, in "
                        "colour), a folder or .zip of image files, or a folder of CIFAR, STL-10 or TinyImageNet",
                        metavar="{digits,shapes,PATH}")
@@ -128,9 +130,10 @@ class TrainConfig:
                                     shown="ddst/images in the user's cache folder", metavar="DIR")
     flips: bool = option(False, bool, "train on the images' mirror images, too")
     out: str = option(None, str, "folder for everything the run writes; required", metavar="DIR")
-    steps: int = option(_preset(800, 100_000, 100_000, 200_000), int, "generator iterations; with --resume another "
-                        "number than before, not below those made: schedules are those of the new one from there on",
-                        shown="demo 800, sngan 100000, biggan32 200000", range=COUNT, metavar="N")
+    steps: int = option(_preset(800, 100_000, 100_000, 200_000, 200_000), int, "generator iterations; with "
+                        "--resume another number than before, not below those made: schedules are those of the new "
+                        "one from there on",
+                        shown="demo 800, sngan 100000, biggan 200000", range=COUNT, metavar="N")
     seed: int = option(0, int, "of weights, masks, noise and the order of images", range=SEED, metavar="S")
     resume: bool = option(False, bool, "continue the run in --out; settings not given are the run's own, and only "
                           "those of its length, its images and what is written beside it may be others")
@@ -138,13 +141,14 @@ class TrainConfig:
                                     range=COUNT, metavar="K")
 
     # The two networks.
-    resolution: int = option(_preset(16, 32, 48, 32), int, "side of the images in pixels: 8, 16, 32, ... or, sngan and "
-                             "dcgan, 12, 24, ...", shown="demo 16, sngan32 and biggan32 32, sngan48 48",
+    resolution: int = option(_preset(16, 32, 48, 32, 64), int, "side of the images in pixels: 8, 16, 32, ... or, "
+                             "sngan and dcgan, 12, 24, ...", shown="demo 16, else the name's number",
                              range=COUNT, metavar="PIXELS")
-    width_g: int = option(_preset(128, 256, 512, 256), int, "channels of G's first feature map, its widest",
-                          shown="demo 128, sngan32 and biggan32 256, sngan48 512", range=COUNT, metavar="CHANNELS")
-    width_d: int = option(_preset(64, 128, 128, 256), int, "channels of D's last feature map, its widest",
-                          shown="demo 64, sngan 128, biggan32 256", range=COUNT, metavar="CHANNELS")
+    width_g: int = option(_preset(128, 256, 512, 256, 1024), int, "channels of G's first feature map, its widest",
+                          shown="demo 128, sngan32 and biggan32 256, sngan48 512, biggan64 1024", range=COUNT,
+                          metavar="CHANNELS")
+    width_d: int = option(_preset(64, 128, 128, 256, 1024), int, "channels of D's last feature map, its widest",
+                          shown="demo 64, sngan 128, biggan32 256, biggan64 1024", range=COUNT, metavar="CHANNELS")
     latent: int = option(lambda known: latent_of(known["model"], known["resolution"]), int,
                          "length of the noise vector", shown="128; biggan: its pieces' sum", range=COUNT, metavar="N")
 
@@ -272,10 +276,10 @@ class TrainConfig:
                             choices=("float32", "bfloat16", "float16"))
 
     # Optimisation.
-    batch: int = option(_preset(32, 64, 64, 50), int, "images per batch, real and generated",
-                        shown="demo 32, sngan 64, biggan32 50", range=COUNT, metavar="N")
+    batch: int = option(_preset(32, 64, 64, 50, 50), int, "images per batch, real and generated",
+                        shown="demo 32, sngan 64, biggan 50", range=COUNT, metavar="N")
     accumulate: int = option(1, int, "batches whose mean gradient makes one step", range=COUNT, metavar="N")
-    d_steps: int = option(_preset(2, 5, 5, 4), int, "D steps per G step", shown="demo 2, sngan 5, biggan32 4",
+    d_steps: int = option(_preset(2, 5, 5, 4, 4), int, "D steps per G step", shown="demo 2, sngan 5, biggan 4",
                           range=COUNT, metavar="N")
     lr_decay: str = option("none", str, "how both rates fall to 0 at the end of the run",
                            choices=("none", "linear", "cosine"))

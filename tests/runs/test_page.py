@@ -158,7 +158,7 @@ def test_where_the_time_of_an_iteration_went(sparse_run: Path, tmp_path: Path) -
     assert table[0] == ("generator blocks.13.&lt;b&gt;", "2.3", "2.0")
     assert table[-2:] == [
         ("2 others", "2.1", "4.0"),
-        ("of no layer: losses, optimizers, what moves blocks", "48.9", "0.0"),
+        ("of no layer: activations and pooling between layers, losses, optimizers", "48.9", "0.0"),
     ]
 
 

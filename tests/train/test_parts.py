@@ -156,6 +156,9 @@ def test_settings_that_do_not_fit_are_one_line(settings, message):
 def test_published_settings_of_biggan():
     c = resolve({"out": "x", "preset": "biggan32"})
     assert (c.model, c.steps, c.resolution, c.batch, c.d_steps, c.latent) == ("biggan", 200_000, 32, 50, 4, 128)
+    c = resolve({"out": "x", "preset": "biggan64"})
+    assert (c.model, c.steps, c.resolution, c.batch, c.d_steps, c.latent) == ("biggan", 200_000, 64, 50, 4, 100)
+    assert c.width_g == c.width_d == 1024
     dda, ada, strong = (resolve({"out": "x", "method": m}) for m in ("dda", "ddst-ada", "static-strong"))
     assert (dda.bounds, ada.bounds, strong.density_d) == ((0.5, 0.8), (0.55, 0.65), 1.0)
 

@@ -15,6 +15,7 @@ from ddst.gan import DDST, DensityController, WindowSummary
 from ddst.nn import sparse_layers
 
 TOTAL, INTERVAL_G, INTERVAL_D, EVERY, WINDOW = 40, 3, 4, 1, 3
+PRUNE_AT, PRUNE_TO = 26, 0.25
 ADAM = {"lr": 2e-3, "betas": (0.0, 0.9)}
 
 
@@ -40,8 +41,11 @@ def networks(seed: int) -> tuple[nn.Module, nn.Module]:
 class Published:
     """Dense weights and gradients; a 0/1 mask is multiplied in after every optimizer step. No code of ddst."""
 
-    def __init__(self, g: nn.Module, d: nn.Module, masks: dict[str, list[Tensor]], strict: bool, bounds: tuple) -> None:
-        self.nets, self.masks, self.strict, self.bounds = {"g": g, "d": d}, masks, strict, bounds
+    def __init__(
+        self, g: nn.Module, d: nn.Module, masks: dict[str, list[Tensor]], mode: str, method: str, bounds: tuple
+    ) -> None:
+        self.nets, self.masks, self.bounds = {"g": g, "d": d}, masks, bounds
+        self.strict, self.steers, self.method = mode == "strict", mode != "sdst", method
         self.opt = {name: torch.optim.Adam(net.parameters(), **ADAM) for name, net in self.nets.items()}
         self.ratios: list[float] = []
         for name in self.nets:
@@ -59,10 +63,15 @@ class Published:
         join = lambda tensors: torch.cat([t.detach().reshape(-1) for t in tensors])  # noqa: E731
         return (join(self.weights(name)), join(self.masks[name]), join(w.grad for w in self.weights(name)))
 
-    def move(self, name: str, dropped: int, grown: int) -> None:
+    def move(self, name: str, dropped: int, grown: int, drawn: Tensor | None = None) -> None:
+        """`drawn`: the mask that holds what a random growth drew; it must have kept what is not dropped."""
         weight, mask, gradient = self.flat(name)
         mask[weight.abs().masked_fill(~mask, math.inf).argsort(stable=True)[:dropped]] = False
-        mask[gradient.abs().masked_fill(mask, -math.inf).argsort(descending=True, stable=True)[:grown]] = True
+        if drawn is None:
+            mask[gradient.abs().masked_fill(mask, -math.inf).argsort(descending=True, stable=True)[:grown]] = True
+        else:
+            assert bool(drawn[mask].all()) and int((drawn & ~mask).sum()) == grown
+            mask = drawn.clone()
         sizes = [m.numel() for m in self.masks[name]]
         self.masks[name] = [part.view_as(m) for part, m in zip(mask.split(sizes), self.masks[name], strict=True)]
         self.mask(name)
@@ -70,7 +79,8 @@ class Published:
     def fraction(self, step: int) -> float:
         return 0.005 + (0.5 - 0.005) * (1 + math.cos(math.pi * step / TOTAL)) / 2
 
-    def iteration(self, step: int, reals: list[Tensor], noises: list[Tensor]) -> None:
+    def iteration(self, step: int, reals: list[Tensor], noises: list[Tensor], drawn: Tensor) -> None:
+        """`drawn`: the mask of G after it, of which SET takes what it drew."""
         g, d = self.nets["g"], self.nets["d"]
         for real, noise in zip(reals, noises, strict=False):
             self.opt["d"].zero_grad()
@@ -88,11 +98,14 @@ class Published:
         with torch.no_grad():
             alpha, beta = d(g(noises[-1])).mean() - before, d(reals[-1]).mean() - before
         self.ratios.append(float(alpha / beta))
-        if 1 < step < TOTAL and step % INTERVAL_G == 0:
-            active = int(self.flat("g")[1].sum())
+        mask = self.flat("g")[1]
+        active = int(mask.sum())
+        if self.method in ("rigl", "set") and 1 < step < TOTAL and step % INTERVAL_G == 0:
             moved = math.ceil(self.fraction(step) * active - 0.5)
-            self.move("g", moved, moved)
-        if 1 < step < TOTAL and step % INTERVAL_D == 0 and len(self.ratios) >= WINDOW:
+            self.move("g", moved, moved, drawn if self.method == "set" else None)
+        if self.method == "prune" and step == PRUNE_AT:
+            self.move("g", active - int(PRUNE_TO * mask.numel()), 0)
+        if self.steers and 1 < step < TOTAL and step % INTERVAL_D == 0 and len(self.ratios) >= WINDOW:
             self.steer(step, sum(self.ratios[-WINDOW:]) / WINDOW)
 
     def steer(self, step: int, ratio: float) -> None:
@@ -112,26 +125,42 @@ class Published:
 
 
 @pytest.mark.parametrize(
-    ("mode", "bounds"),
-    [("relaxed", (0.0, 0.01)), ("relaxed", (0.3, 0.4)), ("strict", (0.0, 0.01))],
-    ids=["grows", "drops", "strict"],
+    ("mode", "method", "bounds", "density_g", "density_d", "wanted"),
+    [
+        ("relaxed", "rigl", (0.0, 0.01), 0.3, 0.25, {"grow"}),
+        ("relaxed", "rigl", (0.3, 0.4), 0.3, 0.3, {"drop"}),
+        ("strict", "rigl", (0.0, 0.01), 0.3, 0.4, {"grow", "exchange"}),
+        ("relaxed", "static", (0.3, 0.4), 0.3, 0.3, {"drop"}),
+        ("sdst", "static", None, 0.3, 0.3, set()),
+        ("sdst", "rigl", None, 0.3, 0.3, set()),
+        ("sdst", "rigl", None, 0.3, 1.0, set()),
+        ("sdst", "set", None, 0.3, 0.3, set()),
+        ("sdst", "set", None, 0.3, 1.0, set()),
+        ("sdst", "prune", None, 1.0, 1.0, set()),
+    ],
+    ids=[
+        *("grows", "drops", "strict", "dda", "static", "balance-rigl", "strong-rigl", "balance-set", "strong-set"),
+        "prune",
+    ],
 )
-def test_masks_weights_and_densities_are_theirs_at_every_iteration(mode, bounds):
+def test_masks_weights_and_densities_are_theirs_at_every_iteration(mode, method, bounds, density_g, density_d, wanted):
     g, d = networks(2)
     theirs_g, theirs_d = copy.deepcopy(g), copy.deepcopy(d)
-    start = 0.3 if bounds[0] else 0.25
-    for net, density in ((g, 0.3), (d, start if mode == "relaxed" else 0.4)):
+    for net, density in ((g, density_g), (d, density_d)):
         ddst.sparsify(net, density, block=1, distribution="uniform", backend="reference")
     masks = {
         name: [layer.block_mask.clone().view(layer.weight_shape) for layer in sparse_layers(net).values()]
         for name, net in (("g", g), ("d", d))
     }
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), **ADAM) for net in (g, d))
+    more = {"prune_to": PRUNE_TO, "prune_at": PRUNE_AT} if method == "prune" else {}
     scheduler = DDST(
-        g, d, opt_g, opt_d, total_steps=TOTAL, mode=mode, published=True, bounds=bounds, br_eps=0.0,
+        g, d, opt_g, opt_d, total_steps=TOTAL, mode=mode, method=method, published=True, br_eps=0.0,
         interval_g=INTERVAL_G, interval_d=INTERVAL_D, br_every=EVERY, br_window=WINDOW,
+        **more, **({} if bounds is None else {"bounds": bounds}),
     )  # fmt: skip
-    theirs = Published(theirs_g, theirs_d, masks, mode == "strict", bounds)
+    theirs = Published(theirs_g, theirs_d, masks, mode, method, bounds)
+    first = torch.cat([mask.flatten() for mask in masks["g"]])
     draw = torch.Generator().manual_seed(2)
     actions = set()
     for step in range(1, TOTAL + 1):
@@ -147,7 +176,8 @@ def test_masks_weights_and_densities_are_theirs_at_every_iteration(mode, bounds)
         opt_g.step()
         report = scheduler.step(real=reals[-1], noise=noises[-1], fake_scores=scores)
         actions.add(report.decision.action if report.decision else "keep")
-        theirs.iteration(step, reals, noises)
+        after = torch.cat([layer.block_mask.flatten() for layer in sparse_layers(g).values()])
+        theirs.iteration(step, reals, noises, after)
         assert report.sample is not None and report.sample.beta > 0  # where theirs and ours average the same samples
         assert report.sample.ratio == pytest.approx(theirs.ratios[-1], rel=1e-6, abs=1e-9)
         for name, net in (("g", g), ("d", d)):
@@ -156,8 +186,8 @@ def test_masks_weights_and_densities_are_theirs_at_every_iteration(mode, bounds)
             ):
                 assert torch.equal(layer.block_mask.view(mask.shape), mask), (step, name)
                 torch.testing.assert_close(layer.dense_weight(), weight, rtol=0, atol=1e-9)
-    wanted = {"strict": {"grow", "exchange"}}.get(mode, {"drop"} if bounds[0] else {"grow"})
     assert wanted <= actions
+    assert torch.equal(first, after) == (method == "static")
 
 
 def first_step(start: str) -> float:

@@ -65,7 +65,7 @@ def image_folder(path: Path, held_out: bool) -> Source:
         labels, classes = _stated(_bytes_of(stated), names, shown(stated))
         made_of = [*made_of, stated]
     else:
-        _no_splits(names, f"data folder {shown(path)}", "--data")
+        _no_splits(names, f"data folder {shown(path)}")
         tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
         folders = sorted({str(top) for top in tops}) if None not in tops else []
         if len(folders) > 1:
@@ -96,30 +96,29 @@ def image_zip(path: Path, held_out: bool) -> Source:
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # RuntimeError: a password
         raise DataError(f"cannot read {shown(path)} as a zip of images: {shown(error)}") from error
     _no_held_out(held_out, path)
-    found = _images_of(name for name in names if name != STATED)
-    if not found.files:
+    kept, found = _sorted_out(name for name in names if name != STATED)
+    if not kept:
         raise _no_images(f"data {shown(path)}", found)
-    kept = [str(file) for file in found.files]
     labels, classes = None, "without labels"
     if stated is not None:
         labels, classes = _stated(stated, kept, f"{STATED} in {shown(path)}")
     else:
-        _no_splits(kept, f"zip {shown(path)}", "a zip")
-    return Source(f"zip of image files, {classes}", [path], _zip_reader(path, found.files, labels), found)
+        _no_splits(kept, f"zip {shown(path)}")
+    return Source(f"zip of image files, {classes}", [path], _zip_reader(path, kept, labels), found)
 
 
-def _images_of(names: Iterable[str]) -> ImageFiles:
-    """Names in a zip, sorted out as :func:`find_images` does it with files."""
-    found = ImageFiles()
+def _sorted_out(names: Iterable[str]) -> tuple[list[str], ImageFiles]:
+    """The images among names in a zip, and what was left out, as by :func:`find_images` of files."""
+    images, found = [], ImageFiles()
     for name in names:
         ending = PurePosixPath(name).suffix.lower()
         if any(part.startswith(".") for part in name.split("/")):
             found.leave_out(HIDDEN, name)
         elif ending in IMAGE_SUFFIXES:
-            found.files.append(Path(name))
+            images.append(name)
         else:
             found.leave_out(ending or "without an ending", name)
-    return found
+    return images, found
 
 
 def tiny_imagenet(path: Path, held_out: bool) -> Source | None:
@@ -176,10 +175,13 @@ class _Zip:
         start, end = (bisect_left(self.names, f"{self.root}{inside}{character}") for character in "/0")
         if start == end:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        return _images_of(self.names[start:end])
+        names, found = _sorted_out(self.names[start:end])
+        found.files = [Path(name) for name in names]
+        return found
 
     def source(self, took: str, lists: Sequence[str], found: ImageFiles, labels: Tensor) -> Source:
-        return Source(f"{took}, in a zip", [self.path], _zip_reader(self.path, found.files, labels), found)
+        names = [str(file) for file in found.files]
+        return Source(f"{took}, in a zip", [self.path], _zip_reader(self.path, names, labels), found)
 
 
 def _tiny_imagenet(place: _Folder | _Zip, held_out: bool) -> Source:
@@ -253,15 +255,15 @@ def _lines(place: _Folder | _Zip, name: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _no_splits(names: Sequence[str], where: str, give: str) -> None:
-    """Raises DataError where images lie in folders for training and tests, and nowhere else."""
+def _no_splits(names: Sequence[str], where: str) -> None:
+    """Raises DataError where images lie in folders for training and for tests."""
     parts = [name.split("/")[:-1] for name in names]
     while parts and all(parts) and len({part[0] for part in parts}) == 1:  # All in one folder.
         parts = [part[1:] for part in parts]
-    tops = {part[0] if part else "" for part in parts}
-    if len(tops) > 1 and {top.lower() for top in tops} <= _SPLITS:
+    splits = sorted({part[0] for part in parts if part and part[0].lower() in _SPLITS})
+    if len(splits) > 1:
         raise DataError(
-            f"{where} holds the splits {', '.join(sorted(tops))}, which are no classes: give {give} of one of them"
+            f"{where} holds the splits {', '.join(map(shown, splits))}, which are no classes: give one of them"
         )
 
 
@@ -300,12 +302,11 @@ def _reader(files: Sequence[Path], labels: Tensor | None) -> Callable[[int], Pix
     return read
 
 
-def _zip_reader(path: Path, files: Sequence[Path], labels: Tensor | None) -> Callable[[int], Pixels]:
+def _zip_reader(path: Path, names: Sequence[str], labels: Tensor | None) -> Callable[[int], Pixels]:
     def read(resolution: int) -> Pixels:
         with zipfile.ZipFile(path) as archive:
-            names = map(str, files)
             members = ((f"{shown(name)} in {shown(path)}", functools.partial(_member, archive, name)) for name in names)
-            return _pixels(members, len(files), labels, resolution)
+            return _pixels(members, len(names), labels, resolution)
 
     return read
 

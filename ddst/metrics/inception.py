@@ -46,7 +46,7 @@ class Inception:
 
     Raises:
         DataError: the file is missing, damaged, or its tensors are not those of the network; one line.
-        ModuleNotFoundError: torch-fidelity is missing: `pip install 'ddst[metrics]'`.
+        ModuleNotFoundError: torch-fidelity is missing: `pip install --no-deps torch-fidelity`.
 
     Cost: 5.7 billion multiply-adds an image.
     """

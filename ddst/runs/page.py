@@ -234,7 +234,11 @@ def _comparisons(runs: Sequence[Run]) -> list[_Plot]:
     kinds = list(dict.fromkeys(m["metric"] for run in runs for m in run.metrics))
     plots: list[_Plot] = []
     for kind in kinds:
-        for key, label in (("step", "step"), ("seconds", "seconds of training"), ("flops", "counted operations")):
+        for key, label in (
+            ("step", "step"),
+            ("seconds", "seconds of training"),
+            ("flops", "counted operations, per image"),
+        ):
             lines, legend = [], []
             for run in runs:
                 points = [m for m in run.metrics if m["metric"] == kind and m.get(key) is not None]

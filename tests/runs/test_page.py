@@ -56,7 +56,12 @@ def test_a_page_of_two_runs_is_whole_and_by_itself(sparse_run: Path, dense_run: 
     # One distance over three axes for both; four or five plots of each.
     svgs = [attributes for tag, attributes in tags.seen if tag == "svg"]
     assert len(svgs) == 3 + 5 + 3
-    for title in ("over step", "over seconds of training", "over counted operations", "Balance ratio, with its bounds"):
+    for title in (
+        "over step",
+        "over seconds of training",
+        "over counted operations, per image",
+        "Balance ratio, with its bounds",
+    ):
         assert title in page
     assert "Density of each layer of the generator" in page and "blocks.0.conv1" in page
     pictures = [a["src"] for tag, a in tags.seen if tag == "img"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,12 @@ import ddst
 from ddst.cli import main
 from ddst.nn import sparse_layers
 from ddst.runs.export import export
+from ddst.train import run
 from ddst.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ddst.train.generator import read_generator
 from ddst.train.log import read_log
+from helpers.datasets import png, zipped
+from helpers.runs import tiny
 
 
 def images_of(path: Path) -> torch.Tensor:
@@ -61,3 +65,16 @@ def test_classes_that_are_not_those_of_its_tensors(conditional_run: Path, tmp_pa
     save_checkpoint(tmp_path / "checkpoint.pt", {**state, "classes": 9})
     with pytest.raises(CheckpointError, match=r"embed.weight must have the shape \(9, 128\), got \(10, 128\)"):
         export(tmp_path, "dense", tmp_path / "none.safetensors")
+
+
+def test_a_class_that_no_image_is_of_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The numbers of a dataset.json may have gaps."""
+    pictures = {f"{i}.png": png(np.full((8, 8, 3), 40 * i, np.uint8)) for i in range(4)}
+    data = zipped(tmp_path / "set.zip", pictures, [[name, 500 * (i % 2)] for i, name in enumerate(pictures)])
+    sizes = {"model": "biggan", "resolution": 8, "width_g": 16, "width_d": 16, "latent": 12, "batch": 4, "steps": 1}
+    assert run(tiny(out=str(tmp_path / "run"), data=str(data), method="dense", metric_every=0, **sizes)) == 0
+    assert "2 classes by dataset.json (its 0, 500 from 0 on)" in capsys.readouterr().out
+    command = ["sample", str(tmp_path / "run"), "--out", str(tmp_path / "g.png"), "--count", "1", "--class"]
+    assert main([*command, "1"]) == 0
+    assert main([*command, "500"]) == 2
+    assert "--class" in capsys.readouterr().err

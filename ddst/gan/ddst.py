@@ -26,12 +26,14 @@ from ddst.distributed import average_numbers
 from ddst.gan.balance import AVERAGES, BalanceRatio, BalanceSample
 from ddst.gan.controller import SIGNALS, Decision, DecisionRule, DensityController, check_range
 from ddst.gan.density_steering import DensitySteering
+from ddst.gan.earlier_weights import EarlierWeights
 from ddst.gan.ema import EMA
 from ddst.gan.fixed_rules import ConstantDensity, DensityRamp
 from ddst.gan.loop_checks import StepOrder, check_optimizers
 from ddst.gan.step_report import StepReport
-from ddst.gan.unperturbed import unperturbed
+from ddst.gan.unperturbed import random_states, unperturbed
 from ddst.nn import sparse_layers
+from ddst.nn.repeated_calls import never_repeated
 from ddst.sparsity.algorithm import SparseTraining
 from ddst.sparsity.density import NetworkDensity
 from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
@@ -107,11 +109,16 @@ class DDST:
         UserWarning: an interval or the window leaves no update in ``total_steps``.
 
     Numerics: deterministic; resume from :meth:`state_dict` is bit-exact. Measuring changes nothing: buffers (batch
-        norm, spectral norm) and the random state are put back. The gradient that scores D's blocks is that of the last
-        step of ``opt_d``; what G's loss sends through D is kept apart, whether D is frozen then or not.
-    Cost: a measurement is one forward pass of G and two of D, every ``br_every`` iterations. Before an update of G and
-        a decision about D, the activations and gradients of one step of theirs stay in memory until :meth:`step`; the
-        block scores are computed from them only if blocks are to grow. See :class:`ddst.SparseTraining` for updates.
+        norm, spectral norm) and the random state are put back. Where G or D draws numbers of its own (StyleGAN2's
+        noise, dropout) from torch's default generators, G from before its step is scored anew with the draws of G
+        from after it, in place of ``fake_scores``, so that chance is no part of α. The gradient that scores D's blocks
+        is that of the last step of ``opt_d``; what G's loss sends through D is kept apart, whether D is frozen then or
+        not.
+    Cost: a measurement is one forward pass of G and two of D, every ``br_every`` iterations (where they draw numbers
+        of their own one more of each); from G's step until then a copy of its weights is kept. Before an update of G
+        and a decision about D, the activations and gradients of one step of theirs stay in memory until :meth:`step`;
+        the block scores are computed from them only if blocks are to grow. See :class:`ddst.SparseTraining` for
+        updates.
     Source: Wang et al., *Balanced Training for Sparse GANs* (2023), both settings; the defaults for blocks larger than
         1×1 are this library's, see :class:`ddst.SparseTraining`, :class:`BalanceRatio`, :class:`DensityController`.
 
@@ -284,6 +291,7 @@ class DDST:
                 self.updater_d.scores.set_aside_at(opt_g)
         self.steps = 0
         self._order = StepOrder(opt_g)
+        self._earlier = EarlierWeights(generator, opt_g, lambda: (self.steps + 1) % self.br_every == 0)
         self._warn_if_idle()
 
     @property
@@ -349,9 +357,12 @@ class DDST:
 
     @torch.no_grad()
     def _measure(self, real: Tensor, noise: Any, fake_scores: Tensor) -> BalanceSample:
-        with unperturbed(self.generator, self.discriminator):
+        networks = self.generator, self.discriminator
+        with unperturbed(*networks), never_repeated():
+            states = random_states(*networks)
             images = self._generate(noise)
             fake = self._scores_of(images)
+            drawn = not all(map(torch.equal, states, random_states(*networks)))
             if fake.numel() != fake_scores.numel() or not fake.numel():
                 raise ValueError(
                     "fake_scores must be D(G(noise)) as computed for G's loss, not its mean and not of other noise: D "
@@ -365,6 +376,12 @@ class DDST:
             data = self._scores_of(real)
             if not data.numel():
                 raise ValueError("real must hold data, got none")
+        if drawn and self._earlier.kept:  # fake_scores are of other draws
+            with unperturbed(*networks), never_repeated(), self._earlier.in_place():
+                fake_scores = self._scores_of(self._generate(noise))
+        elif drawn:
+            fake_scores = fake  # G has made no step
+        self._earlier.forget()
         means = [scores.to(torch.float64).mean().item() for scores in (fake, fake_scores, data, data.sign())]
         after, before, rated, sign = average_numbers(means, self._process_group)
         return self.balance.add(after - before, rated - before, sign if math.isfinite(sign) else None)
@@ -424,6 +441,7 @@ class DDST:
         Not needed before another one is made for the same networks, which takes over.
         """
         self._order.close()
+        self._earlier.close()
         self.training_g.close()
         if self.updater_d is not None:
             self.updater_d.scores.close()

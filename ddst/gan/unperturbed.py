@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddst.nn import SparseLayer
 
@@ -22,10 +22,25 @@ def unperturbed(*modules: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    devices = {p.device for root in modules for p in root.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=_cuda_devices(modules)):
         try:
             yield
         finally:
             for owner, name, buffer, copy in saved:
                 owner[name] = buffer.copy_(copy)
+
+
+def random_states(*modules: nn.Module) -> list[Tensor]:
+    """The states of torch's default generators that forward passes of these may draw from.
+
+    >>> before = random_states()
+    >>> _ = torch.rand(1)
+    >>> torch.equal(before[0], random_states()[0])
+    False
+    """
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _cuda_devices(modules))]
+
+
+def _cuda_devices(modules: Sequence[nn.Module]) -> list[torch.device]:
+    devices = {p.device for root in modules for p in root.parameters() if p.device.type == "cuda"}
+    return sorted(devices, key=str)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 import torch
@@ -14,6 +16,23 @@ Result = TypeVar("Result")
 #: Results kept at most. They end with the weights they belong to; this is for loops that step no optimizer.
 KEPT = 64
 
+_never_repeated = ContextVar("never_repeated", default=False)
+
+
+@contextmanager
+def never_repeated() -> Iterator[None]:
+    """No backward pass repeats the forward calls inside: no random number is drawn to name them by.
+
+    >>> with torch.no_grad(), never_repeated():
+    ...     may_be_checkpointed()
+    False
+    """
+    before = _never_repeated.set(True)
+    try:
+        yield
+    finally:
+        _never_repeated.reset(before)
+
 
 def may_be_checkpointed() -> bool:
     """Whether the present forward call may be repeated in a backward pass, or be such a repetition.
@@ -22,6 +41,8 @@ def may_be_checkpointed() -> bool:
     and its repetition inside a backward pass. Compiled graphs repeat operators, not calls of Python.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.is_inference_mode_enabled():
+        return False
+    if _never_repeated.get():
         return False
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return hooked or not torch.is_grad_enabled() or _in_backward()

@@ -20,6 +20,7 @@ def always(scheduler, monkeypatch, ratio, beta=1.0):
 
 def test_balance_is_measured_as_defined_and_leaves_no_trace():
     gan, scheduler = make(total_steps=1000)
+    gan.d[6] = nn.Identity()  # without dropout
     for layer in sparse_layers(gan.d).values():
         spectral_norm(layer)
     run(gan, scheduler, 1)
@@ -37,6 +38,58 @@ def test_balance_is_measured_as_defined_and_leaves_no_trace():
     assert sample.beta == pytest.approx(real - pre, rel=1e-12)
     if sample.beta > 1e-3:
         assert sample.ratio == pytest.approx(sample.alpha / sample.beta)
+
+
+class Noisy(nn.Module):
+    """Adds noise of its own, as StyleGAN2's maps do."""
+
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+@pytest.mark.parametrize("where", ["generator", "discriminator"])
+@pytest.mark.parametrize("rate", [0.0, 0.05])
+def test_both_sides_of_a_step_meet_the_same_draws_of_the_networks(where, rate):
+    gan = ToyGan(batch_norm=False)
+    gan.d[6] = nn.Identity()
+    if where == "generator":
+        gan.g[1] = Noisy()
+    else:
+        gan.d[6] = nn.Dropout(0.5)
+    gan.opt_g = torch.optim.SGD(gan.g.parameters(), lr=rate)
+    _, scheduler = make(gan, br_every=2)
+    run(gan, scheduler, 1)
+    weights = [parameter.detach().clone() for parameter in gan.g.parameters()]
+    arguments = gan.iteration()
+    state, after = torch.get_rng_state(), snapshot(gan.g)
+    sample = scheduler.step(**arguments).sample
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(snapshot(gan.g), after, rtol=0, atol=0)
+
+    @torch.no_grad()
+    def scores():
+        torch.set_rng_state(state)
+        return gan.d(gan.g(arguments["noise"])).double().mean().item()
+
+    alpha = scores()
+    with torch.no_grad():
+        for parameter, before in zip(gan.g.parameters(), weights, strict=True):
+            parameter.copy_(before)
+    alpha -= scores()
+    assert sample.alpha == pytest.approx(alpha, rel=1e-12, abs=0)
+    assert (sample.alpha == 0) == (rate == 0)
+    gained = gan.d(gan.g(arguments["noise"])).mean() - arguments["fake_scores"].mean()
+    assert abs(gained.item()) > 1e-3, "what other draws would have made of it"
+
+
+def test_a_generator_that_draws_and_made_no_step_has_gained_nothing():
+    gan = ToyGan()
+    gan.g[1] = Noisy()
+    _, scheduler = make(gan, br_every=1)
+    first = gan.iteration()
+    assert scheduler.step(**first).sample.alpha != 0
+    noise, scores = gan.g_backward()  # A gradient scaler may skip the step.
+    assert scheduler.step(real=first["real"], noise=noise, fake_scores=scores).sample.alpha == 0
 
 
 def test_schedule_of_measurements_updates_and_decisions():
@@ -302,6 +355,7 @@ def test_packed_and_dense_reference_give_the_same_run(mode):
 
 def test_one_conditional_or_wrapped_network_is_measured_through_callables():
     gan = ToyGan()
+    gan.d[6] = nn.Identity()  # without dropout, for which all would be called once more
     seen = []
 
     def generate(noise):

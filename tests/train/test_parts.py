@@ -286,6 +286,29 @@ def test_what_g_gained_is_measured_on_equally_augmented_images(tmp_path, monkeyp
     assert largest_gain() > 0.05
 
 
+@pytest.mark.parametrize("augment", ["none", "color,translation"])
+def test_noise_that_g_draws_is_no_gain(tmp_path, augment):
+    """StyleGAN2 draws numbers for every map: a G that stands still has gained nothing."""
+    trainer = trainer_for(tmp_path, model="stylegan2", lr=1e-30, augment=augment)
+    for styled in (trainer.players.generator.first, *trainer.players.generator.up, *trainer.players.generator.same):
+        torch.nn.init.constant_(styled.strength, 0.5)
+    for _ in range(3):
+        state = torch.get_rng_state()
+        sample = trainer.train_step()[2].sample
+        assert sample.alpha == 0 and sample.beta != 0
+        assert not torch.equal(state, torch.get_rng_state())
+
+
+def test_measuring_leaves_the_random_numbers_of_a_run_where_they_were(tmp_path):
+    def weights(**settings):
+        trainer = trainer_for(tmp_path, model="stylegan2", method="static", br_window=50, **settings)
+        for _ in range(3):
+            trainer.train_step()
+        return trainer.players.generator.state_dict()
+
+    assert not differences(weights(br_every=1), weights(br_every=50))
+
+
 def test_a_checkpoint_with_a_damaged_scaler_is_refused(tmp_path):
     trainer = trainer_for(tmp_path, precision="float16")
     trainer.train_step()

@@ -31,8 +31,11 @@ class PeakMemory:
     peak: int
 
 
-def state_tensors(modules: Iterable[nn.Module], optimizers: Iterable[Optimizer] = ()) -> Iterator[Tensor]:
-    """Parameters, their gradients, buffers, and the tensors of optimizers; some may come twice."""
+def state_tensors(
+    modules: Iterable[nn.Module], optimizers: Iterable[Optimizer] = (), others: Iterable[Tensor] = ()
+) -> Iterator[Tensor]:
+    """Parameters, their gradients, buffers, the tensors of optimizers, and others; some may come twice."""
+    yield from others
     for module in modules:
         for parameter in module.parameters():
             yield parameter
@@ -49,6 +52,7 @@ def peak_memory(
     modules: Sequence[nn.Module],
     optimizers: Sequence[Optimizer] = (),
     device: str = "cpu",
+    others: Sequence[Tensor] = (),
 ) -> PeakMemory:
     """The most bytes that torch holds while `work` runs the way it always does: state, saved tensors, temporaries.
 
@@ -61,6 +65,7 @@ def peak_memory(
             gradients anew, and between two calls it keeps nothing else that the next one frees.
         modules, optimizers: what it trains, averages included: their tensors are the state.
         device: "cpu" or "cuda", where `work` allocates.
+        others: what else is there all the time.
 
     Raises:
         ValueError: another device.
@@ -75,7 +80,7 @@ def peak_memory(
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     work()  # compiles, fills caches and makes the optimizers' state
     if device == "cuda":
-        return _on_cuda(work, modules, optimizers)
+        return _on_cuda(work, modules, optimizers, others)
     # The CPU's allocator tells nothing of blocks that are older than the recording: none of these may be freed in it.
     for module in modules:
         for parameter in module.parameters():
@@ -85,7 +90,7 @@ def peak_memory(
         work()
         with record_function(_SECOND_CALL):
             work()
-    state = _storages(state_tensors(modules, optimizers))
+    state = _storages(state_tensors(modules, optimizers, others))
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     return _peak(state, list(_walk(recorded.profiler.kineto_results.experimental_event_tree())))
 
@@ -110,16 +115,21 @@ def _peak(state: dict[int, int], events: Sequence[Any]) -> PeakMemory:
     return PeakMemory(sum(state.values()), older + peak)
 
 
-def _on_cuda(work: Callable[[], object], modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> PeakMemory:
+def _on_cuda(
+    work: Callable[[], object],
+    modules: Sequence[nn.Module],
+    optimizers: Sequence[Optimizer],
+    others: Sequence[Tensor],
+) -> PeakMemory:
     work()
     torch.cuda.synchronize()
     gc.collect()
-    state = sum(_storages(state_tensors(modules, optimizers)).values())
-    others = torch.cuda.memory_allocated() - state  # inputs, and networks that take no part
+    state = sum(_storages(state_tensors(modules, optimizers, others)).values())
+    rest = torch.cuda.memory_allocated() - state  # inputs, and networks that take no part
     torch.cuda.reset_peak_memory_stats()
     work()
     torch.cuda.synchronize()
-    return PeakMemory(state, torch.cuda.max_memory_allocated() - others)
+    return PeakMemory(state, torch.cuda.max_memory_allocated() - rest)
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -319,6 +319,11 @@ class DDST:
         """Active share of all the discriminator's weights: what the controller steers."""
         return self.network_d.density
 
+    @property
+    def held(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What it keeps for the weights of G and of D between steps, beside networks, optimizers and ``ema``."""
+        return self.training_g.updater.held, [] if self.updater_d is None else self.updater_d.held
+
     def is_decision_step(self, step: int) -> bool:
         """Whether the controller decides at this iteration (counted from 1; never at the first and the last)."""
         return self._steering is not None and self._steering.decides_at(step)

@@ -53,6 +53,11 @@ class DenseMoments:
             for name, layer in layers.items()
         }
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Both moments of every layer."""
+        return [tensor for held in self._held.values() for tensor in held.values()]
+
     @torch.no_grad()
     def update(self, gradients: Mapping[str, Tensor]) -> None:
         """Takes the dense gradients of one step in, ``[C_out, C_in, …]`` by layer; others saw no gradient."""

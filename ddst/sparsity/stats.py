@@ -27,6 +27,7 @@ class WeightMemory:
     Attributes:
         values: parameters (packed values, biases, normalisation). gradients: allocated ones.
         optimizer: state tensors with a parameter's shape. average: parameters of the averaged copy.
+        scheduler: what one keeps for the weights between steps (:attr:`ddst.DDST.held`).
         index: masks and topology vectors of sparse layers and their spectral norms, of the averaged copy too, which
             dense networks do not have; not part of :attr:`total`.
         dense: values + gradients + optimizer + average of the same network with dense layers.
@@ -38,11 +39,12 @@ class WeightMemory:
     average: int
     index: int
     dense: int
+    scheduler: int = 0
 
     @property
     def total(self) -> int:
-        """``values + gradients + optimizer + average``."""
-        return self.values + self.gradients + self.optimizer + self.average
+        """``values + gradients + optimizer + average + scheduler``."""
+        return self.values + self.gradients + self.optimizer + self.average + self.scheduler
 
     @property
     def relative(self) -> float:
@@ -73,7 +75,10 @@ class NetworkStats:
 
 
 def network_stats(
-    model: nn.Module, optimizer: Optimizer | None = None, average: nn.Module | None = None
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    average: nn.Module | None = None,
+    held: Iterable[Tensor] = (),
 ) -> NetworkStats:
     """Density, parameter count and weight-state bytes of a network, by counting what it holds now.
 
@@ -81,6 +86,7 @@ def network_stats(
         model: the network.
         optimizer: of its parameters; its state counts, and that of one that it holds.
         average: an averaged copy (``ddst.EMA(...).module``); its parameters and indices count.
+        held: what a scheduler keeps for it beside these (:attr:`ddst.DDST.held`).
 
     Numerics: bytes are those of the allocated storages, so a small view of a large tensor counts with the large one.
 
@@ -98,7 +104,7 @@ def network_stats(
     network = NetworkDensity(model)
     grow = {id(layer.values): math.prod(layer.weight_shape) for layer in network.layers.values()}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    held = {id(p): p for p in parameters}
+    once = {id(p): p for p in parameters}
     states: list[Tensor] = []
     dense = 0
     for parameter in parameters:
@@ -117,14 +123,15 @@ def network_stats(
         average=0 if average is None else storage_bytes(average.parameters()),
         index=storage_bytes(index for part in (model, average) if part is not None for index in _indices(part)),
         dense=dense,
+        scheduler=storage_bytes(held),
     )
     sparse_total = sum(int(s.sum()) for s in network.sizes.values())
     sparse_active = sum(network.layer_weights(name) for name in network.layers)
     return NetworkStats(
         density=network.density,
         sparse_density=sparse_active / sparse_total if sparse_total else 1.0,
-        parameters=sum(p.numel() for p in held.values()),
-        dense_parameters=sum(grow.get(i, p.numel()) for i, p in held.items()),
+        parameters=sum(p.numel() for p in once.values()),
+        dense_parameters=sum(grow.get(i, p.numel()) for i, p in once.items()),
         memory=memory,
     )
 

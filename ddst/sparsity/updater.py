@@ -209,6 +209,11 @@ class TopologyUpdater:
         largest = max((int(self._sizes[name].max()) for name in self.layers), default=0)
         return largest / self.network.total_weights / 2 if largest else 0.0
 
+    @property
+    def held(self) -> list[Tensor]:
+        """What it keeps for the weights between steps, beside model and optimizer: moments of dense gradients."""
+        return [] if self.scores.moments is None else self.scores.moments.tensors
+
     # -- updates -------------------------------------------------------------------------------------------------
 
     def exchange(self, fraction: float, step: int = 0) -> UpdateReport:

@@ -4,19 +4,50 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from ddst.gan import EMA
 from ddst.measure import clock_of
 from ddst.peak_memory import peak_memory
 from ddst.train.checkpointing import checkpoint_blocks
+from ddst.train.config import TrainConfig
 from ddst.train.game import Inputs
 from ddst.train.layer_time import LayerTime, layer_times
 from ddst.train.loop import Trainer
-from ddst.train.players import Players, build_networks, gan_iteration, with_optimizers
+from ddst.train.options import LARGEST
+from ddst.train.players import build_networks, gan_iteration, with_optimizers
+from ddst.train.scheduler import make_scheduler
+
+
+class Iteration:
+    """An iteration of two networks as a run makes it that neither measures nor decides nor moves a block.
+
+    The scheduler is called like any other time: what it does at every step (the moments of dense gradients with
+    `published`, the average) is a part of it.
+
+    Args:
+        config: of the run, for networks that `dense` says are dense whatever its method. generator, discriminator: the
+            networks, which are trained.
+    """
+
+    def __init__(self, config: TrainConfig, generator: nn.Module, discriminator: nn.Module, dense: bool) -> None:
+        never: dict[str, Any] = dict.fromkeys(("steps", "interval_g", "interval_d", "br_every", "br_window"), LARGEST)
+        config = replace(config, **never, prune_at=LARGEST - 1)
+        if dense:
+            config = replace(config, method="dense", algorithm_d="static", published=False)
+        self.players = with_optimizers(config, generator, discriminator)
+        self.average = EMA(generator)
+        self.scheduler, _ = make_scheduler(config, self.players, self.average)
+
+    def __call__(self, reals: Sequence[Inputs], draw_noise: Callable[[], Inputs]) -> None:
+        *_, noise, scores = gan_iteration(self.players, reals, draw_noise)
+        real: Any = reals[-1]
+        self.scheduler.step(real=real, noise=noise, fake_scores=scores)
 
 
 @dataclass(frozen=True)
@@ -25,7 +56,8 @@ class Timing:
 
     Attributes:
         seconds: of the run's networks, with their present masks. dense: of the dense twin. pairs: iterations of each.
-        peak_bytes: weights, gradients, Adam's state, the average, saved tensors and workspaces at their peak.
+        peak_bytes: weights, gradients, Adam's state, the average, what the scheduler keeps (with `published` moments of
+            dense gradients), saved tensors and workspaces at their peak.
         dense_peak_bytes, checkpointed_peak_bytes: of the dense twin, plain and with activation checkpointing of its
             residual blocks (None: networks without such a list).
     """
@@ -43,7 +75,7 @@ class Timing:
 
 
 def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Timing:
-    """Time `pairs` GAN iterations (D steps and G step) of copies of the run's networks and of dense ones, alternately.
+    """Time `pairs` iterations of copies of the run's networks and of dense ones, alternately; see `Iteration`.
 
     Then the peak of memory of each, in iterations of one D step: further ones need no more.
 
@@ -56,13 +88,13 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
     clock = clock_of(device.type)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         mine = _copies(trainer)
-        generator_twin, discriminator_twin = build_networks(config, trainer.images.channels, trainer.classes)
-        twin = with_optimizers(config, generator_twin.to(device), discriminator_twin.to(device))
+        generator, discriminator = build_networks(config, trainer.images.channels, trainer.classes)
+        twin = Iteration(config, generator.to(device), discriminator.to(device), dense=True)
         reals, draw_noise = _inputs(trainer)
 
-        def timed(who: Players) -> float:
+        def timed(iteration: Iteration) -> float:
             started = clock()
-            gan_iteration(who, reals, draw_noise)
+            iteration(reals, draw_noise)
             return clock() - started
 
         begun = clock()
@@ -71,21 +103,21 @@ def compare_with_dense(trainer: Trainer, pairs: int, limit: float = 60.0) -> Tim
         while len(times) < pairs and (not times or clock() - begun < limit):
             times.append((timed(mine), timed(twin)))
 
-        def peak(who: Players) -> int:
-            average = EMA(who.generator)
+        def peak(iteration: Iteration) -> int:
+            players = iteration.players
 
-            def iteration() -> None:
-                who.game.steps_of_d = 0  # One that has the penalties.
-                gan_iteration(who, reals[: config.accumulate], draw_noise)
-                average.update()
-                who.game.augmented_from = None  # Kept, it would be freed by the next one.
+            def work() -> None:
+                players.game.steps_of_d = 0  # One that has the penalties.
+                iteration(reals[: config.accumulate], draw_noise)
+                players.game.augmented_from = None  # Kept, it would be freed by the next one.
 
-            networks = [who.generator, who.discriminator, average.module]
-            return peak_memory(iteration, networks, [who.optimizer_g, who.optimizer_d], device.type).peak
+            networks = [players.generator, players.discriminator, iteration.average.module]
+            held = [tensor for tensors in iteration.scheduler.held for tensor in tensors]
+            return peak_memory(work, networks, [players.optimizer_g, players.optimizer_d], device.type, held).peak
 
         peak_bytes, dense_peak_bytes = peak(mine), peak(twin)
-        listed = [checkpoint_blocks(network) for network in (twin.generator, twin.discriminator)]
-        checkpointed = peak(twin) if all(listed) else None
+        listed = [checkpoint_blocks(network) for network in (generator, discriminator)]
+        checkpointed = peak(Iteration(config, generator, discriminator, dense=True)) if all(listed) else None
     sparse, dense = zip(*times, strict=True)
     medians = statistics.median(sparse), statistics.median(dense)
     return Timing(*medians, len(times), peak_bytes, dense_peak_bytes, checkpointed)
@@ -100,13 +132,13 @@ def time_of_layers(trainer: Trainer) -> list[LayerTime]:
         return []
     with torch.random.fork_rng(devices=[]):
         mine, (reals, draw_noise) = _copies(trainer), _inputs(trainer)
-        networks = {"generator": mine.generator, "discriminator": mine.discriminator}
-        return layer_times(lambda: gan_iteration(mine, reals, draw_noise), networks)
+        networks = {"generator": mine.players.generator, "discriminator": mine.players.discriminator}
+        return layer_times(lambda: mine(reals, draw_noise), networks)
 
 
-def _copies(trainer: Trainer) -> Players:
-    players = trainer.players
-    return with_optimizers(trainer.config, copy.deepcopy(players.generator), copy.deepcopy(players.discriminator))
+def _copies(trainer: Trainer) -> Iteration:
+    generator, discriminator = map(copy.deepcopy, (trainer.players.generator, trainer.players.discriminator))
+    return Iteration(trainer.config, generator, discriminator, dense=trainer.config.method == "dense")
 
 
 def _inputs(trainer: Trainer) -> tuple[list[Inputs], Callable[[], Inputs]]:

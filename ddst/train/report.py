@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddst.metrics import Quality, evaluate_embedded
@@ -35,7 +35,7 @@ class NetworkCost:
         density: share of active weights.
         parameters, dense_parameters: with biases and batch norm.
         state_bytes, dense_state_bytes: weights, gradients, Adam's moments, for G the moving average, and (sparse) the
-            masks and index vectors.
+            masks and index vectors, and with `published` the moments of dense gradients.
         flops_ratio: counted operations over the whole run, relative to dense.
     """
 
@@ -69,9 +69,14 @@ def summarize(trainer: Trainer) -> Summary:
     steps = max(trainer.step, 1)
 
     def cost(
-        net: nn.Module, optimizer: Optimizer, average: nn.Module | None, forward: float, dense: float
+        net: nn.Module,
+        optimizer: Optimizer,
+        average: nn.Module | None,
+        held: list[Tensor],
+        forward: float,
+        dense: float,
     ) -> NetworkCost:
-        stats = network_stats(net, optimizer, average)
+        stats = network_stats(net, optimizer, average, held)
         memory = stats.memory
         return NetworkCost(
             stats.density,
@@ -82,15 +87,15 @@ def summarize(trainer: Trainer) -> Summary:
             forward / (steps * dense),
         )
 
-    forward_g, forward_d = trainer.forward_flops
+    (forward_g, forward_d), (held_g, held_d) = trainer.forward_flops, trainer.scheduler.held
     timing = None
     if config.method != "dense" and config.compare_steps:
         timing = compare_with_dense(trainer, config.compare_steps)
     return Summary(
         config.method,
         trainer.step,
-        cost(players.generator, players.optimizer_g, trainer.ema.module, forward_g, flops.generator.dense),
-        cost(players.discriminator, players.optimizer_d, None, forward_d, flops.discriminator.dense),
+        cost(players.generator, players.optimizer_g, trainer.ema.module, held_g, forward_g, flops.generator.dense),
+        cost(players.discriminator, players.optimizer_d, None, held_d, forward_d, flops.discriminator.dense),
         flops.relative,
         trainer.seconds / steps,
         timing,

@@ -10,6 +10,9 @@ from PIL import Image
 from torch import nn
 
 from ddst.data import load_images
+from ddst.nn import sparse_layers
+from ddst.sparsity import network_stats
+from ddst.sparsity.dense_moments import DenseMoments
 from ddst.train import Trainer, resolve, run
 from ddst.train.compare import Timing, compare_with_dense
 from ddst.train.report import summarize, table
@@ -130,6 +133,32 @@ def test_memory_of_an_iteration_holds_the_weight_state_and_more(tmp_path, capfd,
     assert "memory of an iteration at its peak, weight state included" in table(summary)
     trainer.train_step()
     assert (trainer.players.game.augmented_from is None) == (not settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"published": True}], ids=str)
+def test_time_memory_and_weight_state_have_the_moments_of_dense_gradients(tmp_path, monkeypatch, settings):
+    """What `published` does and holds in every step is timed and counted."""
+    trainer = trainer_for(tmp_path, compare_steps=1, **settings)
+    trainer.train_step()
+    players, updates = trainer.players, []
+    kept = DenseMoments.update
+    monkeypatch.setattr(DenseMoments, "update", lambda self, g: (updates.append(sorted(g)), kept(self, g)))
+    summary = summarize(trainer)
+    # Of D and of G: in two timed iterations of two D steps, three for the peak of one, and two more layer by layer.
+    g, d = ([sorted(sparse_layers(net))] for net in (players.generator, players.discriminator))
+    expected = 2 * (2 * d + g) + 3 * (d + g) + 2 * (2 * d + g)
+    assert updates == (expected if settings else [])
+    nets = players.generator, players.discriminator
+    dense = 8 * sum(math.prod(layer.weight_shape) for net in nets for layer in sparse_layers(net).values())
+    held = sum(tensor.nbytes for tensors in trainer.scheduler.held for tensor in tensors)
+    assert held == (dense if settings else 0)
+    state = sum(cost.state_bytes for cost in (summary.generator, summary.discriminator))
+    g, d = (
+        network_stats(players.generator, players.optimizer_g, trainer.ema.module).memory,
+        network_stats(players.discriminator, players.optimizer_d).memory,
+    )
+    assert state == g.total + g.index + d.total + d.index + held
+    assert summary.timing.peak_bytes > state
 
 
 def test_grid_repeats_pixels_and_keeps_colours():

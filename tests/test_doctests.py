@@ -91,7 +91,7 @@ def test_the_commands_of_the_guide_are_such_that_there_are() -> None:
     for line in lines:
         given = vars(build_parser()[0].parse_args(shlex.split(line, comments=True)[1:]))
         if given.pop("command") == "train" and not given.get("resume"):
-            refuse_without_effect(given, resolve(given).method)
+            refuse_without_effect(given, resolve(given))
 
 
 def test_the_papers_tables_have_a_command_for_each_row() -> None:

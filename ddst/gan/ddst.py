@@ -37,7 +37,7 @@ from ddst.nn.repeated_calls import never_repeated
 from ddst.sparsity.algorithm import SparseTraining
 from ddst.sparsity.density import NetworkDensity
 from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
-from ddst.sparsity.updater import TopologyUpdater, has_single_weight_blocks
+from ddst.sparsity.updater import TopologyUpdater, has_single_weight_blocks, resolve_exempt
 
 MODES = ("relaxed", "strict", "ramp", "sdst")
 CONTROLLED = ("relaxed", "strict")
@@ -82,7 +82,7 @@ class DDST:
         drop_fraction_steps: over how many iterations both fall; None: all, but for G's with "relaxed" and "strict" and
             blocks larger than 1×1 a third of the run (``docs/notes/collapse.md``).
         scope, ranking, max_norm_share, grown_second_moment, random_share: of both, see :class:`ddst.SparseTraining`.
-            Changes of D's density are ranked over the whole of D.
+            Changes of D's density, and pruning of G, are ranked over the whole network whatever ``scope``.
         prune_to, prune_at: of ``method="prune"``.
         exempt_g, exempt_d: names of layers that never change, or "ends" (first and last); None: the ends where blocks
             are larger than 1×1. (A block of G's first layer is what a piece of the noise means to all that follows:
@@ -241,11 +241,19 @@ class DDST:
             "process_group": process_group,
         }
         self._process_group = process_group
+        if warmup is None:
+            warmup = 0 if single else min(total_steps // 8, 1000)
+        by_mode = mode if mode in CONTROLLED else CONTROLLED[0]
+        # Made whatever the mode, as they check the arguments.
+        controller = DensityController(by_mode, bounds, delta, density_range, warmup, signal, published)
+        initial = (0.5 if single else 0.3) if drop_fraction_d is None else drop_fraction_d
+        steps_d = falling_steps(drop_fraction_steps, total_steps)
+        fraction = make_schedule(schedule, initial, steps_d, "drop_fraction_d", drop_fraction_end)
+        exempt_d = (() if single else "ends") if exempt_d is None else exempt_d
+        kept_d = resolve_exempt(discriminator, self.network_d.layers, exempt_d)
         rule: DecisionRule | None = None
         if mode in CONTROLLED:
-            if warmup is None:
-                warmup = 0 if single else min(total_steps // 8, 1000)
-            rule = DensityController(mode, bounds, delta, density_range, warmup, signal, published)
+            rule = controller
         elif mode == "ramp":
             end = check_range("density_range", (0.0, 1.0) if density_range is None else density_range)[1]
             rule = DensityRamp(end, total_steps, self.interval_d)
@@ -255,14 +263,11 @@ class DDST:
         if rule is not None:
             if not self.network_d.layers:
                 raise ValueError(f'discriminator has no sparse layers, which mode="{mode}" changes: sparsify it first')
-            initial = (0.5 if single else 0.3) if drop_fraction_d is None else drop_fraction_d
-            steps_d = falling_steps(drop_fraction_steps, total_steps)
-            fraction = make_schedule(schedule, initial, steps_d, "drop_fraction_d", drop_fraction_end)
             updater = TopologyUpdater(
                 discriminator,
                 opt_d,
                 growth="random" if method_d == "set" else "gradient",
-                exempt=(() if single else "ends") if exempt_d is None else exempt_d,
+                exempt=kept_d,
                 generator=torch.Generator().manual_seed(seed ^ 1),
                 **shared,
             )
@@ -282,7 +287,7 @@ class DDST:
             prune_to=prune_to,
             prune_at=prune_at,
             seed=seed,
-            **shared,
+            **{**shared, "scope": None if method == "prune" else scope},
         )
         if opt_d is not opt_g:
             # Each loss runs backward through the other network too.

@@ -36,6 +36,7 @@ class Family:
         loss, r1, r2: of :mod:`ddst.gan.losses`: its name and weights of the penalties.
         conditional: whether both also take classes. joint: whether real and generated images may pass D as one batch,
             that is, whether nothing in it mixes images.
+        normed: those of "generator" and "discriminator" whose weights are under spectral norm.
     """
 
     generator: Callable[[Sizes], nn.Module]
@@ -45,6 +46,7 @@ class Family:
     r2: float = 0.0
     conditional: bool = False
     joint: bool = True
+    normed: tuple[str, ...] = ()
     check_sizes: Callable[[Sizes], object] = lambda sizes: None
 
     def check(self, resolution: int, width_g: int, width_d: int, latent: int) -> None:
@@ -136,6 +138,7 @@ FAMILIES: Mapping[str, Family] = {
     "sngan": Family(
         lambda s: sngan.Generator(s.resolution, s.width_g, s.channels, s.latent),
         lambda s: sngan.Discriminator(s.resolution, s.width_d, s.channels),
+        normed=("discriminator",),
         check_sizes=lambda s: sngan.generator_plan(s.resolution, s.width_g),
     ),
     "resnet": Family(
@@ -144,7 +147,9 @@ FAMILIES: Mapping[str, Family] = {
         loss="wgan",
         check_sizes=_check_resnet,
     ),
-    "biggan": Family(_biggan_g, _biggan_d, conditional=True, check_sizes=_check_biggan),
+    "biggan": Family(
+        _biggan_g, _biggan_d, conditional=True, normed=("generator", "discriminator"), check_sizes=_check_biggan
+    ),
     "dcgan": Family(
         lambda s: dcgan.Generator(s.resolution, _dcgan_widths(s)[0], s.channels, s.latent),
         lambda s: dcgan.Discriminator(s.resolution, _dcgan_widths(s)[1], s.channels),

@@ -14,7 +14,7 @@ from ddst._arguments import check_generator, check_int, check_number, check_one_
 from ddst.distributed import check_movable
 from ddst.nn.storage import RESIZED
 from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
-from ddst.sparsity.updater import TopologyUpdater, UpdateReport
+from ddst.sparsity.updater import SCOPES, TopologyUpdater, UpdateReport
 
 METHODS = ("rigl", "set", "static", "prune")
 
@@ -58,12 +58,14 @@ class SparseTraining:
             ``total_steps``, so that half as many steps follow as were dense (the paper's).
         random_share, scope, ranking, max_norm_share, exempt, grown_second_moment: see
             :class:`~ddst.sparsity.updater.TopologyUpdater`. ``exempt=None``: none, except with ``scope="global"`` and
-            blocks larger than 1×1: "ends", the first and the last weight layer.
+            blocks larger than 1×1: "ends", the first and the last weight layer. Pruning always ranks over the network,
+            and its ``exempt=None`` is none: layers that keep all their weights would leave no room for the others'.
         process_group: of torch.distributed, None for the default group: where there are several ranks, all must call
             :meth:`step` alike, and train the same masks (see :class:`~ddst.sparsity.updater.TopologyUpdater`).
 
     Raises:
-        TypeError, ValueError: an argument is not as described; a model without sparse layers (unless "static"); an
+        TypeError, ValueError: an argument is not as described; a ``prune_to`` below what dense and exempt layers and
+            one block of each other one hold; a model without sparse layers (unless "static"); an
             optimizer whose state cannot follow (where it has none yet, :meth:`step` raises after its first step); a
             model sharded by fully_shard (unless "static"); ``scope="global"``, which changes the number of slots, in a
             DistributedDataParallel that :func:`ddst.watch` was not told of.
@@ -122,11 +124,13 @@ class SparseTraining:
         check_int("seed", seed, -(2**63), 2**64 - 1)
         check_generator("generator", generator)
         self.prune_to, self.prune_at = self._pruning(prune_to, prune_at)
+        if method == "prune" and scope is not None and check_one_of("scope", scope, SCOPES) != "global":
+            raise ValueError(f'scope="{scope}" does not go with method="prune", which ranks over the network')
         self.updater = TopologyUpdater(
             model,
             optimizer,
             growth="random" if method in ("set", "prune") else "gradient",
-            scope=scope,
+            scope=None if method == "prune" else scope,
             ranking=ranking,
             max_norm_share=max_norm_share,
             exempt=exempt,
@@ -139,6 +143,12 @@ class SparseTraining:
             raise ValueError("model has no sparse layers: call ddst.sparsify(model, density) first")
         if method != "static":
             check_movable(self.updater.layers, RESIZED if self.updater.scope == "global" or method == "prune" else "")
+        low = self.updater.attainable_density[0]
+        if self.prune_to is not None and self.prune_to < low - self.updater.resolution:
+            raise ValueError(
+                f"prune_to must be at least {low:.4g} for this model, got {self.prune_to}: that much is in dense and "
+                "exempt layers and one block of each other one"
+            )
         if drop_fraction is None:
             drop_fraction = 0.5 if self.updater.single_weights else 0.3
         falling = falling_steps(drop_fraction_steps, self.total_steps)

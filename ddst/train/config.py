@@ -15,7 +15,9 @@ from ddst.sparsity.schedule import FINAL_FRACTION
 from ddst.train.methods import (
     CHANGING,
     CONTROLLED,
+    EXCHANGING,
     EXCHANGING_D,
+    GROWING,
     METHODS,
     MOVING,
     PRUNING,
@@ -48,6 +50,7 @@ from ddst.train.options import (
 
 PRESETS = ("demo", "sngan32", "sngan48", "biggan32", "biggan64")
 EXEMPT = ("none", "ends")
+MEASURED = ("digits", "shapes")  # Data with a metric of its own: ddst.metrics.classifier.TRAINED, which imports numpy.
 
 # Settings of the controller, which `ddst replay` takes.
 REPLAYED = (
@@ -178,7 +181,8 @@ class TrainConfig:
                            "--density, half as many steps after as before", shown="two thirds of --steps", range=COUNT,
                            metavar="STEP", methods=PRUNING)
     sn_noise: float = option(_blocks(0.0, 0.05), float, "share of noise in D's power iteration, which keeps the "
-                             "spectral norm of few blocks from getting stuck", shown="1x1 blocks 0, larger 0.05",
+                             "spectral norm of few blocks from getting stuck; models sngan and biggan",
+                             shown="1x1 blocks 0, larger 0.05",
                              range=SHARE, metavar="SHARE", methods=SPARSE)
     backend: str = option("auto", str, "'reference' computes with dense weights and masks, for comparison",
                           choices=("auto", "reference"), methods=SPARSE)
@@ -202,7 +206,7 @@ class TrainConfig:
                                              "the run for G", range=COUNT, metavar="STEPS", methods=MOVING)
     scope: str = option(_blocks("global", "layer"), str, "an exchange of blocks (of G; strict: of D too) "
                         "ranks them within each layer or over the network",
-                        shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=CHANGING)
+                        shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=EXCHANGING)
     ranking: str = option(_blocks("raw", "relative"), str, "blocks are ranked by their norm, or by their RMS relative "
                           "to the layer's", shown="1x1 blocks raw, larger relative",
                           choices=("relative", "raw"), methods=CHANGING)
@@ -213,9 +217,9 @@ class TrainConfig:
                                              "both moments of the dense gradients of all steps, the authors'",
                                              shown="1x1 blocks mean, larger score, with random growth mean, with "
                                              "--published dense", choices=("zero", "mean", "score", "dense"),
-                                             methods=CHANGING)
+                                             methods=GROWING)
     random_share: float = option(0.0, float, "share of the blocks that grow at random where others grow by gradient",
-                                 range=SHARE, metavar="SHARE", methods=CHANGING)
+                                 range=SHARE, metavar="SHARE", methods=GROWING)
 
     exempt_g: str | None = option(None, str, "layers of G that never change: none, or its first and last",
                                   shown="1x1 blocks and with --published none, larger ends",
@@ -354,20 +358,74 @@ def resolve(given: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def refuse_without_effect(given: Mapping[str, Any], method: str) -> None:
-    """Raises ConfigError if a given setting is one that the method does not have; names the first."""
+def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raises ConfigError if a given setting is one that does nothing in a run; names the first, and what it needs.
+
+    Args:
+        given: settings by name, also those that are given as they would be without. config: all of the run.
+    """
+    method, parts = config.method, METHOD_PARTS[config.method]
     for name, declared in OPTIONS.items():
         if name in given and declared.methods is not None and method not in declared.methods:
             raise ConfigError(
-                f"{flag(name)} has no effect with --method {method}, only with {_listed(declared.methods)}"
+                f"{flag(name)} has no effect with --method {method}, only with {_having(declared.methods)}"
             )
-    still = not METHOD_PARTS[method].steers_d and given.get("algorithm_d", "static") == "static"
-    for name in ("interval_d", "drop_fraction_d", "exempt_d"):
-        if name in given and still and not given.get("resume"):
-            raise ConfigError(
-                f"{flag(name)} has no effect with --method {method} and --algorithm-d static, only with "
-                f"{_listed(STEERED)}"
-            )
+    for names, idle, why in (
+        (
+            ("interval_d", "drop_fraction_d", "exempt_d"),
+            not parts.steers_d and config.algorithm_d == "static",
+            f"--method {method} and --algorithm-d static, under which D never changes, only with "
+            "--algorithm-d rigl or set",
+        ),
+        (
+            ("scope", "ranking", "max_norm_share", "grown_second_moment", "random_share"),
+            method in EXCHANGING and not (parts.moves_g or parts.steers_d) and config.algorithm_d == "static",
+            f"--method {method} and --algorithm-d static, under which no block ever moves, only with --algorithm-d "
+            f"rigl or set, or --method {' or '.join(MOVING)}",
+        ),
+        (
+            ("sn_noise",),
+            not _normed(config),
+            f"--model {config.model} and --method {method}, in which no sparse layer has spectral norm",
+        ),
+        (
+            ("drop_fraction_end", "drop_fraction_steps"),
+            config.drop_schedule == "constant",
+            "--drop-schedule constant, which does not fall",
+        ),
+        (
+            ("inception",),
+            not config.metric_every,
+            "--metric-every 0, under which nothing is measured while the run trains",
+        ),
+        (
+            ("metric_every",),
+            config.metric_every > 0 and config.data not in MEASURED and not config.inception,
+            f"--data {config.data} without --inception: only digits and shapes have a metric of their own",
+        ),
+        (
+            ("lr_decay_start",),
+            config.lr_decay_start >= config.steps,
+            f"--steps {config.steps}, before which the decay must start",
+        ),
+    ):
+        for name in names:
+            if idle and name in given:
+                raise ConfigError(f"{flag(name)} has no effect with {why}")
+
+
+def _having(methods: tuple[str, ...]) -> str:
+    """The methods that have a setting, in words."""
+    if methods != EXCHANGING_D:
+        return _listed(methods)
+    keeping = [name for name in methods if not METHOD_PARTS[name].steers_d]
+    return f"ddst-strict, or with --algorithm-d rigl or set and --method {' or '.join(keeping)}"
+
+
+def _normed(config: TrainConfig) -> bool:
+    """Whether a network with sparse layers has weights under spectral norm."""
+    normed, parts = FAMILIES[config.model].normed, METHOD_PARTS[config.method]
+    return "generator" in normed or ("discriminator" in normed and not parts.dense_d)
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -422,8 +480,9 @@ def setting_errors() -> Iterator[None]:
     except (TypeError, ValueError, OverflowError) as error:
         message = " ".join(str(error).split())
         argument = re.match(r"(\w+)=? ?", message)
-        if argument and argument[1] in OPTIONS:
-            message = f"{flag(argument[1])} {message[argument.end() :]}"
+        name = {"prune_to": "density"}.get(argument[1], argument[1]) if argument else ""
+        if argument and name in OPTIONS:
+            message = f"{flag(name)} {message[argument.end() :]}"
         raise ConfigError(message) from error
 
 

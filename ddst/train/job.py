@@ -57,7 +57,7 @@ def run(given: Mapping[str, Any]) -> int:
         if given.get("resume"):
             return _resume(given)
         config = resolve(given)
-        refuse_without_effect(given, config.method)
+        refuse_without_effect(given, config)
         return _begin(config)
 
 
@@ -120,7 +120,7 @@ def _is_there(out: Path, path: Path) -> int:
 
 def _continued(settings: Mapping[str, Any], given: Mapping[str, Any]) -> TrainConfig:
     config = resolve(check_same_run(settings, given))
-    refuse_without_effect(given, config.method)
+    refuse_without_effect(given, config)
     return config
 
 

@@ -24,6 +24,9 @@ CONTROLLED = _with(lambda m: m.controls_d)
 # Those that exchange D's blocks where --algorithm-d says so, and those that change blocks of any network.
 EXCHANGING_D = _with(lambda m: m.mode == "strict" or not (m.dense_d or m.steers_d))
 CHANGING = _with(lambda m: m.moves_g or m.steers_d or m.method == "prune" or not m.dense_d)
+# Of these, those in which blocks are exchanged at a constant count, and those in which blocks enter.
+EXCHANGING = _with(lambda m: m.moves_g or m.mode == "strict" or not (m.dense_d or m.steers_d))
+GROWING = _with(lambda m: m.moves_g or m.steers_d or not m.dense_d)
 PRUNING = _with(lambda m: m.method == "prune")
 # How `--help` calls the longer of these lists.
 CALLED = {
@@ -31,6 +34,8 @@ CALLED = {
     SPARSE_D: "methods with a sparse D",
     MOVING: "methods that move G's blocks",
     CHANGING: "methods that change blocks of a network",
+    EXCHANGING: "methods that exchange blocks of a network",
+    GROWING: "methods that grow blocks of a network",
     STEERED: "methods that change D's density",
     CONTROLLED: "methods that steer D's density",
     EXCHANGING_D: "ddst-strict and methods that keep D's density",

@@ -73,6 +73,7 @@ def test_a_state_goes_on_with_the_schedule_of_the_new_length():
         ({"delta": 0}, ValueError, "delta"),
         ({"density_range": (0.5, 0.1)}, ValueError, "density_range"),
         ({"drop_fraction_d": 2.0}, ValueError, "drop_fraction_d"),
+        ({"warmup": -3}, ValueError, "warmup"),
         ({"drop_fraction_steps": 0}, ValueError, "drop_fraction_steps must be"),
         ({"exempt_d": ["nowhere"]}, ValueError, "exempt"),
         ({"br_average": "median"}, ValueError, "average"),
@@ -82,6 +83,23 @@ def test_a_state_goes_on_with_the_schedule_of_the_new_length():
 def test_errors_name_the_argument(options, error, named):
     with pytest.raises(error, match=named):
         make(**options)
+
+
+@pytest.mark.parametrize("mode", ["relaxed", "strict", "ramp", "sdst"])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("bounds", (0.9, 0.1)),
+        ("delta", -5),
+        ("density_range", (3, 2)),
+        ("drop_fraction_d", 77),
+        ("warmup", -3),
+        ("exempt_d", ["nowhere"]),
+    ],
+)
+def test_what_concerns_d_is_checked_in_every_mode(mode, name, value):
+    with pytest.raises(ValueError, match=f"^{name.removesuffix('_d')}"):
+        make(mode=mode, **{name: value})
 
 
 def test_errors_of_networks_and_scores():

@@ -8,6 +8,7 @@ import torch
 from ddst.gan import DDST, PRESETS, DensityController, WindowSummary
 from ddst.gan.fixed_rules import DensityRamp
 from ddst.nn import sparse_layers
+from ddst.sparsity import SparseTraining
 from helpers.training import SHORT, TOTAL, ToyGan, counts, make, run, snapshot
 
 
@@ -161,6 +162,19 @@ def test_pruning_leaves_the_largest_blocks_of_the_network_and_waits_for_its_step
     ):
         with pytest.raises(ValueError, match=message):
             make(mode="sdst", **options)
+
+
+@pytest.mark.parametrize("scope", [None, "layer", "global"])
+def test_pruning_is_of_the_network_and_of_all_its_layers_whatever_the_scope(scope):
+    gan, scheduler = of_preset("prune", exempt_g=None, scope=scope)
+    assert scheduler.training_g.updater.exempt == ()
+    run(gan, scheduler, TOTAL)
+    left, all_of_it = counts(gan.g), {name: layer.num_blocks for name, layer in sparse_layers(gan.g).items()}
+    assert all(1 < left[name] < count for name, count in all_of_it.items())
+    with pytest.raises(ValueError, match=r'^scope="layer" does not go with method="prune", which ranks over'):
+        SparseTraining(gan.g, gan.opt_g, method="prune", prune_to=0.4, total_steps=9, scope="layer")
+    with pytest.raises(ValueError, match=r"^prune_to must be at least 0\.\d+ for this model, got 0\.001: that much is"):
+        SparseTraining(gan.g, gan.opt_g, method="prune", prune_to=0.001, total_steps=9)
 
 
 def test_parts_that_do_not_go_together_are_refused():

@@ -6,7 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddst.train.config import FREE_ON_RESUME, OPTIONS, check_same_run, check_saved, refuse_without_effect, resolve
+from ddst.metrics.classifier import TRAINED
+from ddst.models.families import FAMILIES, Sizes
+from ddst.train.config import (
+    FREE_ON_RESUME,
+    MEASURED,
+    OPTIONS,
+    check_same_run,
+    check_saved,
+    refuse_without_effect,
+    resolve,
+)
 from ddst.train.options import ConfigError, Option, flag, parse_block, shown_value
 
 
@@ -156,6 +166,11 @@ def test_settings_read_back_from_a_file_are_those_that_were_saved():
         check_saved([saved])
 
 
+def refuse(given):
+    """What `ddst train` refuses of options that can be."""
+    refuse_without_effect({"out": "x", **given}, resolve({"out": "x", **given}))
+
+
 @pytest.mark.parametrize(
     ("method", "name", "value"),
     [
@@ -164,7 +179,10 @@ def test_settings_read_back_from_a_file_are_those_that_were_saved():
         ("static", "interval_g", 25),
         ("sdst-set", "delta", 0.05),
         ("sdst-rigl", "bounds", (0.4, 0.5)),
-        ("ddst-relaxed", "drop_fraction_d", 0.5),
+        ("prune", "scope", "layer"),
+        ("dda", "scope", "global"),
+        ("prune", "grown_second_moment", "mean"),
+        ("static-strong", "random_share", 0.5),
     ],
 )
 def test_settings_that_a_method_does_not_have_are_refused(method, name, value):
@@ -172,5 +190,74 @@ def test_settings_that_a_method_does_not_have_are_refused(method, name, value):
     with pytest.raises(
         ConfigError, match=rf"^{flag(name)} has no effect with --method {method}, only with .*ddst-strict$"
     ):
-        refuse_without_effect({"out": "x", "method": method, name: value}, method)
-    refuse_without_effect({"out": "x", "method": "ddst-strict", name: value, "lr": 1e-3}, "ddst-strict")
+        refuse({"method": method, name: value})
+    refuse({"method": "ddst-strict", name: value, "lr": 1e-3})
+
+
+MOVES_NOTHING = "under which no block ever moves, only with --algorithm-d rigl or set, or --method"
+
+
+@pytest.mark.parametrize(
+    "given, why, helps",
+    [
+        ({"drop_fraction_d": 0.5}, "--method ddst-relaxed, only with ddst-strict, or with", {"method": "ddst-strict"}),
+        (
+            {"drop_fraction_d": 0.5},
+            "--algorithm-d rigl or set and --method .*static",
+            {"method": "static", "algorithm_d": "set"},
+        ),
+        (
+            {"method": "static", "drop_fraction_d": 0.5},
+            "--method static and --algorithm-d static, under which D never changes, only with --algorithm-d rigl",
+            {"algorithm_d": "rigl"},
+        ),
+        ({"method": "sdst-rigl", "interval_d": 9}, "D never changes, only with --algorithm-d", {"algorithm_d": "rigl"}),
+        ({"method": "static", "exempt_d": "ends"}, "D never changes, only with --algorithm-d", {"algorithm_d": "rigl"}),
+        ({"method": "static", "scope": "layer"}, MOVES_NOTHING, {"method": "sdst-set"}),
+        ({"method": "static", "ranking": "raw"}, MOVES_NOTHING, {"algorithm_d": "rigl"}),
+        ({"method": "static", "max_norm_share": 0.1}, MOVES_NOTHING, {"algorithm_d": "rigl"}),
+        ({"method": "static", "grown_second_moment": "mean"}, MOVES_NOTHING, {"algorithm_d": "rigl"}),
+        ({"method": "static", "random_share": 0.5}, MOVES_NOTHING, {"algorithm_d": "rigl"}),
+        (
+            {"drop_schedule": "constant", "drop_fraction_end": 0.2},
+            "--drop-schedule constant",
+            {"drop_schedule": "linear"},
+        ),
+        (
+            {"drop_schedule": "constant", "drop_fraction_steps": 7},
+            "--drop-schedule constant",
+            {"drop_schedule": "cosine"},
+        ),
+        ({"inception": "file", "metric_every": 0}, "--metric-every 0, under which nothing", {"metric_every": 5}),
+        ({"data": "folder", "metric_every": 5}, "--data folder without --inception", {"inception": "file"}),
+        ({"data": "folder", "metric_every": 5}, "--data folder without --inception", {"metric_every": 0}),
+        ({"lr_decay": "linear", "lr_decay_start": 50, "steps": 50}, "--steps 50, before", {"steps": 51}),
+        (
+            {"sn_noise": 0.1, "model": "dcgan"},
+            "--model dcgan and --method ddst-relaxed, in which no",
+            {"model": "sngan"},
+        ),
+        ({"sn_noise": 0.1, "method": "static-strong"}, "--model sngan and --method static-strong", {"model": "biggan"}),
+    ],
+    ids=str,
+)
+def test_settings_that_other_settings_make_idle_are_refused_with_what_helps(given, why, helps):
+    with pytest.raises(ConfigError, match=rf"^--[a-z0-9-]+ has no effect with .*{why}") as caught:
+        refuse(given)
+    assert "\n" not in str(caught.value)
+    refuse({**given, **helps})
+
+
+def test_which_data_have_a_metric_of_their_own():
+    assert set(MEASURED) == set(TRAINED)
+
+
+def test_which_models_have_spectral_norm():
+    for name, family in FAMILIES.items():
+        sizes = Sizes(8, 64, 64, 20, 1, 2)
+        networks = {"generator": family.generator(sizes), "discriminator": family.discriminator(sizes)}
+        names = {key: [name for name, _ in net.named_parameters()] for key, net in networks.items()}
+        normed = [
+            key for key, all_of_it in names.items() if any("weight_orig" in n or "parametr" in n for n in all_of_it)
+        ]
+        assert normed == list(family.normed), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,17 @@ def _begin(config: TrainConfig, *warnings: str) -> int:
     trainer = _trainer(config)
     trainer.try_step()
     judge = by_first(lambda: Judging(trainer))
+    there = out.exists()
     by_first(lambda: make_folder(out))
-    with _writer(out) as more:
-        by_first(lambda: check_folder(out))  # Another process may have been faster.
-        return _train(trainer, None, judge, [*warnings, *more])
+    try:
+        with _writer(out) as more:
+            by_first(lambda: check_folder(out))  # Another process may have been faster.
+            return _train(trainer, None, judge, [*warnings, *more])
+    except ConfigError:
+        if not there:
+            with suppress(OSError):  # It is not empty, or another process was faster.
+                out.rmdir()
+        raise
 
 
 @contextmanager

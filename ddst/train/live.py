@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ddst.train.config import TrainConfig
+from ddst.train.options import ConfigError
 
 Watcher = Callable[[Mapping[str, Any]], None]
 
@@ -42,34 +44,54 @@ def live(config: TrainConfig, step: int) -> Iterator[Watcher]:
 
     TensorBoard's files go to `tensorboard` in the run's folder, where entries after `step` (of a part that is trained
     again) are marked as void. Weights & Biases decides by its own variables (`WANDB_MODE=offline`, `WANDB_PROJECT`)
-    where they go; its files lie in the run's folder.
+    where they go; its files lie in `wandb` in the run's folder.
 
     Raises:
+        ConfigError: it cannot begin, for whatever reason (no login, no folder); what it had written is removed.
         ModuleNotFoundError: the package is missing: `pip install 'ddst[live]'`.
     """
-    out = Path(config.out)
-    if config.live == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as writer:
-
-            def to_tensorboard(entry: Mapping[str, Any]) -> None:
-                for name, value in scalars(entry).items():
-                    writer.add_scalar(name, value, entry["step"])
-
-            yield to_tensorboard
-    elif config.live == "wandb":
-        import wandb
-
-        run = wandb.init(dir=str(out), name=out.name, config=config.saved(), reinit="finish_previous")
-
-        def to_wandb(entry: Mapping[str, Any]) -> None:
-            if found := scalars(entry):
-                run.log({**found, "step": entry["step"]})
-
-        try:
-            yield to_wandb
-        finally:
-            run.finish()
-    else:
+    if config.live == "none":
         yield lambda entry: None
+        return
+    require(config.live)
+    files = Path(config.out) / config.live
+    there = files.exists()
+    with ExitStack() as held:
+        try:
+            watcher = held.enter_context((_tensorboard if config.live == "tensorboard" else _wandb)(config, step))
+        except Exception as error:
+            if not there:
+                shutil.rmtree(files, ignore_errors=True)
+            said = str(error).strip() or type(error).__name__
+            raise ConfigError(f"--live {config.live} cannot begin: {said.splitlines()[0]}") from error
+        yield watcher
+
+
+@contextmanager
+def _tensorboard(config: TrainConfig, step: int) -> Iterator[Watcher]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(Path(config.out) / "tensorboard"), purge_step=step + 1) as writer:
+
+        def to_tensorboard(entry: Mapping[str, Any]) -> None:
+            for name, value in scalars(entry).items():
+                writer.add_scalar(name, value, entry["step"])
+
+        yield to_tensorboard
+
+
+@contextmanager
+def _wandb(config: TrainConfig, step: int) -> Iterator[Watcher]:
+    import wandb
+
+    out = Path(config.out)
+    run = wandb.init(dir=str(out), name=out.name, config=config.saved(), reinit="finish_previous")
+
+    def to_wandb(entry: Mapping[str, Any]) -> None:
+        if found := scalars(entry):
+            run.log({**found, "step": entry["step"]})
+
+    try:
+        yield to_wandb
+    finally:
+        run.finish()

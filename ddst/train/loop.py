@@ -358,20 +358,21 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
         The signal that ended it before its last step, or None.
 
     Raises:
+        ConfigError: what --live names cannot begin; nothing is written then.
         TrainingError: a loss is not finite, or memory ran out; the last checkpoint stays.
         OSError: a file cannot be written; likewise.
         ProcessError: another process of the run is gone; likewise.
     """
     config, stop = trainer.config, StopFlag()
-    if first():
-        judge = judge or Judging(trainer)
-        _clear(trainer.out, kept)
     last = config.steps if config.stop_after is None else min(config.steps, config.stop_after)
-    ended_by = None
+    ended_by, log = None, None
     with ExitStack() as held:
-        log = held.enter_context(RunLog(trainer.out / LOG)) if first() else None
-        if log is not None:
-            log.watcher = held.enter_context(live(config, trainer.step))
+        if first():
+            judge = judge or Judging(trainer)
+            watcher = held.enter_context(live(config, trainer.step))
+            _clear(trainer.out, kept)
+            log = held.enter_context(RunLog(trainer.out / LOG))
+            log.watcher = watcher
             signs = Signs(log, config, trainer.images)
         held.enter_context(stop.listening())
         held.enter_context(_others_alive(trainer))

@@ -52,3 +52,33 @@ def test_a_missing_package_is_named(
     assert main(["train", "--out", str(tmp_path / "run"), "--live", "wandb", "--resolution", "8", *options]) == 2
     assert not (tmp_path / "run").exists()
     assert "ddst train: error: wandb is missing: pip install 'ddst[live]'" in capsys.readouterr().err
+
+
+def test_a_service_that_cannot_begin_is_one_line_and_leaves_the_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As Weights & Biases without a login, and TensorBoard where a file is in the way of its folder."""
+    wandb = pytest.importorskip("wandb")
+    words = [f"--{name}={value}" for name, value in (("width-g", 16), ("width-d", 16), ("steps", 2), ("resolution", 8))]
+
+    def no_login(dir: str, **settings: object) -> None:
+        (Path(dir) / "wandb").mkdir()
+        (Path(dir) / "wandb" / "debug.log").touch()
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.\n(more of it)")
+
+    monkeypatch.setattr(wandb, "init", no_login)
+    out = tmp_path / "run"
+    words += ["--data-cache=none", "--compare-steps=0", "--fd-samples=40", "--block=8x8", "--density=0.3"]
+    assert main(["train", "--out", str(out), "--live", "wandb", *words]) == 2
+    said = capsys.readouterr().err
+    assert said == "ddst train: error: --live wandb cannot begin: No API key configured. Use `wandb login` to log in.\n"
+    assert not out.exists()
+
+    out.mkdir()
+    (out / "tensorboard").write_text("in the way")
+    assert main(["train", "--out", str(out), "--live", "tensorboard", *words]) == 2
+    assert "ddst train: error: --live tensorboard cannot begin: " in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["tensorboard"]
+    assert main(["train", "--out", str(out), *words]) == 0
+    assert main(["train", "--out", str(out), "--resume", "--steps", "3", "--live", "wandb"]) == 2
+    assert main(["train", "--out", str(out), "--resume", "--steps", "3"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,12 @@ class Run:
     def dashed(self) -> bool:
         """A second round of the colours is dashed."""
         return self.number >= COLOURS
+
+    @property
+    def images_per_step(self) -> int:
+        """Of a step of one network, whose operations the log counts for one image; 0 where the log does not say."""
+        counts = [self.settings.get(name) for name in ("batch", "accumulate")]
+        return math.prod(counts) if all(type(count) is int for count in counts) else 0
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         return thinned([e["step"] for e in self.steps], [e.get(name) for e in self.steps])
@@ -230,25 +237,26 @@ def _row(run: Run) -> list[str]:
 
 
 def _comparisons(runs: Sequence[Run]) -> list[_Plot]:
-    """The metric over steps, seconds and counted operations, every run that has it in its colour."""
+    """The metric over steps, seconds and counted operations of all images, every run that has it in its colour."""
     kinds = list(dict.fromkeys(m["metric"] for run in runs for m in run.metrics))
     plots: list[_Plot] = []
     for kind in kinds:
-        for key, label in (
-            ("step", "step"),
-            ("seconds", "seconds of training"),
-            ("flops", "counted operations, per image"),
+        for key, label, more in (
+            ("step", "step", ""),
+            ("seconds", "seconds of training", ""),
+            ("flops", "counted operations", " (penalties not counted)"),
         ):
             lines, legend = [], []
             for run in runs:
-                points = [m for m in run.metrics if m["metric"] == kind and m.get(key) is not None]
-                x, y = thinned([m[key] for m in points], [m["value"] for m in points])
+                times = run.images_per_step if key == "flops" else 1
+                points = [m for m in run.metrics if m["metric"] == kind and m.get(key) is not None and times]
+                x, y = thinned([m[key] * times for m in points], [m["value"] for m in points])
                 if x:
                     lines.append(Line(x, y, run.colour, "--" if run.dashed else "-"))
                     legend.append((run.colour, run.name + (" (dashed)" if run.dashed else "")))
             named = f"Embedded Fréchet distance of {kind}" if kind in TRAINED else str(kind).upper()
             title = f"{named} over {label}"
-            plots.append((title, plot(f"{kind} {key}", lines, label, "distance", log_scale=True), legend))
+            plots.append((title, plot(f"{kind} {key}", lines, label + more, "distance", log_scale=True), legend))
     return [entry for entry in plots if entry[1]]
 
 

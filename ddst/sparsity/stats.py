@@ -223,7 +223,9 @@ class TrainingFlops:
     """Operations of GAN training, counted iteration by iteration at the masks of the moment, and relative to dense.
 
     Per iteration of ``n`` discriminator steps: ``G · (n + 3) + D · (3n + 1)`` forward passes, per image. G counts one
-    pass per D batch and three (forward, two backward) per G batch, D three per D batch and one per G batch.
+    pass per D batch and three (forward, two backward) per G batch, D three per D batch and one per G batch. A run makes
+    ``batch · accumulate`` times as many operations, and those of its penalties, which are not counted: consistency
+    three forward passes of D per D batch, a gradient penalty six.
 
     Args:
         generator, discriminator: their counters. d_steps: ``n``, at least 1.

@@ -23,6 +23,7 @@ from ddst.train.layer_time import LayerTime
 from ddst.train.log import lengths, read_log
 from ddst.train.loop import Trainer
 from ddst.train.methods import steered_by
+from ddst.train.options import flag
 from ddst.train.pictures import Points, draw_decisions, draw_signal, line, panels
 from ddst.train.samples import generate
 
@@ -36,7 +37,7 @@ class NetworkCost:
         parameters, dense_parameters: with biases and batch norm.
         state_bytes, dense_state_bytes: weights, gradients, Adam's moments, for G the moving average, and (sparse) the
             masks and index vectors, and with `published` the moments of dense gradients.
-        flops_ratio: counted operations over the whole run, relative to dense.
+        flops_ratio: counted operations over the whole run, relative to dense; of any image, without penalties.
     """
 
     density: float
@@ -49,7 +50,7 @@ class NetworkCost:
 
 @dataclass(frozen=True)
 class Summary:
-    """All numbers of the final table."""
+    """All numbers of the final table; `uncounted`: options of what D's loss has that counted operations have not."""
 
     method: str
     steps: int
@@ -61,6 +62,7 @@ class Summary:
     layers: list[LayerTime]
     quality: Quality | None
     fd_samples: int
+    uncounted: tuple[str, ...] = ()
 
 
 def summarize(trainer: Trainer) -> Summary:
@@ -102,6 +104,7 @@ def summarize(trainer: Trainer) -> Summary:
         time_of_layers(trainer) if config.compare_steps else [],
         _quality(trainer),
         config.fd_samples,
+        tuple(flag(name) for name in ("gradient_penalty", "r1", "r2", "consistency") if getattr(config, name)),
     )
 
 
@@ -140,6 +143,8 @@ def table(summary: Summary) -> str:
         row("counted training FLOPs, relative", f"{g.flops_ratio:.3f}", f"{d.flops_ratio:.3f}",
             f"{summary.flops_ratio:.3f}"),
     ]  # fmt: skip
+    if summary.uncounted:
+        lines.append(f"  (passes of G and D in every step; what {', '.join(summary.uncounted)} adds is not counted)")
     lines.append(f"whole run: {summary.seconds_per_step:.4f} seconds per step")
     timing = summary.timing
     if timing is not None:

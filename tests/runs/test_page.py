@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from ddst.cli import main
+from ddst.runs.page import report
 from ddst.runs.plots import Line, plot, thinned
+from ddst.train.log import read_log
 
 
 class Tags(HTMLParser):
@@ -171,3 +173,26 @@ def test_long_series_are_thinned_by_means() -> None:
     x, y = thinned(list(range(100_000)), [float(i % 2) for i in range(100_000)])
     assert len(x) == 400 and set(y) == {0.5} and x[0] == 124.5
     assert thinned([], []) == ([], []) and plot("empty", [Line([], [], 0)], "x", "y") == ""
+
+
+def test_counted_operations_are_those_of_all_images_of_a_step(
+    sparse_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log counts for one image; a run with larger or more batches has made more of them."""
+    log, runs = (sparse_run / "log.jsonl").read_text(), []
+    for name, old, new in (
+        ("as it is", "", ""),
+        ("larger", '"batch": 4', '"batch": 8'),
+        ("more", 'late": 1', 'late": 3'),
+    ):
+        assert old in log
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(log.replace(old, new) if old else log)
+        runs.append(tmp_path / name)
+    drawn = {}
+    monkeypatch.setattr("ddst.runs.page.plot", lambda name, lines, label, *_, **__: drawn.update({label: lines}) or "")
+    report(runs, tmp_path / "page.html")
+    plain, larger, more = (line.x for line in drawn["counted operations (penalties not counted)"])
+    flops = [entry["flops"] for entry in read_log(sparse_run / "log.jsonl") if entry.get("event") == "metric"]
+    assert flops and plain == [4 * each for each in flops]
+    assert larger == [2 * x for x in plain] and more == [3 * x for x in plain]

@@ -94,6 +94,16 @@ def test_counted_costs_follow_the_masks_of_every_step(tmp_path):
     assert summary.flops_ratio == pytest.approx(total / (7 * (5 * dense_g + 7 * dense_d)))
 
 
+def test_the_table_says_what_counted_operations_leave_out(tmp_path):
+    plain = trainer_for(tmp_path)
+    with_penalties = trainer_for(tmp_path, r1=1.0, lazy=2, consistency=10.0)
+    for trainer in (plain, with_penalties):
+        trainer.train_step()
+    assert "is not counted" not in table(summarize(plain))
+    assert "; what --r1, --consistency adds is not counted)" in table(summarize(with_penalties))
+    assert plain.flops.relative == with_penalties.flops.relative
+
+
 def test_weight_state_follows_density(tmp_path):
     # Wide enough that the layers ERK keeps dense weigh little.
     trainer = trainer_for(tmp_path, width_g=128, width_d=128, density=0.1, method="static")

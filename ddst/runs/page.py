@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +68,8 @@ class Run:
     @property
     def images_per_step(self) -> int:
         """Of a step of one network, whose operations the log counts for one image; 0 where the log does not say."""
-        counts = [self.settings.get(name) for name in ("batch", "accumulate")]
-        return math.prod(counts) if all(type(count) is int for count in counts) else 0
+        batch, accumulate = (self.settings.get(name) for name in ("batch", "accumulate"))
+        return batch * accumulate if isinstance(batch, int) and isinstance(accumulate, int) else 0
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         return thinned([e["step"] for e in self.steps], [e.get(name) for e in self.steps])

@@ -7,7 +7,7 @@ packed weight its block, density and shape. Nothing is guessed, and nothing of a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -111,7 +111,11 @@ def read_generator(path: str | PathLike[str], device: torch.device | str = "cpu"
     try:
         _load(generator, state, about)
     except Misfit as error:
-        raise CheckpointError(f"{file} does not hold the generator that it describes: {error}") from None
+        described = (
+            f"{config.model} of {config.resolution}x{config.resolution} pixels, width {config.width_g}, latent "
+            f"{config.latent}, channels {about.channels}"
+        )
+        raise CheckpointError(f"{file} does not hold the generator that it describes ({described}): {error}") from None
     return generator.to(device).eval(), about
 
 
@@ -197,9 +201,30 @@ def _built(config: TrainConfig, about: About) -> nn.Module:
     return generator
 
 
+def _parts(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the modules that tensors belong to, or of tensors that belong to none inside."""
+    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in state))
+
+
+def _some(parts: Sequence[str]) -> str:
+    """Modules in words: the first one by its name.
+
+    Example:
+        >>> _some([]), _some(["linear"]), _some(["linear", "blocks.0"])
+        ('nothing', 'linear', 'linear and 1 more')
+    """
+    return (parts[0] if len(parts) < 2 else f"{parts[0]} and {len(parts) - 1} more") if parts else "nothing"
+
+
 def _load(generator: nn.Module, state: Mapping[str, Tensor], about: About) -> None:
     """Raises Misfit unless the tensors are those of the generator, and of the blocks and densities that are named."""
     layers = sparse_layers(generator)
+    made, held = _parts(generator.state_dict()), _parts(state)
+    lacking, beyond = [part for part in made if part not in held], [part for part in held if part not in made]
+    if lacking or beyond:
+        raise Misfit(
+            f"its settings make {_some(lacking)} that it lacks, it holds {_some(beyond)} that they do not make"
+        )
     for name in [*layers, *about.layers]:
         if name not in layers or name not in about.layers:
             has, lacks = ("the file", "its settings") if name in about.layers else ("its settings", "the file")

@@ -98,12 +98,12 @@ LAYER = ("layers", "blocks.0.conv1")
         (set_in("settings", "width_g", value=32), r"linear is a weight of 256x16, by its settings of 512x16"),
         (
             set_in("settings", "resolution", value=16),
-            r"\(sngan of 16x16 pixels, width 16, latent 16, channels 1\): its settings make blocks\.1\.\w+ and \d+ more that "
-            r"it lacks, it holds nothing that they do not make$",
+            r"\(sngan of 16x16 pixels, width 16, latent 16, channels 1\): its settings make blocks\.1\.\w+ and \d+ "
+            r"more that it lacks, it holds nothing that they do not make$",
         ),
         (
             set_in("settings", "model", value="r3gan"),
-            r"\(r3gan of 8x8 .*\): its settings make \S+ and \d+ more that it lacks, it holds blocks.0.bn1 and \d+ more that",
+            r"\(r3gan of 8x8 .*\): its settings make \S+ and \d+ more that it lacks, it holds blocks.0.bn1 and \d+",
         ),
         (set_in("settings", "method", value="dense"), r"the file packed the weight of linear, its settings did not"),
         (set_in("channels", value=3), r"to_image.weight must have the shape \(3, 16, 3, 3\), got \(1, 16, 3, 3\)"),

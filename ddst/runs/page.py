@@ -173,7 +173,9 @@ def _layer_times(said: Any) -> list[LayerRow]:
     rest = 100 - sum(row.total for row in rows)
     return [
         *most,
-        LayerRow("of no layer: activations and pooling between layers, losses, optimizers", max(rest, 0.0), 0.0),
+        LayerRow(
+            "of no layer: activations between layers, penalties, losses, optimizers, scheduler", max(rest, 0.0), 0.0
+        ),
     ]
 
 

@@ -40,7 +40,7 @@ def layer_times(iteration: Callable[[], object], networks: Mapping[str, nn.Modul
     """The share of an iteration's time of each layer that takes some, the largest first.
 
     The rest to 1 is of no layer: activations, pooling, upsampling and sums that are no part of a fused one, losses,
-    optimizers, and what Python does in between.
+    penalties, optimizers, the scheduler, and what Python does in between.
 
     An operator's time is that of the innermost module with parameters of its own that is running, of a sparse one's
     operator that of the layer whose blocks it walks, wherever it runs (in fused half blocks behind its forward pass); a

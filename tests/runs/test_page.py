@@ -61,7 +61,7 @@ def test_a_page_of_two_runs_is_whole_and_by_itself(sparse_run: Path, dense_run: 
     for title in (
         "over step",
         "over seconds of training",
-        "over counted operations, per image",
+        "over counted operations",
         "Balance ratio, with its bounds",
     ):
         assert title in page
@@ -165,7 +165,7 @@ def test_where_the_time_of_an_iteration_went(sparse_run: Path, tmp_path: Path) -
     assert table[0] == ("generator blocks.13.&lt;b&gt;", "2.3", "2.0")
     assert table[-2:] == [
         ("2 others", "2.1", "4.0"),
-        ("of no layer: activations and pooling between layers, losses, optimizers", "48.9", "0.0"),
+        ("of no layer: activations between layers, penalties, losses, optimizers, scheduler", "48.9", "0.0"),
     ]
 
 

@@ -42,7 +42,9 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("--folder", metavar="DIR", type=Path, help="one PNG an image; a new or empty folder")
     sample.add_argument("--count", metavar="N", type=_whole(1, 10**6), default=64, help="images (default: 64)")
     sample.add_argument("--seed", metavar="S", type=_whole(0, 2**63 - 1), default=0, help="of the noise (default: 0)")
-    sample.add_argument("--class", metavar="K", dest="label", type=_whole(0, 10**6), help="all of one class")
+    sample.add_argument(
+        "--class", metavar="K", dest="label", type=_whole(0, 10**6), help="all of one class, by its place from 0 on"
+    )
     sample.add_argument("--interpolate", action="store_true", help="each row is a walk from one noise to another")
 
 

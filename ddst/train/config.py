@@ -292,8 +292,9 @@ class TrainConfig:
                        range=RATE, metavar="RATE")
     lr_d: float = option(lambda known: known["lr"], float, "the same for D", shown="that of --lr", range=RATE,
                          metavar="RATE")
-    lr_density_power: float = option(_ours(0.5, 0.0), float, "P: both rates are those of a dense network, divided "
-                                     "by the P-th power of each network's density", shown="demo 0.5, published 0",
+    lr_density_power: float = option(_ours(0.5, 0.0), float, "P, from 0 to 1: both rates are those of a dense network, "
+                                     "divided by the P-th power of each network's density",
+                                     shown="demo 0.5, presets of published runs and with --published 0",
                                      range=SHARE, metavar="P", methods=SPARSE)
     betas: tuple[float, float] = option((0.0, 0.9), float, "betas of Adam", words=2, range=PAIR_BELOW_ONE,
                                         metavar=("B1", "B2"))

@@ -133,12 +133,17 @@ def _decided(path: Path, entries: list[dict[str, Any]], config: TrainConfig, rul
                 density = logged[step].density if agreed else density
             rule = replace(rule, warmup=_warmup(config, length))
             replayed[step] = rule.decide(window, density, step, **ends)
-            agreed = agreed and logged.get(step) == replayed[step]
+            agreed = agreed and _does_the_same(logged.get(step), replayed[step])
             density = replayed[step].new_density
         elif agreed:
             density = float(entry["density_d"])
         densities.append((step, float(entry["density_d"])))
     return Replay(rule, ratios, densities, logged, replayed, config.interval_d)
+
+
+def _does_the_same(before: Decision | None, decision: Decision) -> bool:
+    """Whatever its reason, in which the bounds stand."""
+    return before is not None and (before.action, before.new_density) == (decision.action, decision.new_density)
 
 
 def _value(window: WindowSummary, rule: DensityController) -> float | None:
@@ -159,8 +164,8 @@ def table(result: Replay) -> str:
         lines.append(f"{step:>8}{signal:>9}  {theirs:<18}{ours:<18}{decision.reason}")
     rule = result.rule
     assert rule.bounds is not None
-    count = sum(result.logged.get(step) != decision for step, decision in result.replayed.items())
-    said = f"{count} of {len(result.replayed)} decisions are not the run's"
+    others = sum(not _does_the_same(result.logged.get(step), decision) for step, decision in result.replayed.items())
+    said = f"{others} of {len(result.replayed)} decisions are not the run's"
     if not result.replayed:
         done = result.densities[-1][0]
         said = (

@@ -61,7 +61,7 @@ def test_onnx_takes_any_number_of_images(family: str) -> None:
         given = [value[:batch] for value in inputs]
         names = [taken.name for taken in session.get_inputs()]
         (images,) = session.run(["image"], {n: v.numpy() for n, v in zip(names, given, strict=True)})
-        torch.testing.assert_close(torch.from_numpy(images), generator(*given).detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(images), generator(*given).detach(), atol=5e-5, rtol=1e-4)
 
 
 def test_onnx_of_a_generator_that_fixes_its_batch_is_refused() -> None:

@@ -184,7 +184,7 @@ def test_rates_follow_each_networks_density():
     for paper in ({"published": True}, {"preset": "sngan32"}):
         assert learning_rates(resolve({**given, **paper}), 0, (0.25, 0.64)) == (0.2, 0.2)
     with pytest.raises(ConfigError, match="--lr-density-power has no effect with --method dense"):
-        refuse_without_effect({"lr_density_power": 0.5}, "dense")
+        refuse_without_effect({"lr_density_power": 0.5}, resolve({"out": "x", "method": "dense"}))
 
 
 def test_rates_of_a_step_are_those_of_its_densities():

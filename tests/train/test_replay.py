@@ -57,6 +57,13 @@ def test_other_settings_decide_otherwise_from_the_same_measurements(run_of):
     assert all("sign of D(x)" in d.reason for d in by_sign.replayed.values())
 
 
+def test_decisions_that_do_the_same_are_the_runs_whatever_their_reasons(run_of):
+    folder = run_of("ddst-strict", bounds=(-2e9, -1e9))
+    result = replay(folder, {"bounds": (-3e9, -2e9)})
+    assert not result.same  # the bounds stand in the reasons
+    assert table(result).endswith("0 of 4 decisions are not the run's")
+
+
 def test_a_run_that_steers_nothing_shows_what_the_rule_would_have_done(run_of):
     result = replay(run_of("static"), {"interval_d": 5, "warmup": 0, "bounds": (-2e9, -1e9)})
     assert not result.logged

@@ -115,8 +115,8 @@ class DDST:
         is that of the last step of ``opt_d``; what G's loss sends through D is kept apart, whether D is frozen then or
         not.
     Cost: a measurement is one forward pass of G and two of D, every ``br_every`` iterations (where they draw numbers
-        of their own one more of each); from G's step until then a copy of its weights is kept. Before an update of G
-        and a decision about D, the activations and gradients of one step of theirs stay in memory until :meth:`step`;
+        of their own one more of each, and from G's step until then a copy of its weights is kept). Before an update of
+        G and a decision about D, the activations and gradients of one step of theirs stay in memory until :meth:`step`;
         the block scores are computed from them only if blocks are to grow. See :class:`ddst.SparseTraining` for
         updates.
     Source: Wang et al., *Balanced Training for Sparse GANs* (2023), both settings; the defaults for blocks larger than
@@ -296,7 +296,8 @@ class DDST:
                 self.updater_d.scores.set_aside_at(opt_g)
         self.steps = 0
         self._order = StepOrder(opt_g)
-        self._earlier = EarlierWeights(generator, opt_g, lambda: (self.steps + 1) % self.br_every == 0)
+        self._draws = True  # whether G or D drew numbers when it was measured last; unknown: as if it did
+        self._earlier = EarlierWeights(generator, opt_g, lambda: self._draws and (self.steps + 1) % self.br_every == 0)
         self._warn_if_idle()
 
     @property
@@ -389,8 +390,9 @@ class DDST:
         if drawn and self._earlier.kept:  # fake_scores are of other draws
             with unperturbed(*networks), never_repeated(), self._earlier.in_place():
                 fake_scores = self._scores_of(self._generate(noise))
-        elif drawn:
+        elif drawn and self._draws:
             fake_scores = fake  # G has made no step
+        self._draws = drawn
         self._earlier.forget()
         means = [scores.to(torch.float64).mean().item() for scores in (fake, fake_scores, data, data.sign())]
         after, before, rated, sign = average_numbers(means, self._process_group)

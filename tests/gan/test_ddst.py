@@ -82,6 +82,21 @@ def test_both_sides_of_a_step_meet_the_same_draws_of_the_networks(where, rate):
     assert abs(gained.item()) > 1e-3, "what other draws would have made of it"
 
 
+def test_weights_are_copied_only_for_networks_that_draw():
+    gan = ToyGan(batch_norm=False)
+    gan.d[6] = nn.Identity()
+    _, scheduler = make(gan, br_every=1)
+    gan.iteration()
+    assert scheduler._earlier.kept  # not measured yet: they may draw
+    run(gan, scheduler, 1)
+    arguments = gan.iteration()
+    assert not scheduler._earlier.kept
+    gan.g[1] = Noisy()  # draws from now on
+    assert scheduler.step(**arguments).sample.alpha != 0  # of other draws, once
+    gan.iteration()
+    assert scheduler._earlier.kept
+
+
 def test_a_generator_that_draws_and_made_no_step_has_gained_nothing():
     gan = ToyGan()
     gan.g[1] = Noisy()

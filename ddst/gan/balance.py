@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,6 +65,17 @@ class WindowSummary:
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold."""
         return asdict(self)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of finite numbers, and so finite, also where their sum is not: halves are divided before they are summed, and
+    rounding takes no mean outside of what it is of.
+
+    >>> _mean([1.7976931348623157e308] * 3)
+    1.7976931348623157e+308
+    """
+    mean = 2 * math.fsum(value / 2 / len(values) for value in values)
+    return min(max(mean, min(values)), max(values))
 
 
 class BalanceRatio:
@@ -138,9 +149,8 @@ class BalanceRatio:
         count = len(self._samples)
         if not count:
             return WindowSummary(0, self.window, 0.0, 0.0, None, "no sample yet")
-        # Divided first: the sum of finite numbers may overflow, their mean cannot.
-        alpha = math.fsum(a / count for a, _, _ in self._samples)
-        beta = math.fsum(b / count for _, b, _ in self._samples)
+        alpha = _mean([a for a, _, _ in self._samples])
+        beta = _mean([b for _, b, _ in self._samples])
         signs = [s for _, _, s in self._samples if s is not None]
         sign = math.fsum(signs) / len(signs) if signs else None
         reason = ""
@@ -152,7 +162,7 @@ class BalanceRatio:
                 )
         else:
             ratios = [r for r in (self._ratio(a, b) for a, b, _ in self._samples) if r is not None]
-            value = math.fsum(r / len(ratios) for r in ratios) if 2 * len(ratios) >= count else None
+            value = _mean(ratios) if ratios and 2 * len(ratios) >= count else None
             if value is None:
                 reason = f"beta is not above {self.eps:.3g} in {count - len(ratios)} of {count} samples"
         return WindowSummary(count, self.window, alpha, beta, value, reason, sign)

@@ -2,9 +2,10 @@
 
 import json
 import math
+import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ddst.gan.balance import BalanceRatio
@@ -76,6 +77,8 @@ def test_samples_that_are_not_finite_stay_outside(alpha, beta):
 
 
 @given(st.lists(st.tuples(any_float, any_float), max_size=30), st.sampled_from(["ratio_of_means", "mean_of_ratios"]))
+@example([(sys.float_info.max, sys.float_info.max)] * 3, "ratio_of_means")
+@example([(sys.float_info.max, 1.0)] * 3, "mean_of_ratios")
 def test_nothing_but_finite_numbers_comes_out(pairs, average):
     meter = BalanceRatio(window=8, average=average, eps=0.0)
     for alpha, beta in pairs:

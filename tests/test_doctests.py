@@ -21,7 +21,8 @@ import ddst
 import ddst.benchmarks
 from ddst.benchmarks.paper.published import DISTANCES
 from ddst.cli import build_parser
-from ddst.train.config import refuse_without_effect, resolve
+from ddst.train.config import resolve
+from ddst.train.without_effect import refuse_without_effect
 
 # ddst.kernels is not imported to find its modules: on import it decides whether it is interpreted (tests/kernels).
 KERNELS = importlib.util.find_spec("ddst.kernels")

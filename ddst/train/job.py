@@ -14,7 +14,7 @@ from ddst.distributed import sums
 from ddst.sparsity.density import NetworkDensity
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
 from ddst.train.collapse import told, watched
-from ddst.train.config import TrainConfig, check_same_run, check_saved, fitting, refuse_without_effect, resolve
+from ddst.train.config import TrainConfig, check_same_run, check_saved, fitting, resolve
 from ddst.train.folder import (
     BEST,
     CHECKPOINT,
@@ -34,6 +34,7 @@ from ddst.train.options import ConfigError, shown_value
 from ddst.train.processes import by_first, first, joined, parted, together
 from ddst.train.report import plot_report, summarize, table, write_summary
 from ddst.train.terminal import one_line
+from ddst.train.without_effect import refuse_without_effect
 
 
 def run(given: Mapping[str, Any]) -> int:

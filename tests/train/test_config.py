@@ -10,14 +10,13 @@ from ddst.metrics.classifier import TRAINED
 from ddst.models.families import FAMILIES, Sizes
 from ddst.train.config import (
     FREE_ON_RESUME,
-    MEASURED,
     OPTIONS,
     check_same_run,
     check_saved,
-    refuse_without_effect,
     resolve,
 )
 from ddst.train.options import ConfigError, Option, flag, parse_block, shown_value
+from ddst.train.without_effect import MEASURED, refuse_without_effect
 
 
 def test_defaults_depend_on_method_block_and_preset():

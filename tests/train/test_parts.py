@@ -9,13 +9,13 @@ from ddst.data import load_images
 from ddst.nn import sparse_layers
 from ddst.train import Trainer, resolve, run
 from ddst.train.checkpoint import CheckpointError
-from ddst.train.config import refuse_without_effect
 from ddst.train.folder import CHECKPOINT
 from ddst.train.game import Game
 from ddst.train.loop import TrainingError, train
 from ddst.train.options import ConfigError
 from ddst.train.players import learning_rates
 from ddst.train.samples import generate
+from ddst.train.without_effect import refuse_without_effect
 from helpers.runs import TINY, checkpoint_of, differences, log_without_seconds, tiny
 
 SMALL = {"steps": 6, "interval_g": 2, "interval_d": 2, "br_window": 2, "sample_every": 4, "checkpoint_every": 2}

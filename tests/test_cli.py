@@ -96,14 +96,12 @@ def test_whole_words_reach_the_run(tmp_path, capsys):
         (["--batch", "2147483647"], "--batch, --resolution, --width-g and --width-d do not fit"),
         (["--resolution", "1073741824"], "images of this --resolution do not fit"),
         (["--drop-fraction-d", "0.5"], "--drop-fraction-d has no effect with --method ddst-relaxed"),
-        (["--data", "no\nfolder"], "data folder no\\nfolder does not exist"),
         (["--sn-noise", "inf"], "--sn-noise must be from 0 to 1, got inf"),
         (["--seed", "99999999999999999999"], "--seed must be at least 0 and below 2**63, got 99999999999999999999"),
         (["--br-window", "9" * 20], "--br-window must be at least 1 and at most 2147483647"),
         (["--threads", "99999"], "--threads must be at least 0 and at most 1024"),
         (["--width-g", "2000000000"], "--width-g, --width-d and --latent do not fit"),
         (["--block", "64x64"], "--density 0.3: density 0.3 cannot be met with blocks of 64x64"),
-        (["--data", "no/such/folder"], "data folder no/such/folder does not exist"),
         (["--data", ""], "--data must not be empty"),  # As a path it would be the present folder.
         (["--inception", ""], "--inception must not be empty"),
         (["--out", "x" * 300], "File name too long"),
@@ -165,9 +163,15 @@ def test_wrong_folders_are_one_line_with_code_2(tmp_path, capsys):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(broken / "a.png")
     (broken / "b.jpg").write_bytes(b"no image at all")
     before = contents(tmp_path)
-    for folder, words in ((empty, "holds no image file"), (broken, "cannot read image")):
-        assert code_of(["train", *WORDS, "--data", folder, "--out", tmp_path / "run"]) == 2
-        assert_one_line(capsys, words, str(folder))
+    given = [word for word in words_of(tiny(data="FOLDER")) if word not in ("--data", "FOLDER")]
+    for folder, *words in (
+        (empty, "holds no image file", str(empty)),
+        (broken, "cannot read image", str(broken)),
+        ("no/such/folder", "data folder no/such/folder does not exist"),
+        ("no\nfolder", "data folder no\\nfolder does not exist"),
+    ):
+        assert code_of(["train", *given, "--data", folder, "--out", tmp_path / "run"]) == 2
+        assert_one_line(capsys, *words)
     assert contents(tmp_path) == before
     assert not (tmp_path / "run").exists()
 

@@ -36,7 +36,8 @@ class Family:
         loss, r1, r2: of :mod:`ddst.gan.losses`: its name and weights of the penalties.
         conditional: whether both also take classes. joint: whether real and generated images may pass D as one batch,
             that is, whether nothing in it mixes images.
-        normed: those of "generator" and "discriminator" whose weights are under spectral norm.
+        normed: those of "generator" and "discriminator" whose weights are under spectral norm. batch_norm: whether G
+            has any.
     """
 
     generator: Callable[[Sizes], nn.Module]
@@ -47,6 +48,7 @@ class Family:
     conditional: bool = False
     joint: bool = True
     normed: tuple[str, ...] = ()
+    batch_norm: bool = True
     check_sizes: Callable[[Sizes], object] = lambda sizes: None
 
     def check(self, resolution: int, width_g: int, width_d: int, latent: int) -> None:
@@ -163,6 +165,7 @@ FAMILIES: Mapping[str, Family] = {
         loss="relativistic",
         r1=1.0,
         r2=1.0,
+        batch_norm=False,
         check_sizes=_r3gan_stages,
     ),
     "stylegan2": Family(
@@ -171,6 +174,7 @@ FAMILIES: Mapping[str, Family] = {
         loss="bce",
         r1=1.0,
         joint=False,  # the deviation over the batch
+        batch_norm=False,
         check_sizes=lambda s: dcgan.doublings(s.resolution),
     ),
 }

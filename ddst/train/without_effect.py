@@ -45,6 +45,11 @@ def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None
             f"--model {config.model} and --method {method}, in which no sparse layer has spectral norm",
         ),
         (
+            ("batch_norm",),
+            not FAMILIES[config.model].batch_norm,
+            f"--model {config.model}, whose generator has no batch norm",
+        ),
+        (
             ("drop_fraction_end", "drop_fraction_steps"),
             config.drop_schedule == "constant",
             "--drop-schedule constant, which does not fall",
@@ -55,8 +60,8 @@ def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None
             "--metric-every 0, under which nothing is measured while the run trains",
         ),
         (
-            ("metric_every",),
-            config.metric_every > 0 and config.data not in MEASURED and not config.inception,
+            ("metric_every", "fd_samples") if config.metric_every else ("fd_samples",),
+            config.data not in MEASURED and not config.inception,
             f"--data {config.data} without --inception: only digits and shapes have a metric of their own",
         ),
         (

@@ -9,6 +9,7 @@ from ddst.gan import PRESETS
 from ddst.train.checkpoint import load_checkpoint
 from ddst.train.config import OPTIONS
 from ddst.train.log import read_log
+from ddst.train.without_effect import MEASURED
 
 # The smallest run in which everything happens: 8x8 digits, layers of 2x2 blocks and nine taps, topology updates at 4, 8
 # and 12, decisions at 5 and 10, a window of 3.
@@ -37,12 +38,14 @@ TINY: dict[str, Any] = {
 
 
 def tiny(**settings: Any) -> dict[str, Any]:
-    """`TINY` with these settings, without those that the method does not have."""
+    """`TINY` with these settings, without those that do nothing beside them."""
     both = {**TINY, **settings}
     method = both.get("method", OPTIONS["method"].default)
     had = {k: v for k, v in both.items() if OPTIONS[k].methods is None or method in OPTIONS[k].methods}
     if not PRESETS[method].steers_d and "algorithm_d" not in had:
         had.pop("interval_d", None)
+    if both.get("data", "digits") not in MEASURED and not both.get("inception"):
+        had.pop("fd_samples")
     return had
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from ddst.metrics.classifier import TRAINED
 from ddst.models.families import FAMILIES, Sizes
@@ -230,6 +231,10 @@ MOVES_NOTHING = "under which no block ever moves, only with --algorithm-d rigl o
         ({"inception": "file", "metric_every": 0}, "--metric-every 0, under which nothing", {"metric_every": 5}),
         ({"data": "folder", "metric_every": 5}, "--data folder without --inception", {"inception": "file"}),
         ({"data": "folder", "metric_every": 5}, "--data folder without --inception", {"metric_every": 0}),
+        ({"data": "folder", "fd_samples": 99}, "--data folder without --inception", {"inception": "file"}),
+        ({"data": "folder", "fd_samples": 99, "metric_every": 0}, "--data folder without", {"data": "digits"}),
+        ({"batch_norm": "synced", "model": "r3gan"}, "--model r3gan, whose generator has no", {"model": "dcgan"}),
+        ({"batch_norm": "local", "model": "stylegan2"}, "--model stylegan2, whose generator", {"model": "sngan"}),
         ({"lr_decay": "linear", "lr_decay_start": 50, "steps": 50}, "--steps 50, before", {"steps": 51}),
         (
             {"sn_noise": 0.1, "model": "dcgan"},
@@ -251,7 +256,7 @@ def test_which_data_have_a_metric_of_their_own():
     assert set(MEASURED) == set(TRAINED)
 
 
-def test_which_models_have_spectral_norm():
+def test_which_models_have_spectral_norm_and_batch_norm():
     for name, family in FAMILIES.items():
         sizes = Sizes(8, 64, 64, 20, 1, 2)
         networks = {"generator": family.generator(sizes), "discriminator": family.discriminator(sizes)}
@@ -260,3 +265,5 @@ def test_which_models_have_spectral_norm():
             key for key, all_of_it in names.items() if any("weight_orig" in n or "parametr" in n for n in all_of_it)
         ]
         assert normed == list(family.normed), name
+        norms = [module for module in networks["generator"].modules() if isinstance(module, nn.BatchNorm2d)]
+        assert bool(norms) == family.batch_norm, name

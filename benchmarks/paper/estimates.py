@@ -51,6 +51,15 @@ class Runs:
         place = (None, None) if method == "dense" else (density, block)
         return self.groups.get((data, method, *place, steps, changes), {})
 
+    def densities(self, steps: int, data: str | None = None, block: tuple[int, int] | None = None) -> set[float]:
+        """Of G, in finished runs of so many steps with the defaults' settings; of one data set and block, or of any."""
+        found = set()
+        for of_data, _, density, of_block, of_steps, changes in self.groups:
+            fits = data in (None, of_data) and block in (None, of_block) and of_steps == steps and not changes
+            if fits and density is not None:
+                found.add(density)
+        return found
+
     @property
     def all(self) -> list[Record]:
         return [record for seeds in self.groups.values() for record in seeds.values()]

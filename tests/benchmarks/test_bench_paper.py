@@ -165,7 +165,7 @@ def test_what_is_not_finished_is_marked_and_other_lengths_stand_apart():
     long, short = text.index("## 3,000 steps"), text.index("## 800 steps")
     assert long < short and "**Not the planned 3,000 steps**" in text[short:] and "Not the planned" not in text[:short]
     assert "| static | 10 % | 1 | 20.0 |" in text[short:] and "| static | 10 % | 1" not in text[:short]
-    assert "| static, static-strong, sdst-set" in text[short:]
+    assert "| static, static-strong, sdst-set" in text[short:] and "No run is finished" not in text[short:]
     assert "*not finished*" in text and "- `goal`: 1 of 15 runs of 3,000 steps are finished; the next is" in text
     assert "`digits-static-0.1-16x16-3000-seed0`" in text
     empty = page([])
@@ -174,6 +174,19 @@ def test_what_is_not_finished_is_marked_and_other_lengths_stand_apart():
     assert "| *2000* |" in busy
     broken = [{"kind": "paper", "cell": vars(plan(["goal"])[1]) | {"changes": {}}, "error": "loss is not finite"}]
     assert "- `digits-static-0.1-16x16-3000-seed0` broke off: loss is not finite" in page(broken)
+
+
+def test_a_density_that_the_plan_does_not_have_is_shown_without_what_is_missing():
+    text = page(row("static", [30.0, 32.0], density=0.05) + row("sdst-rigl", [20.0, 21.0]))
+    assert "| static | 5 % | 2 | 31.0 (18.3 to 43.7) |" in text
+    assert text.index("| sdst-rigl | 10 % | 2 |") < text.index("| static | 5 % | 2 |")
+    assert "sdst-set | 5 %" not in text and "At 5 %" not in text
+
+
+def test_other_lengths_with_other_settings_alone_have_no_goals():
+    changed = made(Cell("digits", "sdst-rigl", 0.1, (16, 16), 0, 800, (("interval_g", "100"),)), 50.0)
+    short = page([changed]).split("## 800 steps")[1]
+    assert "interval_g 100 | 1 | 50.0 (1 seed)" in short and "Goals" not in short and "No run is finished" not in short
 
 
 def test_other_settings_stand_beside_the_defaults_by_equal_seeds():

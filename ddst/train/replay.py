@@ -40,11 +40,6 @@ class Replay:
     replayed: Mapping[int, Decision]
     interval: int
 
-    @property
-    def same(self) -> bool:
-        """Whether every decision is the logged one."""
-        return self.logged == self.replayed
-
 
 def replay(log: Path, given: Mapping[str, Any], mode: str | None = None, signal: str | None = None) -> Replay:
     """Decides again at every decision's step of a log.

@@ -93,7 +93,7 @@ def test_its_log_has_both_lengths_and_its_schedules_are_those_of_the_new_one(lon
 
 def test_it_is_replayed_and_reported(longer, tmp_path):
     result = replay(longer, {})
-    assert result.same and list(result.replayed) == [3, 6, 9, 12, 15, 18]
+    assert result.replayed == result.logged and list(result.replayed) == [3, 6, 9, 12, 15, 18]
     assert list(replay(longer, {"interval_d": 5}).replayed) == [5, 15]  # 10 was the last step then, 20 is now
     page = tmp_path / "page.html"
     assert main(["report", str(longer), "--out", str(page)]) == 0

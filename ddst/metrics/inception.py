@@ -21,6 +21,7 @@ from torch import Tensor
 from ddst.data import DataError
 
 FEATURES, CLASSES = 2048, 1008
+BATCH = 64
 RESIZER = "the network's bilinear to 299 (TensorFlow 1)"
 
 
@@ -59,7 +60,7 @@ class Inception:
         self._network, self._device = network.to(device), device
 
     @torch.no_grad()
-    def features(self, parts: Iterable[Tensor], batch: int = 64) -> Features:
+    def features(self, parts: Iterable[Tensor], batch: int = BATCH) -> Features:
         """Of images `[N, 3, H, W]` or `[N, 1, H, W]` uint8, in parts. In eval mode, `batch` at a time."""
         pool, logits = [], []
         for part in parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from ddst.data import DataError, ImageSet
 from ddst.metrics.classifier import TRAINED
 from ddst.metrics.frechet import evaluate_embedded, frechet_of_moments
-from ddst.metrics.inception import FEATURES, RESIZER, Features, Inception, inception_score, to_bytes
+from ddst.metrics.inception import BATCH, FEATURES, RESIZER, Features, Inception, inception_score, to_bytes
 from ddst.metrics.prdc import prdc
 from ddst.metrics.statistics import Moments, Reference, read_reference
 
@@ -66,6 +66,7 @@ class Judge:
         split: words for which images those are.
         weights: file of `Inception`'s weights. device: where it runs.
         reference: .npz of `read_reference`, in place of `real` for "fid", and for "prdc" if it holds images.
+        before_batch: is called before each batch of the network; what it raises ends a measurement.
 
     Attributes:
         network: digest of the weights, None where no metric needs them.
@@ -83,6 +84,7 @@ class Judge:
         weights: Path | None = None,
         reference: Path | None = None,
         device: torch.device | str = "cpu",
+        before_batch: Callable[[], object] = lambda: None,
     ) -> None:
         self.metrics, self._real, self._split = tuple(metrics), real, split
         unknown = [name for name in metrics if name not in METRICS]
@@ -99,6 +101,7 @@ class Judge:
             if real is None or real.channels != TRAINED[name][0]:
                 kind = "grey" if TRAINED[name][0] == 1 else "colour"
                 raise DataError(f"metric {name} is of {kind} images: its classifier knows {name} only")
+        self._before_batch = before_batch
         self._network = None if not by_network or weights is None else Inception(weights, device)
         self.network = None if self._network is None else self._network.digest
         self._file = Reference(None, None) if reference is None else read_reference(reference, FEATURES)
@@ -130,7 +133,7 @@ class Judge:
 
         figures: list[Figure] = []
         if self._network is not None:
-            figures += self._by_network(self._network.features(seen()))
+            figures += self._by_network(self._network.features(self._batches(seen())))
         else:
             kept = list(parts)
         for name in self._embedded:
@@ -167,10 +170,16 @@ class Judge:
         """Of the reference images, of the file if it holds some."""
         assert self._network is not None
         if self._file.images is not None:
-            return self._network.features(self._file.images.split(256))
+            return self._network.features(self._batches([self._file.images]))
         assert self._real is not None
         places = torch.arange(len(self._real)).split(256)
-        return self._network.features(to_bytes(self._real.batch(part)) for part in places)
+        return self._network.features(self._batches(to_bytes(self._real.batch(part)) for part in places))
+
+    def _batches(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        for part in parts:
+            for batch in part.split(BATCH):
+                self._before_batch()
+                yield batch
 
     def moments(self) -> Moments:
         """Of the real features. Needs a network: a metric that is not embedded."""

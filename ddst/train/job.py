@@ -158,7 +158,7 @@ def _train(trainer: Trainer, kept: Kept | None, judge: Judging | None, warnings:
     parted()
     if not writes:
         return 0 if ended_by is None else 128 + ended_by
-    if trainer.step < config.steps:
+    if ended_by is not None or trainer.step < config.steps:
         again = f"ddst train --resume --out {shlex.quote(config.out)}"
         print(f"stopped after step {trainer.step} of {config.steps}; go on with: {one_line(again)}")
         return 0 if ended_by is None else 128 + ended_by

@@ -61,7 +61,11 @@ class TrainingError(OneLineError, RuntimeError):
 
 
 class StopFlag:
-    """Set by Ctrl-C or SIGTERM: the loop ends after the current step. A second Ctrl-C ends at once, as usual."""
+    """Set by Ctrl-C or SIGTERM: the loop ends after the current step. A second Ctrl-C ends at once, as usual.
+
+    Attributes:
+        signal: the last one that was caught.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -197,7 +201,7 @@ class Trainer:
         mean_d, mean_g, noise, scores = gan_iteration(players, reals, lambda: self.noise_of(self._noise))
         loss_d, loss_g = average_numbers([mean_d.item(), mean_g.item()])
         if not (math.isfinite(loss_d) and math.isfinite(loss_g)):
-            raise TrainingError(f"loss is not finite at step {self.step + 1} (D {loss_d}, G {loss_g}){self._left()}")
+            raise TrainingError(f"loss is not finite at step {self.step + 1} (D {loss_d}, G {loss_g}){self.left()}")
         real: Any = reals[-1]
         report = self.scheduler.step(real=real, noise=noise, fake_scores=scores)
         self.step += 1
@@ -321,12 +325,12 @@ class Trainer:
         """
         state = self.state_dict()
         if (where := _not_finite(state)) is not None:
-            raise TrainingError(f"{where} is not finite after step {self.step}{self._left()}")
+            raise TrainingError(f"{where} is not finite after step {self.step}{self.left()}")
         if log is not None:
             save_checkpoint(self.out / CHECKPOINT, {**state, "log": log.sync()})
         self.saved_step = self.step
 
-    def _left(self) -> str:
+    def left(self) -> str:
         """What is left of the run when training cannot go on."""
         if self.saved_step is None:
             return "; there is no checkpoint yet"
@@ -355,7 +359,7 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
             one's counts. judge: of the averaged generator; None: one that the settings describe.
 
     Returns:
-        The signal that ended it before its last step, or None.
+        The signal that ended it, or None.
 
     Raises:
         ConfigError: what --live names cannot begin; nothing is written then.
@@ -365,10 +369,11 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
     """
     config, stop = trainer.config, StopFlag()
     last = config.steps if config.stop_after is None else min(config.steps, config.stop_after)
-    ended_by, log = None, None
+    log = None
     with ExitStack() as held:
         if first():
             judge = judge or Judging(trainer)
+            judge.stopped = lambda: agreed(lambda: stop.signal, busy=True) is not None
             watcher = held.enter_context(live(config, trainer.step))
             _clear(trainer.out, kept)
             log = held.enter_context(RunLog(trainer.out / LOG))
@@ -396,22 +401,27 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
             trainer.checkpoint(log)
         with _progress(config.steps, trainer.step) as bar, enough_memory(trainer):
             try:
-                while trainer.step < last and (ended_by := agreed(stop.signal)) is None:
+                if judge is not None and log is not None:
+                    judge.catch_up(log)
+                    signs.write()
+                while trainer.step < last and agreed(lambda: stop.signal) is None:
                     loss_d, loss_g, report = trainer.train_step()
                     if log is not None:
                         _log_step(log, trainer, loss_d, loss_g, report)
                         _show(bar, trainer, loss_d, loss_g, report)
                         if trainer.step % config.sample_every == 0 or trainer.step == config.steps:
                             signs.samples(trainer.step, trainer.save_samples()[1])
+                        signs.write()  # Of all but the figure, which a stop may leave to the resumed run.
                     if judge is not None and log is not None:
                         judge(log)
                         signs.write()
                     if trainer.step % config.checkpoint_every == 0 and trainer.step < last:
                         trainer.checkpoint(log)
+                ended_by = agreed(lambda: stop.signal)
             except KeyboardInterrupt:
-                raise TrainingError(f"ended at once, without a checkpoint of step {trainer.step}") from None
+                raise TrainingError(f"ended at once after step {trainer.step}{trainer.left()}") from None
         trainer.checkpoint(log)
-    return (ended_by or stop.signal) if trainer.step < config.steps else None
+    return ended_by
 
 
 def _clear(out: Path, kept: Kept | None) -> None:

@@ -98,13 +98,21 @@ def by_first(action: Callable[[], T]) -> T | None:
     return result
 
 
-def agreed(signal_here: int | None) -> int | None:
-    """The signal that any of the processes got, on all of them."""
+def agreed(caught: Callable[[], int | None], busy: bool = False) -> int | None:
+    """The signal that any of the processes got, on all of them.
+
+    Args:
+        caught: the one that this process has got by now. busy: it does something for all and asks in between; the
+            others, which are not busy, wait until it asks as one of them.
+    """
     known = (int(signal.SIGINT), int(signal.SIGTERM))
     if ranks() == 1:
-        return signal_here
-    caught = sums([int(signal_here == number) for number in known])
-    return next((number for number, count in zip(known, caught, strict=True) if count), None)
+        return caught()
+    while True:
+        here = caught()
+        *counts, at_work = sums([*(int(here == number) for number in known), int(busy)])
+        if busy or not at_work:
+            return next((number for number, count in zip(known, counts, strict=True) if count), None)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,12 +15,19 @@ from ddst.train.checkpoint import replacing
 
 
 @torch.no_grad()
-def generate(generator: nn.Module, noise: Tensor, batch: int = 128, labels: Tensor | None = None) -> Tensor:
+def generate(
+    generator: nn.Module,
+    noise: Tensor,
+    batch: int = 128,
+    labels: Tensor | None = None,
+    before_batch: Callable[[], object] = lambda: None,
+) -> Tensor:
     """Images `[N, C, H, W]` in [-1, 1] of a generator in eval mode, `batch` at a time; its mode is put back.
 
     The noise is taken to where the generator is; the images come back on the CPU. A conditional generator (one with
     `classes`) makes images of `labels`, or of all classes in turn; to others they mean nothing. One that draws random
-    numbers gets the same each time, and torch's generator is left as it was.
+    numbers gets the same each time, and torch's generator is left as it was, also by what `before_batch`, which is
+    called before each batch, raises.
     """
     training, device = generator.training, next(generator.parameters()).device
     inputs = [noise]
@@ -29,8 +37,11 @@ def generate(generator: nn.Module, noise: Tensor, batch: int = 128, labels: Tens
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            pieces = zip(*(tensor.split(batch) for tensor in inputs), strict=True)
-            return torch.cat([generator(*(part.to(device) for part in piece)).cpu() for piece in pieces])
+            images = []
+            for piece in zip(*(tensor.split(batch) for tensor in inputs), strict=True):
+                before_batch()
+                images.append(generator(*(part.to(device) for part in piece)).cpu())
+            return torch.cat(images)
     finally:
         generator.train(training)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ddst.train.checkpoint import load_checkpoint
 from ddst.train.config import resolve
 from ddst.train.log import read_log
 from ddst.train.loop import Trainer
+from ddst.train.samples import generate
 from helpers.rank_checks import assert_like_one, assert_ranks_equal, check, data, mine, network
 from helpers.runs import TINY, checkpoint_of, differences, log_without_seconds
 
@@ -73,7 +76,7 @@ def images() -> ImageSet:
     return ImageSet("noise", stored, 255.0)
 
 
-def trained(**given: Any) -> Trainer:
+def trained(code: int = 0, **given: Any) -> Trainer:
     """What `ddst train` with these settings has in this process at its end; a group of processes stays."""
     made: list[Trainer] = []
 
@@ -84,7 +87,7 @@ def trained(**given: Any) -> Trainer:
     with small(), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr("ddst.train.job.Trainer", make)
         patch.setattr("ddst.train.job.parted", lambda: None)
-        assert run(given) == 0
+        assert run(given) == code
     if dist.is_initialized():
         dist.barrier()
     return made[0]
@@ -147,6 +150,36 @@ def ddst_train() -> None:
     assert_states_equal(parts)
     assert not differences(checkpoint_of(folder / "whole"), checkpoint_of(folder / "parts"))
     assert log_without_seconds(folder / "whole") == log_without_seconds(folder / "parts")
+
+
+@check
+def ddst_train_stopped_while_the_first_measures() -> None:
+    """A signal to the last rank ends the first one's measurement, which the resumed run makes: bit for bit the same."""
+    settings = {**SETTINGS, "metric_every": 3, "fd_samples": 1000, "stop_after": LAST}
+    trained(**settings, out=str(folder / "measured"))
+    pids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    batches = 0
+
+    def interrupted(*given: Any, before_batch: Any, **more: Any) -> Tensor:
+        def before() -> None:
+            nonlocal batches
+            before_batch()
+            batches += 1
+            if batches == 1:
+                os.kill(pids[-1], signal.SIGTERM)
+
+        return generate(*given, before_batch=before, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddst.train.judging.generate", interrupted)
+        stopped = trained(128 + signal.SIGTERM, **settings, out=str(folder / "stopped"))
+    assert stopped.step == 3 and batches < 8 and stopped.best is None
+    trained(resume=True, stop_after=LAST, out=str(folder / "stopped"))
+    assert not differences(checkpoint_of(folder / "measured"), checkpoint_of(folder / "stopped"))
+    entries = log_without_seconds(folder / "stopped")
+    assert [entry["step"] for entry in entries if entry.get("event") == "metric"] == [3, 6]
+    assert entries == log_without_seconds(folder / "measured")
 
 
 @check

@@ -13,9 +13,10 @@ from ddst.metrics.classifier import TRAINED
 from ddst.runs.plots import COLOURS, Line, plot, thinned
 from ddst.train.checkpoint import replacing
 from ddst.train.collapse import told, watched
+from ddst.train.config import OPTIONS
 from ddst.train.folder import EVALUATION, LOG, SAMPLES, SUMMARY
 from ddst.train.log import lengths, read_log
-from ddst.train.methods import steered_by
+from ddst.train.methods import METHODS, steered_by
 from ddst.train.options import ConfigError
 from ddst.train.target import check_target
 
@@ -27,15 +28,18 @@ _Plot = tuple[str, str, list[tuple[int, str]]]  # Its title, the drawing, and th
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What a layer, several of them or what is none takes of an iteration: percent forward and backward."""
+    """What a layer, several of them or what is none takes of an iteration.
+
+    Attributes:
+        percent: forward and backward; of what is no layer both in one.
+    """
 
     name: str
-    forward: float
-    backward: float
+    percent: tuple[float, ...]
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward
+        return sum(self.percent)
 
 
 @dataclass
@@ -70,6 +74,11 @@ class Run:
         """Of a step of one network, whose operations the log counts for one image; 0 where the log does not say."""
         batch, accumulate = (self.settings.get(name) for name in ("batch", "accumulate"))
         return batch * accumulate if isinstance(batch, int) and isinstance(accumulate, int) else 0
+
+    def has(self, setting: str) -> bool:
+        """Whether its method has the setting, as far as this ddst knows both."""
+        option, method = OPTIONS.get(setting), self.settings.get("method")
+        return option is None or option.methods is None or method not in METHODS or method in option.methods
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         return thinned([e["step"] for e in self.steps], [e.get(name) for e in self.steps])
@@ -163,20 +172,15 @@ def _layer_times(said: Any) -> list[LayerRow]:
     summary does not say."""
     if not isinstance(said, list) or not said or not all(_is_layer_time(entry) for entry in said):
         return []
-    rows = [LayerRow(f"{e['network']} {e['layer']}", 100 * e["forward"], 100 * e["backward"]) for e in said]
+    rows = [LayerRow(f"{e['network']} {e['layer']}", (100 * e["forward"], 100 * e["backward"])) for e in said]
     rows.sort(key=lambda row: -row.total)
     most, others = rows[:MOST_LAYERS], rows[MOST_LAYERS:]
     if others:
-        most.append(
-            LayerRow(f"{len(others)} others", sum(row.forward for row in others), sum(row.backward for row in others))
-        )
-    rest = 100 - sum(row.total for row in rows)
-    return [
-        *most,
-        LayerRow(
-            "of no layer: activations between layers, penalties, losses, optimizers, scheduler", max(rest, 0.0), 0.0
-        ),
-    ]
+        forward, backward = (sum(row.percent[i] for row in others) for i in range(2))
+        most.append(LayerRow(f"{len(others)} others", (forward, backward)))
+    rest = max(100 - sum(row.total for row in rows), 0.0)
+    named = "of no layer, both ways: activations between layers, penalties, losses, optimizers, scheduler"
+    return [*most, LayerRow(named, (rest,))]
 
 
 def _is_layer_time(entry: Any) -> bool:
@@ -304,7 +308,11 @@ def _layers(run: Run, network: str) -> tuple[list[Line], list[tuple[int, str]]]:
 
 
 def _differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Settings in which the runs differ."""
-    names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    rows = [(name, [json.dumps(run.settings.get(name)) for run in runs]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
+    """Settings in which the runs differ, with a dash where a run's method does not have one."""
+    differing = []
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        values = [json.dumps(run.settings.get(name)) for run in runs]
+        shown = [value if run.has(name) else "–" for run, value in zip(runs, values, strict=True)]
+        if len(set(values)) > 1 and len(set(shown)) > 1:
+            differing.append((name, shown))
+    return differing

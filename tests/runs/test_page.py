@@ -161,12 +161,41 @@ def test_where_the_time_of_an_iteration_went(sparse_run: Path, tmp_path: Path) -
         assert page.count('<div class="bar">') == rows
     (run / "summary.json").write_text(json.dumps({**summary, "timing": timing, "layers": layers}))
     assert main(["report", str(run), "--out", str(out)]) == 0
-    table = re.findall(r"<tr><td>([^<]*)</td>\s*<td>([\d.]+)</td><td>([\d.]+)</td>\s*<td><div", out.read_text())
-    assert table[0] == ("generator blocks.13.&lt;b&gt;", "2.3", "2.0")
-    assert table[-2:] == [
-        ("2 others", "2.1", "4.0"),
-        ("of no layer: activations between layers, penalties, losses, optimizers, scheduler", "48.9", "0.0"),
-    ]
+    page = out.read_text()
+    table = re.findall(r"<tr><td>([^<]*)</td>\s*<td>([\d.]+)</td><td>([\d.]+)</td>\s*<td><div", page)
+    assert len(table) == 13 and table[0] == ("generator blocks.13.&lt;b&gt;", "2.3", "2.0")
+    assert table[-1] == ("2 others", "2.1", "4.0")
+    # The backward passes of activations and the optimizers are no forward pass.
+    (rest,) = re.findall(r'<tr><td>(of no layer[^<]*)</td>\s*<td colspan="2">([\d.]+)</td>\s*<td><div', page)
+    named = "of no layer, both ways: activations between layers, penalties, losses, optimizers, scheduler"
+    assert rest == (named, "48.9") and '<span class="both" style="width: 100.0%">' in page
+
+
+def test_settings_that_a_method_does_not_have_are_none_of_its_runs(
+    sparse_run: Path, dense_run: Path, tmp_path: Path
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "page.html"
+    other.mkdir()
+    log = (sparse_run / "log.jsonl").read_text()
+    for old, new in (
+        ('"density": 0.3', '"density": 0.2'),
+        ('"prune_at": 9', '"prune_at": 8'),
+        ('"lr_d":', '"new": 1, "lr_d":'),
+    ):
+        assert old in log
+        log = log.replace(old, new, 1)
+    (other / "log.jsonl").write_text(log)
+    assert main(["report", str(sparse_run), str(dense_run), str(other), "--out", str(out)]) == 0
+    page = out.read_text()
+    differing = page[page.index("Settings that differ") :].split("</table>")[0]
+    rows = {
+        name: re.findall("<td>(.*?)</td>", cells) for name, cells in re.findall(r"<tr><td>(\w+)</td>(.*)", differing)
+    }
+    assert rows["density"] == ["0.3", "–", "0.2"] and "prune_at" not in rows
+    assert rows["new"] == ["null", "null", "1"]  # of a ddst that had other settings
+    listed = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
+    assert ["\ndensity: " in each for each in listed] == [True, False, True]
+    assert ["\nlr: " in each for each in listed] == [True] * 3
 
 
 def test_long_series_are_thinned_by_means() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 from ddst.gan.presets import PRESETS as METHOD_PARTS
 from ddst.models.families import FAMILIES
 from ddst.train.config import OPTIONS, TrainConfig
-from ddst.train.methods import EXCHANGING, EXCHANGING_D, MOVING
+from ddst.train.methods import EXCHANGING, EXCHANGING_D, MOVING, SPARSE_D
 from ddst.train.options import ConfigError, flag
 
-MEASURED = ("digits", "shapes")  # Data with a metric of its own: ddst.metrics.classifier.TRAINED, which imports numpy.
+# Data with a metric of its own, ddst.metrics.classifier.TRAINED, which imports numpy: those that are read from no file.
+MEASURED = ("digits", "shapes")
 
 
 def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None:
@@ -21,6 +22,11 @@ def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None
         given: settings by name, also those that are given as they would be without. config: all of the run.
     """
     method, parts = config.method, METHOD_PARTS[config.method]
+    exchanges_d = parts.mode == "strict" or not (parts.steers_d or config.algorithm_d == "static")
+    exchanging = (("drop_fraction", parts.moves_g), ("drop_fraction_d", exchanges_d))
+    exchanged = {name: getattr(config, name) for name, has in exchanging if has}
+    still = bool(exchanged) and not any(exchanged.values())
+    stands = f"{' and '.join(f'{flag(name)} 0' for name in exchanged)}, under which no block is exchanged"
     for name, declared in OPTIONS.items():
         if name in given and declared.methods is not None and method not in declared.methods:
             raise ConfigError(
@@ -39,10 +45,29 @@ def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None
             f"--method {method} and --algorithm-d static, under which no block ever moves, only with --algorithm-d "
             f"rigl or set, or --method {' or '.join(MOVING)}",
         ),
+        (("drop_schedule", "drop_fraction_end", "drop_fraction_steps", "scope"), still, stands),
+        (("ranking", "max_norm_share", "grown_second_moment", "random_share"), still and not parts.steers_d, stands),
+        (("exempt_g",), config.drop_fraction == 0, "--drop-fraction 0, under which no block of G moves"),
+        (
+            ("exempt_d",),
+            exchanged.get("drop_fraction_d") == 0 and not parts.steers_d,
+            "--drop-fraction-d 0, under which no block of D moves",
+        ),
+        (
+            ("delta",),
+            config.density_d_min == config.density_d == config.density_d_max,
+            f"--density-d-min and --density-d-max {config.density_d}, which is D's density",
+        ),
+        (
+            ("block_d",),
+            _full_d(config),
+            f"--density-d 1 and --distribution-d {config.distribution_d}, under which D is dense",
+        ),
         (
             ("sn_noise",),
             not _normed(config),
-            f"--model {config.model} and --method {method}, in which no sparse layer has spectral norm",
+            f"--model {config.model} and --method {method}{' and --density-d 1' if _full_d(config) else ''}, in which "
+            "no sparse layer has spectral norm",
         ),
         (
             ("batch_norm",),
@@ -65,6 +90,14 @@ def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None
             f"--data {config.data} without --inception: only digits and shapes have a metric of their own",
         ),
         (
+            ("data_cache",),
+            config.data in MEASURED and config.data_cache not in (None, "none"),
+            f"--data {config.data}, of which no resized images are kept",
+        ),
+        (("ema_start", "ema_ramp"), config.ema == 0, "--ema 0, under which the average is G itself"),
+        (("lazy",), not (config.r1 or config.r2), "--r1 0 and --r2 0"),
+        (("lr_decay_start",), config.lr_decay == "none", "--lr-decay none"),
+        (
             ("lr_decay_start",),
             config.lr_decay_start >= config.steps,
             f"--steps {config.steps}, before which the decay must start",
@@ -86,7 +119,13 @@ def _having(methods: tuple[str, ...]) -> str:
 def _normed(config: TrainConfig) -> bool:
     """Whether a network with sparse layers has weights under spectral norm."""
     normed, parts = FAMILIES[config.model].normed, METHOD_PARTS[config.method]
-    return "generator" in normed or ("discriminator" in normed and not parts.dense_d)
+    return "generator" in normed or ("discriminator" in normed and not (parts.dense_d or _full_d(config)))
+
+
+def _full_d(config: TrainConfig) -> bool:
+    """Whether a D that may be sparse has no sparse layer: what stays full of blocks is one of "uniform" alone."""
+    steers = METHOD_PARTS[config.method].steers_d
+    return config.method in SPARSE_D and config.density_d == 1 and not steers and config.distribution_d != "uniform"
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from ddst.data import EMBEDDED
 from ddst.metrics.classifier import TRAINED
 from ddst.models.families import FAMILIES, Sizes
 from ddst.train.config import (
@@ -194,6 +195,8 @@ def test_settings_that_a_method_does_not_have_are_refused(method, name, value):
     refuse({"method": "ddst-strict", name: value, "lr": 1e-3})
 
 
+# In which all of D's density is given.
+STANDING = {"density_d_min": 0.2, "density_d": 0.2, "density_d_max": 0.2, "delta": 0.1}
 MOVES_NOTHING = "under which no block ever moves, only with --algorithm-d rigl or set, or --method"
 
 
@@ -241,6 +244,41 @@ MOVES_NOTHING = "under which no block ever moves, only with --algorithm-d rigl o
             "--model dcgan and --method ddst-relaxed, in which no",
             {"model": "sngan"},
         ),
+        (
+            {"sn_noise": 0.1, "method": "static", "density_d": 1.0},
+            "--method static and --density-d 1, in which no sparse layer has",
+            {"distribution_d": "uniform"},
+        ),
+        (
+            {"block_d": (4, 4), "method": "sdst-set", "density_d": 1.0},
+            "--density-d 1 and --distribution-d erk, under which D is dense",
+            {"method": "ddst-relaxed"},
+        ),
+        (STANDING, r"--density-d-min and --density-d-max 0\.2, which is D's density", {"density_d": 0.1}),
+        ({"ema": 0.0, "ema_ramp": 0.5}, "--ema 0, under which the average is G itself", {"ema": 0.9}),
+        ({"ema": 0.0, "ema_start": 5}, "--ema 0, under which the average is G itself", {"ema": 0.9}),
+        ({"drop_fraction": 0.0, "exempt_g": "ends"}, "--drop-fraction 0, under which no", {"drop_fraction": 0.1}),
+        ({"drop_fraction": 0.0, "drop_schedule": "linear"}, "--drop-fraction 0, under which", {"drop_fraction": 0.1}),
+        (
+            {"drop_fraction": 0.0, "drop_fraction_d": 0.0, "drop_fraction_end": 0.1, "method": "ddst-strict"},
+            "--drop-fraction 0 and --drop-fraction-d 0, under which no block is exchanged",
+            {"drop_fraction_d": 0.1},
+        ),
+        ({"drop_fraction": 0.0, "scope": "global"}, "--drop-fraction 0, under which no block", {"drop_fraction": 0.1}),
+        (
+            {"drop_fraction": 0.0, "ranking": "raw", "method": "sdst-rigl"},
+            "--drop-fraction 0, under which no block is exchanged",
+            {"method": "ddst-relaxed"},
+        ),
+        (
+            {"drop_fraction_d": 0.0, "exempt_d": "none", "method": "static", "algorithm_d": "rigl"},
+            "--drop-fraction-d 0, under which no block of D moves",
+            {"drop_fraction_d": 0.1},
+        ),
+        ({"data_cache": "folder"}, "--data digits, of which no resized images are kept", {"data": "images"}),
+        ({"data_cache": "folder"}, "--data digits, of which no resized images are kept", {"data_cache": "none"}),
+        ({"lazy": 1}, "--r1 0 and --r2 0", {"r1": 1.0}),
+        ({"lr_decay_start": 0}, "--lr-decay none", {"lr_decay": "cosine"}),
         ({"sn_noise": 0.1, "method": "static-strong"}, "--model sngan and --method static-strong", {"model": "biggan"}),
     ],
     ids=str,
@@ -252,8 +290,8 @@ def test_settings_that_other_settings_make_idle_are_refused_with_what_helps(give
     refuse({**given, **helps})
 
 
-def test_which_data_have_a_metric_of_their_own():
-    assert set(MEASURED) == set(TRAINED)
+def test_which_data_have_a_metric_of_their_own_and_lie_in_no_folder():
+    assert set(MEASURED) == set(TRAINED) == set(EMBEDDED)
 
 
 def test_which_models_have_spectral_norm_and_batch_norm():

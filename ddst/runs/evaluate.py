@@ -9,7 +9,7 @@ from typing import Any
 
 from ddst.data import DataError, load_images
 from ddst.data.cache import cache_folder
-from ddst.data.images import EMBEDDED
+from ddst.data.images import advice_if_gone
 from ddst.metrics.classifier import TRAINED
 from ddst.metrics.judge import METRICS, Figure, Judge
 from ddst.metrics.statistics import write_statistics
@@ -71,8 +71,7 @@ def evaluate(
         try:
             real = load_images(name, config.resolution, held_out=held_out, cache=cache)
         except DataError as error:
-            where = "" if data is not None or name in EMBEDDED else "; --data PATH says where they lie now"
-            raise DataError(f"{error}{where}") from None
+            raise DataError(f"{error}{advice_if_gone(name) if data is None else ''}") from None
         if real.channels != about.channels and real.channels == 1:
             raise DataError(f"{name} is grey, the generator makes {about.channels} channels")
     judge = Judge(

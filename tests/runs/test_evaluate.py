@@ -111,6 +111,11 @@ def test_images_that_lie_elsewhere_now(sparse_run: Path, tmp_path: Path, capsys:
         assert main(["evaluate", str(file), *given]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "gone does not exist" in line and line.endswith("; --data PATH says where they lie now") == told
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "wnids.txt").write_text("n01\n")
+    assert main(["evaluate", str(file), "--held-out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "val_annotations.txt: No such file" in line and "--data" not in line  # they lie where they were
 
 
 def _forget_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ def test_changed_images_are_refused(tmp_path):
     folder.mkdir()
     for i in range(5):
         Image.new("RGB", (8, 8), (i * 40, 0, 0)).save(folder / f"{i}.png")
-    run({**TINY, "data": str(folder), "out": str(out), "stop_after": 2})
+    run(tiny(data=str(folder), out=str(out), stop_after=2))
     before = (out / "log.jsonl").read_bytes()
     Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "3.png")
     with pytest.raises(CheckpointError, match=r"the images of --data .* have changed"):
@@ -152,12 +152,14 @@ def test_a_run_goes_on_wherever_its_images_lie(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         for i in range(5):
             Image.new("RGB", (8, 8), (i * 30, shade, 0)).save(tmp_path / name / f"{i}.png")
-    run({**TINY, "data": "photos", "out": "run", "stop_after": 1})
+    run(tiny(data="photos", out="run", stop_after=1))
     again = {"out": "run", "resume": True, "data_cache": "none"}
     assert run({**again, "data": str(tmp_path / "photos"), "stop_after": 2}) == 0
     (tmp_path / "photos").rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"photos does not exist .*; --data PATH says where they lie now"):
         run(again)
+    with pytest.raises(CheckpointError, match=r"none does not exist \(.*\)$"):
+        run({**again, "data": "none"})
     assert run({**again, "data": "moved", "stop_after": 3}) == 0
     assert run({**again, "stop_after": 4}) == 0  # the checkpoint knows by now where they lie
     with pytest.raises(CheckpointError, match=r"the images of --data others have changed, or are others"):

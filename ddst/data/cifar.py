@@ -43,7 +43,10 @@ def _pickled(key: bytes) -> Callable[[Path], Batch]:
         except Exception as error:  # A damaged pickle makes its reader raise many types, the same to the user.
             why = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{why}; expected the whole pickled dict, as published") from error
-        data, labels = (batch.get(name) if isinstance(batch, dict) else None for name in (b"data", key))
+        names = (b"data", key)
+        held = batch if isinstance(batch, dict) else {}
+        # Names are texts where somebody read them as such and pickled them again.
+        data, labels = (held.get(name, held.get(name.decode())) for name in names)
         if not isinstance(data, Array) or not isinstance(labels, list) or any(type(i) is not int for i in labels):
             raise ValueError(f"expected a dict with an array 'data' and a list of whole numbers '{key.decode()}'")
         values = data.bytes_array()

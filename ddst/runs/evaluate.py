@@ -45,7 +45,7 @@ def evaluate(
         seed: of their noise, and of what the generator draws itself.
         weights: of the Inception network. reference: an .npz in place of real images, for "fid" and "prdc".
         data: the real images where the run's own have moved. held_out: those set aside for tests.
-        statistics: an .npz file for the mean and covariance of the real images; it is replaced.
+        statistics: an .npz file for the mean and covariance of the real images and what they are of; it is replaced.
         tell: is called with each figure before a file is written.
 
     Raises:
@@ -82,7 +82,7 @@ def evaluate(
     for figure in figures:
         tell(figure)
     if statistics is not None:
-        write_statistics(statistics, judge.moments())
+        write_statistics(statistics, judge.moments(), judge.origin)
     if source.is_dir():
         with replacing(source / EVALUATION) as file:
             file.write(json.dumps(_record(figures, about.step, seed), indent=2).encode() + b"\n")

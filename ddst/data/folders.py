@@ -287,8 +287,8 @@ def _no_data_sets(found: ImageFiles, where: str, advice: str) -> None:
 def _no_splits(names: Iterable[str], where: str, advice: str) -> None:
     """Raises DataError where images lie in folders for training and, beside these, for tests, at any depth."""
     folders: set[PurePosixPath] = set()
-    for folder in {name.rpartition("/")[0] for name in names}:
-        folders |= {PurePosixPath(folder), *PurePosixPath(folder).parents}
+    for inside in {name.rpartition("/")[0] for name in names}:
+        folders |= {PurePosixPath(inside), *PurePosixPath(inside).parents}
     splits: dict[PurePosixPath, list[str]] = {}
     for folder in sorted(folders):
         if folder.name.lower() in _SPLITS:

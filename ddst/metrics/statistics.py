@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def write_statistics(path: Path, moments: Moments, origin: Origin | None = None)
         OSError: it cannot be written.
     """
     with path.open("wb") as file:  # Of a name alone numpy would make one that ends in .npz.
-        said = {} if origin is None else {name: np.array(value) for name, value in asdict(origin).items()}
+        said: dict[str, Any] = {} if origin is None else asdict(origin)
         np.savez(file, mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), **said)
 
 

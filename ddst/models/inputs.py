@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 def check_noise(z: Tensor, latent: int) -> None:
     """Raises ValueError unless `z` is `[N, latent]`; torch.fx and torch.jit.trace, whose shapes are traced, pass."""
-    if isinstance(z, Tensor) and not torch._C._is_tracing() and tuple(z.shape[1:]) != (latent,):
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # documented, and torch.compile knows it
+    if isinstance(z, Tensor) and not tracing and tuple(z.shape[1:]) != (latent,):
         raise ValueError(f"z must be noise [N, {latent}], got {list(z.shape)}")
 
 

@@ -159,6 +159,15 @@ def test_noise_and_classes_that_do_not_fit_are_named(name: str) -> None:
                 network(x, torch.tensor([0, 3]))
 
 
+def test_what_traces_a_model_is_not_in_the_way_of_its_checks() -> None:
+    model = MODELS["biggan-g"]
+    generator = model.make("tiny").eval()
+    inputs, more = (model.sample(generator, n) for n in (2, 5))
+    expected = generator(*inputs)
+    assert torch.equal(torch.compile(generator, fullgraph=True, backend="eager")(*inputs), expected)
+    assert torch.equal(torch.jit.trace(generator, inputs, check_trace=False)(*more), generator(*more))
+
+
 def test_models_know_torch_only() -> None:
     """Imports run train -> gan -> sparsity -> convert -> nn -> ops, and models stand beside all of them."""
     allowed = ("torch", "collections", "typing", "math", "itertools", "dataclasses", "__future__", "ddst.models")

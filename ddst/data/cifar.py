@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,10 @@ def _pickled(key: bytes) -> Callable[[Path], Batch]:
         except Exception as error:  # A damaged pickle makes its reader raise many types, the same to the user.
             why = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{why}; expected the whole pickled dict, as published") from error
-        data, labels = (batch.get(name) if isinstance(batch, dict) else None for name in (b"data", key))
+        names = (b"data", key)
+        held = batch if isinstance(batch, dict) else {}
+        # Names are texts where somebody read them as such and pickled them again.
+        data, labels = (held.get(name, held.get(name.decode())) for name in names)
         if not isinstance(data, Array) or not isinstance(labels, list) or any(type(i) is not int for i in labels):
             raise ValueError(f"expected a dict with an array 'data' and a list of whole numbers '{key.decode()}'")
         values = data.bytes_array()
@@ -88,10 +91,22 @@ def cifar(path: Path, held_out: bool) -> Source | None:
     Raises:
         DataError: a file is missing; when it is read: it is damaged.
     """
-    for form in _FORMS:
-        if sum((path / name).is_file() for name in (*form.train, form.test, *form.more)) >= form.enough:
-            return _source(form, path, [form.test] if held_out else form.train)
-    return None
+    form = _form(lambda name: (path / name).is_file())
+    return None if form is None else _source(form, path, [form.test] if held_out else form.train)
+
+
+def cifar_of(names: Container[str]) -> str:
+    """The CIFAR that files of these names in one folder are; "" if none.
+
+    >>> cifar_of({"data_batch_2", "readme.html"}), cifar_of({"train", "readme.html"})
+    ('CIFAR-10, python batches', '')
+    """
+    form = _form(names.__contains__)
+    return "" if form is None else form.name
+
+
+def _form(there: Callable[[str], bool]) -> _Form | None:
+    return next((f for f in _FORMS if sum(map(there, (*f.train, f.test, *f.more))) >= f.enough), None)
 
 
 def _source(form: _Form, path: Path, names: Sequence[str]) -> Source:

@@ -24,16 +24,23 @@ class ImageFiles:
         files: the images, in the order of their paths.
         left_out: reason -> how many files or folders; for files of other kinds the reason is their ending.
         examples: reason -> the first of them, relative to the folder.
+        others: files of other kinds, relative to the folder.
     """
 
     files: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
 
     def leave_out(self, reason: str, name: str, why: str = "") -> None:
         """Counts something that is not read."""
         self.left_out[reason] += 1
         self.examples.setdefault(reason, shown(name) + (f": {why}" if why else ""))
+
+    def leave_out_other(self, name: str) -> None:
+        """Counts a file of another kind, by its ending."""
+        self.leave_out(os.path.splitext(name)[1].lower() or "without an ending", name)
+        self.others.append(name)
 
     def put_back(self, name: str) -> None:
         """Takes back a file that was left out by its ending and is read after all, for something else."""
@@ -103,7 +110,7 @@ def find_images(folder: Path) -> ImageFiles:
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                 found.files.append(folder / name)
             else:
-                found.leave_out(os.path.splitext(entry.name)[1].lower() or "without an ending", name)
+                found.leave_out_other(name)
     found.files.sort()
     return found
 

@@ -19,10 +19,12 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from ddst.data.cifar import cifar_of
 from ddst.data.files import HIDDEN, IMAGE_SUFFIXES, ImageFiles, find_images, shown
 from ddst.data.image_set import DataError
 from ddst.data.pixels import FORMATS, read_pixels
 from ddst.data.source import Pixels, Source, as_labels
+from ddst.data.stl10 import STL_10
 
 #: Where StyleGAN's data sets keep their labels, in a folder or a zip.
 STATED = "dataset.json"
@@ -47,25 +49,29 @@ def image_folder(path: Path, held_out: bool) -> Source:
     * else none.
 
     Raises:
-        DataError: the folder cannot be read, holds no image, or splits (``train`` beside ``val``) in place of classes;
-            ``dataset.json`` does not fit; when it is read: an image cannot be.
+        DataError: the folder cannot be read, holds no image, or, without ``dataset.json``, a published data set or
+            splits (``train`` beside ``val``) at any depth; ``dataset.json`` does not fit; when it is read: an image
+            cannot be.
     """
-    _no_held_out(held_out, path)
     try:
         found = find_images(path)
     except OSError as error:
         raise DataError(f"data folder {shown(path)} cannot be read: {error.strerror or error}") from error
+    where, stated = f"data folder {shown(path)}", path / STATED
+    listed = stated.is_file()
+    if not listed:
+        _no_data_sets(found, where, "give {}")
+    _no_held_out(held_out, path)
     if not found.files:
-        raise _no_images(f"data folder {shown(path)}", found)
+        raise _no_images(where, found)
     names = [file.relative_to(path).as_posix() for file in found.files]
     labels, classes, made_of = None, "without labels", found.files
-    stated = path / STATED
-    if stated.is_file():
+    if listed:
         found.put_back(STATED)
         labels, classes = _stated(_bytes_of(stated), names, shown(stated))
         made_of = [*made_of, stated]
     else:
-        _no_splits(names, f"data folder {shown(path)}")
+        _no_splits(names, where, "give one of them")
         tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
         folders = sorted({str(top) for top in tops}) if None not in tops else []
         if len(folders) > 1:
@@ -80,30 +86,32 @@ def image_zip(path: Path, held_out: bool) -> Source:
     """Every image in a zip, in the order of their names, with the labels of its ``dataset.json`` where it has one.
 
     Which names count is as in folders: :func:`ddst.data.files.find_images`. Nothing is unpacked to the disk. A zip with
-    ``wnids.txt`` in it, or in its one folder, is TinyImageNet as it is published: :func:`tiny_imagenet`.
+    TinyImageNet's lists in it, or in its one folder, is that data set as it is published: :func:`tiny_imagenet`.
 
     Raises:
-        DataError: it is no zip, holds no image, or splits (``train`` beside ``val``) without labels; ``dataset.json``
-            does not fit; when it is read: an image cannot be.
+        DataError: it is no zip, holds no image, or, without ``dataset.json``, another published data set or splits
+            (``train`` beside ``val``) at any depth; ``dataset.json`` does not fit; when it is read: an image cannot be.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(held := {info.filename for info in archive.infolist() if not info.is_dir()})
             for root in sorted({"", *(name.split("/", 1)[0] + "/" for name in names if "/" in name)}):
-                if f"{root}{_WNIDS}" in held:
+                if any(f"{root}{name}" in held for name in _LISTS):
                     return _tiny_imagenet(_Zip(path, archive, names, root), held_out)
             stated = archive.read(STATED) if STATED in held else None
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # RuntimeError: a password
         raise DataError(f"cannot read {shown(path)} as a zip of images: {shown(error)}") from error
-    _no_held_out(held_out, path)
     kept, found = _sorted_out(name for name in names if name != STATED)
+    if stated is None:
+        _no_data_sets(found, f"zip {shown(path)}", "unpack it and give {}")
+    _no_held_out(held_out, path)
     if not kept:
         raise _no_images(f"data {shown(path)}", found)
     labels, classes = None, "without labels"
     if stated is not None:
         labels, classes = _stated(stated, kept, f"{STATED} in {shown(path)}")
     else:
-        _no_splits(kept, f"zip {shown(path)}")
+        _no_splits(kept, f"zip {shown(path)}", "unpack it and give one of them")
     return Source(f"zip of image files, {classes}", [path], _zip_reader(path, kept, labels), found)
 
 
@@ -117,12 +125,12 @@ def _sorted_out(names: Iterable[str]) -> tuple[list[str], ImageFiles]:
         elif ending in IMAGE_SUFFIXES:
             images.append(name)
         else:
-            found.leave_out(ending or "without an ending", name)
+            found.leave_out_other(name)
     return images, found
 
 
 def tiny_imagenet(path: Path, held_out: bool) -> Source | None:
-    """The TinyImageNet that lies in a folder (by its ``wnids.txt``); None where none does.
+    """The TinyImageNet that lies in a folder, by its ``wnids.txt`` or its list of ``val``; None where none does.
 
     Read are ``train/<wnid>/images``; held out are ``val/images``, with the labels of ``val/val_annotations.txt``. A
     label is the number of the wnid in sorted order, as ``ImageFolder`` gives it. Grey files become grey RGB.
@@ -130,7 +138,8 @@ def tiny_imagenet(path: Path, held_out: bool) -> Source | None:
     Raises:
         DataError: a folder or list is missing or does not fit; when it is read: an image cannot be.
     """
-    return _tiny_imagenet(_Folder(path), held_out) if (path / _WNIDS).is_file() else None
+    there = any((path / name).is_file() for name in _LISTS)
+    return _tiny_imagenet(_Folder(path), held_out) if there else None
 
 
 @dataclass(frozen=True)
@@ -255,16 +264,38 @@ def _lines(place: _Folder | _Zip, name: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _no_splits(names: Sequence[str], where: str) -> None:
-    """Raises DataError where images lie in folders for training and for tests."""
-    parts = [name.split("/")[:-1] for name in names]
-    while parts and all(parts) and len({part[0] for part in parts}) == 1:  # All in one folder.
-        parts = [part[1:] for part in parts]
-    splits = sorted({part[0] for part in parts if part and part[0].lower() in _SPLITS})
-    if len(splits) > 1:
-        raise DataError(
-            f"{where} holds the splits {', '.join(map(shown, splits))}, which are no classes: give one of them"
-        )
+def _no_data_sets(found: ImageFiles, where: str, advice: str) -> None:
+    """Raises DataError where published data sets lie deeper: as image files they would be none, or of no class."""
+    inside, folders = {}, dict[str, set[str]]()
+    for name in found.others:
+        folder, _, file = name.rpartition("/")
+        folders.setdefault(folder, set()).add(file)
+        for listing in _LISTS:
+            if f"/{name}".endswith(f"/{listing}"):
+                inside[name.removesuffix(listing).rstrip("/")] = "TinyImageNet"
+    for folder, names in folders.items():
+        form = cifar_of(names) or ("" if names.isdisjoint(STL_10) else "STL-10")
+        if form:
+            inside[folder] = form
+    if inside:
+        places = [f"{form} in {shown(folder)}" if folder else form for folder, form in sorted(inside.items())]
+        what = "that folder" if len(places) == 1 else "one of these folders"
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        raise DataError(f"{where} holds {', '.join(places[:3])}{more}: {advice.format(what)}")
+
+
+def _no_splits(names: Iterable[str], where: str, advice: str) -> None:
+    """Raises DataError where images lie in folders for training and, beside these, for tests, at any depth."""
+    folders: set[PurePosixPath] = set()
+    for inside in {name.rpartition("/")[0] for name in names}:
+        folders |= {PurePosixPath(inside), *PurePosixPath(inside).parents}
+    splits: dict[PurePosixPath, list[str]] = {}
+    for folder in sorted(folders):
+        if folder.name.lower() in _SPLITS:
+            splits.setdefault(folder.parent, []).append(shown(folder))
+    several = next((found for found in splits.values() if len(found) > 1), None)
+    if several is not None:
+        raise DataError(f"{where} holds the splits {', '.join(several)}, which are no classes: {advice}")
 
 
 def _bytes_of(file: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -84,6 +85,11 @@ def digits(resolution: int) -> ImageSet:
 
 #: Data sets that need no file, by the name that stands for a path.
 EMBEDDED: Mapping[str, Callable[[int], ImageSet]] = {"digits": digits, "shapes": shapes}
+
+
+def advice_if_gone(data: str) -> str:
+    """What is said beside an error of a run's own images, where nothing lies at their path any more; else ""."""
+    return "" if data in EMBEDDED or os.path.exists(data) else "; --data PATH says where they lie now"
 
 
 def _recognised(path: Path, held_out: bool) -> Source:

@@ -65,10 +65,10 @@ class BatchReader(pickle.Unpickler):
     """Reads the dicts, lists, numbers, texts and arrays of bytes of which CIFAR's python batches are made.
 
     A pickle is a program: what it names is imported and called. Here the only names it may use are the four that
-    the published files do, ``numpy.core.multiarray._reconstruct``, ``numpy.ndarray``, ``numpy.dtype`` and
-    ``_codecs.encode``; and not even they are what is called, as numpy believes the states that it is handed: each is
-    replaced by a stand-in that keeps what it was given (:class:`Array`, :class:`Kind`). Any other name ends the
-    reading before it is imported.
+    the published files do, ``numpy.core.multiarray._reconstruct`` (NumPy 2's ``numpy._core``, too),
+    ``numpy.ndarray``, ``numpy.dtype`` and ``_codecs.encode``; and not even they are what is called, as numpy believes
+    the states that it is handed: each is replaced by a stand-in that keeps what it was given (:class:`Array`,
+    :class:`Kind`). Any other name ends the reading before it is imported.
 
     Raises:
         pickle.UnpicklingError: the file names anything else. Damaged files make it raise many types.
@@ -84,6 +84,7 @@ class BatchReader(pickle.Unpickler):
         super().__init__(file, encoding="bytes")  # They were written by Python 2.
         self._admitted: dict[tuple[str, str], Callable[..., Any] | str] = {
             ("numpy.core.multiarray", "_reconstruct"): self._array,
+            ("numpy._core.multiarray", "_reconstruct"): self._array,
             ("numpy", "ndarray"): "numpy.ndarray",
             ("numpy", "dtype"): self._kind,
             ("_codecs", "encode"): self._encoded,

@@ -14,6 +14,8 @@ from ddst.data.source import Pixels, Source, as_labels, resized_planes
 _SIDE, _CLASSES = 96, 10
 _VALUES = 3 * _SIDE * _SIDE
 _UNLABELLED = "unlabeled_X.bin"
+#: A folder with one of these is STL-10.
+STL_10 = ("train_X.bin", "test_X.bin")
 
 
 def stl10(path: Path, held_out: bool) -> Source | None:
@@ -27,7 +29,7 @@ def stl10(path: Path, held_out: bool) -> Source | None:
     Raises:
         DataError: a file is missing; when it is read: it is damaged.
     """
-    if not any((path / f"{split}_X.bin").is_file() for split in ("train", "test")):
+    if not any((path / name).is_file() for name in STL_10):
         return None
     split = "test" if held_out else "train"
     names = [f"{split}_X.bin"]

@@ -3,12 +3,13 @@
 from ddst.metrics.classifier import EmbeddedClassifier, load_classifier, nearest_resolution
 from ddst.metrics.frechet import Quality, evaluate_embedded, frechet_distance, frechet_of_moments, real_floor
 from ddst.metrics.prdc import Manifolds, prdc
-from ddst.metrics.statistics import Moments, read_reference, write_statistics
+from ddst.metrics.statistics import Moments, Origin, read_reference, write_statistics
 
 __all__ = [
     "EmbeddedClassifier",
     "Manifolds",
     "Moments",
+    "Origin",
     "Quality",
     "evaluate_embedded",
     "frechet_distance",

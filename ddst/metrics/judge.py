@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ddst.metrics.classifier import TRAINED
 from ddst.metrics.frechet import evaluate_embedded, frechet_of_moments
 from ddst.metrics.inception import BATCH, FEATURES, RESIZER, Features, Inception, inception_score, to_bytes
 from ddst.metrics.prdc import prdc
-from ddst.metrics.statistics import Moments, Reference, read_reference
+from ddst.metrics.statistics import Moments, Origin, Reference, read_reference
 
 METRICS = (*TRAINED, "fid", "is", "prdc")
 NEIGHBOURS = 5
@@ -70,6 +70,7 @@ class Judge:
 
     Attributes:
         network: digest of the weights, None where no metric needs them.
+        origin: what metrics of the network compare with.
 
     Raises:
         DataError: a metric needs what was not given; one line. As of `Inception` and `read_reference`.
@@ -107,12 +108,15 @@ class Judge:
         self._file = Reference(None, None) if reference is None else read_reference(reference, FEATURES)
         if "prdc" in metrics and reference is not None and self._file.images is None:
             raise DataError(f"reference {reference} holds no images (arr_0), which metric prdc needs")
-        # What metrics of the network compare with; embedded distances are always beside the real images.
-        self._against = split if reference is None else reference.name
-        self._resizer = f"of a file that does not say; {RESIZER}"
-        if reference is None and real is not None:
-            self._resizer = f"ddst.data's to {real.resolution}; {RESIZER}"
+        # Embedded distances are always beside the real images.
         images = real if reference is None else self._file.images
+        if reference is None:
+            count, side = (0, 0) if real is None else (len(real), real.resolution)
+            self.origin = Origin(count, split, f"ddst.data's to {side}; {RESIZER}")
+        elif self._file.origin is not None:
+            self.origin = replace(self._file.origin, split=f"{reference.name}, of {self._file.origin.split}")
+        else:
+            self.origin = Origin(0, reference.name, f"of a file that does not say; {RESIZER}")
         for metric, least in (("fid", 2), ("prdc", NEIGHBOURS + 1)):
             by_images = metric == "prdc" or self._file.moments is None
             if metric in metrics and by_images and images is not None and len(images) < least:
@@ -150,7 +154,7 @@ class Judge:
         if "fid" in self.metrics:
             moments, real = self._moments
             distance = frechet_of_moments(moments, Moments.of(fake.pool))
-            figures.append(Figure("fid", distance, count, real, self._against, self._resizer))
+            figures.append(Figure("fid", distance, count, real, self.origin.split, self.origin.resizer))
         if "is" in self.metrics:
             splits = min(10, count)
             mean, spread = inception_score(fake.logits, splits)
@@ -159,8 +163,9 @@ class Judge:
         if "prdc" in self.metrics:
             real_pool, fake_pool = self._features.pool[:MOST_NEIGHBOURS], fake.pool[:MOST_NEIGHBOURS]
             found = prdc(real_pool, fake_pool, NEIGHBOURS)
+            counts, origin = (len(fake_pool), len(real_pool)), self.origin
             figures += [
-                Figure(name, value, len(fake_pool), len(real_pool), self._against, self._resizer, {"k": NEIGHBOURS})
+                Figure(name, value, *counts, origin.split, origin.resizer, {"k": NEIGHBOURS})
                 for name, value in asdict(found).items()
             ]
         return figures
@@ -190,5 +195,5 @@ class Judge:
     @cached_property
     def _moments(self) -> tuple[Moments, int]:
         if self._file.moments is not None:
-            return self._file.moments, 0
+            return self._file.moments, self.origin.real
         return Moments.of(self._features.pool), len(self._features.pool)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddst.data import DataError
+from ddst.data.files import shown
 
+_ORIGIN = ("real", "split", "resizer")
 _ROUNDING = 1e-3  # of a covariance's largest eigenvalue: what its smallest ones may lie below 0
 
 
@@ -36,18 +40,29 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What moments are of: `real` images (0: not known), which ones (`split`), how they got their size (`resizer`)."""
+
+    real: int
+    split: str
+    resizer: str
+
+
+@dataclass(frozen=True)
 class Reference:
-    """What a reference file holds: moments, images `[N, 3, H, W]` uint8, or both."""
+    """What a reference file holds: moments, images `[N, 3, H, W]` uint8, or both; what moments are of if it says."""
 
     moments: Moments | None
     images: Tensor | None
+    origin: Origin | None = None
 
 
 def read_reference(path: Path, features: int) -> Reference:
     """The moments "mu" and "sigma", and the images "arr_0" `[N, H, W, 3]` where the file has them.
 
     These are the names of TTUR, pytorch-fid, EDM ("mu", "sigma") and of ADM's reference batches (with "arr_0", and
-    "mu_s", "sigma_s" of spatial features, which are left alone). Nothing is unpickled.
+    "mu_s", "sigma_s" of spatial features, which are left alone). "real", "split" and "resizer", where all three stand
+    beside the moments, are their :class:`Origin`. Nothing is unpickled.
 
     Args:
         features: expected width of "mu".
@@ -60,7 +75,8 @@ def read_reference(path: Path, features: int) -> Reference:
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise DataError(f"reference {path} is no .npz file")
         with opened as file:
-            held = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}
+            origin = _ORIGIN if set(_ORIGIN) <= set(file.files) else ()
+            held = {name: file[name] for name in ("mu", "sigma", "arr_0", *origin) if name in file.files}
             names = list(file.files)
     except DataError:
         raise
@@ -73,17 +89,19 @@ def read_reference(path: Path, features: int) -> Reference:
     if "arr_0" not in held and not {"mu", "sigma"} <= held.keys():
         raise DataError(f"reference {path} holds {', '.join(names) or 'nothing'}; expected mu and sigma, or arr_0")
     moments = _moments(path, held["mu"], held["sigma"], features) if {"mu", "sigma"} <= held.keys() else None
-    return Reference(moments, _images(path, held["arr_0"]) if "arr_0" in held else None)
+    images = _images(path, held["arr_0"]) if "arr_0" in held else None
+    return Reference(moments, images, _origin(path, held) if origin and moments is not None else None)
 
 
-def write_statistics(path: Path, moments: Moments) -> None:
-    """Write "mu" and "sigma" as `read_reference` and the usual programs read them.
+def write_statistics(path: Path, moments: Moments, origin: Origin | None = None) -> None:
+    """Write "mu" and "sigma" as `read_reference` and the usual programs read them, and beside them the `origin`.
 
     Raises:
         OSError: it cannot be written.
     """
     with path.open("wb") as file:  # Of a name alone numpy would make one that ends in .npz.
-        np.savez(file, mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
+        said: dict[str, Any] = {} if origin is None else asdict(origin)
+        np.savez(file, mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), **said)
 
 
 def _moments(path: Path, mu: np.ndarray, sigma: np.ndarray, features: int) -> Moments:
@@ -104,6 +122,17 @@ def _moments(path: Path, mu: np.ndarray, sigma: np.ndarray, features: int) -> Mo
             f"{values[0]:.3g}, the largest {values[-1]:.3g}"
         )
     return Moments(*(torch.from_numpy(a.astype(np.float64)) for a in (mu, sigma)))
+
+
+def _origin(path: Path, held: Mapping[str, np.ndarray]) -> Origin:
+    for name, kinds, expected in (
+        ("real", "iu", "a whole number from 1 on"),
+        *((n, "U", "a text") for n in _ORIGIN[1:]),
+    ):
+        array = held[name]
+        if array.dtype.kind not in kinds or array.shape or (name == "real" and array < 1):
+            raise DataError(f"reference {path}: {name} must be {expected}, got {array.dtype} {list(array.shape)}")
+    return Origin(int(held["real"]), shown(held["split"]), shown(held["resizer"]))
 
 
 def _images(path: Path, array: np.ndarray) -> Tensor:

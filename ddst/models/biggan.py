@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .biggan_layers import Attention, Make
+from .inputs import check_noise, embedded
 
 
 class _ClassNorm(nn.Module):
@@ -89,8 +90,9 @@ class Generator(nn.Module):
         self.norm, self.to_image = nn.BatchNorm2d(widths[-1]), make.conv(widths[-1], channels)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        check_noise(z, self.latent)
         first, *pieces = z.chunk(len(self.blocks) + 1, 1)
-        x, label = self.linear(first).unflatten(1, (-1, 4, 4)), self.embed(y)
+        x, label = self.linear(first).unflatten(1, (-1, 4, 4)), embedded(self.embed, y)
         for block, attention, piece in zip(self.blocks, self.attention, pieces, strict=True):
             x = attention(block(x, torch.cat([label, piece], 1)))
         return torch.tanh(self.to_image(F.relu(self.norm(x))))
@@ -126,8 +128,9 @@ class Discriminator(nn.Module):
             self.blocks.append(_DownBlock(c_in, c_out, i < len(multipliers) - 1, make))
             if resolution >> (i + 1) == attention:
                 self.blocks.append(Attention(c_out, make))
-        self.linear, self.embed = make.linear(widths[-1], 1), spectral_norm(nn.Embedding(classes, widths[-1]))
+        self.linear, self.embed = make.linear(widths[-1], 1), nn.Embedding(classes, widths[-1])
+        spectral_norm(self.embed)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = F.relu(self.blocks(x)).sum((2, 3))
-        return self.linear(h).squeeze(1) + (self.embed(y) * h).sum(1)
+        return self.linear(h).squeeze(1) + (embedded(self.embed, y) * h).sum(1)

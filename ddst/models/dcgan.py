@@ -10,6 +10,8 @@ import itertools
 
 from torch import Tensor, nn
 
+from .inputs import check_noise
+
 
 def bottom_of(resolution: int) -> int:
     """The side of the smallest map: 6 where ``resolution`` is 6 times a power of two, else 4.
@@ -73,6 +75,7 @@ class Generator(nn.Module):
         self.apply(init)
 
     def forward(self, z: Tensor) -> Tensor:
+        check_noise(z, self.latent)
         return self.main(z[:, :, None, None])
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .inputs import check_noise
+
 
 class Convolution(nn.Module):
     """``x ∗ W``, W the weight of a layer that is never called itself; a start of variance ``gain² / fan_in``.
@@ -99,6 +101,7 @@ class Generator(nn.Module):
         self.to_image = Convolution(widths[-1], channels, 1)
 
     def forward(self, z: Tensor) -> Tensor:
+        check_noise(z, self.latent)
         x = self.stages[0](self.const * self.linear(z)[:, :, None, None])
         for change, stage in zip(self.changes, self.stages[1:], strict=True):
             x = stage(F.interpolate(change(x), scale_factor=2.0, mode="bilinear"))

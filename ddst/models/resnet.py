@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dcgan import doublings
+from .inputs import check_noise
 from .sngan import ImageConv2d, _init, _UpBlock
 
 
@@ -55,6 +56,7 @@ class Generator(nn.Module):
         _init(self.to_image, 1.0)
 
     def forward(self, z: Tensor) -> Tensor:
+        check_noise(z, self.latent)
         h = self.linear(z).unflatten(1, (-1, 4, 4)).contiguous(memory_format=torch.channels_last)
         return torch.tanh(self.to_image(F.relu(self.bn(self.blocks(h)), inplace=True)))
 

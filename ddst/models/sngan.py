@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ..nn.deferred.dense import convolve_dense, full_topology
 from ..nn.deferred.value import Deferred
+from .inputs import check_noise
 
 
 def generator_plan(resolution: int, width: int) -> tuple[int, list[int]]:
@@ -170,6 +171,7 @@ class Generator(nn.Module):
         _init(self.to_image, 1.0)
 
     def forward(self, z: Tensor) -> Tensor:
+        check_noise(z, self.latent)
         h = self.linear(z).unflatten(1, (-1, self.bottom, self.bottom))
         h = self.blocks(h.contiguous(memory_format=torch.channels_last))
         return torch.tanh(self.to_image(F.relu(self.bn(h), inplace=True)))

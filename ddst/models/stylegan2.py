@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dcgan import doublings
+from .inputs import check_noise
 from .stylegan2_layers import Blur, EqualConv2d, EqualLinear, ModulatedConv2d
 
 
@@ -86,6 +87,7 @@ class Generator(nn.Module):
         self.to_image = nn.ModuleList(_ToImage(width, channels, latent, fused) for _ in range(levels))
 
     def forward(self, z: Tensor) -> Tensor:
+        check_noise(z, self.latent)
         w = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
         for layer in self.mapping:
             w = act(layer(w))

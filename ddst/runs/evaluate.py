@@ -9,7 +9,7 @@ from typing import Any
 
 from ddst.data import DataError, load_images
 from ddst.data.cache import cache_folder
-from ddst.data.images import EMBEDDED
+from ddst.data.images import advice_if_gone
 from ddst.metrics.classifier import TRAINED
 from ddst.metrics.judge import METRICS, Figure, Judge
 from ddst.metrics.statistics import write_statistics
@@ -45,7 +45,7 @@ def evaluate(
         seed: of their noise, and of what the generator draws itself.
         weights: of the Inception network. reference: an .npz in place of real images, for "fid" and "prdc".
         data: the real images where the run's own have moved. held_out: those set aside for tests.
-        statistics: an .npz file for the mean and covariance of the real images; it is replaced.
+        statistics: an .npz file for the mean and covariance of the real images and what they are of; it is replaced.
         tell: is called with each figure before a file is written.
 
     Raises:
@@ -71,8 +71,7 @@ def evaluate(
         try:
             real = load_images(name, config.resolution, held_out=held_out, cache=cache)
         except DataError as error:
-            where = "" if data is not None or name in EMBEDDED else "; --data PATH says where they lie now"
-            raise DataError(f"{error}{where}") from None
+            raise DataError(f"{error}{advice_if_gone(name) if data is None else ''}") from None
         if real.channels != about.channels and real.channels == 1:
             raise DataError(f"{name} is grey, the generator makes {about.channels} channels")
     judge = Judge(
@@ -83,7 +82,7 @@ def evaluate(
     for figure in figures:
         tell(figure)
     if statistics is not None:
-        write_statistics(statistics, judge.moments())
+        write_statistics(statistics, judge.moments(), judge.origin)
     if source.is_dir():
         with replacing(source / EVALUATION) as file:
             file.write(json.dumps(_record(figures, about.step, seed), indent=2).encode() + b"\n")

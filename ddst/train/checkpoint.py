@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,15 +100,18 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         file.write(_MARK + through.digest.digest())
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, expected: str = "a checkpoint of ddst train") -> dict[str, Any]:
     """The state `save_checkpoint` wrote. Only tensors and plain containers are read, never code.
+
+    Args:
+        expected: what an error says of a file that is something else.
 
     Raises:
         CheckpointError: the file is missing, damaged (a single bit suffices), of another format or not of ddst.
     """
     try:
         with path.open("rb") as file:  # Once, so that what is read is what was compared.
-            _compare_digest(path, file)
+            _compare_digest(path, file, expected)
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -125,7 +129,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _compare_digest(path: Path, file: BinaryIO) -> None:
+def _compare_digest(path: Path, file: BinaryIO, expected: str) -> None:
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise CheckpointError(f"cannot read checkpoint {path}: it is empty")
@@ -134,10 +138,25 @@ def _compare_digest(path: Path, file: BinaryIO) -> None:
     while left > 0 and (part := file.read(min(left, 1 << 20))):
         digest.update(part)
         left -= len(part)
-    mark, expected = file.read(len(_MARK)), file.read()
+    mark, written = file.read(len(_MARK)), file.read()
     if mark != _MARK:
-        raise CheckpointError(f"cannot read checkpoint {path}: it is no file of ddst train, or its end is missing")
-    if expected != digest.digest():
+        raise CheckpointError(f"cannot read checkpoint {path}: it is {_looks_like(file)}; expected {expected}")
+    if written != digest.digest():
         raise CheckpointError(
             f"cannot read checkpoint {path}: it is damaged, its bytes are not those that were written"
         )
+
+
+def _looks_like(file: BinaryIO) -> str:
+    """What a file without our end is, by its first bytes."""
+    file.seek(0)
+    start = file.read(4)
+    if start == b"PK\x03\x04" and zipfile.is_zipfile(file):
+        return "a zip file such as torch.save writes, without what ddst train writes at its end"
+    if start == b"PK\x03\x04":
+        return "a zip file such as torch.save writes, and its end is missing"
+    if start[:1] == b"\x08" and start[2:3] in (b"\x12", b"\x3a"):  # ir_version, then producer_name or graph
+        return "an ONNX file"
+    if start[:1] == b"\x80":
+        return "a pickle"
+    return "no file of ddst train, or its end is missing"

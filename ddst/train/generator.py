@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ddst._arguments import check_device
+from ddst.models.families import FAMILIES
 from ddst.nn import sparse_layers
 from ddst.nn.packed_facts import KEY as FACTS
 from ddst.nn.packed_facts import packed_facts, sizes
@@ -71,8 +72,10 @@ def load_generator(path: str | PathLike[str], device: torch.device | str = "cpu"
 
     Returns:
         A network of :mod:`ddst.models` with the packed layers of the file (of ``--dense``: torch's own layers). Noise
-        is ``[N, generator.latent]``, standard normal, classes ``[N]``, int64, below ``generator.classes``. Images are
-        ``[N, channels, resolution, resolution]`` in [-1, 1]; those of r3gan and stylegan2 may go beyond.
+        is ``[N, generator.latent]``, standard normal, classes ``[N]``, int64, below ``generator.classes``, None
+        where it takes none. Images are ``[N, channels, resolution, resolution]`` in [-1, 1]; those of r3gan and
+        stylegan2 may go beyond. Noise and classes that do not fit are a ValueError (on CUDA devices classes are not
+        compared).
 
     Raises:
         CheckpointError: (a ValueError) the file is missing, damaged, of another kind, or its tensors are not those of
@@ -181,7 +184,7 @@ def _about(said: Any) -> About:
 
 
 def _of_checkpoint(file: Path) -> tuple[dict[str, Tensor], About]:
-    held = load_checkpoint(file)
+    held = load_checkpoint(file, "a checkpoint of ddst train, or a file of ddst export --safetensors or --dense")
     try:
         state = held["ema"]["module"]
         facts = {name: entry[FACTS] for name, entry in state._metadata.items() if FACTS in entry}
@@ -198,6 +201,8 @@ def _built(config: TrainConfig, about: About) -> nn.Module:
         generator, discriminator = build_networks(config, about.channels, about.classes)
         if about.layers:
             make_sparse(config, generator, discriminator)
+    if not FAMILIES[config.model].conditional:
+        generator.classes = None
     return generator
 
 
@@ -216,6 +221,16 @@ def _some(parts: Sequence[str]) -> str:
     return (parts[0] if len(parts) < 2 else f"{parts[0]} and {len(parts) - 1} more") if parts else "nothing"
 
 
+def _settings(config: TrainConfig) -> str:
+    """What decides which weights are packed, in the words of the options."""
+    packing = "" if config.method == "dense" else f" --density {config.density:g} --block {sizes(config.block)}"
+    return f"--method {config.method}{packing}"
+
+
+def _packed(density: float, block: Sequence[int]) -> str:
+    return f"packed at density {density:.6g} in blocks of {sizes(block)}"
+
+
 def _load(generator: nn.Module, state: Mapping[str, Tensor], about: About) -> None:
     """Raises Misfit unless the tensors are those of the generator, and of the blocks and densities that are named."""
     layers = sparse_layers(generator)
@@ -226,9 +241,12 @@ def _load(generator: nn.Module, state: Mapping[str, Tensor], about: About) -> No
             f"its settings make {_some(lacking)} that it lacks, it holds {_some(beyond)} that they do not make"
         )
     for name in [*layers, *about.layers]:
-        if name not in layers or name not in about.layers:
-            has, lacks = ("the file", "its settings") if name in about.layers else ("its settings", "the file")
-            raise Misfit(f"{has} packed the weight of {name}, {lacks} did not")
+        if name not in layers:
+            packed = _packed(about.layers[name]["density"], about.layers[name]["block"])
+            raise Misfit(f"{name} is {packed}, by its settings ({_settings(about.config)}) dense")
+        if name not in about.layers:
+            packed = _packed(layers[name].density, layers[name].block)
+            raise Misfit(f"{name} is dense, by its settings ({_settings(about.config)}) {packed}")
     for name, layer in layers.items():
         said, values = about.layers[name], state.get(f"{name}.values")
         if tuple(said["block"]) != layer.block:

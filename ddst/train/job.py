@@ -10,6 +10,7 @@ from typing import Any
 
 from ddst.data import DataError, load_images
 from ddst.data.cache import cache_folder
+from ddst.data.images import advice_if_gone
 from ddst.distributed import sums
 from ddst.sparsity.density import NetworkDensity
 from ddst.train.checkpoint import CheckpointError, load_checkpoint
@@ -114,7 +115,8 @@ def _resume(given: Mapping[str, Any]) -> int:
         except ConfigError as error:
             raise CheckpointError(f"checkpoint {path} cannot be continued here: config: {error}") from None
         except DataError as error:
-            raise CheckpointError(f"{path} cannot be continued: {error}; --data PATH says where they lie now") from None
+            advice = "" if "data" in given else advice_if_gone(config.data)
+            raise CheckpointError(f"{path} cannot be continued: {error}{advice}") from None
         trainer.load_state_dict(saved)
         kept = by_first(lambda: kept_log(out / LOG, saved["log"], trainer.step)) or Kept(0, ())
         judge = by_first(lambda: Judging(trainer))

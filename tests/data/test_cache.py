@@ -12,7 +12,7 @@ from ddst.data.source import Source
 from ddst.train.job import run
 from helpers.datasets import images as noise
 from helpers.datasets import png, write
-from helpers.runs import TINY
+from helpers.runs import tiny
 
 
 def picture(seed):
@@ -141,7 +141,7 @@ def test_the_default_folder_is_the_users_cache(monkeypatch, tmp_path):
 
 def test_train_keeps_images_and_says_so(tmp_path, data, capsys):
     where = tmp_path / "kept"
-    settings = {**TINY, "data": str(data), "data_cache": str(where), "stop_after": 1, "flips": True}
+    settings = tiny(data=str(data), data_cache=str(where), stop_after=1, flips=True)
     for out, words in (("a", "resized images kept in"), ("b", "resized before, in")):
         run({**settings, "out": str(tmp_path / out)})
         took = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data ")]
@@ -157,4 +157,4 @@ def test_train_keeps_images_and_says_so(tmp_path, data, capsys):
 def test_train_says_what_is_expected_of_data_that_are_none(tmp_path):
     write(tmp_path, {"images.tar": b"x"})
     with pytest.raises(DataError, match=r"images\.tar is not a folder \(give a folder of image files, a \.zip of them"):
-        run({**TINY, "data": str(tmp_path / "images.tar"), "out": str(tmp_path / "run")})
+        run(tiny(data=str(tmp_path / "images.tar"), out=str(tmp_path / "run")))

@@ -50,6 +50,18 @@ def test_cifar_10_is_its_images_and_labels_in_order(tmp_path, form):
     assert train.took.startswith("CIFAR-10, ") and train.took.endswith("10 classes") and train.note == ""
 
 
+@pytest.mark.parametrize("named", [str.encode, str])
+@pytest.mark.parametrize("protocol", range(2, 5))
+def test_batches_that_were_pickled_again_are_read(tmp_path, named, protocol):
+    """By NumPy 2, which calls its module `numpy._core`, after Python 3 had read their names as bytes or as texts."""
+    planes, labels = images(6), [3, 1, 4, 1, 5, 9]
+    for i, name in enumerate([*CIFAR_10, "test_batch"]):
+        batch = python_batch(planes[i : i + 1], labels[i : i + 1])
+        write(tmp_path, {name: pickle.dumps({named(key): value for key, value in batch.items()}, protocol)})
+    read = load_images(str(tmp_path), 32)
+    assert np.array_equal(read.stored, planes[:5]) and read.labels.tolist() == labels[:5]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_cifar_100_has_its_fine_labels(tmp_path, form):
     planes, fine = images(6), [99, 0, 42, 17, 5, 98]
@@ -187,7 +199,16 @@ def test_a_foreign_class_is_refused_and_not_made(tmp_path, protocol):
 
 
 @pytest.mark.parametrize(
-    "name", ["builtins\neval", "os\nsystem", "numpy\nload", "_codecs\ndecode", "numpy.core.multiarray\nscalar"]
+    "name",
+    [
+        "builtins\neval",
+        "os\nsystem",
+        "numpy\nload",
+        "_codecs\ndecode",
+        "numpy.core.multiarray\nscalar",
+        "numpy._core.multiarray\nscalar",
+        "numpy._core.multiarray\n_reconstruct.__globals__",
+    ],
 )
 def test_nothing_but_the_four_names_is_admitted(name):
     with pytest.raises(pickle.UnpicklingError, match="which no CIFAR batch does"):

@@ -13,7 +13,7 @@ from ddst.data import DataError, load_images
 from ddst.data import files as module
 from ddst.data.files import IMAGE_SUFFIXES, find_images, shown
 from ddst.train.log import read_log
-from helpers.runs import TINY
+from helpers.runs import tiny
 
 
 def touch(root: Path, *names: str) -> None:
@@ -123,7 +123,7 @@ def test_train_prints_one_line_and_logs_the_count(tmp_path, capsys):
         Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(data / "class" / f"{i}.png")
     shutil.copy(data / "class" / "0.png", data / "._0.png")
     touch(data, "labels.csv")
-    given = {**TINY, "block": "8x8", "steps": 1, "stop_after": 1, "method": "ddst-relaxed", "data": data, "out": out}
+    given = tiny(block="8x8", steps=1, stop_after=1, method="ddst-relaxed", data=data, out=out)
     line = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), str(value))]
     assert main(["train", *line]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]

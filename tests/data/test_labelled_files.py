@@ -65,12 +65,14 @@ def test_splits_are_no_classes(tmp_path, root):
         f"{root}more/d.png": PNGS[3],
     }
     folder, packed = write(tmp_path / "files", files), zipped(tmp_path / "a.zip", files)
-    for data, where in ((folder, "data folder"), (packed, "zip")):
-        with pytest.raises(
-            DataError, match=rf"^{where} .* holds the splits Val, train, which are no classes: give one of them$"
-        ):
+    for data, where, advice in ((folder, "data folder", ""), (packed, "zip", "unpack it and ")):
+        splits = f"{root}Val, {root}train, which are no classes: {advice}give one of them$"
+        with pytest.raises(DataError, match=rf"^{where} .* holds the splits {splits}"):
             load_images(str(data), 8)
     assert load_images(str(folder / root / "train"), 8).labels.tolist() == [0, 1]
+    write(folder, {"others/e.png": PNGS[0]})  # beside them
+    with pytest.raises(DataError, match=f"holds the splits {root}Val, {root}train, which"):
+        load_images(str(folder), 8)
     # Somebody's classes, and what a list labels.
     assert (
         load_images(str(write(tmp_path / "toys", {"train/a.png": PNGS[0], "bus/b.png": PNGS[1]})), 8).labels.max() == 1

@@ -55,6 +55,7 @@ def test_wrong_stl_10_is_one_line(tmp_path):
         load_images(str(data), 96)
 
 
+GREY = np.full((8, 8), 90, np.uint8)
 WNIDS = ["n03", "n01", "n02"]
 
 
@@ -121,6 +122,43 @@ def test_wrong_tiny_imagenet_is_one_line(tmp_path, name, contents, message):
     with pytest.raises(DataError, match=message) as caught:
         load_images(str(data), 16, held_out=name.startswith("val"))
     assert "\n" not in str(caught.value)
+
+
+def test_tiny_imagenet_without_its_classes_is_named_by_its_other_list(tmp_path):
+    data = tiny(tmp_path / "set")
+    (data / "wnids.txt").unlink()
+    files = {f"t/{f.relative_to(data).as_posix()}": f.read_bytes() for f in data.rglob("*") if f.is_file()}
+    for path in (data, zipped(tmp_path / "tiny.zip", files)):
+        with pytest.raises(DataError, match=r"^TinyImageNet cannot be read: .*wnids\.txt.*: No such .*a wnid like n0"):
+            load_images(str(path), 16)
+
+
+def test_data_sets_that_lie_deeper_are_named_with_where(tmp_path):
+    """As image files TinyImageNet would be of one class, training and validation images together."""
+    tiny(tmp_path / "set/more/tiny-imagenet-200")
+    batch = {"data_batch_2": b"", "batches.meta": b""}
+    write(tmp_path / "cifar/cifar-10-batches-py", batch)
+    write(tmp_path / "several", {"cifar/test.bin": b"", "cifar/fine_label_names.txt": b"", "cats/a.png": png(GREY)})
+    stl_10(tmp_path / "several/stl10_binary")
+    tiny(tmp_path / "several/tiny")
+    packed = zipped(tmp_path / "cifar.zip", batch)
+    for data, message in (
+        ("set", "set holds TinyImageNet in more/tiny-imagenet-200: give that folder"),
+        ("cifar", "cifar holds CIFAR-10, python batches in cifar-10-batches-py: give that folder"),
+        (
+            "several",
+            "several holds CIFAR-100, binary in cifar, STL-10 in stl10_binary, TinyImageNet in tiny: "
+            "give one of these folders",
+        ),
+        (packed.name, "cifar.zip holds CIFAR-10, python batches: unpack it and give that folder"),
+    ):
+        for held_out in (False, True):
+            with pytest.raises(DataError) as caught:
+                load_images(str(tmp_path / data), 16, held_out=held_out)
+            assert str(caught.value).endswith(message)
+    # What a list labels.
+    write(tmp_path / "several", {"dataset.json": '{"labels": null}'})
+    assert len(load_images(str(tmp_path / "several"), 16)) == 11
 
 
 @pytest.mark.parametrize("root", ["", "tiny-imagenet-200/"])

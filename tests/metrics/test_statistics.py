@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddst.data import DataError
-from ddst.metrics import Moments, frechet_distance, frechet_of_moments, read_reference, write_statistics
+from ddst.metrics import Moments, Origin, frechet_distance, frechet_of_moments, read_reference, write_statistics
 
 
 def features(seed: int, n: int = 40) -> torch.Tensor:
@@ -18,10 +18,30 @@ def test_statistics_written_are_read_back(tmp_path: Path) -> None:
     a, b = features(0), features(1) + 1
     write_statistics(tmp_path / "a.npz", Moments.of(a))
     held = read_reference(tmp_path / "a.npz", 3)
-    assert held.images is None and held.moments is not None
+    assert held.images is None and held.moments is not None and held.origin is None
     assert frechet_of_moments(held.moments, Moments.of(b)) == pytest.approx(frechet_distance(a, b), rel=1e-12)
     with np.load(tmp_path / "a.npz") as file:
         np.testing.assert_allclose(file["sigma"], np.cov(a.numpy(), rowvar=False))
+
+
+def test_what_statistics_are_of_is_read_back(tmp_path: Path) -> None:
+    origin = Origin(40, "Fotos in /ä, training", "bicubic")
+    write_statistics(tmp_path / "a.npz", Moments.of(features(0)), origin)
+    assert read_reference(tmp_path / "a.npz", 3).origin == origin
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        held = dict(file)
+    assert list(held) == ["mu", "sigma", "real", "split", "resizer"]
+    for name, value, message in (
+        ("real", np.array(0), "real must be a whole number from 1 on, got int64"),
+        ("real", np.array([3]), r"real must be a whole number from 1 on, got int64 \[1\]"),
+        ("split", np.array(3), "split must be a text, got int64"),
+    ):
+        np.savez(tmp_path / "b.npz", **{**held, name: value})
+        with pytest.raises(DataError, match=message):
+            read_reference(tmp_path / "b.npz", 3)
+    # Somebody's own array of one of these names says nothing.
+    np.savez(tmp_path / "b.npz", mu=held["mu"], sigma=held["sigma"], real=np.zeros(2))
+    assert read_reference(tmp_path / "b.npz", 3).origin is None
 
 
 def test_adms_names(tmp_path: Path) -> None:

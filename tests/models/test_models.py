@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import ddst
 import ddst.models
+from ddst.models.families import FAMILIES, Sizes
 from ddst.models.registry import MODELS, outputs_of, train_step
 from ddst.nn import sparse_layers
 
@@ -141,6 +143,29 @@ def test_both_forms_of_a_modulated_convolution_are_the_formula(up: bool, demodul
             if not demodulate:
                 again = modulated_conv2d(x, weight, style, demodulate=False, padding=1)
                 torch.testing.assert_close(again, grouped)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_noise_and_classes_that_do_not_fit_are_named(name: str) -> None:
+    family, sizes = FAMILIES[name], Sizes(16, 64, 64, 24, classes=3)
+    generator, discriminator = family.generator(sizes), family.discriminator(sizes)
+    classes = [torch.tensor([0, 2])] if family.conditional else []
+    for shape in ([2, 23], [24], [2, 24, 1]):
+        with pytest.raises(ValueError, match=re.escape(f"z must be noise [N, 24], got {shape}")):
+            generator(torch.zeros(shape), *classes)
+    if family.conditional:
+        for network, x in ((generator, torch.zeros(2, 24)), (discriminator, torch.zeros(2, 3, 16, 16))):
+            with pytest.raises(ValueError, match="y must be classes from 0 to 2, got 0 to 3"):
+                network(x, torch.tensor([0, 3]))
+
+
+def test_what_traces_a_model_is_not_in_the_way_of_its_checks() -> None:
+    model = MODELS["biggan-g"]
+    generator = model.make("tiny").eval()
+    inputs, more = (model.sample(generator, n) for n in (2, 5))
+    expected = generator(*inputs)
+    assert torch.equal(torch.compile(generator, fullgraph=True, backend="eager")(*inputs), expected)
+    assert torch.equal(torch.jit.trace(generator, inputs, check_trace=False)(*more), generator(*more))
 
 
 def test_models_know_torch_only() -> None:

@@ -140,3 +140,11 @@ def test_a_fused_model(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = net.eval()(x)
     torch.testing.assert_close(run_exported(net, (x,), tmp_path / "x.onnx"), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of a way that torch itself warns of
+def test_the_old_exporter_does_not_know_the_operators(tmp_path: Path) -> None:
+    """As the guide says (docs/layers.md)."""
+    layer, x = ddst.SparseConv2d(16, 16, 3, density=1.0).eval(), torch.zeros(1, 16, 4, 4)
+    with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match=r"ddst::conv2d"):
+        torch.onnx.export(layer, (x,), str(tmp_path / "old.onnx"), dynamo=False)

@@ -43,6 +43,21 @@ def test_it_is_read_from_all_that_holds_it(conditional_run: Path, tmp_path: Path
     torch.testing.assert_close(images_of(conditional_run / "best.safetensors"), expected)  # judged after the last step
 
 
+def test_noise_and_classes_that_do_not_fit_are_named(conditional_run: Path) -> None:
+    generator = ddst.load_generator(conditional_run)
+    noise = torch.zeros(2, generator.latent)
+    for inputs, message in (
+        ((noise, torch.tensor([0, 10])), "y must be classes from 0 to 9, got 0 to 10"),
+        ((noise, torch.tensor([-1, 0])), "y must be classes from 0 to 9, got -1 to 0"),
+        (
+            (noise[:, :-1], torch.tensor([0, 1])),
+            rf"z must be noise \[N, {generator.latent}\], got \[2, ",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generator(*inputs)
+
+
 def test_it_is_drawn_from(conditional_run: Path, tmp_path: Path) -> None:
     command = ["sample", str(conditional_run), "--count", "4", "--out"]
     turns, one = tmp_path / "turns.png", tmp_path / "one.png"

@@ -73,16 +73,21 @@ def test_figures_say_what_they_depend_on(
     score = isc_features_to_metric(fake.logits, splits=10)
     assert held["figures"][5]["value"] == pytest.approx(score["inception_score_mean"], rel=1e-6)
 
-    # The statistics that were written give the same distance, and say that they do not say how many.
+    # The statistics that were written give the same distance, and say what they are of.
     # Digits are beside the run's own images all the same.
     assert main([*command, "--reference", str(statistics), "--metrics", "fid,digits"]) == 0
     line, of_digits = capsys.readouterr().out.splitlines()
     (again, digits) = json.loads((sparse_run / "evaluation.json").read_text())["figures"]
     assert "11 samples against 1,797 real ones (digits, training)" in of_digits
-    assert digits["split"] == "digits, training" and again["resizer"].startswith("of a file that does not say; ")
-    assert again["value"] == pytest.approx(fid["value"], rel=1e-6) and again["real"] == 0
-    assert "11 samples against a file's statistics (real.npz); of a file that does not say" in line
+    assert digits["split"] == "digits, training" and again["resizer"] == fid["resizer"]
+    assert again["value"] == pytest.approx(fid["value"], rel=1e-6) and again["real"] == 7
+    assert f": 11 samples against 7 real ones (real.npz, of {photos}, training); ddst.data's to 8; " in line
     assert read_reference(statistics, FEATURES).images is None
+    # Other people's say that they do not say how many.
+    with np.load(statistics) as held:
+        np.savez(tmp_path / "other.npz", mu=held["mu"], sigma=held["sigma"])
+    assert main([*command, "--reference", str(tmp_path / "other.npz"), "--metrics", "fid"]) == 0
+    assert "11 samples against a file's statistics (other.npz); of a file that does" in capsys.readouterr().out
 
 
 def test_digits_need_no_weights(sparse_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +116,11 @@ def test_images_that_lie_elsewhere_now(sparse_run: Path, tmp_path: Path, capsys:
         assert main(["evaluate", str(file), *given]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "gone does not exist" in line and line.endswith("; --data PATH says where they lie now") == told
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "wnids.txt").write_text("n01\n")
+    assert main(["evaluate", str(file), "--held-out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "val_annotations.txt: No such file" in line and "--data" not in line  # they lie where they were
 
 
 def _forget_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from ddst.models import Generator
 from ddst.models.families import FAMILIES, Sizes
 from ddst.nn import sparse_layers
 from ddst.runs.export import onnx_of
+from ddst.train.checkpoint import CheckpointError
 from ddst.train.generator import read_generator
 from ddst.train.options import ConfigError
 
@@ -41,6 +42,10 @@ def test_onnx(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None
     onnxruntime = pytest.importorskip("onnxruntime")
     run, path = request.getfixturevalue(name), tmp_path / "g.onnx"
     assert main(["export", str(run), "--onnx", "--out", str(path)]) == 0
+    with pytest.raises(
+        CheckpointError, match=r"g\.onnx: it is an ONNX file; expected a checkpoint of .* --safetensors"
+    ):
+        ddst.load_generator(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     generator = ddst.load_generator(run)
     for batch in (1, 7):

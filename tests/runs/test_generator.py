@@ -36,6 +36,7 @@ def test_a_run_and_its_checkpoint_hold_the_average(name: str, request: pytest.Fi
         assert all(torch.equal(value, held[key]) for key, value in generator.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert bool(sparse_layers(generator)) == (name == "sparse_run")
+    assert generator.classes is None
     images = generator(torch.randn(3, generator.latent))
     assert images.shape == (3, 1, 8, 8) and images.abs().max() <= 1
 
@@ -105,7 +106,14 @@ LAYER = ("layers", "blocks.0.conv1")
             set_in("settings", "model", value="r3gan"),
             r"\(r3gan of 8x8 .*\): its settings make \S+ and \d+ more that it lacks, it holds blocks.0.bn1 and \d+",
         ),
-        (set_in("settings", "method", value="dense"), r"the file packed the weight of linear, its settings did not"),
+        (
+            set_in("settings", "method", value="dense"),
+            r"linear is packed at density 0\.\d+ in blocks of 8x8, by its settings \(--method dense\) dense$",
+        ),
+        (
+            lambda about: about["layers"].pop("linear"),
+            r"linear is dense, by its settings \(--method \S+ --density 0\.3 --block 8x8\) packed at density 0\.\d+",
+        ),
         (set_in("channels", value=3), r"to_image.weight must have the shape \(3, 16, 3, 3\), got \(1, 16, 3, 3\)"),
         (set_in("settings", "block", value=[16, 16]), r"has blocks of 8x8, by its settings of 16x16"),
         (set_in(*LAYER, "density", value=0.75), r"blocks.0.conv1 has the density 0\.\d+, it says 0.75"),
@@ -140,7 +148,10 @@ def test_other_files_are_refused_in_one_line(sparse_run: Path, tmp_path: Path) -
     whole = export(sparse_run, "safetensors", tmp_path / "cut.safetensors") and tmp_path / "cut.safetensors"
     whole.write_bytes(whole.read_bytes()[:-100])
     for name, message in (
-        ("other.pt", "no file of ddst train"),
+        (
+            "other.pt",
+            "is a zip file such as torch.save writes, .*; expected a checkpoint of ddst train, or a file of ddst exp",
+        ),
         ("other.safetensors", "no file of ddst export"),
         ("empty.pt", "holds no generator"),
         ("cut.safetensors", "cannot read"),

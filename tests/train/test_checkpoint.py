@@ -76,9 +76,15 @@ def test_missing_and_foreign_files_are_named_in_our_words(tmp_path):
         load_checkpoint(path)
     for write, message in (
         (lambda: path.write_bytes(b""), "it is empty"),
-        (lambda: torch.save({"step": 3}, path), "it is no file of ddst train, or its end is missing"),
-        (lambda: torch.save(torch.nn.Linear(2, 2), path), "it is no file of ddst train"),
-        (lambda: path.write_bytes(b"PK"), "it is no file of ddst train"),
+        (
+            lambda: torch.save({"step": 3}, path),
+            "it is a zip file such as torch.save writes, without what ddst train writes at its end; expected a",
+        ),
+        (lambda: torch.save(torch.nn.Linear(2, 2), path), "it is a zip file such as torch.save writes, without what"),
+        (lambda: path.write_bytes(path.read_bytes()[:-30]), "such as torch.save writes, and its end is missing; exp"),
+        (lambda: torch.save([1], path, _use_new_zipfile_serialization=False), "it is a pickle; expected a checkpoint"),
+        (lambda: path.write_bytes(b"\x08\x0a\x12\x07pytorch"), "it is an ONNX file; expected a checkpoint of ddst"),
+        (lambda: path.write_bytes(b"PK"), "it is no file of ddst train, or its end is missing; expected a checkpoint"),
         (lambda: save_checkpoint(path, {"format": "1"}), "is no checkpoint of ddst train"),
         (lambda: save_checkpoint(path, {"format": FORMAT + 1}), f"of format {FORMAT + 1}; this ddst"),
         (lambda: (path.unlink(), path.mkdir()), "Is a directory"),

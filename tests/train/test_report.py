@@ -17,7 +17,7 @@ from ddst.train import Trainer, resolve, run
 from ddst.train.compare import Timing, compare_with_dense
 from ddst.train.report import summarize, table
 from ddst.train.samples import generate, to_pixels
-from helpers.runs import TINY, differences
+from helpers.runs import TINY, differences, tiny
 
 
 def trainer_for(tmp_path, **settings):
@@ -50,7 +50,7 @@ def test_folder_run_says_that_there_is_no_distance(tmp_path, capsys, names):
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 10), (80 * i, 10, 200)).save(folder / f"{name}.png")
-    assert run({**TINY, "steps": 2, "data": str(folder), "out": str(tmp_path / "run")}) == 0
+    assert run(tiny(steps=2, data=str(folder), out=str(tmp_path / "run"))) == 0
     said = capsys.readouterr().out
     assert "3 images of" in said
     assert "Fréchet distance: only for digits and shapes" in said

@@ -158,6 +158,8 @@ def test_a_run_goes_on_wherever_its_images_lie(tmp_path, monkeypatch):
     (tmp_path / "photos").rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"photos does not exist .*; --data PATH says where they lie now"):
         run(again)
+    with pytest.raises(CheckpointError, match=r"none does not exist \(.*\)$"):
+        run({**again, "data": "none"})
     assert run({**again, "data": "moved", "stop_after": 3}) == 0
     assert run({**again, "stop_after": 4}) == 0  # the checkpoint knows by now where they lie
     with pytest.raises(CheckpointError, match=r"the images of --data others have changed, or are others"):

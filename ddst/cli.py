@@ -86,11 +86,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argpars
 def _add_option(parser: argparse.ArgumentParser, name: str) -> None:
     """The option of a setting of a run."""
     declared = OPTIONS[name]
-    if declared.kind is bool:
-        switch: Any = argparse.BooleanOptionalAction if declared.default is True else "store_true"
-        parser.add_argument(flag(name), action=switch, help=declared.help)
-        return
-    default = declared.shown or (None if declared.default is None else shown_value(declared.default))
+    switch = declared.kind is bool
+    default = declared.shown or (None if switch or declared.default is None else shown_value(declared.default))
     more: dict[str, Any] = {}
     if declared.words > 1:
         more["nargs"] = declared.words
@@ -101,7 +98,12 @@ def _add_option(parser: argparse.ArgumentParser, name: str) -> None:
     text = declared.help + (f" (default: {default})" if default else "")
     if declared.methods:
         text += f" (with {CALLED.get(declared.methods, ', '.join(declared.methods))})"
-    parser.add_argument(flag(name), type=_converter(declared.kind), help=text.replace("%", "%%"), **more)
+    text = text.replace("%", "%%")
+    if switch:
+        action: Any = "store_true" if declared.default is False else argparse.BooleanOptionalAction
+        parser.add_argument(flag(name), action=action, help=text)
+    else:
+        parser.add_argument(flag(name), type=_converter(declared.kind), help=text, **more)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -253,7 +253,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         dict(zip(("model", "optimizer"), trained(), strict=True))
         | {"method": "rigl", "total_steps": 9, "interval": 3, "drop_fraction": 0.3, "drop_fraction_end": 0.1,
            "drop_fraction_steps": None, "schedule": "cosine", "scope": None, "ranking": None, "max_norm_share": None,
-           "exempt": None,
+           "exempt": None, "connected": None, "grace": None,
            "random_share": 0.0, "prune_to": None, "prune_at": None, "grown_second_moment": None, "begin": 0,
            "end": None, "seed": 0, "generator": None},
     ),
@@ -262,7 +262,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         sparsity.TopologyUpdater,
         dict(zip(("model", "optimizer"), trained(), strict=True))
         | {"growth": "gradient", "scope": None, "ranking": None, "max_norm_share": None, "exempt": None,
-           "grown_second_moment": None, "random_share": 0.0, "generator": None},
+           "grown_second_moment": None, "random_share": 0.0, "connected": None, "grace": 0, "generator": None},
     ),
     "exchange": lambda: (updater().exchange, {"fraction": 0.5, "step": 0}),
     "change_density": lambda: (updater().change_density, {"target": 0.5, "step": 0}),
@@ -281,7 +281,8 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "TrainingFlops.load_state_dict": lambda: loaded(sparsity.TrainingFlops(flops(), flops())),
     "choose_drop": lambda: (
         sparsity.choose_drop,
-        {"norms": [torch.ones(3)], "amount": 1, "keys": None, "sizes": None, "max_norm_share": None},
+        {"norms": [torch.ones(3)], "amount": 1, "keys": None, "sizes": None, "max_norm_share": None, "stay": None,
+         "lines": ()},
     ),
     "choose_grow": lambda: (sparsity.choose_grow, {"scores": [torch.ones(3)], "amount": 1, "sizes": None}),
     "relative_keys": lambda: (
@@ -296,6 +297,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
            "br_eps": 1e-3, "warmup": 0, "drop_fraction": None, "drop_fraction_d": None, "drop_fraction_end": 0.1,
            "drop_fraction_steps": None, "schedule": "cosine", "scope": None, "ranking": None, "max_norm_share": None,
            "grown_second_moment": None,
+           "connected": None, "grace": None,
            "signal": "balance_ratio", "random_share": 0.0, "published": False, "prune_to": None, "prune_at": None,
            "exempt_g": None, "exempt_d": None, "ema": None, "seed": 0, "generate": None, "score": None},
     ),

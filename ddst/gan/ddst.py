@@ -37,7 +37,7 @@ from ddst.nn.repeated_calls import never_repeated
 from ddst.sparsity.algorithm import SparseTraining
 from ddst.sparsity.density import NetworkDensity
 from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
-from ddst.sparsity.updater import TopologyUpdater, has_single_weight_blocks, resolve_exempt
+from ddst.sparsity.updater import TopologyUpdater, grace_of, has_single_weight_blocks, resolve_exempt
 
 MODES = ("relaxed", "strict", "ramp", "sdst")
 CONTROLLED = ("relaxed", "strict")
@@ -79,9 +79,10 @@ class DDST:
             run, at most 1,000.
         drop_fraction, drop_fraction_d: ``ζ0`` of G, and of D's exchanges at ``d_max``; None: 0.5 for 1×1 blocks, else
             0.3. drop_fraction_end, schedule: of both.
-        drop_fraction_steps: over how many iterations both fall; None: all, but for G's with "relaxed" and "strict" and
-            blocks larger than 1×1 a third of the run (``docs/notes/collapse.md``).
-        scope, ranking, max_norm_share, grown_second_moment, random_share: of both, see :class:`ddst.SparseTraining`.
+        drop_fraction_steps: over how many iterations both fall; None: all, but for G's with blocks larger than 1×1 a
+            third of the run (``docs/notes/collapse.md``).
+        scope, ranking, max_norm_share, grown_second_moment, random_share, connected, grace: of both, see
+            :class:`ddst.SparseTraining`; None of ``grace`` are five intervals of each for blocks larger than 1×1.
             Changes of D's density, and pruning of G, are ranked over the whole network whatever ``scope``.
         prune_to, prune_at: of ``method="prune"``.
         exempt_g, exempt_d: names of layers that never change, or "ends" (first and last); None: the ends where blocks
@@ -174,6 +175,8 @@ class DDST:
         max_norm_share: float | None = None,
         grown_second_moment: str | None = None,
         random_share: float = 0.0,
+        connected: bool | None = None,
+        grace: int | None = None,
         prune_to: float | None = None,
         prune_at: int | None = None,
         exempt_g: Sequence[str] | str | None = None,
@@ -229,6 +232,8 @@ class DDST:
             grown_second_moment = grown_second_moment or "dense"
             drop_fraction = 0.5 if drop_fraction is None else drop_fraction
             exempt_g = () if exempt_g is None else exempt_g
+            connected = False if connected is None else connected
+            grace = 0 if grace is None else grace
         single_g = published or has_single_weight_blocks(sparse_layers(generator))
         if exempt_g is None and method in ("rigl", "set"):
             exempt_g = () if single_g else "ends"
@@ -238,6 +243,7 @@ class DDST:
             "max_norm_share": max_norm_share,
             "grown_second_moment": grown_second_moment,
             "random_share": random_share,
+            "connected": connected,
             "process_group": process_group,
         }
         self._process_group = process_group
@@ -268,11 +274,12 @@ class DDST:
                 opt_d,
                 growth="random" if method_d == "set" else "gradient",
                 exempt=kept_d,
+                grace=grace_of(grace, single, self.interval_d),
                 generator=torch.Generator().manual_seed(seed ^ 1),
                 **shared,
             )
             self._steering = DensitySteering(updater, rule, self.interval_d, total_steps, fraction)
-        early = mode in CONTROLLED and not single_g  # G's share falls early
+        falling = total_steps if single_g else max(1, total_steps // 3)
         self.training_g = SparseTraining(
             generator,
             opt_g,
@@ -281,9 +288,10 @@ class DDST:
             interval=interval_g,
             drop_fraction=drop_fraction,
             drop_fraction_end=drop_fraction_end,
-            drop_fraction_steps=falling_steps(drop_fraction_steps, max(1, total_steps // 3) if early else total_steps),
+            drop_fraction_steps=falling_steps(drop_fraction_steps, falling),
             schedule=schedule,
             exempt=exempt_g,
+            grace=grace,
             prune_to=prune_to,
             prune_at=prune_at,
             seed=seed,

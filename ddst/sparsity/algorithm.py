@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from ddst._arguments import check_generator, check_int, check_number, check_one_of, check_state_keys
 from ddst.distributed import check_movable
+from ddst.nn import sparse_layers
 from ddst.nn.storage import RESIZED
 from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
-from ddst.sparsity.updater import SCOPES, TopologyUpdater, UpdateReport
+from ddst.sparsity.updater import SCOPES, TopologyUpdater, UpdateReport, grace_of, has_single_weight_blocks
 
 METHODS = ("rigl", "set", "static", "prune")
 
@@ -37,6 +38,8 @@ class SparseTraining:
     scope                "global"  "layer"              norms of large blocks differ by layer much more than within one
     ranking              "raw"     "relative"           the same, and edge blocks have fewer weights
     grown_second_moment  "mean"    "score", SET "mean"  see :func:`~ddst.carry_state`
+    connected            no        yes                  as :func:`ddst.sparsify`'s masks are
+    grace                0         5 intervals          a block enters with zeros and would be the smallest for long
     ===================  ========  ===================  ===============================================================
 
     Args:
@@ -56,10 +59,12 @@ class SparseTraining:
         seed: of random growth. generator: or the source of it, on the CPU.
         prune_to, prune_at: with "prune", a density above 0 and the step at which it is reached; None: two thirds of
             ``total_steps``, so that half as many steps follow as were dense (the paper's).
-        random_share, scope, ranking, max_norm_share, exempt, grown_second_moment: see
+        grace: steps for which no exchange drops a block that entered (``docs/notes/grace.md``); None: see the table.
+        random_share, scope, ranking, max_norm_share, exempt, connected, grown_second_moment: see
             :class:`~ddst.sparsity.updater.TopologyUpdater`. ``exempt=None``: none, except with ``scope="global"`` and
             blocks larger than 1×1: "ends", the first and the last weight layer. Pruning always ranks over the network,
-            and its ``exempt=None`` is none: layers that keep all their weights would leave no room for the others'.
+            and its ``exempt=None`` is none: layers that keep all their weights would leave no room for the others'; its
+            ``connected=None`` is no.
         process_group: of torch.distributed, None for the default group: where there are several ranks, all must call
             :meth:`step` alike, and train the same masks (see :class:`~ddst.sparsity.updater.TopologyUpdater`).
 
@@ -108,6 +113,8 @@ class SparseTraining:
         exempt: Sequence[str] | str | None = None,
         grown_second_moment: str | None = None,
         random_share: float = 0.0,
+        connected: bool | None = None,
+        grace: int | None = None,
         prune_to: float | None = None,
         prune_at: int | None = None,
         begin: int = 0,
@@ -136,6 +143,8 @@ class SparseTraining:
             exempt=exempt,
             grown_second_moment=grown_second_moment,
             random_share=random_share,
+            connected=False if method == "prune" and connected is None else connected,
+            grace=grace_of(grace, has_single_weight_blocks(sparse_layers(model)), self.interval),
             generator=generator or torch.Generator().manual_seed(seed),
             process_group=process_group,
         )

@@ -61,6 +61,8 @@ def choose_drop(
     keys: Sequence[Tensor] | None = None,
     sizes: Sequence[Tensor] | None = None,
     max_norm_share: float | None = None,
+    stay: Sequence[Tensor] | None = None,
+    lines: Sequence[Sequence[Tensor]] = (),
 ) -> list[Tensor]:
     """The active blocks with the smallest keys, ``Σ size ≈ amount``, always leaving each layer its largest one.
 
@@ -73,6 +75,9 @@ def choose_drop(
         sizes: per layer ``[nnz]``, the weights in each block.
         max_norm_share: cap on the dropped share of the group's squared norm: blocks that would pass it stay, so
             that fewer than ``amount``, perhaps none, may be dropped.
+        stay: per layer bool ``[nnz]``, blocks that are not dropped whatever their keys; none when None.
+        lines: of each kind (rows, columns) per layer integers ``[nnz]``, the line that each block is in. Each line
+            keeps its largest block, of those that do not stay anyway.
 
     Returns:
         Per layer bool ``[nnz]``, True where the block is dropped.
@@ -87,15 +92,17 @@ def choose_drop(
     norms = check_tensors("norms", norms)
     keys = None if keys is None else check_tensors("keys", keys, norms)
     sizes = None if sizes is None else check_tensors("sizes", sizes, norms)
+    stay = None if stay is None else check_tensors("stay", stay, norms)
+    if isinstance(lines, Tensor | str) or not isinstance(lines, Sequence):
+        raise TypeError(f"lines must be a sequence of sequences of tensors, got {type(lines).__name__}")
+    kinds = [check_tensors(f"lines[{i}]", kind, norms) for i, kind in enumerate(lines)]
     finite = [_finite(n, 0.0) for n in norms]
     ranked = [_finite(k, 0.0) for k in keys] if keys is not None else finite
     free = []
-    for key in ranked:
-        may = torch.ones_like(key, dtype=torch.bool)
-        if key.numel():
-            # The last of the largest: the one a stable ascending ranking would drop last.
-            may[int((key == key.max()).nonzero()[-1])] = False
-        free.append(may)
+    for i, key in enumerate(ranked):
+        staying = torch.zeros_like(key, dtype=torch.bool) if stay is None else stay[i].cpu()
+        members = [torch.zeros(key.shape, dtype=torch.long), *(kind[i].cpu().long() for kind in kinds)]
+        free.append(~torch.stack([staying, *(_largest_of_each(line, key, staying) for line in members)]).any(0))
     cost = None
     if max_norm_share is not None:
         top = max((float(n.max()) for n in finite if n.numel()), default=0.0) or 1.0
@@ -142,6 +149,18 @@ def exchange_count(active: int, fraction: float) -> int:
     """
     # 0.29 * 100 is 28.999999999999996: the margin gives the count that was meant.
     return max(0, min(int(fraction * active + 1e-9), active - 1))
+
+
+def _largest_of_each(line: Tensor, key: Tensor, besides: Tensor) -> Tensor:
+    """Per number in ``line`` its block of the largest key, leaving some out: the one that a stable ascending ranking
+    would drop last.
+    """
+    rank = torch.empty_like(line)
+    rank[torch.sort(key, stable=True).indices] = torch.arange(key.numel())
+    rank[besides] = -1
+    last = torch.full((int(line.max()) + 1 if line.numel() else 0,), -1)
+    last = last.scatter_reduce(0, line, rank, "amax")
+    return (rank == last[line]) & ~besides
 
 
 def _finite(tensor: Tensor, otherwise: float) -> Tensor:

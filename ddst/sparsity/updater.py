@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ddst._arguments import (
+    check_bool,
     check_generator,
     check_int,
     check_module,
@@ -37,10 +38,12 @@ from ddst.sparsity.layer_change import LayerChange, commit_together
 from ddst.sparsity.optimizer import Start, check_state
 from ddst.sparsity.score_collector import ScoreCollector
 from ddst.sparsity.wrapped import optimizers_of
+from ddst.topology import grid
 
 SCOPES = ("layer", "global")
 RANKINGS = ("relative", "raw")
 GROWTHS = ("gradient", "random")
+START = -1
 SECOND_MOMENTS = ("score", "mean", "zero", "dense")
 
 
@@ -93,6 +96,11 @@ class TopologyUpdater:
             are scores and "mean" where there are none. See :func:`~ddst.carry_state`.
         random_share: share of the grown blocks that is drawn at random, the rest by gradient; 0 … 1, with
             ``growth="gradient"``.
+        connected: whether an update leaves each block row and block column of a layer its largest block (of those past
+            their grace), so that no channels are cut off: :func:`ddst.sparsify` starts with such masks. None: for
+            blocks larger than 1×1.
+        grace: steps for which no exchange drops a block that has entered (a fall of the density may). A block enters
+            with zeros, so that its norm says how long it has been there before it says anything else.
         generator: source of random growth, on the CPU; a new one with seed 0 when None.
         process_group: of torch.distributed. With several ranks every one of them must make the same updates: scores
             are those of the gradient averaged over ranks, random growth is that of rank 0's generator, and ranks
@@ -125,6 +133,8 @@ class TopologyUpdater:
         exempt: Sequence[str] | str | None = None,
         grown_second_moment: str | None = None,
         random_share: float = 0.0,
+        connected: bool | None = None,
+        grace: int = 0,
         generator: torch.Generator | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -132,11 +142,15 @@ class TopologyUpdater:
         check_optimizer("optimizer", optimizer)
         self.random_share = check_number("random_share", random_share, 0, 1, note="(a share of the grown blocks)")
         check_share("max_norm_share", max_norm_share)
+        self.grace = check_int("grace", grace)
+        if connected is not None:
+            check_bool("connected", connected)
         check_generator("generator", generator)
         self.network = NetworkDensity(model)
         self.all_layers = self.network.layers
         self.single_weights = has_single_weight_blocks(self.all_layers)
         single = self.single_weights
+        self.connected = not single if connected is None else connected
         self.growth = check_one_of("growth", growth, GROWTHS)
         self.scope = check_one_of("scope", ("global" if single else "layer") if scope is None else scope, SCOPES)
         ranking = ("raw" if single else "relative") if ranking is None else ranking
@@ -167,6 +181,8 @@ class TopologyUpdater:
         self.check_state()
         self._state_checked = False
         self._sizes = self.network.sizes
+        # The step at which each block entered last, where it must be known; START: it was there at the start.
+        self._entered = {n: torch.full(s.shape, START) for n, s in self._sizes.items() if grace and n in self.layers}
         check_same_slots(self.all_layers, {}, process_group)
         stepping = optimizers_of(optimizer, [layer.values for layer in self.layers.values()])[-1]
         dense = self.grown_second_moment == "dense"
@@ -194,12 +210,17 @@ class TopologyUpdater:
 
     @property
     def attainable_density(self) -> tuple[float, float]:
-        """Lowest and highest density in reach: one block in every layer that may change, or all of them full."""
+        """Lowest and highest density in reach: what every layer that may change must keep, or all of them full."""
         network = self.network
         if not network.total_weights:
             return (1.0, 1.0)
         fixed = network.dense_weights + sum(network.layer_weights(name) for name in self.exempt)
-        low = fixed + sum(int(self._sizes[name].min()) for name in self.layers)
+        if self.connected:
+            masks = {name: flat_mask(layer) for name, layer in self.layers.items()}
+            kept = self._drop(masks, network.active_weights, by_block=False, share=None)
+            low = fixed + sum(int(self._sizes[name][mask].sum()) for name, mask in kept.items())
+        else:
+            low = fixed + sum(int(self._sizes[name].min()) for name in self.layers)
         high = fixed + sum(int(self._sizes[name].sum()) for name in self.layers)
         return (low / network.total_weights, high / network.total_weights)
 
@@ -220,8 +241,9 @@ class TopologyUpdater:
         """``nnz`` stays: drops the share ``fraction`` of the active blocks and grows as many.
 
         By layer: ``⌊ζ · nnz⌋`` blocks each, at most ``nnz − 1``. Globally: blocks that hold the share ``ζ`` of the
-        active weights, and growth of as many weights anywhere, no layer losing its last block.
-        Layers that recorded no gradient, or one that is not finite, are left alone.
+        active weights, and growth of as many weights anywhere, no layer losing its last block. Blocks within their
+        grace count as if they were not there. Layers that recorded no gradient, or one that is not finite, are left
+        alone.
         """
         fraction = check_number("fraction", fraction, 0, 1, note="(a share of the active blocks)")
         check_int("step", step)
@@ -230,13 +252,14 @@ class TopologyUpdater:
         masks: dict[str, Tensor] = {}
         for group in groups:
             old = {name: flat_mask(self.layers[name]) for name in group}
+            young = {name: self._young(name, step) & mask for name, mask in old.items()}
             by_block = self.scope == "layer"
             amount: float
             if by_block:
-                amount = exchange_count(int(old[group[0]].sum()), fraction)
+                amount = exchange_count(int((old[group[0]] & ~young[group[0]]).sum()), fraction)
             else:
-                amount = fraction * sum(int(self._sizes[n][old[n]].sum()) for n in group)
-            kept = self._drop(old, amount, by_block)
+                amount = fraction * sum(int(self._sizes[n][old[n] & ~young[n]].sum()) for n in group)
+            kept = self._drop(old, amount, by_block, self.max_norm_share, young)
             weights = {n: torch.ones_like(s) if by_block else s for n, s in self._sizes.items()}
             lost = sum(float(weights[n][old[n] & ~kept[n]].sum()) for n in group)
             masks.update(self._grow(old, kept, lost, by_block))
@@ -245,8 +268,9 @@ class TopologyUpdater:
     def change_density(self, target: float, step: int = 0) -> UpdateReport:
         """``d → target`` to within one block: global growth by gradient score, or global drop by magnitude.
 
-        Full layers cannot grow, layers with one block cannot drop, exempt ones do neither: where that leaves too few
-        blocks, the density comes as near as it can (:attr:`attainable_density`).
+        Full layers cannot grow, layers with one block cannot drop, nor can rows and columns where ``connected``; exempt
+        layers do neither: where that leaves too few blocks, the density comes as near as it can
+        (:attr:`attainable_density`).
         """
         target = check_number("target", target, 0, 1, note="(a density)")
         check_int("step", step)
@@ -256,7 +280,7 @@ class TopologyUpdater:
         change = amount / max(self.network.total_weights, 1)
         if amount > 0:
             return self._apply(self._grow(old, old, amount, by_block=False), "grow", change, step)
-        return self._apply(self._drop(old, -amount, by_block=False), "drop", change, step)
+        return self._apply(self._drop(old, -amount, False, self.max_norm_share), "drop", change, step)
 
     def _ready(self) -> list[str]:
         """Layers that may grow now: all for random growth, else those whose scores are there and finite."""
@@ -266,15 +290,46 @@ class TopologyUpdater:
             raise RuntimeError("no gradient scores: call scores.request() before the backward pass of the update")
         return [name for name, score in self.scores.latest.items() if bool(score.isfinite().all())]
 
-    def _drop(self, masks: Mapping[str, Tensor], amount: float, by_block: bool) -> dict[str, Tensor]:
+    def _young(self, name: str, step: int) -> Tensor:
+        """The blocks within their grace."""
+        if not self.grace:
+            return torch.zeros_like(self._sizes[name], dtype=torch.bool)
+        entered = self._entered[name]
+        return (entered != START) & (step - entered < self.grace)
+
+    def _lines(self, name: str, mask: Tensor) -> tuple[Tensor, ...]:
+        """Block row of the weight and block column of the group that each active block is in, where they are kept."""
+        if not self.connected:
+            return ()
+        layer = self.layers[name]
+        rows, cols, taps = grid(layer.weight_shape, layer.block)
+        block = mask.nonzero()[:, 0]
+        row = block // (cols * taps)
+        return row, row // (rows // layer.groups) * cols + block // taps % cols
+
+    def _drop(
+        self,
+        masks: Mapping[str, Tensor],
+        amount: float,
+        by_block: bool,
+        share: float | None,
+        stay: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         norms, keys, sizes = [], [], []
         for name, mask in masks.items():
             size = self._sizes[name][mask]
             norms.append(self.layers[name].block_norms().reshape(-1).cpu()[mask])
             keys.append(relative_keys(norms[-1], size) if self.ranking == "relative" else norms[-1])
             sizes.append(size)
-        share = self.max_norm_share
-        dropped = choose_drop(norms, amount, keys=keys, sizes=None if by_block else sizes, max_norm_share=share)
+        dropped = choose_drop(
+            norms,
+            amount,
+            keys=keys,
+            sizes=None if by_block else sizes,
+            max_norm_share=share,
+            stay=None if stay is None else [stay[name][mask] for name, mask in masks.items()],
+            lines=list(zip(*(self._lines(name, mask) for name, mask in masks.items()), strict=True)),
+        )
         return {n: _without(mask, gone) for (n, mask), gone in zip(masks.items(), dropped, strict=True)}
 
     def _grow(
@@ -308,10 +363,11 @@ class TopologyUpdater:
 
     def _apply(self, masks: Mapping[str, Tensor], kind: str, fraction: float, step: int) -> UpdateReport:
         before = self.density
+        old = {name: flat_mask(self.layers[name]) for name in masks}
         changes = {
             name: LayerChange(self.layers[name], flat.view(self.layers[name].mask_shape))
             for name, flat in masks.items()
-            if not torch.equal(flat, flat_mask(self.layers[name]))
+            if not torch.equal(flat, old[name])
         }
         with searched_once():
             self._check_ranks(masks, changes)
@@ -319,6 +375,8 @@ class TopologyUpdater:
                 start = self._second_moment(name, layer_change.change) if layer_change.change.grown else None
                 layer_change.prepare_state(self.optimizer, start)
             commit_together(list(changes.values()))
+        for name in changes.keys() & self._entered.keys():
+            self._entered[name][masks[name] & ~old[name]] = step
         dropped = {name: c.change.dropped for name, c in changes.items() if c.change.dropped}
         grown = {name: c.change.grown for name, c in changes.items() if c.change.grown}
         return UpdateReport(step, kind, fraction, dropped, grown, before, self.density)
@@ -344,22 +402,35 @@ class TopologyUpdater:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores asked for or taken and not yet used, generator. Masks and values are the model's own state."""
+        """Scores asked for or taken and not yet used, generator, and when blocks entered; the model has the rest."""
         moments = None if self.scores.moments is None else self.scores.moments.state_dict()
-        return {"scores": self.scores.state_dict(), "moments": moments, "generator": self.generator.get_state()}
+        return {
+            "scores": self.scores.state_dict(),
+            "moments": moments,
+            "generator": self.generator.get_state(),
+            "entered": {name: steps.clone() for name, steps in self._entered.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`. Load the model first."""
-        check_state_keys(state, ("scores", "moments", "generator"))
+        check_state_keys(state, ("scores", "moments", "generator", "entered"))
         self.scores.load_state_dict(state["scores"])
         if self.scores.moments is not None:
             self.scores.moments.load_state_dict(state["moments"])
         self.generator.set_state(state["generator"].cpu())
+        for name, steps in self._entered.items():
+            # Of a run without a grace: nothing is known of its blocks.
+            steps.copy_(state["entered"].get(name, torch.full_like(steps, START)))
 
 
 def has_single_weight_blocks(layers: Mapping[str, SparseLayer]) -> bool:
     """Whether every layer's blocks are single weights, for which the paper's own settings are the defaults."""
     return bool(layers) and all(tuple(layer.block) == (1, 1) for layer in layers.values())
+
+
+def grace_of(grace: int | None, single: bool, interval: int) -> int:
+    """The steps of grace that are given, else none for single weights and five intervals for larger blocks."""
+    return (0 if single else 5 * interval) if grace is None else grace
 
 
 def resolve_exempt(model: nn.Module, layers: Mapping[str, SparseLayer], exempt: Sequence[str] | str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 
 from ddst.train.terminal import OneLineError
 
-FORMAT = 6
+FORMAT = 7
 
 # What torch.save writes, a zip file whose checksums torch.load does not compare, ends with this and the SHA-256 of all
 # before it. Readers of zip files pass over what stands behind the end of one.

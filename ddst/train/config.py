@@ -106,6 +106,10 @@ def _bounds(known: Known) -> tuple[float, float]:
     return _ours((0.5, 0.8), (0.5, 0.65) if known["method"] == "dda" else (0.45, 0.55))(known)
 
 
+def _connected(known: Known) -> bool:
+    return _blocks(False, known["method"] != "prune")(known)
+
+
 def _strict(other: Any, strict: Any) -> Callable[[Known], Any]:
     return lambda known: strict if known["method"] == "ddst-strict" else other
 
@@ -186,23 +190,23 @@ class TrainConfig:
     backend: str = option("auto", str, "'reference' computes with dense weights and masks, for comparison",
                           choices=("auto", "reference"), methods=SPARSE)
     fuse: bool = option(True, bool, "compute norms, activations, upsampling, pooling and sums within the sparse "
-                        "convolutions beside them, which takes less memory (default: --fuse)", methods=SPARSE)
+                        "convolutions beside them, which takes less memory", shown="yes", methods=SPARSE)
     device: str = option("cpu", str, "where the networks are trained", choices=("cpu", "cuda"))
     batch_norm: str = option("local", str, "G's, with several processes: of each one's share of the batch, or of all",
                              choices=("local", "synced"))
 
     # Moving G's blocks.
-    interval_g: int = option(_published(25, 500), int, "steps between G's topology updates",
-                             shown="demo 25, published 500", range=COUNT, metavar="STEPS", methods=MOVING)
+    interval_g: int = option(_published(100, 500), int, "steps between G's topology updates",
+                             shown="demo 100, published 500", range=COUNT, metavar="STEPS", methods=MOVING)
     drop_fraction: float = option(_blocks(0.5, 0.3), float, "share of G's active blocks exchanged at the first update",
                                   shown="1x1 blocks 0.5, larger 0.3", range=SHARE, metavar="SHARE", methods=MOVING)
     drop_schedule: str = option("cosine", str, "how that share falls, to --drop-fraction-end",
                                 choices=("cosine", "linear", "constant"), methods=MOVING)
     drop_fraction_end: float = option(FINAL_FRACTION, float, "share exchanged at last, of G and of D",
                                       range=SHARE, metavar="SHARE", methods=MOVING)
-    drop_fraction_steps: int | None = option(None, int, "steps over which the share falls, of G and of D", shown="all, "
-                                             "with ddst-relaxed and ddst-strict and blocks larger than 1x1 a third of "
-                                             "the run for G", range=COUNT, metavar="STEPS", methods=MOVING)
+    drop_fraction_steps: int | None = option(None, int, "steps over which the share falls, of G and of D",
+                                             shown="all, for G with blocks larger than 1x1 a third of the run",
+                                             range=COUNT, metavar="STEPS", methods=MOVING)
     scope: str = option(_blocks("global", "layer"), str, "an exchange of blocks (of G; strict: of D too) "
                         "ranks them within each layer or over the network",
                         shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=EXCHANGING)
@@ -217,6 +221,11 @@ class TrainConfig:
                                              shown="1x1 blocks mean, larger score, with random growth mean, with "
                                              "--published dense", choices=("zero", "mean", "score", "dense"),
                                              methods=GROWING)
+    connected: bool = option(_connected, bool, "no change takes the last block of a row or a column of blocks",
+                             shown="1x1 blocks, prune and with --published no, else yes", methods=CHANGING)
+    grace: int | None = option(None, int, "steps for which no exchange drops a block that has entered",
+                               shown="1x1 blocks and with --published 0, larger five intervals", range=NATURAL,
+                               metavar="STEPS", methods=EXCHANGING)
     random_share: float = option(0.0, float, "share of the blocks that grow at random where others grow by gradient",
                                  range=SHARE, metavar="SHARE", methods=GROWING)
 

@@ -29,6 +29,8 @@ def make_scheduler(config: TrainConfig, players: Players, ema: EMA) -> tuple[DDS
             signal=parts.signal,
             published=c.published,
             random_share=c.random_share,
+            connected=c.connected,
+            grace=c.grace,
             prune_to=c.density if parts.method == "prune" else None,
             prune_at=c.prune_at if parts.method == "prune" else None,
             generate=None if plain else lambda noise: game.images(players.generator, noise),

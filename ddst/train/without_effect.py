@@ -40,7 +40,7 @@ def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None
             "--algorithm-d rigl or set",
         ),
         (
-            ("scope", "ranking", "max_norm_share", "grown_second_moment", "random_share"),
+            ("scope", "ranking", "max_norm_share", "grown_second_moment", "connected", "grace", "random_share"),
             method in EXCHANGING and not (parts.moves_g or parts.steers_d) and config.algorithm_d == "static",
             f"--method {method} and --algorithm-d static, under which no block ever moves, only with --algorithm-d "
             f"rigl or set, or --method {' or '.join(MOVING)}",

@@ -132,12 +132,21 @@ def test_ratio_above_the_bounds_grows_d_up_to_full(monkeypatch):
     assert all(layer.nnz == layer.num_blocks for layer in sparse_layers(gan.d).values())
 
 
-def test_ratio_below_the_bounds_drops_d_to_its_floor_and_empties_no_layer(monkeypatch):
-    gan, scheduler = make(delta=0.3, density_range=(0.0, 1.0), exempt_d=())
+@pytest.mark.parametrize("connected", [False, True])
+def test_ratio_below_the_bounds_drops_d_to_its_floor_and_empties_no_layer(connected, monkeypatch):
+    gan, scheduler = make(delta=0.3, density_range=(0.0, 1.0), exempt_d=(), connected=connected)
     always(scheduler, monkeypatch, 0.1)
+
+    def lines():
+        """Which rows and columns of blocks have any."""
+        masks = [layer.block_mask for layer in sparse_layers(gan.d).values()]
+        pairs = [mask.reshape(*mask.shape[:2], -1).any(2) for mask in masks]
+        return [(p.any(0).tolist(), p.any(1).tolist()) for p in pairs]
+
+    before = lines()
     reports = run(gan, scheduler, TOTAL)
     assert [r.decision.action for r in reports if r.decision] == ["drop", "keep", "keep", "keep", "keep"]
-    assert set(counts(gan.d).values()) == {1}
+    assert (lines() == before) if connected else set(counts(gan.d).values()) == {1}
     assert scheduler.density_d == pytest.approx(scheduler.updater_d.attainable_density[0], abs=0.02)
     assert all(p.isfinite().all() for p in gan.d.parameters())
 

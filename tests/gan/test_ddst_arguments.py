@@ -41,11 +41,16 @@ def test_defaults_of_the_modes_and_blocks():
     assert (relaxed.controller.warmup, single.controller.warmup) == (1000, 0)
     assert (relaxed.training_g.drop_fraction(0), single.training_g.drop_fraction(0)) == (0.3, 0.5)
     assert (strict._steering.fraction(0), single._steering.fraction(0)) == (0.3, 0.5)
-    third, last = 100_000 // 3, [relaxed, strict, built((8, 8), drop_fraction_steps=7)]
-    assert [s.training_g.drop_fraction(third) for s in last] == [0.005] * 3, "G's share falls over a third of the run"
-    whole = [single, built((8, 8), mode="sdst"), built((8, 8), mode="ramp"), built((8, 8), published=True)]
+    third, last = 100_000 // 3, [relaxed, strict, built((8, 8), drop_fraction_steps=7), built((8, 8), mode="sdst")]
+    assert [s.training_g.drop_fraction(third) for s in last] == [0.005] * 4, "G's share falls over a third of the run"
+    whole = [single, built((8, 8), published=True)]
     assert all(s.training_g.drop_fraction(third) > 0.1 for s in [*whole, built((8, 8), drop_fraction_steps=99_000)])
     assert strict._steering.fraction(third) > 0.1 and last[2]._steering.fraction(third) == 0.005
+    published = built((8, 8), mode="strict", published=True)
+    graces = [(s.training_g.updater.grace, s.updater_d.grace) for s in (strict, single, published)]
+    assert graces == [(2500, 10_000), (0, 0), (0, 0)]
+    assert [s.training_g.updater.connected for s in (strict, single, published)] == [True, False, False]
+    assert [s.updater_d.connected for s in (strict, single, published)] == [True, False, False]
     assert (single.updater_d.exempt, single.updater_d.ranking) == ((), "raw")
     assert (strict.updater_d.exempt, strict.updater_d.ranking) == (("0", "7"), "relative")
 

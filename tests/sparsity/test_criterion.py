@@ -30,6 +30,26 @@ def test_drop_over_layers_ranks_them_together_and_keeps_each_layers_largest():
     assert [d.tolist() for d in drop] == [[False, False], [True, False, True], [False]]
 
 
+def test_what_stays_and_the_largest_of_each_line_are_not_dropped():
+    norms = [torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])]
+    stay = [torch.tensor([True, False, False, False, False, False])]
+    rows, columns = [0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1]
+    dropped = choose_drop(norms, 6, stay=stay)
+    assert dropped[0].tolist() == [False, True, True, True, True, False]
+    dropped = choose_drop(norms, 6, lines=[[torch.tensor(rows)]])
+    assert dropped[0].tolist() == [True, False, True, False, True, False]
+    dropped = choose_drop(norms, 6, lines=[[torch.tensor(rows)], [torch.tensor(columns)]])
+    assert dropped[0].tolist() == [False, False, True, False, True, False]
+    # What stays anyway is not its line's largest, and a line of such alone asks for no more.
+    stay = [torch.tensor([False, True, False, False, True, True])]
+    dropped = choose_drop(norms, 6, stay=stay, lines=[[torch.tensor(rows)]])
+    assert dropped[0].tolist() == [False, False, True, False, False, False]
+    # Equal keys: the later one stays.
+    pairs = [[torch.tensor([0, 0, 1, 1])]]
+    assert choose_drop([torch.ones(4)], 4, lines=pairs)[0].tolist() == [True, False, True, False]
+    assert choose_drop([torch.ones(0)], 1, lines=[[torch.ones(0)]])[0].tolist() == []
+
+
 def test_ties_go_to_the_first_layer_and_the_first_block():
     drop = choose_drop(tensors([[1.0, 1.0, 1.0], [1.0, 1.0]]), 2)
     assert [d.tolist() for d in drop] == [[True, True, False], [False, False]]

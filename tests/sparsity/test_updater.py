@@ -1,5 +1,6 @@
 """One topology update: what leaves, what enters, what is conserved, and what it does to layers and optimizer."""
 
+import copy
 import math
 
 import pytest
@@ -16,9 +17,10 @@ from helpers.training import batch, classifier, counts, snapshot, train_step
 
 
 def make(growth="gradient", block=(8, 8), density=0.4, optimizer=torch.optim.Adam, **options):
+    """Of the rules of ranking alone; `connected` has tests of its own."""
     model = classifier(block, density)
     opt = optimizer(model.parameters(), lr=0.01)
-    return model, opt, TopologyUpdater(model, opt, growth=growth, **options)
+    return model, opt, TopologyUpdater(model, opt, growth=growth, **{"connected": False, **options})
 
 
 def ready(model, optimizer, updater, seed=1):
@@ -68,7 +70,7 @@ def test_exchange_conserves_the_blocks_and_empties_no_layer(growth, scope):
         ddst.SparseLinear(64, 32, density=0.05, block=(8, 8)),
     )
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    updater = TopologyUpdater(model, sgd, growth=growth, scope=scope, exempt=())
+    updater = TopologyUpdater(model, sgd, growth=growth, scope=scope, exempt=(), connected=False)
     for fraction in (0.3, 1.0, 0.1):
         before = counts(model)
         updater.scores.request()
@@ -238,6 +240,87 @@ def test_exempt_layers_do_not_change():
     train_step(model, adam, 2)
     updater.change_density(0.6)
     assert torch.equal(model[2].block_mask, before)
+
+
+def lines_of(layer):
+    """Blocks of each block row of the weight, and of each block column of each group."""
+    mask = layer.block_mask.reshape(*layer.block_mask.shape[:2], -1).sum(2)
+    return mask.sum(1), mask.reshape(layer.groups, -1, mask.shape[1]).sum(1).flatten()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("growth", ["gradient", "random"])
+def test_no_update_cuts_off_a_row_or_a_column_of_blocks(scope, growth):
+    model = nn.Sequential(
+        ddst.SparseConv2d(32, 64, 3, padding=1, density=0.2, block=(8, 8)),
+        ddst.SparseConv2d(64, 64, 3, padding=1, density=0.2, block=(8, 8), groups=2),
+        ddst.SparseConvTranspose2d(64, 24, 3, density=0.2, block=(8, 8)),
+        nn.Flatten(),
+        ddst.SparseLinear(24 * 36, 60, density=0.3, block=(8, 8)),  # with edge blocks
+    )
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    updater = TopologyUpdater(model, adam, growth=growth, scope=scope, exempt=())
+    layers = updater.layers.values()
+    assert updater.connected and all(bool((line > 0).all()) for layer in layers for line in lines_of(layer))
+    low = updater.attainable_density[0]
+    for step, fraction in enumerate((0.3, 1.0, 0.5)):
+        updater.scores.request()
+        adam.zero_grad()
+        model(torch.randn(4, 32, 4, 4)).square().mean().backward()
+        adam.step()
+        report = updater.exchange(fraction, step)
+        assert sum(report.dropped.values()) > 0 and report.density_after == pytest.approx(updater.density)
+        assert all(bool((line > 0).all()) for layer in layers for line in lines_of(layer))
+    low, asked = updater.attainable_density[0], []
+    for target in (0.15, 0.0):
+        asked.append(updater.change_density(target).density_after)
+        assert all(bool((line > 0).all()) for layer in layers for line in lines_of(layer))
+    assert asked == [pytest.approx(0.15, abs=updater.resolution), pytest.approx(low)]
+    # Between the blocks that all lines need and one for each of them.
+    for layer in layers:
+        rows, columns = (line.numel() for line in lines_of(layer))
+        assert max(rows, columns) <= int(layer.block_mask.sum()) < rows + columns
+
+
+def test_without_connected_a_single_exchange_cuts_rows_off():
+    """What the test above would miss if masks stayed covered by themselves."""
+    model = nn.Sequential(ddst.SparseLinear(128, 128, density=0.15, block=(8, 8)), nn.Linear(128, 1))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    updater = TopologyUpdater(model, sgd, growth="random", exempt=(), connected=False)
+    sgd.zero_grad()
+    model(torch.randn(4, 128)).sum().backward()
+    sgd.step()
+    updater.exchange(0.5)
+    assert any(bool((line == 0).any()) for line in lines_of(model[0]))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_block_that_entered_stays_for_its_grace(scope):
+    model = nn.Sequential(ddst.SparseLinear(128, 128, density=0.3, block=(8, 8)), nn.Linear(128, 1))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)  # what enters stays zero, the smallest of all
+    make_one = lambda: TopologyUpdater(  # noqa: E731
+        model, sgd, growth="random", scope=scope, exempt=(), grace=10, generator=torch.Generator().manual_seed(3)
+    )
+    updater, masks, reports = make_one(), [model[0].block_mask.clone()], []
+    for step in (5, 9, 14):
+        reports.append(updater.exchange(0.2, step))
+        masks.append(model[0].block_mask.clone())
+        if step == 9:  # A resumed run knows them, too.
+            state = copy.deepcopy(updater.state_dict())
+            updater = make_one()
+            updater.load_state_dict(state)
+    first, second = masks[1] & ~masks[0], masks[2] & ~masks[1]
+    assert int(first.sum()) == reports[0].grown["0"] > 3
+    # Of the share asked for, what is in its grace is no part.
+    mature = int(masks[1].sum()) - int(first.sum())
+    assert int(second.sum()) == pytest.approx(0.2 * mature, abs=1.01) and bool((masks[3] & first == first).all())
+    updater.exchange(0.2, 15)  # the first ones' grace is over, and they are zero
+    gone = masks[3] & ~model[0].block_mask
+    assert int(gone.sum()) > 3 and bool((first & gone == gone).all())
+    assert bool((model[0].block_mask & second == second).all())
+    # A fall of the density has no regard for it.
+    updater.change_density(0.15, 16)
+    assert not bool((model[0].block_mask & second == second).all())
 
 
 def test_norm_share_caps_what_leaves():

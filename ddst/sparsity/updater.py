@@ -182,7 +182,7 @@ class TopologyUpdater:
         self._state_checked = False
         self._sizes = self.network.sizes
         # The step at which each block entered last, where it must be known; START: it was there at the start.
-        self._entered = {n: torch.full(s.shape, START) for n, s in self._sizes.items() if grace and n in self.layers}
+        self.entered = {n: torch.full(s.shape, START) for n, s in self._sizes.items() if grace and n in self.layers}
         check_same_slots(self.all_layers, {}, process_group)
         stepping = optimizers_of(optimizer, [layer.values for layer in self.layers.values()])[-1]
         dense = self.grown_second_moment == "dense"
@@ -294,7 +294,7 @@ class TopologyUpdater:
         """The blocks within their grace."""
         if not self.grace:
             return torch.zeros_like(self._sizes[name], dtype=torch.bool)
-        entered = self._entered[name]
+        entered = self.entered[name]
         return (entered != START) & (step - entered < self.grace)
 
     def _lines(self, name: str, mask: Tensor) -> tuple[Tensor, ...]:
@@ -375,8 +375,8 @@ class TopologyUpdater:
                 start = self._second_moment(name, layer_change.change) if layer_change.change.grown else None
                 layer_change.prepare_state(self.optimizer, start)
             commit_together(list(changes.values()))
-        for name in changes.keys() & self._entered.keys():
-            self._entered[name][masks[name] & ~old[name]] = step
+        for name in changes.keys() & self.entered.keys():
+            self.entered[name][masks[name] & ~old[name]] = step
         dropped = {name: c.change.dropped for name, c in changes.items() if c.change.dropped}
         grown = {name: c.change.grown for name, c in changes.items() if c.change.grown}
         return UpdateReport(step, kind, fraction, dropped, grown, before, self.density)
@@ -408,7 +408,7 @@ class TopologyUpdater:
             "scores": self.scores.state_dict(),
             "moments": moments,
             "generator": self.generator.get_state(),
-            "entered": {name: steps.clone() for name, steps in self._entered.items()},
+            "entered": {name: steps.clone() for name, steps in self.entered.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -418,7 +418,7 @@ class TopologyUpdater:
         if self.scores.moments is not None:
             self.scores.moments.load_state_dict(state["moments"])
         self.generator.set_state(state["generator"].cpu())
-        for name, steps in self._entered.items():
+        for name, steps in self.entered.items():
             # Of a run without a grace: nothing is known of its blocks.
             steps.copy_(state["entered"].get(name, torch.full_like(steps, START)))
 

@@ -18,7 +18,7 @@ from ddst.gan import DDST
 from ddst.gan.controller import DROP, EXCHANGE, GROW
 from ddst.nn import SparseLayer, sparse_layers
 from ddst.nn.storage import slots_fault
-from ddst.sparsity.updater import TopologyUpdater
+from ddst.sparsity.updater import START, TopologyUpdater
 from ddst.train.rules import (
     Misfit,
     Rule,
@@ -178,14 +178,14 @@ def scheduler(ddst: DDST, step: int, length: int) -> Rule:
         g = {
             "steps": whole(step, step),
             "due": optional(whole(oldest_g, step)) if moves else nothing,
-            "updater": requests(training.updater, asks_g, same),
+            "updater": requests(training.updater, asks_g, step, same),
         }
         rules = {
             "mode": one_of(ddst.mode),
             "steps": whole(step, step),
             "balance": balance(ddst.balance.window, step // ddst.br_every),
             "generator": record(g),
-            "discriminator": nothing if updater is None else requests(updater, asks_d, same),
+            "discriminator": nothing if updater is None else requests(updater, asks_d, step, same),
             "waiting": nothing if updater is None else optional(decision(oldest_d, step)),
         }
         record(rules)(value, where)
@@ -193,8 +193,10 @@ def scheduler(ddst: DDST, step: int, length: int) -> Rule:
     return check
 
 
-def requests(updater: TopologyUpdater, wanted: bool, certain: bool = True) -> Rule:
-    """A `TopologyUpdater`: whether scores are asked for, scores that came and were not used, its random numbers."""
+def requests(updater: TopologyUpdater, wanted: bool, step: int, certain: bool = True) -> Rule:
+    """A `TopologyUpdater`: whether scores are asked for, scores that came and were not used, its random numbers, and at
+    which steps up to `step` blocks entered.
+    """
     masks = {name: layer.mask_shape for name, layer in updater.scores.layers.items()}
     one = {name: tensor(None, shape, low=0) for name, shape in masks.items()}
     moments: Rule = nothing
@@ -214,7 +216,8 @@ def requests(updater: TopologyUpdater, wanted: bool, certain: bool = True) -> Ru
             "aside": some_of(one),
         }
     )
-    return record({"scores": scores, "moments": moments, "generator": random_state})
+    entered = {name: tensor(torch.int64, steps.shape, START, step) for name, steps in updater.entered.items()}
+    return record({"scores": scores, "moments": moments, "generator": random_state, "entered": record(entered)})
 
 
 def sample(value: Any, where: str) -> None:

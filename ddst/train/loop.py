@@ -70,6 +70,10 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: int | None = None
 
+    def agreed(self, busy: bool = False) -> int | None:
+        """See :func:`ddst.train.processes.agreed`."""
+        return agreed(lambda: self.signal, busy)
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catches both signals inside the block (where the platform lets this thread)."""
@@ -373,7 +377,7 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
     with ExitStack() as held:
         if first():
             judge = judge or Judging(trainer)
-            judge.stopped = lambda: agreed(lambda: stop.signal, busy=True) is not None
+            judge.stopped = lambda: stop.agreed(busy=True) is not None
             watcher = held.enter_context(live(config, trainer.step))
             _clear(trainer.out, kept)
             log = held.enter_context(RunLog(trainer.out / LOG))
@@ -404,7 +408,7 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
                 if judge is not None and log is not None:
                     judge.catch_up(log)
                     signs.write()
-                while trainer.step < last and agreed(lambda: stop.signal) is None:
+                while trainer.step < last and stop.agreed() is None:
                     loss_d, loss_g, report = trainer.train_step()
                     if log is not None:
                         _log_step(log, trainer, loss_d, loss_g, report)
@@ -417,7 +421,7 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
                         signs.write()
                     if trainer.step % config.checkpoint_every == 0 and trainer.step < last:
                         trainer.checkpoint(log)
-                ended_by = agreed(lambda: stop.signal)
+                ended_by = stop.agreed()
             except KeyboardInterrupt:
                 raise TrainingError(f"ended at once after step {trainer.step}{trainer.left()}") from None
         trainer.checkpoint(log)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddst.train import run
-from ddst.train.loop import Trainer
+from ddst.train.loop import Trainer, TrainingError
 from ddst.train.options import ConfigError
 from helpers.runs import TINY, checkpoint_of, differences, log_without_seconds, tiny
 
@@ -113,6 +113,20 @@ def test_signal_ends_after_the_current_step_with_a_checkpoint(tmp_path, monkeypa
     assert checkpoint_of(parts)["step"] == 7
     assert run({"out": str(parts), "resume": True}) == 0
     assert differences(checkpoint_of(whole), checkpoint_of(parts)) == []
+
+
+def test_a_second_ctrl_c_ends_at_once_and_names_the_last_checkpoint(tmp_path, monkeypatch):
+    def signalled(self):
+        if self.step == 6:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+        return real_step(self)
+
+    real_step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", signalled)
+    message = r"^ended at once after step 6; the last good checkpoint is that of step 5, "
+    with pytest.raises(TrainingError, match=message):
+        run({**TINY, "out": str(tmp_path)})
 
 
 def test_finished_run_resumes_to_its_report_only(tmp_path):

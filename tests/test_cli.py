@@ -302,7 +302,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     ):
         assert "".join(text.split()) in said
     for default in (
-        "(default: demo 0.5 0.8, published 0.45 0.55, dda 0.5 0.65; ddst-ada 0.55 0.65)",
+        "(default: demo 0.5 1.0, published 0.45 0.55, there dda 0.5 0.65; ddst-ada 0.55 0.65)",
         "(default: 16x16)",
         "(default: 1, ddst-strict 0.5)",
     ):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ddst.benchmarks.paper.published import DENSITIES, DISTANCES
 from ddst.gan import PRESETS
+from ddst.train.config import OPTIONS
 from ddst.train.options import flag, shown_value
 
 STEPS = 3000
@@ -35,7 +36,7 @@ class Cell:
 
     Attributes:
         data, method, seed, steps: settings of `ddst train`. density, block: likewise, None of a dense run.
-        changes: further settings by name, as words of a command line.
+        changes: further settings by name, as words of a command line; of a switch "yes" or "no".
     """
 
     data: str
@@ -80,18 +81,23 @@ class Cell:
             words += ["--density", f"{self.density:g}", "--block", shown_value(self.block)]
             words += ["--backend", "reference"] if self.block == (1, 1) else []
         for name, value in self.changes:
-            words += [flag(name), *value.split()]
+            if name in OPTIONS and OPTIONS[name].kind is bool:
+                words.append(flag(name) if value == "yes" else f"--no-{flag(name)[2:]}")
+            else:
+                words += [flag(name), *value.split()]
         return words
 
 
-#: Settings of SDST-RigL's moves that are compared with the defaults (25 steps, 0.3 of the blocks) by equal seeds:
-#: layers that keep their blocks, the share, the interval, both, where second moments of what enters start, the average.
+#: Settings of SDST-RigL's moves that are compared with the defaults (100 steps, 0.3 of the blocks) by equal seeds:
+#: layers that keep their blocks, the share, the interval, rows and columns that may be cut off, blocks that may leave at
+#: once, where second moments of what enters start, the average.
 MOVES: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
     (("exempt_g", "none"),),
     (("drop_fraction", "0.1"),),
-    (("interval_g", "100"),),
-    (("interval_g", "100"), ("drop_fraction", "0.1")),
+    (("interval_g", "25"),),
+    (("connected", "no"),),
+    (("grace", "0"),),
     (("grown_second_moment", "zero"),),
     (("ema", "0.999"),),
 )

@@ -35,6 +35,7 @@ from ddst.gan.unperturbed import random_states, unperturbed
 from ddst.nn import sparse_layers
 from ddst.nn.repeated_calls import never_repeated
 from ddst.sparsity.algorithm import SparseTraining
+from ddst.sparsity.criterion import exchange_count
 from ddst.sparsity.density import NetworkDensity
 from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, grace_of, has_single_weight_blocks, resolve_exempt
@@ -415,6 +416,12 @@ class DDST:
     def _warn_if_idle(self) -> None:
         if self.training_g.method in ("rigl", "set") and self.interval_g >= self.total_steps:
             self._warn(f"interval_g={self.interval_g}", "G's topology is never updated")
+        elif self.training_g.method in ("rigl", "set") and self.training_g.updater.scope == "layer":
+            share = self.training_g.drop_fraction(self.interval_g)
+            blocks = max(layer.nnz for layer in self.training_g.updater.layers.values())
+            if not exchange_count(blocks, share):
+                small = f"drop_fraction={share:.3g} at the first update, of {blocks} blocks in the largest layer,"
+                self._warn(small, "no block of G is exchanged")
         if self.controller is not None:
             last = (self.total_steps - 1) // self.interval_d * self.interval_d
             measured = isinstance(self.controller, DensityController)

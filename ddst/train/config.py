@@ -103,7 +103,7 @@ def _bounds(known: Known) -> tuple[float, float]:
     """Wide ones in the demo: every change shakes a D of few blocks, and between narrow ones its density swings."""
     if known["method"] == "ddst-ada":
         return (0.55, 0.65)
-    return _ours((0.5, 0.8), (0.5, 0.65) if known["method"] == "dda" else (0.45, 0.55))(known)
+    return _ours((0.5, 1.0), (0.5, 0.65) if known["method"] == "dda" else (0.45, 0.55))(known)
 
 
 def _connected(known: Known) -> bool:
@@ -210,8 +210,8 @@ class TrainConfig:
     scope: str = option(_blocks("global", "layer"), str, "an exchange of blocks (of G; strict: of D too) "
                         "ranks them within each layer or over the network",
                         shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=EXCHANGING)
-    ranking: str = option(_blocks("raw", "relative"), str, "blocks are ranked by their norm, or by their RMS relative "
-                          "to the layer's", shown="1x1 blocks raw, larger relative",
+    ranking: str = option(_blocks("raw", "relative"), str, "blocks are ranked by their RMS relative to the layer's, "
+                          "or by their norm", shown="1x1 blocks raw, larger relative",
                           choices=("relative", "raw"), methods=CHANGING)
     max_norm_share: float | None = option(None, float, "most of the squared norm that one update may drop: of a "
                                           "layer or, with --scope global and changes of D's density, of the network",
@@ -240,8 +240,8 @@ class TrainConfig:
         shown="demo 40, published 1000; strict: twice that", range=COUNT, metavar="STEPS", methods=SPARSE_D)
     bounds: tuple[float, float] = option(
         _bounds, float, "D grows where the balance ratio is above HI and shrinks where it is below LO (ddst-ada: the "
-        "other way round, of the mean sign of D(x))", shown="demo 0.5 0.8, published 0.45 0.55, dda 0.5 0.65; ddst-ada "
-        "0.55 0.65", words=2, range=BOUNDS, metavar=("LO", "HI"), methods=CONTROLLED)
+        "other way round, of the mean sign of D(x))", shown="demo 0.5 1.0, published 0.45 0.55, there dda 0.5 0.65; "
+        "ddst-ada 0.55 0.65", words=2, range=BOUNDS, metavar=("LO", "HI"), methods=CONTROLLED)
     delta: float = option(0.05, float, "change of D's density per decision", range=DENSITY, metavar="D",
                           methods=CONTROLLED)
     density_d_min: float = option(0.05, float, "lowest density of D", range=SHARE, metavar="D", methods=CONTROLLED)

@@ -14,6 +14,8 @@ from helpers.training import SHORT, ToyGan, make, run
 def test_warns_when_nothing_would_ever_happen():
     with pytest.warns(UserWarning, match=r"interval_g=500 and total_steps=100 G's topology is never updated"):
         make(total_steps=100, interval_g=500)
+    with pytest.warns(UserWarning, match=r"drop_fraction=0.00.* total_steps=100 no block of G is exchanged"):
+        make(total_steps=100, interval_g=2, drop_fraction=0.01)
     with pytest.warns(UserWarning, match=r"interval_d=1000.*total_steps=900 D's density is never changed"):
         make(total_steps=900, interval_d=1000)
     with pytest.warns(UserWarning, match=r"br_window=1000.*D's density is never changed"):

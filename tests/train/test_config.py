@@ -35,11 +35,11 @@ def test_defaults_depend_on_method_block_and_preset():
         *(0.3, "layer", "relative"),
         *("ratio_of_means", 0.05),
     )
-    assert (relaxed.bounds, relaxed.lr_density_power) == ((0.5, 0.8), 0.5)
+    assert (relaxed.bounds, relaxed.lr_density_power) == ((0.5, 1.0), 0.5)
     dda, ada, published = (
         resolve({"out": "x", **s}) for s in ({"method": "dda"}, {"method": "ddst-ada"}, {"published": True})
     )
-    assert (dda.bounds, ada.bounds, published.bounds) == ((0.5, 0.8), (0.55, 0.65), (0.45, 0.55))
+    assert (dda.bounds, ada.bounds, published.bounds) == ((0.5, 1.0), (0.55, 0.65), (0.45, 0.55))
 
 
 def test_published_settings():

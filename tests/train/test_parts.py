@@ -160,7 +160,7 @@ def test_published_settings_of_biggan():
     assert (c.model, c.steps, c.resolution, c.batch, c.d_steps, c.latent) == ("biggan", 200_000, 64, 50, 4, 100)
     assert c.width_g == c.width_d == 1024
     dda, ada, strong = (resolve({"out": "x", "method": m}) for m in ("dda", "ddst-ada", "static-strong"))
-    assert (dda.bounds, ada.bounds, strong.density_d) == ((0.5, 0.8), (0.55, 0.65), 1.0)
+    assert (dda.bounds, ada.bounds, strong.density_d) == ((0.5, 1.0), (0.55, 0.65), 1.0)
 
 
 def test_rates_fall_to_zero_from_the_step_they_are_told():

@@ -430,7 +430,8 @@ def has_single_weight_blocks(layers: Mapping[str, SparseLayer]) -> bool:
 
 def grace_of(grace: int | None, single: bool, interval: int) -> int:
     """The steps of grace that are given, else none for single weights and five intervals for larger blocks."""
-    return (0 if single else 5 * interval) if grace is None else grace
+    usual = 0 if single else min(5 * interval, 2**31 - 1)  # The longest there is.
+    return usual if grace is None else grace
 
 
 def resolve_exempt(model: nn.Module, layers: Mapping[str, SparseLayer], exempt: Sequence[str] | str) -> tuple[str, ...]:

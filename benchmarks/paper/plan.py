@@ -89,8 +89,8 @@ class Cell:
 
 
 #: Settings of SDST-RigL's moves that are compared with the defaults (100 steps, 0.3 of the blocks) by equal seeds:
-#: layers that keep their blocks, the share, the interval, rows and columns that may be cut off, blocks that may leave at
-#: once, where second moments of what enters start, the average.
+#: layers that keep their blocks, the share, the interval, rows and columns that may be cut off, blocks that may leave
+#: at once, where second moments of what enters start, the average.
 MOVES: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
     (("exempt_g", "none"),),

@@ -307,7 +307,7 @@ class DDST:
         self._order = StepOrder(opt_g)
         self._draws = True  # whether G or D drew numbers when it was measured last; unknown: as if it did
         self._earlier = EarlierWeights(generator, opt_g, lambda: self._draws and (self.steps + 1) % self.br_every == 0)
-        self._warn_if_idle()
+        self._warn_if_idle(named=not callable(schedule))
 
     @property
     def updater_d(self) -> TopologyUpdater | None:
@@ -413,10 +413,11 @@ class DDST:
             raise TypeError(f"score must return a tensor of scores, got {type(scores).__name__}; give score=...")
         return scores
 
-    def _warn_if_idle(self) -> None:
+    def _warn_if_idle(self, named: bool) -> None:
+        """Args: named: whether the schedule is one of ours, which can be asked ahead of its step."""
         if self.training_g.method in ("rigl", "set") and self.interval_g >= self.total_steps:
             self._warn(f"interval_g={self.interval_g}", "G's topology is never updated")
-        elif self.training_g.method in ("rigl", "set") and self.training_g.updater.scope == "layer":
+        elif self.training_g.method in ("rigl", "set") and self.training_g.updater.scope == "layer" and named:
             share = self.training_g.drop_fraction(self.interval_g)
             blocks = max(layer.nnz for layer in self.training_g.updater.layers.values())
             if not exchange_count(blocks, share):

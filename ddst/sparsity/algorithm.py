@@ -152,18 +152,23 @@ class SparseTraining:
             raise ValueError("model has no sparse layers: call ddst.sparsify(model, density) first")
         if method != "static":
             check_movable(self.updater.layers, RESIZED if self.updater.scope == "global" or method == "prune" else "")
-        low = self.updater.attainable_density[0]
-        if self.prune_to is not None and self.prune_to < low - self.updater.resolution:
-            raise ValueError(
-                f"prune_to must be at least {low:.4g} for this model, got {self.prune_to}: that much is in dense and "
-                "exempt layers and one block of each other one"
-            )
+        if self.prune_to is not None:
+            self._check_prune_to(self.prune_to)
         if drop_fraction is None:
             drop_fraction = 0.5 if self.updater.single_weights else 0.3
         falling = falling_steps(drop_fraction_steps, self.total_steps)
         self._fraction = make_schedule(schedule, drop_fraction, falling, final=drop_fraction_end)
         self.steps = 0
         self._due: int | None = None
+
+    def _check_prune_to(self, density: float) -> None:
+        low = self.updater.attainable_density[0]
+        if density < low - self.updater.resolution:
+            least = "what keeps the other ones connected" if self.updater.connected else "one block of each other one"
+            raise ValueError(
+                f"prune_to must be at least {low:.4g} for this model, got {density}: that much is in dense and exempt "
+                f"layers and {least}"
+            )
 
     def _pruning(self, prune_to: float | None, prune_at: int | None) -> tuple[float | None, int]:
         if self.method != "prune":

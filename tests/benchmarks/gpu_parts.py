@@ -185,7 +185,7 @@ def test_the_networks_are_what_they_are_called() -> None:
 TINY = {
     "resolution": 8, "width_g": 16, "width_d": 16, "latent": 16, "block": (8, 8), "density": 0.3, "batch": 4,
     "exempt_g": "none", "interval_g": 3, "interval_d": 4, "br_every": 1, "br_window": 2, "warmup": 0, "threads": 1,
-    "drop_fraction_steps": 8,
+    "drop_fraction_steps": 8, "connected": False,
 }  # fmt: skip
 
 

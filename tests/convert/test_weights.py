@@ -101,7 +101,14 @@ def test_report_and_scheduler_count_every_weight() -> None:
     reports = [ddst.sparsify(net, 0.25, distribution="uniform") for net in (generator, discriminator)]
     optimizers = [torch.optim.Adam(net.parameters()) for net in (generator, discriminator)]
     scheduler = ddst.DDST(
-        generator, discriminator, *optimizers, total_steps=100, interval_g=10, interval_d=20, br_window=20
+        generator,
+        discriminator,
+        *optimizers,
+        total_steps=100,
+        interval_g=10,
+        interval_d=20,
+        br_window=20,
+        connected=False,
     )
     densities = (scheduler.density_g, scheduler.density_d)
     for net, report, density in zip((generator, discriminator), reports, densities, strict=True):

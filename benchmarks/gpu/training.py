@@ -25,7 +25,7 @@ def train(
     Args:
         samples: where a grid of generated digits goes. settings: of ``ddst train``, other than its defaults.
     """
-    moving = {"interval_g": min(25, max(1, steps // 4)), "drop_fraction_steps": steps}  # In so few steps, too.
+    moving = {"interval_g": 25, "drop_fraction_steps": steps}  # In so few steps, too.
     config = resolve({"out": "unused", "steps": steps, "device": device, **moving, **settings})
     trainer = Trainer(config, load_images("digits", config.resolution))
     layers = sparse_layers(trainer.players.generator)

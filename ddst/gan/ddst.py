@@ -419,7 +419,7 @@ class DDST:
             self._warn(f"interval_g={self.interval_g}", "G's topology is never updated")
         elif self.training_g.method in ("rigl", "set") and self.training_g.updater.scope == "layer" and named:
             share = self.training_g.drop_fraction(self.interval_g)
-            blocks = max(layer.nnz for layer in self.training_g.updater.layers.values())
+            blocks = max((layer.nnz for layer in self.training_g.updater.layers.values()), default=0)
             if not exchange_count(blocks, share):
                 small = f"drop_fraction={share:.3g} at the first update, of {blocks} blocks in the largest layer,"
                 self._warn(small, "no block of G is exchanged")

@@ -155,12 +155,11 @@ def _largest_of_each(line: Tensor, key: Tensor, besides: Tensor) -> Tensor:
     """Per number in ``line`` its block of the largest key, leaving some out: the one that a stable ascending ranking
     would drop last.
     """
-    rank = torch.empty_like(line)
-    rank[torch.sort(key, stable=True).indices] = torch.arange(key.numel())
-    rank[besides] = -1
-    last = torch.full((int(line.max()) + 1 if line.numel() else 0,), -1)
-    last = last.scatter_reduce(0, line, rank, "amax")
-    return (rank == last[line]) & ~besides
+    count, key = int(line.max()) + 1 if line.numel() else 0, key.masked_fill(besides, -torch.inf)
+    largest = key.new_full((count,), -torch.inf).scatter_reduce(0, line, key, "amax")
+    place = torch.where(key == largest[line], torch.arange(key.numel()), -1)
+    last = place.new_full((count,), -1).scatter_reduce(0, line, place, "amax")
+    return (place == last[line]) & ~besides
 
 
 def _finite(tensor: Tensor, otherwise: float) -> Tensor:

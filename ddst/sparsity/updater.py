@@ -280,7 +280,7 @@ class TopologyUpdater:
         change = amount / max(self.network.total_weights, 1)
         if amount > 0:
             return self._apply(self._grow(old, old, amount, by_block=False), "grow", change, step)
-        return self._apply(self._drop(old, -amount, False, self.max_norm_share), "drop", change, step)
+        return self._apply(self._drop(old, -amount, by_block=False, share=self.max_norm_share), "drop", change, step)
 
     def _ready(self) -> list[str]:
         """Layers that may grow now: all for random growth, else those whose scores are there and finite."""

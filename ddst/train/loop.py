@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -46,11 +44,12 @@ from ddst.train.players import (
     make_sparse,
     with_optimizers,
 )
-from ddst.train.processes import agreed, first, share, together
+from ddst.train.processes import first, share, together
 from ddst.train.rules import Misfit
 from ddst.train.samples import generate, save_grid
 from ddst.train.scheduler import make_scheduler
 from ddst.train.state_schema import check_state
+from ddst.train.stop_flag import StopFlag
 from ddst.train.terminal import OneLineError
 
 GRID = 100  # Images in a sample grid.
@@ -58,41 +57,6 @@ GRID = 100  # Images in a sample grid.
 
 class TrainingError(OneLineError, RuntimeError):
     """Training cannot go on; the message is one line that says why and what is left."""
-
-
-class StopFlag:
-    """Set by Ctrl-C or SIGTERM: the loop ends after the current step. A second Ctrl-C ends at once, as usual.
-
-    Attributes:
-        signal: the last one that was caught.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def agreed(self, busy: bool = False) -> int | None:
-        """See :func:`ddst.train.processes.agreed`."""
-        return agreed(lambda: self.signal, busy)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catches both signals inside the block (where the platform lets this thread)."""
-        old: dict[int, Any] = {}
-        try:
-            for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-                old[number] = signal.signal(number, self._caught)
-        except ValueError:
-            pass  # Not the main thread: signals stay with whoever runs it.
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    def _caught(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
 
 
 class Trainer:

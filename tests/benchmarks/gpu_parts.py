@@ -21,6 +21,7 @@ from ddst.benchmarks.gpu.pictures import PICTURES
 from ddst.benchmarks.gpu.table import markdown, short
 from ddst.benchmarks.problem import PASSES
 from ddst.benchmarks.registry import Layer
+from helpers.gpu_training import TRAINING
 
 needs_training = pytest.mark.skipif(importlib.util.find_spec("ddst.train") is None, reason="this build has no training")
 CONV, LINEAR = Layer(32, 48, 3, 4), Layer(48, 32)
@@ -182,24 +183,17 @@ def test_the_networks_are_what_they_are_called() -> None:
         assert next(v for v in VARIANTS if v.network == name).density is None
 
 
-TINY = {
-    "resolution": 8, "width_g": 16, "width_d": 16, "latent": 16, "block": (8, 8), "density": 0.3, "batch": 4,
-    "exempt_g": "none", "interval_g": 3, "interval_d": 4, "br_every": 1, "br_window": 2, "warmup": 0, "threads": 1,
-    "drop_fraction_steps": 8, "connected": False,
-}  # fmt: skip
-
-
 @needs_training
 def test_training_on_digits_moves_blocks_and_keeps_densities(tmp_path: Path) -> None:
     from ddst.benchmarks.gpu import training
 
-    part = training.train("cpu", Deadline(100.0), tmp_path / "digits.png", 8, **TINY)
+    part = training.train("cpu", Deadline(100.0), tmp_path / "digits.png", 8, **TRAINING)
     assert part["wrong"] == []
     assert part["steps"] == 8 and part["moved_g"] and part["updates_g"] == 2 and part["decisions"] == 1
     assert part["density_g"] == pytest.approx(0.3, abs=0.02)
     assert (tmp_path / "digits.png").stat().st_size > 0
     assert "8 steps of DDST" in markdown({"train": part})
-    assert training.train("cpu", Deadline(0.0), None, 8, **TINY)["wrong"] == ["no step was done"]
+    assert training.train("cpu", Deadline(0.0), None, 8, **TRAINING)["wrong"] == ["no step was done"]
 
 
 @needs_training
@@ -208,10 +202,10 @@ def test_training_that_does_not_train_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     from ddst.sparsity import TopologyUpdater
 
     monkeypatch.setattr(TopologyUpdater, "exchange", lambda *_, **__: None)
-    part = training.train("cpu", Deadline(100.0), None, 5, **TINY)
+    part = training.train("cpu", Deadline(100.0), None, 5, **TRAINING)
     assert any("no block of G has moved in 5 steps" in why for why in part["wrong"])
     monkeypatch.setattr(training, "load_images", lambda *_: _not_a_number())
-    part = training.train("cpu", Deadline(100.0), None, 5, **TINY)
+    part = training.train("cpu", Deadline(100.0), None, 5, **TRAINING)
     assert any("loss is not finite at step 1" in why for why in part["wrong"])
 
 

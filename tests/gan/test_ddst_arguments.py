@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ddst.gan import DDST, EMA
+from ddst.nn import sparse_layers
 from ddst.sparsity import DropSchedule
 from helpers.training import SHORT, ToyGan, make, run
 
@@ -16,6 +17,9 @@ def test_warns_when_nothing_would_ever_happen():
         make(total_steps=100, interval_g=500)
     with pytest.warns(UserWarning, match=r"drop_fraction=0.00.* total_steps=100 no block of G is exchanged"):
         make(total_steps=100, interval_g=2, drop_fraction=0.01)
+    gan = ToyGan()
+    with pytest.warns(UserWarning, match="of 0 blocks in the largest layer.* no block of G is exchanged"):
+        make(gan, exempt_g=list(sparse_layers(gan.g)))
     with pytest.warns(UserWarning, match=r"interval_d=1000.*total_steps=900 D's density is never changed"):
         make(total_steps=900, interval_d=1000)
     with pytest.warns(UserWarning, match=r"br_window=1000.*D's density is never changed"):

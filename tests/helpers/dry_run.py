@@ -42,6 +42,7 @@ from ddst.kernels import configs, tuning
 from ddst.ops.cuda import compiled, gather, hopper, hopper_weight_grad
 from helpers import fake_cuda
 from helpers import interpreter as interpreter
+from helpers.gpu_training import TRAINING
 
 CONV, LINEAR = Layer(16, 32, 1, 2), Layer(32, 16)
 SHAPES = (
@@ -52,11 +53,6 @@ SWEPT = (
     Shape("linear", blocks=(7, 9), size=(0, 0), batch=3),
     Shape("1x2", blocks=(7, 2), size=(3, 4), batch=1, kernel=(1, 2), padding=(0, 1)),
 )
-TRAINING = {
-    "resolution": 8, "width_g": 16, "width_d": 16, "latent": 16, "block": (8, 8), "density": 0.3, "batch": 4,
-    "exempt_g": "none", "interval_g": 3, "interval_d": 4, "br_every": 1, "br_window": 2, "warmup": 0, "threads": 1,
-    "drop_fraction_steps": 8, "connected": False,
-}  # fmt: skip
 #: "Compiles" a shell script: copies it to the name after -o.
 COMPILER = '#!/bin/sh\nfor a; do last=$a; case $a in *.cu) from=$a;; esac; done\ncp "$from" "$last"\n'
 #: Takes the one piece of machine code out of a library that holds nothing else.

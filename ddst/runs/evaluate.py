@@ -38,6 +38,9 @@ def evaluate(
 ) -> list[Figure]:
     """Judge the averaged generator of a run, and keep the figures as `evaluation.json` where `source` is its folder.
 
+    Figures of earlier calls stay in that file while step, seed and versions are the same; a metric that is asked again
+    of the same real images is replaced.
+
     Args:
         source: see :func:`ddst.load_generator`.
         metrics: of :data:`ddst.metrics.judge.METRICS`; None: the distance embedded for the data, "fid" for other data.
@@ -84,8 +87,7 @@ def evaluate(
     if statistics is not None:
         write_statistics(statistics, judge.moments(), judge.origin)
     if source.is_dir():
-        with replacing(source / EVALUATION) as file:
-            file.write(json.dumps(_record(figures, about.step, seed), indent=2).encode() + b"\n")
+        _keep(source / EVALUATION, {"step": about.step, "seed": seed, "versions": versions()}, figures)
     return figures
 
 
@@ -113,5 +115,18 @@ def _refuse_without_effect(
                 raise ConfigError(f"{option} has no effect {asked} and --reference, which stands in the images' place")
 
 
-def _record(figures: Sequence[Figure], step: int, seed: int) -> dict[str, Any]:
-    return {"step": step, "seed": seed, "versions": versions(), "figures": [figure.as_dict() for figure in figures]}
+def _keep(path: Path, made_by: dict[str, Any], figures: Sequence[Figure]) -> None:
+    """Write `figures`, and beside them what the file holds of other metrics and images by the same makers."""
+    new = [figure.as_dict() for figure in figures]
+    try:
+        held = json.loads(path.read_text())
+        earlier = held["figures"] if {name: held[name] for name in made_by} == made_by else []
+        kept = [old for old in earlier if not any(_same_question(old, figure) for figure in new)]
+    except (OSError, ValueError, LookupError, TypeError):
+        kept = []  # None, or nothing that this has written.
+    with replacing(path) as file:
+        file.write(json.dumps(made_by | {"figures": kept + new}, indent=2).encode() + b"\n")
+
+
+def _same_question(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return (one["metric"], one["split"]) == (other["metric"], other["split"])

@@ -64,7 +64,7 @@ def choose_drop(
     stay: Sequence[Tensor] | None = None,
     lines: Sequence[Sequence[Tensor]] = (),
 ) -> list[Tensor]:
-    """The active blocks with the smallest keys, ``Σ size ≈ amount``, always leaving each layer its largest one.
+    """The active blocks with the smallest keys, ``Σ size ≈ amount``, passing over the last one of a layer or a line.
 
     Args:
         norms: per layer ``[nnz]``, L2 norms of its active blocks. Norms that are not finite count as 0 (leave first).
@@ -76,8 +76,8 @@ def choose_drop(
         max_norm_share: cap on the dropped share of the group's squared norm: blocks that would pass it stay, so
             that fewer than ``amount``, perhaps none, may be dropped.
         stay: per layer bool ``[nnz]``, blocks that are not dropped whatever their keys; none when None.
-        lines: of each kind (rows, columns) per layer integers ``[nnz]``, the line that each block is in. Each line
-            keeps its largest block, of those that do not stay anyway.
+        lines: of each kind (rows, columns) per layer integers ``[nnz]``, the line that each block is in. In ascending
+            order of the keys, a block is passed over if all others of one of its lines leave.
 
     Returns:
         Per layer bool ``[nnz]``, True where the block is dropped.
@@ -101,8 +101,8 @@ def choose_drop(
     free = []
     for i, key in enumerate(ranked):
         staying = torch.zeros_like(key, dtype=torch.bool) if stay is None else stay[i].cpu()
-        members = [torch.zeros(key.shape, dtype=torch.long), *(kind[i].cpu().long() for kind in kinds)]
-        free.append(~torch.stack([staying, *(_largest_of_each(line, key, staying) for line in members)]).any(0))
+        layer = torch.zeros(key.shape, dtype=torch.long)
+        free.append(_free(key, staying, [layer, *(kind[i].cpu().long() for kind in kinds)]))
     cost = None
     if max_norm_share is not None:
         top = max((float(n.max()) for n in finite if n.numel()), default=0.0) or 1.0
@@ -149,6 +149,25 @@ def exchange_count(active: int, fraction: float) -> int:
     """
     # 0.29 * 100 is 28.999999999999996: the margin gives the count that was meant.
     return max(0, min(int(fraction * active + 1e-9), active - 1))
+
+
+def _free(key: Tensor, staying: Tensor, lines: Sequence[Tensor]) -> Tensor:
+    """Blocks that may leave, smallest first, so that no line of any kind is left without a block.
+
+    Only a line's largest block can be its last one: the rest leaves while that is there. So these alone are walked.
+    """
+    free = ~staying
+    largest = torch.stack([_largest_of_each(line, key, staying) for line in lines])
+    walk = largest.any(0).nonzero()[:, 0]
+    walk = walk[torch.sort(key[walk], stable=True).indices]
+    keeps = [set(line[staying].tolist()) for line in lines]  # the lines that keep a block
+    places = zip(*(line[walk].tolist() for line in lines), strict=True)
+    for block, of, last in zip(walk.tolist(), places, largest[:, walk].T.tolist(), strict=True):
+        if any(is_last and line not in kept for is_last, line, kept in zip(last, of, keeps, strict=True)):
+            free[block] = False
+            for kept, line in zip(keeps, of, strict=True):
+                kept.add(line)
+    return free
 
 
 def _largest_of_each(line: Tensor, key: Tensor, besides: Tensor) -> Tensor:

@@ -94,9 +94,9 @@ def _model(setting: str) -> Callable[[Known], Any]:
     return lambda known: getattr(FAMILIES[known["model"]], setting)
 
 
-def _blocks(single: Any, larger: Any) -> Callable[[Known], Any]:
+def _blocks(single: Any, larger: Any, of: str = "block") -> Callable[[Known], Any]:
     """A default that is the paper's for single weights (and with --published) and another for larger blocks."""
-    return lambda known: single if known["published"] or known["block"] == (1, 1) else larger
+    return lambda known: single if known["published"] or known[of] == (1, 1) else larger
 
 
 def _bounds(known: Known) -> tuple[float, float]:
@@ -104,10 +104,6 @@ def _bounds(known: Known) -> tuple[float, float]:
     if known["method"] == "ddst-ada":
         return (0.55, 0.65)
     return _ours((0.5, 1.0), (0.5, 0.65) if known["method"] == "dda" else (0.45, 0.55))(known)
-
-
-def _connected(known: Known) -> bool:
-    return _blocks(False, known["method"] != "prune")(known)
 
 
 def _strict(other: Any, strict: Any) -> Callable[[Known], Any]:
@@ -183,8 +179,8 @@ class TrainConfig:
     prune_at: int = option(lambda known: max(2, 2 * known["steps"] // 3), int, "step at which G is pruned to "
                            "--density, half as many steps after as before", shown="two thirds of --steps", range=COUNT,
                            metavar="STEP", methods=PRUNING)
-    sn_noise: float = option(_blocks(0.0, 0.05), float, "share of noise in D's power iteration, which keeps the "
-                             "spectral norm of few blocks from getting stuck; models sngan and biggan",
+    sn_noise: float = option(_blocks(0.0, 0.05, "block_d"), float, "share of noise in D's power iteration, which keeps "
+                             "the spectral norm of few blocks from getting stuck; models sngan and biggan",
                              shown="1x1 blocks 0, larger 0.05",
                              range=SHARE, metavar="SHARE", methods=SPARSE)
     backend: str = option("auto", str, "'reference' computes with dense weights and masks, for comparison",
@@ -207,12 +203,12 @@ class TrainConfig:
     drop_fraction_steps: int | None = option(None, int, "steps over which the share falls, of G and of D",
                                              shown="all, for G with blocks larger than 1x1 a third of the run",
                                              range=COUNT, metavar="STEPS", methods=MOVING)
-    scope: str = option(_blocks("global", "layer"), str, "an exchange of blocks (of G; strict: of D too) "
-                        "ranks them within each layer or over the network",
-                        shown="1x1 blocks global, larger layer", choices=("layer", "global"), methods=EXCHANGING)
-    ranking: str = option(_blocks("raw", "relative"), str, "blocks are ranked by their RMS relative to the layer's, "
-                          "or by their norm", shown="1x1 blocks raw, larger relative",
-                          choices=("relative", "raw"), methods=CHANGING)
+    scope: str | None = option(None, str, "an exchange of blocks (of G; strict: of D too) ranks them within each layer "
+                               "or over the network", shown="1x1 blocks and with --published global, larger layer",
+                               choices=("layer", "global"), methods=EXCHANGING)
+    ranking: str | None = option(None, str, "blocks are ranked by their RMS relative to the layer's, or by their norm",
+                                 shown="1x1 blocks and with --published raw, larger relative",
+                                 choices=("relative", "raw"), methods=CHANGING)
     max_norm_share: float | None = option(None, float, "most of the squared norm that one update may drop: of a "
                                           "layer or, with --scope global and changes of D's density, of the network",
                                           shown="no limit", range=SHARE, metavar="SHARE", methods=CHANGING)
@@ -221,8 +217,9 @@ class TrainConfig:
                                              shown="1x1 blocks mean, larger score, with random growth mean, with "
                                              "--published dense", choices=("zero", "mean", "score", "dense"),
                                              methods=GROWING)
-    connected: bool = option(_connected, bool, "no change takes the last block of a row or a column of blocks",
-                             shown="1x1 blocks, prune and with --published no, else yes", methods=CHANGING)
+    connected: bool | None = option(None, bool, "no change takes the last block of a row or a column of blocks",
+                                    shown="1x1 blocks, prune of G and with --published no, else yes",
+                                    methods=CHANGING)
     grace: int | None = option(None, int, "steps for which no exchange drops a block that has entered",
                                shown="1x1 blocks and with --published 0, larger five intervals", range=NATURAL,
                                metavar="STEPS", methods=EXCHANGING)
@@ -247,17 +244,18 @@ class TrainConfig:
     density_d_min: float = option(0.05, float, "lowest density of D", range=SHARE, metavar="D", methods=CONTROLLED)
     density_d_max: float = option(_strict(1.0, 0.5), float, "highest density of D, with ddst-ramp that of the end",
                                   shown="1, ddst-strict 0.5", range=DENSITY, metavar="D", methods=STEERED)
-    drop_fraction_d: float = option(_blocks(0.5, 0.3), float, "share of D's active blocks exchanged: ddst-strict at "
-                                    "its highest density, others by --algorithm-d", shown="1x1 blocks 0.5, larger 0.3",
-                                    range=SHARE, metavar="SHARE", methods=EXCHANGING_D)
+    drop_fraction_d: float = option(_blocks(0.5, 0.3, "block_d"), float, "share of D's active blocks exchanged: "
+                                    "ddst-strict at its highest density, others by --algorithm-d",
+                                    shown="1x1 blocks 0.5, larger 0.3", range=SHARE, metavar="SHARE",
+                                    methods=EXCHANGING_D)
     exempt_d: str | None = option(None, str, "layers of D that never change: none, or its first and last",
                                   shown="1x1 blocks none, larger ends", choices=EXEMPT, methods=SPARSE_D)
     br_every: int = option(_published(2, 10), int, "steps between measurements of the balance ratio",
                            shown="demo 2, published 10", range=COUNT, metavar="STEPS")
     br_window: int = option(_published(40, 1000), int, "steps the balance ratio is averaged over",
                             shown="demo 40, published 1000", range=COUNT, metavar="STEPS")
-    br_average: str = option(_blocks("mean_of_ratios", "ratio_of_means"), str, "average of the balance ratio; "
-                             "mean_of_ratios leaves out samples whose denominator is not above --br-eps, and has no "
+    br_average: str = option(_blocks("mean_of_ratios", "ratio_of_means", "block_d"), str, "average of the balance "
+                             "ratio; mean_of_ratios leaves out samples whose denominator is not above --br-eps, and has no "
                              "value where they are the majority",
                              shown="1x1 blocks mean_of_ratios, larger ratio_of_means",
                              choices=("ratio_of_means", "mean_of_ratios"))

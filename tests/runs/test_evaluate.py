@@ -77,7 +77,8 @@ def test_figures_say_what_they_depend_on(
     # Digits are beside the run's own images all the same.
     assert main([*command, "--reference", str(statistics), "--metrics", "fid,digits"]) == 0
     line, of_digits = capsys.readouterr().out.splitlines()
-    (again, digits) = json.loads((sparse_run / "evaluation.json").read_text())["figures"]
+    *earlier, again, digits = json.loads((sparse_run / "evaluation.json").read_text())["figures"]
+    assert [f["metric"] for f in earlier] == names  # Other images than the file's: FID of both is kept.
     assert "11 samples against 1,797 real ones (digits, training)" in of_digits
     assert digits["split"] == "digits, training" and again["resizer"] == fid["resizer"]
     assert again["value"] == pytest.approx(fid["value"], rel=1e-6) and again["real"] == 7
@@ -96,6 +97,8 @@ def test_digits_need_no_weights(sparse_run: Path, capsys: pytest.CaptureFixture[
     assert first.startswith("digits ") and "30 samples against 1,797 real ones (digits, training)" in first
     assert main(["evaluate", str(sparse_run), "--samples", "30", "--seed", "1"]) == 0
     assert capsys.readouterr().out.split()[1] != first.split()[1]
+    held = json.loads((sparse_run / "evaluation.json").read_text())
+    assert held["seed"] == 1 and len(held["figures"]) == 1  # Those of another seed are not beside it.
 
 
 def test_the_default_metric_is_that_of_the_data(

@@ -30,24 +30,51 @@ def test_drop_over_layers_ranks_them_together_and_keeps_each_layers_largest():
     assert [d.tolist() for d in drop] == [[False, False], [True, False, True], [False]]
 
 
-def test_what_stays_and_the_largest_of_each_line_are_not_dropped():
+def test_the_last_block_of_each_line_is_passed_over():
     norms = [torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])]
-    stay = [torch.tensor([True, False, False, False, False, False])]
-    rows, columns = [0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1]
-    dropped = choose_drop(norms, 6, stay=stay)
-    assert dropped[0].tolist() == [False, True, True, True, True, False]
-    dropped = choose_drop(norms, 6, lines=[[torch.tensor(rows)]])
-    assert dropped[0].tolist() == [True, False, True, False, True, False]
-    dropped = choose_drop(norms, 6, lines=[[torch.tensor(rows)], [torch.tensor(columns)]])
-    assert dropped[0].tolist() == [False, False, True, False, True, False]
-    # What stays anyway is not its line's largest, and a line of such alone asks for no more.
+    rows, columns = [[torch.tensor([0, 0, 1, 1, 2, 2])]], [[torch.tensor([0, 1, 1, 1, 1, 1])]]
+    (dropped,) = choose_drop(norms, 6, lines=rows)
+    assert dropped.tolist() == [True, False, True, False, True, False]
+    # The first is its column's only one. Its row keeps it, so that the second may leave, the largest of the row.
+    (dropped,) = choose_drop(norms, 6, lines=rows + columns)
+    assert dropped.tolist() == [False, True, True, False, True, False]
+    # What stays anyway is enough for its line, and for its layer.
+    (dropped,) = choose_drop(norms, 6, stay=[torch.tensor([True] + 5 * [False])])
+    assert dropped.tolist() == [False, True, True, True, True, True]
     stay = [torch.tensor([False, True, False, False, True, True])]
-    dropped = choose_drop(norms, 6, stay=stay, lines=[[torch.tensor(rows)]])
-    assert dropped[0].tolist() == [False, False, True, False, False, False]
+    (dropped,) = choose_drop(norms, 6, stay=stay, lines=rows)
+    assert dropped.tolist() == [True, False, True, False, False, False]
     # Equal keys: the later one stays.
     pairs = [[torch.tensor([0, 0, 1, 1])]]
     assert choose_drop([torch.ones(4)], 4, lines=pairs)[0].tolist() == [True, False, True, False]
     assert choose_drop([torch.ones(0)], 1, lines=[[torch.ones(0)]])[0].tolist() == []
+
+
+def one_after_the_other(keys: list[float], staying: list[bool], lines: list[list[int]]) -> list[bool]:
+    """What leaves when each block in ascending order does unless it is the last one of a line."""
+    there, leaves = [True] * len(keys), [False] * len(keys)
+    for block in sorted(range(len(keys)), key=keys.__getitem__):
+        left = [sum(there[other] for other, of in enumerate(line) if of == line[block]) for line in lines]
+        if not staying[block] and min(left) > 1:
+            there[block], leaves[block] = False, True
+    return leaves
+
+
+@given(data=st.data())
+def test_blocks_leave_one_after_the_other(data):
+    count = data.draw(st.integers(1, 12))
+
+    def numbers(most: int) -> list[int]:
+        return data.draw(st.lists(st.integers(0, most), min_size=count, max_size=count))
+
+    keys, staying, lines = numbers(5), [n == 0 for n in numbers(3)], [numbers(4), numbers(3)]
+    dropped = choose_drop(
+        [torch.tensor(keys, dtype=torch.float64)],
+        count,
+        stay=[torch.tensor(staying)],
+        lines=[[torch.tensor(line)] for line in lines],
+    )
+    assert dropped[0].tolist() == one_after_the_other(keys, staying, [[0] * count, *lines])
 
 
 def test_ties_go_to_the_first_layer_and_the_first_block():

@@ -27,14 +27,10 @@ def test_defaults_depend_on_method_block_and_preset():
     assert (relaxed.density_d_max, strict.density_d_max) == (1.0, 0.5)
     assert strict.interval_d == 2 * relaxed.interval_d
     single = resolve({"out": "x", "block": (1, 1)})
-    assert (single.drop_fraction, single.scope, single.ranking, single.br_average, single.sn_noise) == (
-        *(0.5, "global", "raw"),
-        *("mean_of_ratios", 0.0),
-    )
-    assert (relaxed.drop_fraction, relaxed.scope, relaxed.ranking, relaxed.br_average, relaxed.sn_noise) == (
-        *(0.3, "layer", "relative"),
-        *("ratio_of_means", 0.05),
-    )
+    assert (single.drop_fraction, single.br_average, single.sn_noise) == (0.5, "mean_of_ratios", 0.0)
+    assert (relaxed.drop_fraction, relaxed.br_average, relaxed.sn_noise) == (0.3, "ratio_of_means", 0.05)
+    mixed = resolve({"out": "x", "block": (1, 1), "block_d": (16, 16)})
+    assert (mixed.drop_fraction, mixed.drop_fraction_d, mixed.br_average) == (0.5, 0.3, "ratio_of_means")
     assert (relaxed.bounds, relaxed.lr_density_power) == ((0.5, 1.0), 0.5)
     dda, ada, published = (
         resolve({"out": "x", **s}) for s in ({"method": "dda"}, {"method": "ddst-ada"}, {"published": True})

@@ -56,6 +56,19 @@ def test_drop_fractions_fall_alike_in_both_networks(tmp_path, end, steps):
         assert [e["fraction"] for e in updates] == pytest.approx(wanted)
 
 
+def test_rules_for_blocks_are_each_networks_own(tmp_path):
+    def rules(**settings):
+        scheduler = trainer_for(tmp_path, interval_g=3, interval_d=4, method="ddst-strict", **settings).scheduler
+        g, d = scheduler.training_g.updater, scheduler.updater_d
+        return [(u.connected, u.grace, u.scope, u.ranking) for u in (g, d)]
+
+    single, larger = (False, 0, "global", "raw"), (True, 15, "layer", "relative")
+    assert rules(block=(8, 8), block_d=(1, 1)) == [larger, single]
+    assert rules(block=(1, 1), block_d=(8, 8)) == [single, (True, 20, "layer", "relative")]
+    assert rules(block=(8, 8), block_d=(8, 8), published=True) == [single, single]
+    assert [u[0] for u in rules(block=(8, 8), block_d=(1, 1), connected=True)] == [True, True]
+
+
 def test_layers_may_be_exempt_in_both_networks(tmp_path):
     def exempt(**settings):
         scheduler = trainer_for(tmp_path, **settings).scheduler

@@ -75,8 +75,8 @@ class DecisionRule:
             window: summary of the balance ratio.
             density: of the discriminator, 0 … 1.
             step: generator iteration, compared with ``warmup``.
-            lowest, highest: the densities the discriminator can reach (one block in every layer; every layer that may
-                change full): the range ends there if that is narrower.
+            lowest, highest: the densities the discriminator can reach
+                (:attr:`~ddst.sparsity.TopologyUpdater.attainable_density`): the range ends there if that is narrower.
             resolution: the smallest change that can be made: a density within it of the range's end is at the end.
         """
         check_type("window", window, WindowSummary, "a WindowSummary")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,10 +34,10 @@ from ddst.gan.unperturbed import random_states, unperturbed
 from ddst.nn import sparse_layers
 from ddst.nn.repeated_calls import never_repeated
 from ddst.sparsity.algorithm import SparseTraining
-from ddst.sparsity.criterion import exchange_count
 from ddst.sparsity.density import NetworkDensity
 from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
 from ddst.sparsity.updater import TopologyUpdater, grace_of, has_single_weight_blocks, resolve_exempt
+from ddst.user_warning import warn_user
 
 MODES = ("relaxed", "strict", "ramp", "sdst")
 CONTROLLED = ("relaxed", "strict")
@@ -125,12 +124,12 @@ class DDST:
         1×1 are this library's, see :class:`ddst.SparseTraining`, :class:`BalanceRatio`, :class:`DensityController`.
 
     >>> import ddst
-    >>> G = nn.Sequential(ddst.SparseLinear(32, 64, density=0.5), nn.ReLU(), ddst.SparseLinear(64, 32, density=0.5))
-    >>> D = nn.Sequential(ddst.SparseLinear(32, 64, density=0.5), nn.ReLU(), nn.Linear(64, 1))
+    >>> G = nn.Sequential(ddst.SparseLinear(64, 64, density=0.5), nn.ReLU(), ddst.SparseLinear(64, 64, density=0.5))
+    >>> D = nn.Sequential(ddst.SparseLinear(64, 64, density=0.5), nn.ReLU(), nn.Linear(64, 1))
     >>> opt_g, opt_d = torch.optim.Adam(G.parameters()), torch.optim.Adam(D.parameters())
-    >>> scheduler = DDST(G, D, opt_g, opt_d, total_steps=40, interval_g=10, interval_d=20, br_every=1, br_window=5)
+    >>> scheduler = DDST(G, D, opt_g, opt_d, total_steps=40, interval_g=4, interval_d=20, br_every=1, br_window=5)
     >>> for _ in range(40):
-    ...     real, noise = torch.randn(8, 32), torch.randn(8, 32)
+    ...     real, noise = torch.randn(8, 64), torch.randn(8, 64)
     ...     opt_d.zero_grad()
     ...     (D(G(noise).detach()).mean() - D(real).mean()).backward()
     ...     opt_d.step()
@@ -307,7 +306,7 @@ class DDST:
         self._order = StepOrder(opt_g)
         self._draws = True  # whether G or D drew numbers when it was measured last; unknown: as if it did
         self._earlier = EarlierWeights(generator, opt_g, lambda: self._draws and (self.steps + 1) % self.br_every == 0)
-        self._warn_if_idle(named=not callable(schedule))
+        self._warn_if_idle()
 
     @property
     def updater_d(self) -> TopologyUpdater | None:
@@ -413,16 +412,9 @@ class DDST:
             raise TypeError(f"score must return a tensor of scores, got {type(scores).__name__}; give score=...")
         return scores
 
-    def _warn_if_idle(self, named: bool) -> None:
-        """Args: named: whether the schedule is one of ours, which can be asked ahead of its step."""
+    def _warn_if_idle(self) -> None:
         if self.training_g.method in ("rigl", "set") and self.interval_g >= self.total_steps:
             self._warn(f"interval_g={self.interval_g}", "G's topology is never updated")
-        elif self.training_g.method in ("rigl", "set") and self.training_g.updater.scope == "layer" and named:
-            share = self.training_g.drop_fraction(self.interval_g)
-            blocks = max((layer.nnz for layer in self.training_g.updater.layers.values()), default=0)
-            if not exchange_count(blocks, share):
-                small = f"drop_fraction={share:.3g} at the first update, of {blocks} blocks in the largest layer,"
-                self._warn(small, "no block of G is exchanged")
         if self.controller is not None:
             last = (self.total_steps - 1) // self.interval_d * self.interval_d
             measured = isinstance(self.controller, DensityController)
@@ -432,7 +424,7 @@ class DDST:
                 self._warn(f"interval_d={self.interval_d}{window}", "D's density is never changed")
 
     def _warn(self, settings: str, effect: str) -> None:
-        warnings.warn(f"with {settings} and total_steps={self.total_steps} {effect}", stacklevel=4)
+        warn_user(f"with {settings} and total_steps={self.total_steps} {effect}")
 
     def state_dict(self) -> dict[str, Any]:
         """Step, balance window, open requests and random growth; networks, optimizers and ``ema`` have their own."""

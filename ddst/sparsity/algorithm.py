@@ -16,6 +16,7 @@ from ddst.nn import sparse_layers
 from ddst.nn.storage import RESIZED
 from ddst.sparsity.schedule import FINAL_FRACTION, falling_steps, make_schedule
 from ddst.sparsity.updater import SCOPES, TopologyUpdater, UpdateReport, grace_of, has_single_weight_blocks
+from ddst.user_warning import warn_user
 
 METHODS = ("rigl", "set", "static", "prune")
 
@@ -74,6 +75,10 @@ class SparseTraining:
             optimizer whose state cannot follow (where it has none yet, :meth:`step` raises after its first step); a
             model sharded by fully_shard (unless "static"); ``scope="global"``, which changes the number of slots, in a
             DistributedDataParallel that :func:`ddst.watch` was not told of.
+
+    Warns:
+        UserWarning: the first exchange would have no block to move, few as they are, or needed by rows and columns;
+            pruning ended above ``prune_to`` for the latter reason.
 
     Numerics: deterministic. Resumed from :meth:`state_dict` (with the model's and the optimizer's) at any step, the
         run is the same bit for bit.
@@ -160,6 +165,29 @@ class SparseTraining:
         self._fraction = make_schedule(schedule, drop_fraction, falling, final=drop_fraction_end)
         self.steps = 0
         self._due: int | None = None
+        if not callable(schedule):  # One of the user's own is asked at the steps of its updates only.
+            self._warn_if_still(type(model).__name__)
+
+    def _warn_if_still(self, name: str) -> None:
+        """Warns where the first exchange would have no block of the model of that name to move."""
+        first = next(filter(self.is_update_step, range(self.interval, self.total_steps, self.interval)), None)
+        if self.method not in ("rigl", "set") or first is None:
+            return
+        updater, share = self.updater, self.drop_fraction(first)
+        if updater.exchangeable(share):
+            return
+        blocks = max((layer.nnz for layer in updater.layers.values()), default=0)
+        limits = ["connected"] if updater.connected else []
+        limits += [] if updater.max_norm_share is None else [f"max_norm_share={updater.max_norm_share}"]
+        warn_user(
+            f"with drop_fraction={share:.3g} at the first update, of {blocks} blocks in the largest layer, "
+            f"{''.join(f'{limit}, ' for limit in limits)}and total_steps={self.total_steps} no block of {name} is "
+            "exchanged"
+        )
+
+    def _warn_if_too_dense(self, density: float) -> None:
+        if self.density > density + self.updater.resolution:
+            warn_user(f"pruned to {self.density:.4g}, not to prune_to={density}: rows and columns need the rest")
 
     def _check_prune_to(self, density: float) -> None:
         low = self.updater.attainable_density[0]
@@ -222,6 +250,7 @@ class SparseTraining:
             if scores.steps.any and (self.updater.growth == "random" or scores.arrived):
                 if self.prune_to is not None:
                     report = self.updater.change_density(self.prune_to, step)
+                    self._warn_if_too_dense(self.prune_to)
                 else:
                     report = self.updater.exchange(self.drop_fraction(step), step)
                 self._due = None

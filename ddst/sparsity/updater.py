@@ -96,11 +96,12 @@ class TopologyUpdater:
             are scores and "mean" where there are none. See :func:`~ddst.carry_state`.
         random_share: share of the grown blocks that is drawn at random, the rest by gradient; 0 … 1, with
             ``growth="gradient"``.
-        connected: whether an update leaves each block row and block column of a layer its largest block (of those past
-            their grace), so that no channels are cut off: :func:`ddst.sparsify` starts with such masks. None: for
-            blocks larger than 1×1.
+        connected: whether an update passes over the last block of a block row or a block column, so that no channels
+            are cut off: :func:`ddst.sparsify` starts with such masks. None: for blocks larger than 1×1. Where few
+            blocks are more than rows and columns need, few or none are exchanged.
         grace: steps for which no exchange drops a block that has entered (a fall of the density may). A block enters
-            with zeros, so that its norm says how long it has been there before it says anything else.
+            with zeros, so that its norm says how long it has been there before it says anything else. What else sets a
+            mask (:meth:`~ddst.nn.SparseLayer.set_block_mask`) begins no grace.
         generator: source of random growth, on the CPU; a new one with seed 0 when None.
         process_group: of torch.distributed. With several ranks every one of them must make the same updates: scores
             are those of the gradient averaged over ranks, random growth is that of rank 0's generator, and ranks
@@ -118,7 +119,8 @@ class TopologyUpdater:
     Cost: an exchange or a growth costs the block scores (the operations of a dense weight gradient, one layer at a
         time) and a sort of the blocks' keys, a drop the sort only. Steps without a request cost nothing; with one, what
         the scores are made of is kept, see :class:`~ddst.sparsity.score_collector.ScoreCollector`. Scores take one
-        number per block: with 1×1 blocks as many as the dense weights have.
+        number per block: with 1×1 blocks as many as the dense weights have. With a grace eight bytes are kept, on the
+        CPU, for each block that there could be.
     """
 
     def __init__(
@@ -210,7 +212,12 @@ class TopologyUpdater:
 
     @property
     def attainable_density(self) -> tuple[float, float]:
-        """Lowest and highest density in reach: what every layer that may change must keep, or all of them full."""
+        """Lowest and highest density in reach: what every layer that may change must keep, or all of them full.
+
+        Where ``connected``, the lowest is where dropping the smallest block that may leave, again and again, ends with
+        the present norms: it changes a little as the model trains, and other masks of fewer blocks may cover all rows
+        and columns.
+        """
         network = self.network
         if not network.total_weights:
             return (1.0, 1.0)
@@ -237,43 +244,69 @@ class TopologyUpdater:
 
     # -- updates -------------------------------------------------------------------------------------------------
 
-    def exchange(self, fraction: float, step: int = 0) -> UpdateReport:
+    def exchange(self, fraction: float, step: int | None = None) -> UpdateReport:
         """``nnz`` stays: drops the share ``fraction`` of the active blocks and grows as many.
 
         By layer: ``⌊ζ · nnz⌋`` blocks each, at most ``nnz − 1``. Globally: blocks that hold the share ``ζ`` of the
         active weights, and growth of as many weights anywhere, no layer losing its last block. Blocks within their
-        grace count as if they were not there. Layers that recorded no gradient, or one that is not finite, are left
-        alone.
+        grace count as if they were not there. Fewer, perhaps none, are exchanged where rows and columns need the others
+        (``connected``) or ``max_norm_share`` is reached. Layers that recorded no gradient, or one that is not finite,
+        are left alone.
+
+        Args:
+            fraction: ``ζ``, 0 … 1. step: of training; may be left out where there is no grace to count.
         """
         fraction = check_number("fraction", fraction, 0, 1, note="(a share of the active blocks)")
-        check_int("step", step)
-        names = self._ready()
-        groups = [[name] for name in names] if self.scope == "layer" else [names]
+        step = self._step(step)
+        by_block = self.scope == "layer"
         masks: dict[str, Tensor] = {}
-        for group in groups:
+        for group in self._groups(self._ready()):
             old = {name: flat_mask(self.layers[name]) for name in group}
-            young = {name: self._young(name, step) & mask for name, mask in old.items()}
-            by_block = self.scope == "layer"
-            amount: float
-            if by_block:
-                amount = exchange_count(int((old[group[0]] & ~young[group[0]]).sum()), fraction)
-            else:
-                amount = fraction * sum(int(self._sizes[n][old[n] & ~young[n]].sum()) for n in group)
-            kept = self._drop(old, amount, by_block, self.max_norm_share, young)
+            kept = self._kept_of(old, fraction, step)
             weights = {n: torch.ones_like(s) if by_block else s for n, s in self._sizes.items()}
             lost = sum(float(weights[n][old[n] & ~kept[n]].sum()) for n in group)
             masks.update(self._grow(old, kept, lost, by_block))
         return self._apply(masks, "exchange", fraction, step)
 
-    def change_density(self, target: float, step: int = 0) -> UpdateReport:
+    def exchangeable(self, fraction: float) -> int:
+        """Blocks that an exchange of this share would drop now, grace aside; without a sort where nothing limits it."""
+        groups = self._groups(list(self.layers))
+        if not self.connected and self.max_norm_share is None:
+            return sum(exchange_count(sum(self.layers[name].nnz for name in group), fraction) for group in groups)
+        masks = [{name: flat_mask(self.layers[name]) for name in group} for group in groups]
+        kept = [self._kept_of(old, fraction, None) for old in masks]
+        return sum(int((o[n] & ~k[n]).sum()) for o, k in zip(masks, kept, strict=True) for n in o)
+
+    def _step(self, step: int | None) -> int:
+        if step is None and self.grace:
+            raise ValueError(f"step must be given: grace={self.grace} counts steps since a block entered")
+        return check_int("step", 0 if step is None else step)
+
+    def _groups(self, names: list[str]) -> list[list[str]]:
+        """The layers that an exchange ranks together."""
+        return [[name] for name in names] if self.scope == "layer" else [names]
+
+    def _kept_of(self, old: Mapping[str, Tensor], fraction: float, step: int | None) -> dict[str, Tensor]:
+        """What an exchange leaves of one group's blocks before it lets others in."""
+        young = {name: torch.zeros_like(m) if step is None else self._young(name, step) & m for name, m in old.items()}
+        by_block = self.scope == "layer"
+        amount: float
+        if by_block:
+            ((name, mask),) = old.items()
+            amount = exchange_count(int((mask & ~young[name]).sum()), fraction)
+        else:
+            amount = fraction * sum(int(self._sizes[n][mask & ~young[n]].sum()) for n, mask in old.items())
+        return self._drop(old, amount, by_block, self.max_norm_share, young)
+
+    def change_density(self, target: float, step: int | None = None) -> UpdateReport:
         """``d → target`` to within one block: global growth by gradient score, or global drop by magnitude.
 
         Full layers cannot grow, layers with one block cannot drop, nor can rows and columns where ``connected``; exempt
         layers do neither: where that leaves too few blocks, the density comes as near as it can
-        (:attr:`attainable_density`).
+        (:attr:`attainable_density`). ``step`` as for :meth:`exchange`.
         """
         target = check_number("target", target, 0, 1, note="(a density)")
-        check_int("step", step)
+        step = self._step(step)
         amount = target * self.network.total_weights - self.network.active_weights
         names = self._ready() if amount > 0 else list(self.layers)
         old = {name: flat_mask(self.layers[name]) for name in names}
@@ -414,6 +447,13 @@ class TopologyUpdater:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`. Load the model first."""
         check_state_keys(state, ("scores", "moments", "generator", "entered"))
+        for name, steps in self.entered.items():
+            held = state["entered"].get(name, steps)
+            if held.shape != steps.shape or held.dtype != steps.dtype:
+                raise ValueError(
+                    f"state['entered'] must hold {steps.dtype} of shape {tuple(steps.shape)} for layer {name!r}, got "
+                    f"{held.dtype} of shape {tuple(held.shape)}"
+                )
         self.scores.load_state_dict(state["scores"])
         if self.scores.moments is not None:
             self.scores.moments.load_state_dict(state["moments"])

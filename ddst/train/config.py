@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -255,8 +255,8 @@ class TrainConfig:
     br_window: int = option(_published(40, 1000), int, "steps the balance ratio is averaged over",
                             shown="demo 40, published 1000", range=COUNT, metavar="STEPS")
     br_average: str = option(_blocks("mean_of_ratios", "ratio_of_means", "block_d"), str, "average of the balance "
-                             "ratio; mean_of_ratios leaves out samples whose denominator is not above --br-eps, and has no "
-                             "value where they are the majority",
+                             "ratio; mean_of_ratios leaves out samples whose denominator is not above --br-eps, and "
+                             "has no value where they are the majority",
                              shown="1x1 blocks mean_of_ratios, larger ratio_of_means",
                              choices=("ratio_of_means", "mean_of_ratios"))
     br_eps: float = option(1e-3, float, "smallest meaningful denominator of the balance ratio", range=NOT_NEGATIVE,
@@ -444,8 +444,11 @@ def out_of_memory(error: RuntimeError | MemoryError) -> str | None:
     return message if isinstance(error, MemoryError) or any(word in message for word in words) else None
 
 
-def check_saved(settings: Any) -> dict[str, Any]:
-    """What `TrainConfig.saved` returned, read back from a file: all settings, each of its type and within its range.
+def check_saved(settings: Any, needed: Sequence[str] | None = None) -> dict[str, Any]:
+    """What `TrainConfig.saved` returned, read back from a file: each setting of its type and within its range.
+
+    Args:
+        settings: by name. needed: those that must be there, of a version that may have others; None: all, no others.
 
     Raises:
         ConfigError: they are not; names the first.
@@ -453,11 +456,13 @@ def check_saved(settings: Any) -> dict[str, Any]:
     names = [name for name in OPTIONS if name not in NOT_SAVED]
     if not isinstance(settings, dict):
         raise ConfigError(f"settings must be a dict, got {type(settings).__name__}")
-    for name in [*names, *settings]:
-        if name not in settings or name not in names:
-            problem = "is missing" if name in names else "is none of this ddst"
-            raise ConfigError(f"setting {name!r} {problem}")
-    return {name: OPTIONS[name].plain(name, settings[name]) for name in names}
+    for name in names if needed is None else needed:
+        if name not in settings:
+            raise ConfigError(f"setting {name!r} is missing")
+    for name in settings if needed is None else ():
+        if name not in names:
+            raise ConfigError(f"setting {name!r} is none of this ddst")
+    return {name: OPTIONS[name].plain(name, settings[name]) for name in names if name in settings}
 
 
 def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

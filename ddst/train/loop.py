@@ -349,6 +349,7 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
             signs = Signs(log, config, trainer.images)
         held.enter_context(stop.listening())
         held.enter_context(_others_alive(trainer))
+        held.enter_context(_last_checkpoint_named(trainer))
         if log is not None and (kept is None or kept.bytes == 0):
             log.write(
                 event="start",
@@ -368,26 +369,23 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
             # So that even a run killed in its first steps can be continued, with the settings that it was given.
             trainer.checkpoint(log)
         with _progress(config.steps, trainer.step) as bar, enough_memory(trainer):
-            try:
+            if judge is not None and log is not None:
+                judge.catch_up(log)
+                signs.write()
+            while trainer.step < last and stop.agreed() is None:
+                loss_d, loss_g, report = trainer.train_step()
+                if log is not None:
+                    _log_step(log, trainer, loss_d, loss_g, report)
+                    _show(bar, trainer, loss_d, loss_g, report)
+                    if trainer.step % config.sample_every == 0 or trainer.step == config.steps:
+                        signs.samples(trainer.step, trainer.save_samples()[1])
+                    signs.write()  # Of all but the figure, which a stop may leave to the resumed run.
                 if judge is not None and log is not None:
-                    judge.catch_up(log)
+                    judge(log)
                     signs.write()
-                while trainer.step < last and stop.agreed() is None:
-                    loss_d, loss_g, report = trainer.train_step()
-                    if log is not None:
-                        _log_step(log, trainer, loss_d, loss_g, report)
-                        _show(bar, trainer, loss_d, loss_g, report)
-                        if trainer.step % config.sample_every == 0 or trainer.step == config.steps:
-                            signs.samples(trainer.step, trainer.save_samples()[1])
-                        signs.write()  # Of all but the figure, which a stop may leave to the resumed run.
-                    if judge is not None and log is not None:
-                        judge(log)
-                        signs.write()
-                    if trainer.step % config.checkpoint_every == 0 and trainer.step < last:
-                        trainer.checkpoint(log)
-                ended_by = stop.agreed()
-            except KeyboardInterrupt:
-                raise TrainingError(f"ended at once after step {trainer.step}{trainer.left()}") from None
+                if trainer.step % config.checkpoint_every == 0 and trainer.step < last:
+                    trainer.checkpoint(log)
+            ended_by = stop.agreed()
         trainer.checkpoint(log)
     return ended_by
 
@@ -404,6 +402,15 @@ def _clear(out: Path, kept: Kept | None) -> None:
 def _others_alive(trainer: Trainer) -> Iterator[None]:
     with together(lambda: f"after step {trainer.step}; the last checkpoint stays"):
         yield
+
+
+@contextmanager
+def _last_checkpoint_named(trainer: Trainer) -> Iterator[None]:
+    """A second Ctrl-C ends at once, whatever is being done, and says what is left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise TrainingError(f"ended at once after step {trainer.step}{trainer.left()}") from None
 
 
 @contextmanager

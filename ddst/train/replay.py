@@ -15,7 +15,7 @@ from typing import Any
 from ddst.gan.balance import BalanceRatio, WindowSummary
 from ddst.gan.controller import MODES, Decision, DensityController
 from ddst.gan.presets import PRESETS
-from ddst.train.config import TrainConfig, check_saved, resolve, setting_errors
+from ddst.train.config import REPLAYED, TrainConfig, check_saved, resolve, setting_errors
 from ddst.train.folder import LOG
 from ddst.train.log import lengths, read_log
 from ddst.train.options import ConfigError
@@ -89,7 +89,7 @@ def _settings(path: Path, entries: list[dict[str, Any]], given: Mapping[str, Any
     if saved is None:
         raise ConfigError(f"{path} is no log of ddst train: none of its lines holds the settings of a run")
     try:
-        saved = check_saved(saved)
+        saved = check_saved(saved, [*REPLAYED, "method", "steps", "block_d", "br_every"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return resolve({**saved, **given, "out": "unused"})

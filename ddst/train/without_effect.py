@@ -45,8 +45,12 @@ def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None
             f"--method {method} and --algorithm-d static, under which no block ever moves, only with --algorithm-d "
             f"rigl or set, or --method {' or '.join(MOVING)}",
         ),
-        (("drop_schedule", "drop_fraction_end", "drop_fraction_steps", "scope"), still, stands),
-        (("ranking", "max_norm_share", "grown_second_moment", "random_share"), still and not parts.steers_d, stands),
+        (("drop_schedule", "drop_fraction_end", "drop_fraction_steps", "scope", "grace"), still, stands),
+        (
+            ("ranking", "max_norm_share", "grown_second_moment", "random_share", "connected"),
+            still and not parts.steers_d,
+            stands,
+        ),
         (("exempt_g",), config.drop_fraction == 0, "--drop-fraction 0, under which no block of G moves"),
         (
             ("exempt_d",),

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -106,6 +107,50 @@ def test_default_drop_fraction_depends_on_the_block():
     assert make(block=(8, 1))[2].drop_fraction(0) == 0.3
     assert make(block=(1, 1))[2].drop_fraction(0) == 0.5
     assert make(block=(8, 8), schedule=lambda step: 7.0)[2].drop_fraction(0) == 1.0
+
+
+def test_warns_where_rows_and_columns_need_every_block():
+    def of(density, **options):
+        model = nn.Sequential(SparseLinear(64, 64, density=density, block=(8, 8)))
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        return SparseTraining(model, sgd, total_steps=20, interval=4, **options)
+
+    with pytest.warns(UserWarning, match="of 8 blocks in the largest layer, connected, .* no block of Seq") as said:
+        of(0.125)
+    assert said[0].filename == __file__
+    with pytest.warns(UserWarning, match="largest layer, max_norm_share=0.001, .* no block of Sequential is"):
+        of(0.5, connected=False, max_norm_share=0.001)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of(0.125, connected=False)
+        of(0.5)
+        of(0.125, method="static")
+        of(0.125, schedule=lambda step: 0.0)  # may not be asked ahead
+        of(0.125, begin=17)  # no update at all
+
+
+def test_says_where_pruning_could_not_reach_its_density():
+    model = nn.Sequential(SparseLinear(24, 24, density=1.0, block=(8, 8)))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    grid = model[0].values.data.view(3, 3, 8, 8)
+    grid.copy_(torch.eye(3).add(0.1)[..., None, None].expand(grid.shape))  # the diagonal covers all rows and columns
+    training = SparseTraining(
+        model, sgd, method="prune", prune_to=1 / 3, prune_at=2, total_steps=6, connected=True, exempt=()
+    )
+    assert training.updater.attainable_density[0] == pytest.approx(1 / 3)
+    for step in range(3):
+        model(torch.randn(4, 24)).sum().backward()
+        sgd.step()
+        if step != 1:
+            assert training.step() is None
+            continue
+        # A row and a column, of which the corner may leave: four blocks.
+        star = torch.ones(3, 3)
+        star[1:, 1:], star[0, 0] = 0.1, 0.5
+        grid.copy_(star[..., None, None].expand(grid.shape))
+        with pytest.warns(UserWarning, match=r"pruned to 0\.4444, not to prune_to=0\.33.*: rows and columns need"):
+            report = training.step()
+        assert report.density_after == pytest.approx(4 / 9)
 
 
 def test_mixing_kinds_of_optimizers_trains_on():
@@ -289,5 +334,5 @@ def test_what_lies_outside_the_weight_does_not_keep_an_edge_block():
     assert net[0].block_norms()[3, 1] == 4.0
     sgd = torch.optim.SGD(net.parameters(), 0.0)
     training = SparseTraining(net, sgd, method="set", ranking="raw", scope="layer", total_steps=9, interval=2)
-    training.updater.exchange(0.15)
+    training.updater.exchange(0.15, 2)
     assert not net[0].block_mask[3, 1]

@@ -323,6 +323,23 @@ def test_a_block_that_entered_stays_for_its_grace(scope):
     assert not bool((model[0].block_mask & second == second).all())
 
 
+def test_a_grace_needs_the_step_and_the_states_own_shape():
+    model = nn.Sequential(ddst.SparseLinear(64, 64, density=0.5, block=(8, 8)))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    updater = TopologyUpdater(model, sgd, growth="random", grace=5)
+    with pytest.raises(ValueError, match="step must be given: grace=5 counts steps"):
+        updater.exchange(0.3)
+    with pytest.raises(ValueError, match="step must be given: grace=5 counts steps"):
+        updater.change_density(0.3)
+    state = updater.state_dict()
+    before = updater.generator.get_state()
+    state["generator"] = torch.Generator().manual_seed(9).get_state()
+    for wrong in (torch.zeros(1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(64)):
+        with pytest.raises(ValueError, match=r"state\['entered'\] must hold torch.int64 of shape \(64,\) for layer"):
+            updater.load_state_dict({**state, "entered": {"0": wrong}})
+    assert torch.equal(updater.generator.get_state(), before)
+
+
 def test_norm_share_caps_what_leaves():
     model, adam, updater = make(max_norm_share=0.02, exempt=())
     with torch.no_grad():

@@ -135,9 +135,9 @@ def test_outer_and_inner_state_are_carried_through_exchange_growth_and_drop():
     assert optimizers_of(optimizer) == [optimizer, inner]
     updater.growth = "random"
     for act in (
-        lambda: updater.exchange(0.5),
-        lambda: updater.change_density(0.8),
-        lambda: updater.change_density(0.2),
+        lambda: updater.exchange(0.5, 50),
+        lambda: updater.change_density(0.8, 51),
+        lambda: updater.change_density(0.2, 52),
     ):
         before = {int(b): i for i, b in enumerate(layer.slot_blocks.tolist()) if b >= 0}
         held = {o: state_at(o, layer, slice(None)) for o in (optimizer, inner)}
@@ -280,7 +280,7 @@ def test_optimizers_of_other_packages_follow(package):
 
     model, optimizer, training = train(make_one)
     training.updater.growth = "random"
-    training.updater.change_density(0.8)
+    training.updater.change_density(0.8, 51)
     optimizer.zero_grad()
     model(torch.randn(8, 64)).square().mean().backward()
     optimizer.step()

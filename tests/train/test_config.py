@@ -261,6 +261,12 @@ MOVES_NOTHING = "under which no block ever moves, only with --algorithm-d rigl o
             {"drop_fraction_d": 0.1},
         ),
         ({"drop_fraction": 0.0, "scope": "global"}, "--drop-fraction 0, under which no block", {"drop_fraction": 0.1}),
+        ({"drop_fraction": 0.0, "grace": 5}, "--drop-fraction 0, under which no block", {"drop_fraction": 0.1}),
+        (
+            {"drop_fraction": 0.0, "connected": False, "method": "sdst-rigl"},
+            "--drop-fraction 0, under which no block is exchanged",
+            {"method": "ddst-relaxed"},
+        ),
         (
             {"drop_fraction": 0.0, "ranking": "raw", "method": "sdst-rigl"},
             "--drop-fraction 0, under which no block is exchanged",

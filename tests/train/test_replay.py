@@ -101,6 +101,22 @@ def test_what_cannot_be_replayed_is_one_line(run_of, capsys, arguments, message)
     assert said.startswith(f"ddst replay: error: {message}") and said.count("\n") == 1
 
 
+def test_the_log_of_a_version_with_other_settings_is_replayed(run_of, tmp_path):
+    folder = run_of("ddst-relaxed", bounds=(0.09, 0.12))
+    first, *lines = (folder / "log.jsonl").read_text().splitlines()
+    start, log = json.loads(first), tmp_path / "log.jsonl"
+
+    def written(**changes):
+        settings = {**start["settings"], **changes}
+        settings = {name: value for name, value in settings.items() if value != "absent"}
+        log.write_text("\n".join([json.dumps({**start, "settings": settings}), *lines]) + "\n")
+        return log
+
+    assert replay(written(grace="absent", connected="absent", gone=3), {}).replayed == replay(folder, {}).replayed
+    with pytest.raises(ConfigError, match="setting 'br_every' is missing"):
+        replay(written(br_every="absent"), {})
+
+
 def test_a_log_without_settings_or_measurements_is_refused(run_of, tmp_path):
     lines = (run_of("ddst-relaxed", bounds=(0.09, 0.12)) / "log.jsonl").read_text().splitlines()
     log = tmp_path / "log.jsonl"

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from ddst.train import run
+from ddst.train import loop, run
 from ddst.train.loop import Trainer, TrainingError
 from ddst.train.options import ConfigError
 from helpers.runs import TINY, checkpoint_of, differences, log_without_seconds, tiny
@@ -127,6 +127,26 @@ def test_a_second_ctrl_c_ends_at_once_and_names_the_last_checkpoint(tmp_path, mo
     message = r"^ended at once after step 6; the last good checkpoint is that of step 5, "
     with pytest.raises(TrainingError, match=message):
         run({**TINY, "out": str(tmp_path)})
+
+
+def test_a_second_ctrl_c_while_the_last_checkpoint_is_written_names_the_one_before(tmp_path, monkeypatch):
+    def signalled_in_step(self):
+        if self.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return real_step(self)
+
+    def signalled_in_checkpoint(path, state):
+        if state["step"] == 7:
+            signal.raise_signal(signal.SIGINT)
+        return real_save(path, state)
+
+    real_step, real_save = Trainer.train_step, loop.save_checkpoint
+    monkeypatch.setattr(Trainer, "train_step", signalled_in_step)
+    monkeypatch.setattr(loop, "save_checkpoint", signalled_in_checkpoint)
+    message = r"^ended at once after step 7; the last good checkpoint is that of step 5, "
+    with pytest.raises(TrainingError, match=message):
+        run({**TINY, "out": str(tmp_path)})
+    assert checkpoint_of(tmp_path)["step"] == 5
 
 
 def test_finished_run_resumes_to_its_report_only(tmp_path):

@@ -63,8 +63,9 @@ def choose_drop(
     max_norm_share: float | None = None,
     stay: Sequence[Tensor] | None = None,
     lines: Sequence[Sequence[Tensor]] = (),
+    to_the_last: bool = False,
 ) -> list[Tensor]:
-    """The active blocks with the smallest keys, ``Σ size ≈ amount``, passing over the last one of a layer or a line.
+    """The active blocks with the smallest keys, ``Σ size ≈ amount``, always leaving each layer and line one.
 
     Args:
         norms: per layer ``[nnz]``, L2 norms of its active blocks. Norms that are not finite count as 0 (leave first).
@@ -76,8 +77,9 @@ def choose_drop(
         max_norm_share: cap on the dropped share of the group's squared norm: blocks that would pass it stay, so
             that fewer than ``amount``, perhaps none, may be dropped.
         stay: per layer bool ``[nnz]``, blocks that are not dropped whatever their keys; none when None.
-        lines: of each kind (rows, columns) per layer integers ``[nnz]``, the line that each block is in. In ascending
-            order of the keys, a block is passed over if all others of one of its lines leave.
+        lines: of each kind (rows, columns) per layer integers ``[nnz]``, the line that each block is in.
+        to_the_last: what a layer and a line keep. False: the largest block of those that do not stay anyway. True:
+            in ascending order of the keys, a block is passed over only if it is the last one there.
 
     Returns:
         Per layer bool ``[nnz]``, True where the block is dropped.
@@ -102,7 +104,7 @@ def choose_drop(
     for i, key in enumerate(ranked):
         staying = torch.zeros_like(key, dtype=torch.bool) if stay is None else stay[i].cpu()
         layer = torch.zeros(key.shape, dtype=torch.long)
-        free.append(_free(key, staying, [layer, *(kind[i].cpu().long() for kind in kinds)]))
+        free.append(_free(key, staying, [layer, *(kind[i].cpu().long() for kind in kinds)], to_the_last))
     cost = None
     if max_norm_share is not None:
         top = max((float(n.max()) for n in finite if n.numel()), default=0.0) or 1.0
@@ -151,13 +153,13 @@ def exchange_count(active: int, fraction: float) -> int:
     return max(0, min(int(fraction * active + 1e-9), active - 1))
 
 
-def _free(key: Tensor, staying: Tensor, lines: Sequence[Tensor]) -> Tensor:
-    """Blocks that may leave, smallest first, so that no line of any kind is left without a block.
-
-    Only a line's largest block can be its last one: the rest leaves while that is there. So these alone are walked.
-    """
-    free = ~staying
+def _free(key: Tensor, staying: Tensor, lines: Sequence[Tensor], to_the_last: bool) -> Tensor:
+    """Blocks that may leave, smallest first, so that no line of any kind is left without a block."""
     largest = torch.stack([_largest_of_each(line, key, staying) for line in lines])
+    if not to_the_last:
+        return ~(staying | largest.any(0))
+    free = ~staying
+    # Only a line's largest block can be its last one: the rest leaves while that is there. So these alone are walked.
     walk = largest.any(0).nonzero()[:, 0]
     walk = walk[torch.sort(key[walk], stable=True).indices]
     keeps = [set(line[staying].tolist()) for line in lines]  # the lines that keep a block

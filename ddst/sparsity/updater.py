@@ -96,9 +96,10 @@ class TopologyUpdater:
             are scores and "mean" where there are none. See :func:`~ddst.carry_state`.
         random_share: share of the grown blocks that is drawn at random, the rest by gradient; 0 … 1, with
             ``growth="gradient"``.
-        connected: whether an update passes over the last block of a block row or a block column, so that no channels
-            are cut off: :func:`ddst.sparsify` starts with such masks. None: for blocks larger than 1×1. Where few
-            blocks are more than rows and columns need, few or none are exchanged.
+        connected: whether no block row and no block column loses all its blocks, so that no channels are cut off:
+            :func:`ddst.sparsify` starts with such masks. An exchange leaves each its largest block (of those past their
+            grace), a fall of the density its last one. None: for blocks larger than 1×1. Where few blocks are more
+            than that, few or none are exchanged.
         grace: steps for which no exchange drops a block that has entered (a fall of the density may). A block enters
             with zeros, so that its norm says how long it has been there before it says anything else. What else sets a
             mask (:meth:`~ddst.nn.SparseLayer.set_block_mask`) begins no grace.
@@ -249,9 +250,9 @@ class TopologyUpdater:
 
         By layer: ``⌊ζ · nnz⌋`` blocks each, at most ``nnz − 1``. Globally: blocks that hold the share ``ζ`` of the
         active weights, and growth of as many weights anywhere, no layer losing its last block. Blocks within their
-        grace count as if they were not there. Fewer, perhaps none, are exchanged where rows and columns need the others
-        (``connected``) or ``max_norm_share`` is reached. Layers that recorded no gradient, or one that is not finite,
-        are left alone.
+        grace count as if they were not there. Fewer, perhaps none, are exchanged where the others are the largest of a
+        row or a column (``connected``) or ``max_norm_share`` is reached. Layers that recorded no gradient, or one that
+        is not finite, are left alone.
 
         Args:
             fraction: ``ζ``, 0 … 1. step: of training; may be left out where there is no grace to count.
@@ -348,6 +349,7 @@ class TopologyUpdater:
         share: float | None,
         stay: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
+        """What is left of masks: in an exchange (with `stay`, the blocks that do), or in a fall of the density."""
         norms, keys, sizes = [], [], []
         for name, mask in masks.items():
             size = self._sizes[name][mask]
@@ -362,6 +364,7 @@ class TopologyUpdater:
             max_norm_share=share,
             stay=None if stay is None else [stay[name][mask] for name, mask in masks.items()],
             lines=list(zip(*(self._lines(name, mask) for name, mask in masks.items()), strict=True)),
+            to_the_last=stay is None,
         )
         return {n: _without(mask, gone) for (n, mask), gone in zip(masks.items(), dropped, strict=True)}
 

@@ -30,24 +30,40 @@ def test_drop_over_layers_ranks_them_together_and_keeps_each_layers_largest():
     assert [d.tolist() for d in drop] == [[False, False], [True, False, True], [False]]
 
 
-def test_the_last_block_of_each_line_is_passed_over():
-    norms = [torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])]
-    rows, columns = [[torch.tensor([0, 0, 1, 1, 2, 2])]], [[torch.tensor([0, 1, 1, 1, 1, 1])]]
-    (dropped,) = choose_drop(norms, 6, lines=rows)
-    assert dropped.tolist() == [True, False, True, False, True, False]
-    # The first is its column's only one. Its row keeps it, so that the second may leave, the largest of the row.
-    (dropped,) = choose_drop(norms, 6, lines=rows + columns)
-    assert dropped.tolist() == [False, True, True, False, True, False]
-    # What stays anyway is enough for its line, and for its layer.
-    (dropped,) = choose_drop(norms, 6, stay=[torch.tensor([True] + 5 * [False])])
-    assert dropped.tolist() == [False, True, True, True, True, True]
+NORMS = [torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])]
+ROWS, COLUMNS = [torch.tensor([0, 0, 1, 1, 2, 2])], [torch.tensor([0, 1, 1, 1, 1, 1])]
+
+
+def test_what_stays_and_the_largest_of_each_line_are_not_dropped():
+    def dropped(**limits):
+        return choose_drop(NORMS, 6, **limits)[0].tolist()
+
+    assert dropped(stay=[torch.tensor([True] + 5 * [False])]) == [False, True, True, True, True, False]
+    assert dropped(lines=[ROWS]) == [True, False, True, False, True, False]
+    assert dropped(lines=[ROWS, COLUMNS]) == [False, False, True, False, True, False]
+    # What stays anyway is not its line's largest, and a line of such alone asks for no more.
     stay = [torch.tensor([False, True, False, False, True, True])]
-    (dropped,) = choose_drop(norms, 6, stay=stay, lines=rows)
-    assert dropped.tolist() == [True, False, True, False, False, False]
+    assert dropped(stay=stay, lines=[ROWS]) == [False, False, True, False, False, False]
     # Equal keys: the later one stays.
     pairs = [[torch.tensor([0, 0, 1, 1])]]
-    assert choose_drop([torch.ones(4)], 4, lines=pairs)[0].tolist() == [True, False, True, False]
-    assert choose_drop([torch.ones(0)], 1, lines=[[torch.ones(0)]])[0].tolist() == []
+    for to_the_last in (False, True):
+        (drop,) = choose_drop([torch.ones(4)], 4, lines=pairs, to_the_last=to_the_last)
+        assert drop.tolist() == [True, False, True, False]
+        (drop,) = choose_drop([torch.ones(0)], 1, lines=[[torch.ones(0)]], to_the_last=to_the_last)
+        assert drop.tolist() == []
+
+
+def test_to_the_last_only_the_last_block_of_each_line_is_passed_over():
+    def dropped(**limits):
+        return choose_drop(NORMS, 6, to_the_last=True, **limits)[0].tolist()
+
+    assert dropped(lines=[ROWS]) == [True, False, True, False, True, False]
+    # The first is its column's only one. Its row keeps it, so that the second may leave, the largest of the row.
+    assert dropped(lines=[ROWS, COLUMNS]) == [False, True, True, False, True, False]
+    # What stays anyway is enough for its line, and for its layer.
+    assert dropped(stay=[torch.tensor([True] + 5 * [False])]) == [False, True, True, True, True, True]
+    stay = [torch.tensor([False, True, False, False, True, True])]
+    assert dropped(stay=stay, lines=[ROWS]) == [True, False, True, False, False, False]
 
 
 def one_after_the_other(keys: list[float], staying: list[bool], lines: list[list[int]]) -> list[bool]:
@@ -61,7 +77,7 @@ def one_after_the_other(keys: list[float], staying: list[bool], lines: list[list
 
 
 @given(data=st.data())
-def test_blocks_leave_one_after_the_other(data):
+def test_to_the_last_blocks_leave_one_after_the_other(data):
     count = data.draw(st.integers(1, 12))
 
     def numbers(most: int) -> list[int]:
@@ -73,6 +89,7 @@ def test_blocks_leave_one_after_the_other(data):
         count,
         stay=[torch.tensor(staying)],
         lines=[[torch.tensor(line)] for line in lines],
+        to_the_last=True,
     )
     assert dropped[0].tolist() == one_after_the_other(keys, staying, [[0] * count, *lines])
 

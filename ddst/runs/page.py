@@ -49,6 +49,7 @@ class Run:
     name: str
     number: int
     settings: dict[str, Any] = field(default_factory=dict)
+    rules: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -132,6 +133,7 @@ def _read(folder: Path, number: int) -> Run:
         event = entry.get("event")
         if event == "start":
             run.settings, run.versions = dict(entry["settings"]), _dict(entry.get("versions"))
+            run.rules = _dict(entry.get("rules"))
         elif event == "settings":
             run.settings |= entry["now"]
         elif event in kinds:

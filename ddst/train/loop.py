@@ -47,7 +47,7 @@ from ddst.train.players import (
 from ddst.train.processes import first, share, together
 from ddst.train.rules import Misfit
 from ddst.train.samples import generate, save_grid
-from ddst.train.scheduler import make_scheduler
+from ddst.train.scheduler import make_scheduler, rules_in_force
 from ddst.train.state_schema import check_state
 from ddst.train.stop_flag import StopFlag
 from ddst.train.terminal import OneLineError
@@ -354,6 +354,7 @@ def train(trainer: Trainer, kept: Kept | None = None, judge: Judging | None = No
             log.write(
                 event="start",
                 settings=config.saved(),
+                rules=rules_in_force(trainer.scheduler),
                 images=len(trainer.images),
                 left_out=dict(trainer.images.left_out),
                 warnings=trainer.warnings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from ddst.gan import DDST, EMA, PRESETS
 from ddst.models.families import FAMILIES
@@ -60,3 +61,16 @@ def make_scheduler(config: TrainConfig, players: Players, ema: EMA) -> tuple[DDS
             seed=c.seed,
         )
     return scheduler, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+
+
+def rules_in_force(scheduler: DDST) -> dict[str, dict[str, Any]]:
+    """What moves each network's blocks, with the defaults that a run's settings leave to the library."""
+    updaters = {"generator": scheduler.training_g.updater, "discriminator": scheduler.updater_d}
+    if scheduler.training_g.method == "static":
+        del updaters["generator"]
+    names = ("growth", "scope", "ranking", "grown_second_moment", "connected", "grace", "exempt")
+    return {
+        network: {name: getattr(updater, name) for name in names}
+        for network, updater in updaters.items()
+        if updater is not None
+    }

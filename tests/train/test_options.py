@@ -13,6 +13,7 @@ from ddst.data import load_images
 from ddst.train import Trainer, resolve, train
 from ddst.train.config import fitting, setting_errors
 from ddst.train.options import ConfigError
+from ddst.train.scheduler import rules_in_force
 from helpers.runs import TINY, differences, log_without_seconds
 
 MAKEFILE = Path(__file__).resolve().parents[2] / "Makefile"
@@ -59,14 +60,17 @@ def test_drop_fractions_fall_alike_in_both_networks(tmp_path, end, steps):
 def test_rules_for_blocks_are_each_networks_own(tmp_path):
     def rules(**settings):
         scheduler = trainer_for(tmp_path, interval_g=3, interval_d=4, method="ddst-strict", **settings).scheduler
-        g, d = scheduler.training_g.updater, scheduler.updater_d
-        return [(u.connected, u.grace, u.scope, u.ranking) for u in (g, d)]
+        said = rules_in_force(scheduler)  # as in the log's first line
+        assert list(said) == ["generator", "discriminator"]
+        return [(of["connected"], of["grace"], of["scope"], of["ranking"]) for of in said.values()]
 
     single, larger = (False, 0, "global", "raw"), (True, 15, "layer", "relative")
     assert rules(block=(8, 8), block_d=(1, 1)) == [larger, single]
     assert rules(block=(1, 1), block_d=(8, 8)) == [single, (True, 20, "layer", "relative")]
     assert rules(block=(8, 8), block_d=(8, 8), published=True) == [single, single]
-    assert [u[0] for u in rules(block=(8, 8), block_d=(1, 1), connected=True)] == [True, True]
+    assert [of[0] for of in rules(block=(8, 8), block_d=(1, 1), connected=True)] == [True, True]
+    for method in ("static", "dense"):
+        assert rules_in_force(trainer_for(tmp_path, method=method).scheduler) == {}
 
 
 def test_layers_may_be_exempt_in_both_networks(tmp_path):

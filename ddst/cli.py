@@ -66,7 +66,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argpars
         "replay",
         help="the controller of D's density again over a run's log",
         description="Decide again from the measurements in a run's log, with other settings: a table beside the run's "
-        "own decisions, and a picture. Settings that are not given are the run's.",
+        "own decisions, and a picture. Settings that are not given are the run's; with another --signal the bounds, "
+        "and with another --mode D's highest density, are the usual ones of that.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -77,17 +78,18 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argpars
         "--out", metavar="FILE", type=Path, help="the picture, FILE.png (default: replay.png beside the log)"
     )
     for name in REPLAYED:
-        _add_option(replay, name)
+        _add_option(replay, name, "the run's")
     after = add_commands(commands)
     commands.add_parser("info", help="show version, libraries and instruction sets", allow_abbrev=False)
     return parser, after
 
 
-def _add_option(parser: argparse.ArgumentParser, name: str) -> None:
-    """The option of a setting of a run."""
+def _add_option(parser: argparse.ArgumentParser, name: str, default: str | None = None) -> None:
+    """The option of a setting of a run, with how its default reads if that is another one."""
     declared = OPTIONS[name]
     switch = declared.kind is bool
-    default = declared.shown or (None if switch or declared.default is None else shown_value(declared.default))
+    default = default or declared.shown
+    default = default or (None if switch or declared.default is None else shown_value(declared.default))
     more: dict[str, Any] = {}
     if declared.words > 1:
         more["nargs"] = declared.words

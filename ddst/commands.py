@@ -78,7 +78,8 @@ def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="judge a run's generator",
-        description="Judge the averaged generator of a run; the figures go to evaluation.json in its folder, too.",
+        description="Judge the averaged generator of a run. If RUN is its folder, evaluation.json in it keeps the "
+        "figures.",
         allow_abbrev=False,
     )
     evaluate.add_argument("run", metavar="RUN", type=Path, help=RUN)

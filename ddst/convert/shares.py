@@ -176,7 +176,8 @@ def check_met(report: SparsifyReport, plan: Plan, density: float | None, block: 
     if density is not None:
         wanted = density * total
     coarsest = max((cost[name] for name in plan.densities), default=1.0)
-    if abs(reached - wanted) > coarsest * block[0] * block[1]:
+    untouched = density is not None and density < 1 and not plan.densities  # Less than a block, but not what was asked.
+    if untouched or abs(reached - wanted) > coarsest * block[0] * block[1]:
         smallest = math.ceil(reached / total * 1e4) / 1e4
         dense = why_dense((c for c in plan.candidates if c.counted), plan.cost)
         raise ValueError(

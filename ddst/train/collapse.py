@@ -86,7 +86,7 @@ class Sign:
     def __str__(self) -> str:
         seen = {
             WEAK: f"the balance ratio has been above {self.limit:.2f} for {self.value:.0f} steps: D is too weak",
-            ONE_CLASS: f"samples hold {self.value:.1f} classes, below {self.limit:g}",
+            ONE_CLASS: f"samples hold {self.value:.2f} classes, below {self.limit:g}",
             ONE_PICTURE: f"samples are {self.value:.2f} times as far apart as real images, below {self.limit:g}",
         }[self.sign]
         return f"{self.sign} {'from' if self.begins else 'until'} step {self.step}" + (

@@ -179,11 +179,12 @@ def _heading(config: TrainConfig, trainer: Trainer, resumed: bool) -> str:
         f"{config.resolution}x{config.resolution}, {config.steps} steps of batch {config.batch}{begun}\n"
         f"generator {g.active_weights:,} of {g.total_weights:,} weights, "
         f"discriminator {d.active_weights:,} of {d.total_weights:,}, blocks {shown_value(config.block)}"
+        f"{'' if config.block_d == config.block else f' and {shown_value(config.block_d)}'}"
     )
 
 
 def _finish(trainer: Trainer) -> None:
-    out = trainer.out
+    out, best = trainer.out, trainer.best
     grid, _ = trainer.save_samples()
     summary = summarize(trainer)
     report = plot_report(out)
@@ -195,7 +196,7 @@ def _finish(trainer: Trainer) -> None:
         (grid, f"samples of the averaged generator (earlier ones in {SAMPLES})"),
         (report, "balance ratio, densities and losses over steps"),
         (numbers, "the numbers of this table"),
-        *(((out / BEST, f"the best generator, {trainer.best.value:.1f}"),) if trainer.best is not None else ()),
+        *([(out / BEST, f"the best generator, {best.value:.4g} by {best.measure}")] if best is not None else ()),
         (out / LOG, "every step and decision, one JSON object per line"),
         (out / CHECKPOINT, "networks, optimizers and everything else of the last step"),
     ):

@@ -110,7 +110,8 @@ def _decided(path: Path, entries: list[dict[str, Any]], config: TrainConfig, rul
         every = f"it has {len(steps)} steps, measured every {config.br_every}"
         raise ConfigError(f"{path} holds no measurement of the balance ratio: {every}")
     ratios, densities, replayed = [], [], {}
-    density, agreed, ends = float(steps[0]["density_d"]), True, {}
+    density, agreed = float(steps[0]["density_d"]), True
+    ends = _ends(next(iter(logged.values()))) if logged else {}
     planned = [(0, config.steps), *lengths(entries)]
     for entry in steps:
         step, sample = entry["step"], entry["sample"]
@@ -124,7 +125,7 @@ def _decided(path: Path, entries: list[dict[str, Any]], config: TrainConfig, rul
         length = [total for since, total in planned if since < step][-1]
         if 1 < step < length and step % config.interval_d == 0:
             if step in logged:
-                ends = {k: getattr(logged[step], k) for k in ("lowest", "highest", "resolution")}
+                ends = _ends(logged[step])
                 density = logged[step].density if agreed else density
             rule = replace(rule, warmup=_warmup(config, length))
             replayed[step] = rule.decide(window, density, step, **ends)
@@ -134,6 +135,11 @@ def _decided(path: Path, entries: list[dict[str, Any]], config: TrainConfig, rul
             density = float(entry["density_d"])
         densities.append((step, float(entry["density_d"])))
     return Replay(rule, ratios, densities, logged, replayed, config.interval_d)
+
+
+def _ends(decision: Decision) -> dict[str, float]:
+    """What D could reach then, by its own blocks."""
+    return {name: getattr(decision, name) for name in ("lowest", "highest", "resolution")}
 
 
 def _does_the_same(before: Decision | None, decision: Decision) -> bool:

@@ -50,7 +50,12 @@ class NetworkCost:
 
 @dataclass(frozen=True)
 class Summary:
-    """All numbers of the final table; `uncounted`: options of what D's loss has that counted operations have not."""
+    """All numbers of the final table.
+
+    Attributes:
+        quality: the embedded distance, of data that has one. measured: the last figure of the log, for other data.
+        uncounted: options of what D's loss has that counted operations have not.
+    """
 
     method: str
     steps: int
@@ -62,6 +67,7 @@ class Summary:
     layers: list[LayerTime]
     quality: Quality | None
     fd_samples: int
+    measured: dict[str, Any] | None
     uncounted: tuple[str, ...] = ()
 
 
@@ -78,6 +84,9 @@ def summarize(trainer: Trainer) -> Summary:
         forward: float,
         dense: float,
     ) -> NetworkCost:
+        for parameter in net.parameters():  # Of a run resumed after its end: no backward pass has made gradients yet.
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         stats = network_stats(net, optimizer, average, held)
         memory = stats.memory
         return NetworkCost(
@@ -104,8 +113,15 @@ def summarize(trainer: Trainer) -> Summary:
         time_of_layers(trainer) if config.compare_steps else [],
         _quality(trainer),
         config.fd_samples,
+        _measured(trainer),
         tuple(flag(name) for name in ("gradient_penalty", "r1", "r2", "consistency") if getattr(config, name)),
     )
+
+
+def _measured(trainer: Trainer) -> dict[str, Any] | None:
+    path = trainer.out / LOG
+    figures = [e for e in read_log(path) if e.get("event") == "metric"] if path.exists() else []
+    return {name: figures[-1].get(name) for name in ("metric", "value", "samples", "step")} if figures else None
 
 
 def _quality(trainer: Trainer) -> Quality | None:
@@ -161,9 +177,12 @@ def table(summary: Summary) -> str:
         lines.append(
             f"memory of an iteration at its peak, weight state included: {megabytes(timing.peak_bytes)}, {beside}"
         )
-    quality = summary.quality
-    if quality is None:
-        lines.append("Fréchet distance: only for digits and shapes (its classifiers know nothing else)")
+    quality, measured = summary.quality, summary.measured
+    if quality is None and measured is not None:
+        found = f"{measured['metric']} of {measured['samples']} samples after step {measured['step']}"
+        lines.append(f"{found}: {measured['value']:.4g}")
+    elif quality is None:
+        lines.append("no distance: digits and shapes have one embedded, other data FID with --inception")
     else:
         lines.append(
             f"Fréchet distance of {summary.fd_samples} samples: {quality.distance:.1f} (real against real "

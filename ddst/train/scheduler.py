@@ -7,6 +7,7 @@ from typing import Any
 
 from ddst.gan import DDST, EMA, PRESETS
 from ddst.models.families import FAMILIES
+from ddst.sparsity import TopologyUpdater
 from ddst.train.config import TrainConfig
 from ddst.train.players import Players
 
@@ -65,12 +66,12 @@ def make_scheduler(config: TrainConfig, players: Players, ema: EMA) -> tuple[DDS
 
 def rules_in_force(scheduler: DDST) -> dict[str, dict[str, Any]]:
     """What moves each network's blocks, with the defaults that a run's settings leave to the library."""
-    updaters = {"generator": scheduler.training_g.updater, "discriminator": scheduler.updater_d}
-    if scheduler.training_g.method == "static":
-        del updaters["generator"]
-    names = ("growth", "scope", "ranking", "grown_second_moment", "connected", "grace", "exempt")
-    return {
-        network: {name: getattr(updater, name) for name in names}
-        for network, updater in updaters.items()
-        if updater is not None
-    }
+    ranked, grown, exchanged = ("ranking", "connected", "exempt"), ("growth", "grown_second_moment"), ("scope", "grace")
+    training, updater_d = scheduler.training_g, scheduler.updater_d
+    rules: dict[str, tuple[TopologyUpdater, tuple[str, ...]]] = {}
+    if training.method != "static":
+        rules["generator"] = training.updater, ranked if training.method == "prune" else grown + exchanged + ranked
+    if updater_d is not None:
+        exchanges = scheduler.mode in ("strict", "sdst")  # Others make D denser and sparser only.
+        rules["discriminator"] = updater_d, grown + (exchanged if exchanges else ()) + ranked
+    return {network: {name: getattr(updater, name) for name in names} for network, (updater, names) in rules.items()}

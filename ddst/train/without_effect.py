@@ -98,6 +98,16 @@ def refuse_without_effect(given: Mapping[str, Any], config: TrainConfig) -> None
             config.data in MEASURED and config.data_cache not in (None, "none"),
             f"--data {config.data}, of which no resized images are kept",
         ),
+        (
+            ("drop_fraction_end",),
+            bool(exchanged) and config.drop_fraction_end > max(exchanged.values()),
+            f"{' and '.join(f'{flag(name)} {share:g}' for name, share in exchanged.items())}, from which it falls",
+        ),
+        (
+            ("stop_after",),
+            config.stop_after is not None and config.stop_after > config.steps,
+            f"--steps {config.steps}, after which the run is at its end",
+        ),
         (("ema_start", "ema_ramp"), config.ema == 0, "--ema 0, under which the average is G itself"),
         (("lazy",), not (config.r1 or config.r2), "--r1 0 and --r2 0"),
         (("lr_decay_start",), config.lr_decay == "none", "--lr-decay none"),

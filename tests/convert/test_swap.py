@@ -355,6 +355,14 @@ def test_bad_arguments_change_nothing(arguments: dict, error: type[Exception], m
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
+def test_a_model_that_would_stay_dense_is_refused_however_small() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))  # less than a block of 16x16 together
+    with pytest.raises(ValueError, match=r"density 0\.05 cannot be met .* smallest that can is 1\.0 .* 8 to 8"):
+        sparsify(model, 0.05)
+    assert type(model[0]) is nn.Linear
+    assert not any(layer.blocks for layer in sparsify(model, 1.0).layers)
+
+
 @pytest.mark.parametrize("distribution", ["erk", "uniform"])
 def test_the_smallest_density_that_an_error_names_can_be_had(distribution: str) -> None:
     with pytest.raises(ValueError, match="smallest") as caught:

@@ -74,7 +74,7 @@ def test_a_page_of_two_runs_is_whole_and_by_itself(sparse_run: Path, dense_run: 
     ]
     assert re.search(r"<td>method</td>\s*<td>&#34;ddst-relaxed&#34;</td>\s*<td>&#34;dense&#34;</td>", page)
     assert "ddst-relaxed</td><td>14</td>" in page
-    assert "rules of the generator's blocks: {&#39;growth&#39;: &#39;gradient&#39;, &#39;scope&#39;:" in page
+    assert "rules of the generator's blocks: {&#39;growth&#39;: &#39;gradient&#39;, &#39;grown" in page
     # No colour of matplotlib's own is left, so that all of them change in the dark.
     drawn = page[page.index("<body>") :]
     assert not re.search(r"(fill|stroke): ?#", drawn) and "var(--c0)" in drawn and "var(--ink)" in drawn

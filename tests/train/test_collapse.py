@@ -69,7 +69,7 @@ def test_pictures_say_that_a_run_has_collapsed_and_that_it_has_not():
     assert told(watched(healthy, BOUNDS, 100)) == "no sign of collapse"
     one_class = watched([*healthy, shares(60, 0.97, 0.03)], BOUNDS, 100)
     assert one_class.collapsed and list(one_class.standing) == ["one class"]
-    assert told(one_class) == "collapsed: one class from step 60 (samples hold 1.1 classes, below 2)"
+    assert told(one_class) == "collapsed: one class from step 60 (samples hold 1.14 classes, below 2)"
     one_picture = watched([*healthy, grid(60, 0.05), grid(70, 0.04)], BOUNDS, 100)
     assert one_picture.collapsed and [s.step for s in one_picture.found] == [60]
     recovered = watched([grid(60, 0.05), grid(70, 0.5)], BOUNDS, 100)

@@ -261,6 +261,8 @@ MOVES_NOTHING = "under which no block ever moves, only with --algorithm-d rigl o
             {"drop_fraction_d": 0.1},
         ),
         ({"drop_fraction": 0.0, "scope": "global"}, "--drop-fraction 0, under which no block", {"drop_fraction": 0.1}),
+        ({"drop_fraction_end": 0.5}, "--drop-fraction 0.3, from which it falls", {"drop_fraction_end": 0.3}),
+        ({"stop_after": 900}, "--steps 800, after which the run is at its end", {"stop_after": 800}),
         ({"drop_fraction": 0.0, "grace": 5}, "--drop-fraction 0, under which no block", {"drop_fraction": 0.1}),
         (
             {"drop_fraction": 0.0, "connected": False, "method": "sdst-rigl"},

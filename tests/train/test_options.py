@@ -69,6 +69,10 @@ def test_rules_for_blocks_are_each_networks_own(tmp_path):
     assert rules(block=(1, 1), block_d=(8, 8)) == [single, (True, 20, "layer", "relative")]
     assert rules(block=(8, 8), block_d=(8, 8), published=True) == [single, single]
     assert [of[0] for of in rules(block=(8, 8), block_d=(1, 1), connected=True)] == [True, True]
+    pruned = rules_in_force(trainer_for(tmp_path, method="prune").scheduler)
+    assert pruned == {"generator": {"ranking": "relative", "connected": False, "exempt": ()}}
+    relaxed = rules_in_force(trainer_for(tmp_path, method="ddst-relaxed").scheduler)
+    assert "grace" in relaxed["generator"] and "grace" not in relaxed["discriminator"]  # D exchanges nothing
     for method in ("static", "dense"):
         assert rules_in_force(trainer_for(tmp_path, method=method).scheduler) == {}
 

@@ -52,6 +52,9 @@ def test_other_settings_decide_otherwise_from_the_same_measurements(run_of):
     assert [d.action for d in strict.replayed.values()] == ["grow", "exchange", "exchange", "exchange"]
     rarer = replay(folder, {"interval_d": 6})
     assert list(rarer.replayed) == [6, 12]
+    # Before the run's first decision D's ends are those of that one.
+    sooner = replay(folder, {"bounds": (2e9, 3e9), "delta": 0.9, "interval_d": 2})
+    assert sooner.replayed[2].new_density == pytest.approx(next(iter(result.logged.values())).lowest)
     by_sign = replay(folder, {}, signal="real_sign")
     assert by_sign.rule.bounds == (0.55, 0.65)
     assert all("sign of D(x)" in d.reason for d in by_sign.replayed.values())

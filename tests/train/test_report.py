@@ -1,6 +1,7 @@
 """The end of a run: its files, its counted costs, and that judging a run changes nothing of it."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -15,6 +16,7 @@ from ddst.sparsity import network_stats
 from ddst.sparsity.dense_moments import DenseMoments
 from ddst.train import Trainer, resolve, run
 from ddst.train.compare import Timing, compare_with_dense
+from ddst.train.log import RunLog
 from ddst.train.report import summarize, table
 from ddst.train.samples import generate, to_pixels
 from helpers.runs import TINY, differences, tiny
@@ -53,7 +55,7 @@ def test_folder_run_says_that_there_is_no_distance(tmp_path, capsys, names):
     assert run(tiny(steps=2, data=str(folder), out=str(tmp_path / "run"))) == 0
     said = capsys.readouterr().out
     assert "3 images of" in said
-    assert "Fréchet distance: only for digits and shapes" in said
+    assert "no distance: digits and shapes have one embedded, other data FID with --inception" in said
     assert "class shares" not in said
 
 
@@ -102,6 +104,17 @@ def test_the_table_says_what_counted_operations_leave_out(tmp_path):
     assert "is not counted" not in table(summarize(plain))
     assert "; what --r1, --consistency adds is not counted)" in table(summarize(with_penalties))
     assert plain.flops.relative == with_penalties.flops.relative
+
+
+def test_the_table_has_the_last_figure_of_data_without_an_embedded_distance(tmp_path):
+    trainer = trainer_for(tmp_path)
+    trainer.out.mkdir()
+    with RunLog(trainer.out / "log.jsonl") as log:
+        for step, value in ((2, 9.0), (4, 7.0111)):
+            log.write(event="metric", step=step, metric="fid", value=value, samples=16, seconds=1.0, flops=1.0)
+    summary = dataclasses.replace(summarize(trainer), quality=None)
+    assert summary.measured == {"metric": "fid", "value": 7.0111, "samples": 16, "step": 4}
+    assert "\nfid of 16 samples after step 4: 7.011" in table(summary)
 
 
 def test_weight_state_follows_density(tmp_path):

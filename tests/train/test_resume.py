@@ -1,5 +1,6 @@
 """A run that was stopped and continued is the same run, bit for bit, for every method."""
 
+import json
 import os
 import signal
 
@@ -154,7 +155,11 @@ def test_finished_run_resumes_to_its_report_only(tmp_path):
     run({**TINY, "out": str(out), "stop_after": 14})
     before = checkpoint_of(out)
     (out / "report.png").unlink()
+    numbers = json.loads((out / "summary.json").read_text())
     assert run({"out": str(out), "resume": True}) == 0
+    again = json.loads((out / "summary.json").read_text())
+    assert all(again[name] == numbers[name] for name in ("generator", "discriminator", "quality", "measured"))
+    assert numbers["measured"]["metric"] == "digits" and numbers["measured"]["step"] == 14
     assert (out / "report.png").exists()
     assert differences(before, checkpoint_of(out)) == []
 

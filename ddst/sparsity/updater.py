@@ -102,7 +102,7 @@ class TopologyUpdater:
             than that, few or none are exchanged.
         grace: steps for which no exchange drops a block that has entered (a fall of the density may). A block enters
             with zeros, so that its norm says how long it has been there before it says anything else. What else sets a
-            mask (:meth:`~ddst.nn.SparseLayer.set_block_mask`) begins no grace.
+            mask (``set_block_mask``) begins no grace.
         generator: source of random growth, on the CPU; a new one with seed 0 when None.
         process_group: of torch.distributed. With several ranks every one of them must make the same updates: scores
             are those of the gradient averaged over ranks, random growth is that of rank 0's generator, and ranks

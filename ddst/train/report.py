@@ -120,7 +120,8 @@ def summarize(trainer: Trainer) -> Summary:
 
 def _measured(trainer: Trainer) -> dict[str, Any] | None:
     path = trainer.out / LOG
-    figures = [e for e in read_log(path) if e.get("event") == "metric"] if path.exists() else []
+    entries = read_log(path) if path.exists() else ()
+    figures = [e for e in entries if e.get("event") == "metric" and e["value"] is not None]
     return {name: figures[-1].get(name) for name in ("metric", "value", "samples", "step")} if figures else None
 
 

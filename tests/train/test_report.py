@@ -110,7 +110,7 @@ def test_the_table_has_the_last_figure_of_data_without_an_embedded_distance(tmp_
     trainer = trainer_for(tmp_path)
     trainer.out.mkdir()
     with RunLog(trainer.out / "log.jsonl") as log:
-        for step, value in ((2, 9.0), (4, 7.0111)):
+        for step, value in ((2, 9.0), (4, 7.0111), (6, math.nan)):  # which is null in the file
             log.write(event="metric", step=step, metric="fid", value=value, samples=16, seconds=1.0, flops=1.0)
     summary = dataclasses.replace(summarize(trainer), quality=None)
     assert summary.measured == {"metric": "fid", "value": 7.0111, "samples": 16, "step": 4}
